@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MMSERConfig`: every number of the architecture and of its loss, nothing of the training run.
+
+What is frozen, how long one trains and on which files belongs to `train_hf.py`; whatever a checkpoint needs to rebuild
+the network and to explain its own labels is here.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto import AutoConfig
+
+DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
+
+# Audio encoders whose output is shown by tests not to depend on the padding of a batch.
+WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
+LOG_MEL_MODEL_TYPES = ("whisper",)
+
+# Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points at
+# the code beside it, also after it has been loaded from one repository and pushed to another.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mmser.MMSERConfig",
+    "AutoModel": "modeling_mmser.MMSERModel",
+    "AutoModelForAudioClassification": "modeling_mmser.MMSERForAudioClassification",
+    "AutoProcessor": "processing_mmser.MMSERProcessor",
+}
+CUSTOM_PIPELINES = {
+    "audio-classification": {
+        "impl": "processing_mmser.MMSERPipeline",
+        "pt": ["AutoModelForAudioClassification"],
+        "type": "audio",
+    }
+}
+
+
+@strict
+class MMSERConfig(PreTrainedConfig):
+    r"""
+    Configuration of a multimodal speech emotion recogniser: an audio encoder, a text encoder, and what joins them.
+
+    Args:
+        audio_config (`dict` or `PreTrainedConfig`, *optional*):
+            Audio encoder. Raw waveform (`wav2vec2`, `hubert`, `wavlm`, `data2vec-audio`) or log-mel (`whisper`, of which
+            only the encoder is built). Default: the architecture of `facebook/wav2vec2-base`. Its layer dropping is
+            switched off: the weighted layer sum and distributed training need every layer in every step.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Text encoder, any BERT-like `AutoModel`. Default: `google-bert/bert-base-multilingual-cased`.
+        use_weighted_layer_sum (`bool`): learn a softmax-weighted sum of all audio encoder layers instead of taking the last.
+        cross_attention_hidden_size, cross_attention_heads, cross_attention_dropout:
+            Shared width, head count and dropout probability of the two cross-modal attentions.
+        pooling_hidden_size (`int`): width of the attention scorer in the statistics pooling.
+        fusion_hidden_size (`int`), fusion_dropout (`float`): width and dropout of the gated fusion.
+        classifier_num_layers (`int`): number of residual blocks, 0 or more.
+        classifier_hidden_size, classifier_bottleneck, classifier_dropout:
+            Width of the blocks, their inner width, and the dropout probability.
+        classifier_checkpoint_interval (`int`): residual blocks per group under gradient checkpointing.
+        feature_size (`int`): width of the feature vector before the last linear layer.
+        anchor_size (`int`), anchor_temperature (`float`): width of the anchor space; initial (learnable) temperature.
+        uncertainty_hidden_size (`int`): width of the uncertainty head.
+        prototypes_per_class (`int`): prototypes kept for each class.
+        use_openmax (`bool`): return open-set probabilities once OpenMax is fitted.
+        openmax_alpha (`int`): number of top-ranked classes whose activation OpenMax revises.
+        openmax_tail_size (`int`): number of largest distances per class that the Weibull is fitted on.
+        openmax_threshold (`float` or `None`): a clip is rejected as unknown when "unknown" wins or its probability exceeds
+            this; `None` switches rejection off.
+        cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight, prototype_loss_weight,
+        supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
+            Weights of the parts of the loss; a part with weight 0 is not computed.
+        label_smoothing (`float`): of the cross-entropy.
+        class_balanced_beta, focal_gamma (`float`): of the class-balanced focal loss.
+        class_counts (`list[int]`, *optional*): clips of each class in the training set; `None` weighs all classes alike.
+        uncertainty_error_weight (`float`): weight of the wrong predictions in the uncertainty loss; 0 is the published form.
+        supervised_contrastive_temperature, distillation_temperature (`float`): of the two optional parts.
+
+    Example:
+
+    ```python
+    >>> from configuration_mmser import MMSERConfig
+    >>> from modeling_mmser import MMSERForAudioClassification
+
+    >>> config = MMSERConfig(text_config={"model_type": "bert", "hidden_size": 64, "num_attention_heads": 4})
+    >>> config.audio_config.model_type, config.num_labels
+    ('wav2vec2', 4)
+    ```"""
+
+    model_type = "mmser"
+    sub_configs_defaults = {
+        "audio_config": SubConfigSpec(AutoConfig, model_type="wav2vec2"),
+        "text_config": SubConfigSpec(AutoConfig, model_type="bert", init_kwargs={"vocab_size": 119547}),
+    }
+    # Kept out of `Trainer.predict`: per-clip vectors and nested outputs would fill the memory of a long evaluation.
+    keys_to_ignore_at_inference = (
+        "losses",
+        "anchor_loss",
+        "features",
+        "open_set_probabilities",
+        "hidden_states",
+        "attentions",
+    )
+
+    audio_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+
+    use_weighted_layer_sum: bool = True
+    cross_attention_hidden_size: int = 256
+    cross_attention_heads: int = 8
+    cross_attention_dropout: float | int = 0.1
+    pooling_hidden_size: int = 128
+    fusion_hidden_size: int = 512
+    fusion_dropout: float | int = 0.1
+
+    classifier_num_layers: int = 35
+    classifier_hidden_size: int = 512
+    classifier_bottleneck: int = 44  # 35 blocks of 512 -> 44 -> 512 make the whole classifier 2.0 M parameters
+    classifier_dropout: float | int = 0.15
+    classifier_checkpoint_interval: int = 5
+    feature_size: int = 256
+
+    anchor_size: int = 128
+    anchor_temperature: float | int = 0.1
+    uncertainty_hidden_size: int = 64
+    prototypes_per_class: int = 4
+
+    use_openmax: bool = True
+    openmax_alpha: int = 3
+    openmax_tail_size: int = 20
+    openmax_threshold: float | int | None = 0.3
+
+    cross_entropy_loss_weight: float | int = 1.0
+    label_smoothing: float | int = 0.1
+    focal_loss_weight: float | int = 0.3
+    class_balanced_beta: float | int = 0.9999
+    focal_gamma: float | int = 2.0
+    class_counts: list[int] | None = None
+    anchor_loss_weight: float | int = 0.1
+    uncertainty_loss_weight: float | int = 0.05
+    uncertainty_error_weight: float | int = 1.0
+    prototype_loss_weight: float | int = 0.01
+    supervised_contrastive_loss_weight: float | int = 0.0
+    supervised_contrastive_temperature: float | int = 0.1
+    distillation_loss_weight: float | int = 0.0
+    distillation_temperature: float | int = 2.0
+
+    def __post_init__(self, **kwargs):
+        if self.id2label is None and kwargs.get("num_labels") in (None, len(DEFAULT_LABELS)):
+            self.id2label = dict(enumerate(DEFAULT_LABELS))
+            self.label2id = {label: i for i, label in self.id2label.items()}
+        elif self.id2label is not None and self.label2id is None:
+            self.label2id = {label: int(i) for i, label in self.id2label.items()}
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = {task: dict(options) for task, options in CUSTOM_PIPELINES.items()}
+        for name in ("layerdrop", "encoder_layerdrop"):
+            if getattr(self.audio_config, name, 0.0):
+                setattr(self.audio_config, name, 0.0)
+
+    @property
+    def uses_log_mel(self) -> bool:
+        """Whether the audio encoder takes `input_features` (log-mel frames) instead of `input_values` (a waveform)."""
+        return self.audio_config.model_type in LOG_MEL_MODEL_TYPES
+
+    def validate_architecture(self):
+        """Raise `ValueError` for sizes and weights that cannot make a network (part of the `@strict` validation)."""
+        super().validate_architecture()
+        positive = (
+            "cross_attention_hidden_size",
+            "cross_attention_heads",
+            "pooling_hidden_size",
+            "fusion_hidden_size",
+        )
+        positive += (
+            "classifier_hidden_size",
+            "classifier_bottleneck",
+            "classifier_checkpoint_interval",
+            "feature_size",
+        )
+        positive += ("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class")
+        positive += ("openmax_alpha", "openmax_tail_size", "supervised_contrastive_temperature")
+        positive += ("distillation_temperature",)
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
+        if self.classifier_num_layers < 0:
+            raise ValueError(f"`classifier_num_layers` must be 0 or more, got {self.classifier_num_layers}.")
+        for name in ("cross_attention_dropout", "fusion_dropout", "classifier_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        for name in (name for name in vars(self) if name.endswith("_loss_weight")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+        if not 0 <= self.class_balanced_beta < 1:
+            raise ValueError(f"`class_balanced_beta` must be in [0, 1), got {self.class_balanced_beta}.")
+        if self.cross_attention_hidden_size % self.cross_attention_heads:
+            raise ValueError(
+                f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "
+                f"`cross_attention_heads` ({self.cross_attention_heads})."
+            )
+        if self.openmax_threshold is not None and not 0 <= self.openmax_threshold <= 1:
+            raise ValueError(f"`openmax_threshold` must be None or in [0, 1], got {self.openmax_threshold}.")
+        model_type = getattr(self.audio_config, "model_type", None)
+        if model_type not in WAVEFORM_MODEL_TYPES + LOG_MEL_MODEL_TYPES:
+            raise ValueError(
+                f"`audio_config` has model type {model_type!r}; supported are {', '.join(WAVEFORM_MODEL_TYPES)} "
+                f"(raw waveform) and {', '.join(LOG_MEL_MODEL_TYPES)} (log-mel)."
+            )
+        if getattr(self.audio_config, "add_adapter", False):
+            raise ValueError(
+                "`audio_config.add_adapter=True` is not supported: its convolutions mix padding into the clip."
+            )
+        if self.class_counts is not None and len(self.class_counts) != self.num_labels:
+            raise ValueError(
+                f"`class_counts` has {len(self.class_counts)} entries but the model has {self.num_labels} labels."
+            )
+
+
+MMSERConfig.register_for_auto_class()
+
+__all__ = ["MMSERConfig"]

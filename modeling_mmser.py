@@ -1,0 +1,1179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MMSER network, its losses and OpenMax.
+
+Read top to bottom: losses, audio encoders made independent of padding, cross-modal attention, pooling, fusion, the
+classifier and its companions (anchors, uncertainty, prototypes, OpenMax), then `MMSERModel` (up to the fused vector) and
+`MMSERForAudioClassification` (heads, loss, calibration). Shape letters: B clips, T audio samples or mel frames,
+Ta audio states, L tokens, D an encoder's width, C classes.
+"""
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import weibull_min
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, WhisperModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+try:
+    from .configuration_mmser import MMSERConfig
+except ImportError:
+    if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
+        raise
+    from configuration_mmser import MMSERConfig
+
+logger = logging.get_logger(__name__)
+
+
+# Losses. All take float tensors of any precision, compute in float32 and return a scalar.
+
+
+def class_balanced_weights(class_counts: Iterable[int], beta: float) -> list[float]:
+    """
+    Class weights by the effective number of samples, `(1 - beta) / (1 - beta^n)` (Cui et al. 2019, eq. 2), scaled to sum to C.
+
+    Args:
+        class_counts: clips of each class in the training set. A class without clips is weighted as if it had one.
+        beta: in [0, 1); 0 weighs all classes alike, towards 1 the weights approach the inverse class frequency.
+    Raises:
+        ValueError: `beta` outside [0, 1), or a negative count.
+    """
+    class_counts = list(class_counts)
+    if not 0 <= beta < 1:
+        raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
+    if any(count < 0 for count in class_counts):
+        raise ValueError(f"`class_counts` must not be negative, got {class_counts}.")
+    weights = [(1 - beta) / (1 - beta ** max(count, 1)) for count in class_counts]
+    return [weight * len(weights) / sum(weights) for weight in weights]
+
+
+def class_balanced_focal_loss(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, gamma: float = 2.0
+) -> Tensor:
+    """
+    Mean over the batch of `-w_y (1 - p_y)^gamma log p_y` (Lin et al. 2017, eq. 4, weighted as in Cui et al. 2019, eq. 14).
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B].
+        class_weights: [C], or None for no weighting.
+        gamma: focusing parameter; 0 gives the weighted cross-entropy.
+    """
+    log_probability = F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]
+    loss = -((1 - log_probability.exp()) ** gamma) * log_probability
+    if class_weights is not None:
+        loss = loss * class_weights.to(loss)[labels]
+    return loss.mean()
+
+
+def clustering_loss(anchor_logits: Tensor, anchor_distances: Tensor, labels: Tensor) -> Tensor:
+    """
+    Pull each clip to the anchor of its label and away from the others: cross-entropy over the anchor logits plus the mean
+    distance to the own anchor (after the class anchor clustering loss of Miller et al. 2021, eqs. 3-5).
+
+    Args:
+        anchor_logits: similarity to each anchor over the temperature, [B, C].
+        anchor_distances: distance to each anchor, [B, C].
+        labels: int64 [B].
+    """
+    own_distance = anchor_distances.float().gather(1, labels[:, None])
+    return F.cross_entropy(anchor_logits.float(), labels) + own_distance.mean()
+
+
+def uncertainty_loss(uncertainty: Tensor, logits: Tensor, labels: Tensor, error_weight: float = 1.0) -> Tensor:
+    """
+    Mean of `u` over correct and `error_weight * (1 - u)` over wrong predictions, so that u is pushed to 0 where the
+    prediction is right and to 1 where it is wrong. `error_weight=0` is the published form, which only learns a constant.
+
+    Args:
+        uncertainty: in [0, 1], [B, 1].
+        logits: [B, C]; only their argmax is used.
+        labels: int64 [B].
+    """
+    correct = (logits.argmax(dim=-1) == labels).float()
+    uncertainty = uncertainty[:, 0].float()
+    return (uncertainty * correct + error_weight * (1 - uncertainty) * (1 - correct)).mean()
+
+
+def prototype_loss(prototype_logits: Tensor, labels: Tensor) -> Tensor:
+    """
+    Cross-entropy of the nearest-prototype classifier (Snell et al. 2017, eq. 2).
+
+    Args:
+        prototype_logits: soft-minimum negative squared distance to the prototypes of each class, [B, C].
+        labels: int64 [B].
+    """
+    return F.cross_entropy(prototype_logits.float(), labels)
+
+
+def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """
+    Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2), over the L2-normalised features of one batch. A clip
+    that shares its label with no other clip has no positive pair and does not count; a batch without any pair gives 0.
+
+    Args:
+        features: [B, D].
+        labels: int64 [B].
+        temperature: greater than 0.
+    """
+    features = F.normalize(features.float(), dim=-1)
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    similarity = (features @ features.T / temperature).masked_fill(itself, float("-inf"))
+    positive = (labels[:, None] == labels[None, :]) & ~itself
+    log_probability = (similarity - similarity.logsumexp(dim=1, keepdim=True)).masked_fill(~positive, 0.0)
+    num_positive = positive.sum(dim=1)
+    per_clip = -log_probability.sum(dim=1) / num_positive.clamp(min=1)
+    return per_clip.sum() / (num_positive > 0).sum().clamp(min=1)
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
+    """
+    `T^2 KL(teacher || student)` of the softened distributions (Hinton et al. 2015, section 2), mean over the batch.
+
+    Args:
+        logits, teacher_logits: [B, C].
+        temperature: T, greater than 0.
+    """
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def check_finite_losses(losses: dict[str, Tensor]) -> None:
+    """Raise `FloatingPointError` naming every part of the loss that is NaN or infinite. Reads the values: synchronises."""
+    bad = {name: value.item() for name, value in losses.items() if not torch.isfinite(value).all()}
+    if bad:
+        raise FloatingPointError(
+            f"The loss is not finite: {', '.join(f'{name}={value}' for name, value in bad.items())}. "
+            "Look for bad rows in the data, a learning rate that is too high, or fp16 where bf16 is needed."
+        )
+
+
+# Audio encoders. The pretrained encoders are Transformers' own; what follows only keeps padding out of their results.
+
+
+class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
+    """
+    First convolution of a GroupNorm feature encoder (wav2vec2-base), normalised over the valid frames of each clip.
+
+    The stock layer normalises each channel over time, padding included, so that a clip's result depends on its batch.
+    The sample mask arrives as a second row under the waveform, [B, 1, 2, T]: with no state kept between calls the layer
+    is safe to checkpoint, compile and export. Without a mask ([B, 1, T]) it is the stock layer. Parameter names are kept.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.conv = layer.conv
+        self.activation = layer.activation
+        self.layer_norm = layer.layer_norm
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dim() == 3:
+            return self.activation(self.layer_norm(self.conv(hidden_states)))
+        waveform, mask = hidden_states[:, :, 0], hidden_states[:, 0, 1]
+        mask = valid_frames(mask > 0.5, self.conv.kernel_size[0], self.conv.stride[0])[:, None]
+        hidden_states = self.conv(waveform) * mask  # (B, channels, frames), 0 where padded
+        # One pass for both moments: with F frames of which n are valid, sum(x) = F mean and sum(x^2) = F (var + mean^2)
+        variance, mean = torch.var_mean(hidden_states.float(), dim=-1, correction=0, keepdim=True)
+        share = mask.shape[-1] / mask.float().sum(dim=-1, keepdim=True).clamp(min=1)
+        second_moment = (variance + mean**2) * share
+        mean = mean * share
+        scale = torch.rsqrt((second_moment - mean**2).clamp(min=0) + self.layer_norm.eps)
+        scale = scale * self.layer_norm.weight[:, None]
+        shift = self.layer_norm.bias[:, None] - mean * scale
+        return self.activation(hidden_states * scale.to(hidden_states) + shift.to(hidden_states))
+
+
+class MaskedPositionalConvEmbedding(nn.Module):
+    """
+    Stacked positional convolutions (data2vec-audio) with the padding set to zero between them.
+
+    A clip on its own sees zeros beyond its end at every convolution; the stock stack lets them fill up in a padded batch.
+    The encoder zeroes padded states before this module, so they are recognised by being exactly 0.
+    """
+
+    def __init__(self, pos_conv_embed: nn.Module):
+        super().__init__()
+        self.layers = pos_conv_embed.layers
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mask = (hidden_states != 0).any(dim=-1)[:, None]  # (B, 1, Ta)
+        hidden_states = hidden_states.transpose(1, 2)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states) * mask
+        return hidden_states.transpose(1, 2)
+
+
+class MaskedWhisperEncoder(WhisperEncoder):
+    """
+    Whisper's encoder on clips of any length up to its maximum: sinusoidal positions are sliced to the clip, so 3 s cost
+    3 s and not 30, and padded frames are masked. Parameter names are those of `WhisperEncoder`.
+    """
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
+        """Encode log-mel frames [B, mels, T] with mask [B, T] (1 = valid) to states [B, ceil(T / 2), D]."""
+        max_frames = self.max_source_positions * self.conv2.stride[0]
+        if input_features.shape[-1] > max_frames:
+            raise ValueError(
+                f"`input_features` has {input_features.shape[-1]} frames; this encoder takes at most {max_frames}. "
+                "Cut the clip into windows first."
+            )
+        if attention_mask is None:
+            attention_mask = input_features.new_ones(input_features[:, 0].shape, dtype=torch.long)
+        mask = attention_mask[:, None].to(input_features)
+        # The convolutions pad with zeros at the end of a clip, so the padding of a batch must be zero at each of them
+        hidden_states = F.gelu(self.conv1(input_features * mask)) * mask
+        hidden_states = F.gelu(self.conv2(hidden_states)).permute(0, 2, 1)  # (B, Ta, D)
+        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+
+def valid_frames(mask: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Mask of an unpadded convolution's output: a frame is valid if the last sample it sees is. [B, T] -> [B, frames]."""
+    return mask[:, kernel_size - 1 :: stride]
+
+
+def time_mask(mask: Tensor, probability: float, length: int, min_masks: int) -> Tensor:
+    """
+    Spans of a time mask (SpecAugment, Park et al. 2019), drawn on the device and only inside each clip.
+
+    Args:
+        mask: valid frames, bool [B, Ta].
+        probability: expected share of frames in a span, before overlaps.
+        length: frames per span. A clip shorter than one span is left alone.
+        min_masks: least number of spans per clip.
+    Returns: bool [B, Ta], True where masked.
+    """
+    num_frames = mask.sum(dim=1, keepdim=True)
+    max_spans = max(min_masks, int(probability * mask.shape[1] / length) + 1)
+    num_spans = probability * num_frames / length + torch.rand_like(num_frames, dtype=torch.float)
+    num_spans = num_spans.floor().clamp(min=min_masks) * (num_frames >= length)
+    start = torch.rand(len(mask), max_spans, device=mask.device) * (num_frames - length + 1)
+    frame = torch.arange(mask.shape[1], device=mask.device)
+    start = start.floor()[:, :, None]
+    inside = (frame >= start) & (frame < start + length)
+    chosen = torch.arange(max_spans, device=mask.device) < num_spans
+    return (inside & chosen[:, :, None]).any(dim=1)
+
+
+def build_audio_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the audio encoder of `config`, randomly started, with its padding-dependent layers replaced by masked ones."""
+    if config.model_type == "whisper":
+        return MaskedWhisperEncoder._from_config(config)
+    encoder = AutoModel.from_config(config)
+    first_layer = encoder.feature_extractor.conv_layers[0]
+    if isinstance(getattr(first_layer, "layer_norm", None), nn.GroupNorm):
+        encoder.feature_extractor.conv_layers[0] = MaskedGroupNormConvLayer(first_layer)
+    if config.model_type == "data2vec-audio":
+        encoder.encoder.pos_conv_embed = MaskedPositionalConvEmbedding(encoder.encoder.pos_conv_embed)
+    return encoder
+
+
+def build_text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the text encoder of `config`, randomly started and without the pooler, which nothing here would use."""
+    return AutoModel.from_config(config, **_without_pooler(config))
+
+
+def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    model_class = AutoModel._model_mapping[type(config)]
+    takes_argument = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_argument else {}
+
+
+# What joins the two modalities
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention with the weights returned; the other implementations come from Transformers."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class CrossModalAttention(nn.Module):
+    """
+    One modality attends to the other: multi-head attention in a shared width, then residual and LayerNorm.
+
+    Args:
+        config: gives the shared width, heads and dropout.
+        query_size: width of the attending states, which is also the width of the result.
+        context_size: width of the states attended to.
+    """
+
+    def __init__(self, config: MMSERConfig, query_size: int, context_size: int):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        shared_size = config.cross_attention_hidden_size
+        self.head_size = shared_size // config.cross_attention_heads
+        self.query = nn.Linear(query_size, shared_size)
+        self.key = nn.Linear(context_size, shared_size, bias=False)  # a key bias cancels out in the softmax
+        self.value = nn.Linear(context_size, shared_size)
+        self.output = nn.Linear(shared_size, query_size)
+        self.dropout = nn.Dropout(config.cross_attention_dropout)
+        self.layer_norm = nn.LayerNorm(query_size)
+
+    def forward(self, hidden_states: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+        """Attend from `hidden_states` [B, Tq, query_size] to `context` [B, Tk, context_size], mask bool [B, Tk]."""
+        query, key, value = (
+            projection(states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, heads, T, head_size)
+            for projection, states in ((self.query, hidden_states), (self.key, context), (self.value, context))
+        )
+        attention_mask = create_bidirectional_mask(
+            self.config, hidden_states, context_mask, encoder_hidden_states=context
+        )
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.head_size**-0.5,
+            dropout=self.dropout.p if self.training else 0.0,
+        )
+        attended = self.dropout(self.output(attended.flatten(2)))
+        return self.layer_norm(hidden_states + attended)
+
+
+class AttentiveStatsPooling(nn.Module):
+    """Attention-weighted mean and standard deviation over time (Okabe et al. 2018, eqs. 3-6)."""
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__()
+        self.hidden = nn.Linear(input_size, hidden_size)
+        self.score = nn.Linear(hidden_size, 1, bias=False)  # a bias cancels out in the softmax
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """Pool states [B, T, D] over the valid positions of the bool mask [B, T] to [B, 2 D]. An all-masked row gives 0."""
+        scores = self.score(torch.tanh(self.hidden(hidden_states)))[..., 0].float()
+        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+        weights = (F.softmax(scores, dim=-1) * mask).unsqueeze(-1)  # (B, T, 1)
+        states = hidden_states.float()
+        mean = (weights * states).sum(dim=1)
+        variance = (weights * (states - mean[:, None]) ** 2).sum(dim=1)
+        # The slope of a square root is infinite at 0, where a single valid position always is
+        deviation = torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
+        return torch.cat([mean, deviation], dim=-1).to(hidden_states.dtype)
+
+
+class FusionLayer(nn.Module):
+    """
+    Gated multimodal unit (Arevalo et al. 2017, eqs. 1-5) that knows which modality is there: a missing one gets gate 0.
+    """
+
+    def __init__(self, config: MMSERConfig, audio_size: int, text_size: int):
+        super().__init__()
+        self.audio_norm = nn.LayerNorm(audio_size)
+        self.text_norm = nn.LayerNorm(text_size)
+        self.audio = nn.Linear(audio_size, config.fusion_hidden_size)
+        self.text = nn.Linear(text_size, config.fusion_hidden_size)
+        self.gate = nn.Linear(audio_size + text_size, config.fusion_hidden_size)
+        self.dropout = nn.Dropout(config.fusion_dropout)
+
+    def forward(self, audio: Tensor, text: Tensor, has_audio: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            audio, text: pooled vectors, [B, audio_size] and [B, text_size].
+            has_audio, has_text: bool [B].
+        Returns: the fused vector [B, fusion_hidden_size] and the share of the audio in it, same shape, in [0, 1].
+        """
+        audio, text = self.dropout(self.audio_norm(audio)), self.dropout(self.text_norm(text))
+        gate = torch.sigmoid(self.gate(torch.cat([audio, text], dim=-1)))
+        gate = torch.where((has_audio & ~has_text)[:, None], 1.0, gate)
+        gate = torch.where((has_text & ~has_audio)[:, None], 0.0, gate)
+        return gate * torch.tanh(self.audio(audio)) + (1 - gate) * torch.tanh(self.text(text)), gate
+
+
+class MissingModality(nn.Module):
+    """The learned state that stands for a modality that is not there."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Put the embedding in place of the rows of `hidden_states` [B, T, D] whose bool mask [B, T] has no valid position.
+
+        Returns: the states, their mask (one valid position in such a row), and which rows are present, bool [B].
+        """
+        present = mask.any(dim=1)
+        states = torch.where(present[:, None, None], hidden_states, self.embedding.to(hidden_states))
+        return states, _attend_somewhere(mask), present
+
+
+def _attend_somewhere(mask: Tensor) -> Tensor:
+    """Mark the first position of rows without any valid one, so that no softmax runs over nothing. Bool [B, T]."""
+    first = F.pad(~mask.any(dim=1, keepdim=True), (0, mask.shape[1] - 1))
+    return mask | first
+
+
+# The classifier and its companions
+
+
+class ResidualBlock(nn.Module):
+    """
+    Bottleneck residual block with LayerNorm after it. Its last Linear starts at zero, so that at the start the block
+    passes its input through (Goyal et al. 2017, section 5.1; Zhang et al. 2019) and a stack of 35 trains.
+    """
+
+    def __init__(self, config: MMSERConfig):
+        super().__init__()
+        self.down = nn.Linear(config.classifier_hidden_size, config.classifier_bottleneck)
+        self.up = nn.Linear(config.classifier_bottleneck, config.classifier_hidden_size)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.layer_norm = nn.LayerNorm(config.classifier_hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, classifier_hidden_size] -> the same."""
+        return self.layer_norm(hidden_states + self.dropout(self.up(F.relu(self.down(hidden_states)))))
+
+
+class DeepClassifier(nn.Module):
+    """Input projection, `classifier_num_layers` residual blocks, a feature layer and the output layer."""
+
+    def __init__(self, config: MMSERConfig):
+        super().__init__()
+        self.checkpoint_interval = config.classifier_checkpoint_interval
+        self.input_projection = nn.Linear(config.fusion_hidden_size, config.classifier_hidden_size)
+        self.input_norm = nn.LayerNorm(config.classifier_hidden_size)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.blocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.classifier_num_layers))
+        self.feature_projection = nn.Linear(config.classifier_hidden_size, config.feature_size)
+        self.output = nn.Linear(config.feature_size, config.num_labels)
+        self.gradient_checkpointing = False  # switched, and given its function, by `activation_checkpointing_enable`
+
+    def forward(self, fused: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify fused vectors [B, fusion_hidden_size]; return logits [B, C] and features [B, feature_size]."""
+        hidden_states = self.dropout(F.relu(self.input_norm(self.input_projection(fused))))
+        for start in range(0, len(self.blocks), self.checkpoint_interval):
+            if self.gradient_checkpointing and self.training:
+                hidden_states = self._gradient_checkpointing_func(self._run_group, hidden_states, start)
+            else:
+                hidden_states = self._run_group(hidden_states, start)
+        features = F.relu(self.feature_projection(hidden_states))
+        return self.output(self.dropout(features)), features
+
+    def _run_group(self, hidden_states: Tensor, start: int) -> Tensor:
+        for block in self.blocks[start : start + self.checkpoint_interval]:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+class ClassAnchorClustering(nn.Module):
+    """Projects features onto the unit sphere and measures how near each clip is to a learned anchor per class."""
+
+    def __init__(self, config: MMSERConfig):
+        super().__init__()
+        self.initial_temperature = config.anchor_temperature
+        self.projection = nn.Linear(config.feature_size, config.anchor_size)
+        self.anchors = nn.Parameter(torch.zeros(config.num_labels, config.anchor_size))
+        # The logarithm is what is learned: the temperature is positive by construction
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            features: [B, feature_size].
+        Returns: anchor logits (cosine similarity over the temperature) and Euclidean distances on the unit sphere in
+            [0, 2], both float32 [B, C].
+        """
+        projected = F.normalize(self.projection(features).float(), dim=-1)
+        anchors = F.normalize(self.anchors.float(), dim=-1)
+        similarity = projected @ anchors.T
+        distances = (2 - 2 * similarity).clamp(min=1e-6).sqrt()
+        return similarity * torch.exp(-self.log_temperature.float()), distances
+
+
+class UncertaintyHead(nn.Module):
+    """Predicts how likely the classifier is to be wrong about a clip."""
+
+    def __init__(self, config: MMSERConfig):
+        super().__init__()
+        self.hidden = nn.Linear(config.feature_size, config.uncertainty_hidden_size)
+        self.output = nn.Linear(config.uncertainty_hidden_size, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, feature_size] -> uncertainty [B, 1] in [0, 1]."""
+        return torch.sigmoid(self.output(F.relu(self.hidden(features))))
+
+
+class PrototypeMemory(nn.Module):
+    """Several learned prototypes per class in feature space; a class is as near as its nearest prototypes."""
+
+    def __init__(self, config: MMSERConfig):
+        super().__init__()
+        self.prototypes = nn.Parameter(
+            torch.zeros(config.num_labels, config.prototypes_per_class, config.feature_size)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """
+        Soft-minimum (over the prototypes of a class) of the squared distance between L2-normalised features and
+        prototypes, negated. Features [B, feature_size] -> prototype logits, float32 [B, C].
+        """
+        features = F.normalize(features.float(), dim=-1)
+        prototypes = F.normalize(self.prototypes.float(), dim=-1)
+        squared_distance = 2 - 2 * torch.einsum("bd,ckd->bck", features, prototypes)
+        return torch.logsumexp(-squared_distance, dim=-1) - math.log(prototypes.shape[1])
+
+
+class OpenMax(nn.Module):
+    """
+    OpenMax (Bendale & Boult 2016, algorithms 1 and 2): an extra class "unknown" takes over activation from the top-ranked
+    classes as far as a clip lies in the tail of the distances that the class was trained with.
+
+    The distances are to the learned class anchors instead of mean activation vectors. Activations are shifted to be at
+    least 0 in each row, which the published rule presumes; so a larger distance can only mean more "unknown".
+
+    Args:
+        num_labels: C.
+        alpha: number of top-ranked classes to revise.
+    """
+
+    min_tail = 5  # a Weibull fitted on fewer distances says next to nothing
+
+    def __init__(self, num_labels: int, alpha: int):
+        super().__init__()
+        self.alpha = alpha
+        for name in ("weibull_shape", "weibull_scale", "weibull_shift"):
+            self.register_buffer(name, torch.ones(num_labels, dtype=torch.float32))
+        # A float: `_keep_in_fp32_modules_strict` would turn a bool into one
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
+        self._is_fitted: bool | None = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` has run. Read from the buffer once, so that a forward pass does not wait for the device."""
+        if self._is_fitted is None:
+            self._is_fitted = bool(self.fitted.item())
+        return self._is_fitted
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._is_fitted = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def fit(self, distances: np.ndarray, labels: np.ndarray, predictions: np.ndarray, tail_size: int = 20) -> None:
+        """
+        Fit one Weibull per class on the largest distances between correctly classified clips and their class anchor.
+
+        As in libmr, a tail t is moved to t - min(t) + 1 before a maximum likelihood fit with location 0. A class with fewer
+        than 5 correct clips, or without spread in its tail, takes the fit over the clips of all classes; a warning names it.
+
+        Args:
+            distances: to each class anchor, [N, C]; tensors are accepted.
+            labels, predictions: class ids, [N].
+            tail_size: number of largest distances used per class.
+        Raises:
+            ValueError: shapes that do not match, values that are not finite, or too few correct clips over all classes.
+        """
+        distances, labels, predictions = (
+            np.asarray(torch.as_tensor(values).detach().cpu()) for values in (distances, labels, predictions)
+        )
+        distances = distances.astype(np.float64)
+        num_labels = len(self.weibull_shape)
+        if distances.shape != (len(labels), num_labels) or labels.shape != predictions.shape or labels.ndim != 1:
+            raise ValueError(
+                f"`distances` must be [N, {num_labels}] and `labels`, `predictions` [N]; got {distances.shape}, "
+                f"{labels.shape}, {predictions.shape}."
+            )
+        if not np.isfinite(distances).all():
+            raise ValueError("`distances` has values that are not finite.")
+        correct = labels == predictions
+        own_distance = distances[np.arange(len(labels))[correct], labels[correct]]
+        pooled = self._fit_tail(own_distance, tail_size)
+        if pooled is None:
+            raise ValueError(
+                f"OpenMax needs at least {self.min_tail} correctly classified clips with different distances, "
+                f"got {len(own_distance)} correct of {len(labels)}."
+            )
+        for label in range(num_labels):
+            tail = own_distance[labels[correct] == label]
+            fit = self._fit_tail(tail, tail_size)
+            if fit is None:
+                logger.warning(
+                    f"OpenMax: class {label} has {len(tail)} correctly classified clips, too few or too alike for a "
+                    "Weibull of its own; the fit over all classes stands in."
+                )
+            shape, scale, shift = fit or pooled
+            self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
+        self.fitted.fill_(1.0)
+        self._is_fitted = True
+
+    def _fit_tail(self, distances: np.ndarray, tail_size: int) -> tuple[float, float, float] | None:
+        tail = np.sort(distances)[-tail_size:]
+        if len(tail) < self.min_tail or tail[-1] - tail[0] < 1e-6:
+            return None
+        shape, _, scale = weibull_min.fit(tail - tail[0] + 1, floc=0)
+        return shape, scale, tail[0]
+
+    def cdf(self, distances: Tensor) -> Tensor:
+        """Probability that a member of each class lies nearer than `distances` [B, C]; 0 below the fitted tail's support."""
+        moved = (distances.float() - self.weibull_shift + 1).clamp(min=0)
+        return -torch.expm1(-((moved / self.weibull_scale) ** self.weibull_shape))
+
+    def forward(self, logits: Tensor, distances: Tensor) -> Tensor:
+        """
+        Args:
+            logits: [B, C].
+            distances: to each class anchor, [B, C].
+        Returns: probabilities of the C classes and of "unknown" (last), float32 [B, C + 1].
+        Raises:
+            ValueError: OpenMax is not fitted.
+        """
+        if not self.is_fitted:
+            raise ValueError(
+                "OpenMax is not fitted: call `model.fit_openmax(dataloader)` first, or pass `use_openmax=False`."
+            )
+        activations = logits.float()
+        activations = activations - activations.amin(dim=-1, keepdim=True)
+        rank = activations.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the top class
+        omega = ((self.alpha - rank) / self.alpha).clamp(min=0)  # (alpha + 1 - r) / alpha with r = rank + 1
+        taken = activations * omega * self.cdf(distances)
+        revised = torch.cat([activations - taken, taken.sum(dim=-1, keepdim=True)], dim=-1)
+        return F.softmax(revised, dim=-1)
+
+
+# The models
+
+
+@dataclass
+class MMSERModelOutput(ModelOutput):
+    """
+    Output of `MMSERModel`.
+
+    Args:
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, fusion_hidden_size)`): the fused vector.
+        audio_embeds (`torch.FloatTensor` of shape `(batch_size, 2 * audio width)`): pooled audio, mean then deviation.
+        text_embeds (`torch.FloatTensor` of shape `(batch_size, 2 * text width)`): pooled text, mean then deviation.
+        gate (`torch.FloatTensor` of shape `(batch_size, fusion_hidden_size)`): share of the audio in the fused vector.
+        hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
+    """
+
+    pooler_output: torch.FloatTensor | None = None
+    audio_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    gate: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MMSEROutput(ModelOutput):
+    """
+    Output of `MMSERForAudioClassification`.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): weighted sum of the parts, if `labels` are given.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): calibrated by the temperature in eval mode.
+        uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): in [0, 1], high where the prediction may be wrong.
+        anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss; 0 without `labels`.
+        losses (`dict[str, torch.FloatTensor]`): the weighted parts by name, detached; they sum to `loss`.
+        features (`torch.FloatTensor` of shape `(batch_size, feature_size)`): input of the output layer.
+        anchor_distances (`torch.FloatTensor` of shape `(batch_size, num_labels)`): distance to each class anchor.
+        unknown_probability (`torch.FloatTensor` of shape `(batch_size, 1)`): of OpenMax, once it is fitted.
+        open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): likewise, "unknown" last.
+        hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    uncertainty: torch.FloatTensor | None = None
+    anchor_loss: torch.FloatTensor | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
+    features: torch.FloatTensor | None = None
+    anchor_distances: torch.FloatTensor | None = None
+    unknown_probability: torch.FloatTensor | None = None
+    open_set_probabilities: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MMSERPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading, and what both models share."""
+
+    config_class = MMSERConfig
+    base_model_prefix = "mmser"
+    main_input_name = "input_values"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ResidualBlock):  # runs after its own Linears
+            init.zeros_(module.up.weight)
+        elif isinstance(module, MissingModality):
+            init.normal_(module.embedding, std=0.02)
+        elif isinstance(module, ClassAnchorClustering):
+            init.orthogonal_(module.anchors)
+            init.constant_(module.log_temperature, math.log(module.initial_temperature))
+        elif isinstance(module, PrototypeMemory):
+            init.normal_(module.prototypes)
+        elif isinstance(module, OpenMax):
+            for buffer in (module.weibull_shape, module.weibull_scale, module.weibull_shift):
+                init.ones_(buffer)
+            init.zeros_(module.fitted)
+        elif isinstance(module, MMSERModel):
+            if module.layer_weights is not None:
+                init.zeros_(module.layer_weights)
+        elif isinstance(module, MMSERForAudioClassification):
+            init.ones_(module.temperature)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        audio_name_or_path: str | PreTrainedConfig,
+        text_name_or_path: str | PreTrainedConfig,
+        hub_kwargs: dict | None = None,
+        **config_overrides,
+    ):
+        """
+        Start a fine-tune from pretrained encoders; everything else starts at random.
+
+        Args:
+            audio_name_or_path, text_name_or_path: Hub name or folder of each encoder. A config object instead starts that
+                encoder at random.
+            hub_kwargs: `revision`, `token`, `cache_dir`... handed to both `from_pretrained` calls.
+            config_overrides: fields of `MMSERConfig`, e.g. `num_labels=7` or `classifier_num_layers=5`.
+        Returns: the model in float32 and eval mode.
+        Raises:
+            ValueError: a checkpoint that lacks weights of its encoder.
+        """
+        hub_kwargs = hub_kwargs or {}
+        audio_config, text_config = (
+            source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **hub_kwargs)
+            for source in (audio_name_or_path, text_name_or_path)
+        )
+        config = MMSERConfig(audio_config=audio_config, text_config=text_config, **config_overrides)
+        config.audio_config.dtype = config.text_config.dtype = torch.float32
+        model = cls(config)
+        if not isinstance(audio_name_or_path, PreTrainedConfig):
+            source_class = WhisperModel if config.audio_config.model_type == "whisper" else AutoModel
+            _load_encoder(model.base_model.audio_encoder, source_class, audio_name_or_path, "encoder", **hub_kwargs)
+        if not isinstance(text_name_or_path, PreTrainedConfig):
+            hub_kwargs = {**hub_kwargs, **_without_pooler(config.text_config)}
+            _load_encoder(model.base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
+        return model.eval()
+
+    def freeze_audio_encoder(self):
+        """Freeze the audio encoder: no gradient, and eval mode (no dropout, no SpecAugment) whatever `train()` says."""
+        self.base_model.audio_encoder.requires_grad_(False).eval()
+
+    def freeze_text_encoder(self):
+        """Freeze the text encoder: no gradient, and eval mode whatever `train()` says."""
+        self.base_model.text_encoder.requires_grad_(False).eval()
+
+    def freeze_feature_encoder(self):
+        """Freeze only the convolutions in front of the audio encoder's attention layers."""
+        encoder = self.base_model.audio_encoder
+        if self.config.uses_log_mel:
+            encoder.conv1.requires_grad_(False)
+            encoder.conv2.requires_grad_(False)
+        else:
+            encoder.feature_extractor._freeze_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.text_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.base_model.text_encoder.set_input_embeddings(value)
+
+
+def _load_encoder(encoder: PreTrainedModel, source_class: type, name_or_path: str, part: str, **kwargs) -> None:
+    """Copy the pretrained weights of `name_or_path` into `encoder`; refuse a checkpoint that lacks some of them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(
+        stdlib_logging.ERROR
+    )  # its report of heads we do not build; what is missing is checked below
+    try:
+        source, report = source_class.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    prefix = f"{part}." if source_class is WhisperModel else ""
+    missing = {key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)}
+    missing -= {"masked_spec_embed"}  # drawn at random where the checkpoint was trained without SpecAugment
+    if missing & set(encoder.state_dict()):
+        raise ValueError(f"{name_or_path!r} lacks weights of {type(encoder).__name__}: {sorted(missing)[:5]}...")
+    encoder.load_state_dict((source.encoder if prefix else source).state_dict())
+
+
+class MMSERModel(MMSERPreTrainedModel):
+    """Both encoders, cross-modal attention, attentive statistics pooling and gated fusion; ends at the fused vector."""
+
+    def __init__(self, config: MMSERConfig):
+        super().__init__(config)
+        if config.uses_log_mel:
+            self.main_input_name = "input_features"
+        self.audio_encoder = build_audio_encoder(config.audio_config)
+        self.text_encoder = build_text_encoder(config.text_config)
+        audio_size, text_size = config.audio_config.hidden_size, config.text_config.hidden_size
+        self.layer_weights = None
+        if config.use_weighted_layer_sum:
+            self.layer_weights = nn.Parameter(torch.zeros(config.audio_config.num_hidden_layers + 1))
+        self.missing_audio = MissingModality(audio_size)
+        self.missing_text = MissingModality(text_size)
+        self.audio_attention = CrossModalAttention(config, audio_size, text_size)
+        self.text_attention = CrossModalAttention(config, text_size, audio_size)
+        self.audio_pooling = AttentiveStatsPooling(audio_size, config.pooling_hidden_size)
+        self.text_pooling = AttentiveStatsPooling(text_size, config.pooling_hidden_size)
+        self.fusion = FusionLayer(config, 2 * audio_size, 2 * text_size)
+        self.post_init()
+
+    def train(self, mode: bool = True):
+        """Set training mode, except for a frozen encoder: frozen means no dropout and no SpecAugment either."""
+        super().train(mode)
+        for encoder in (self.audio_encoder, self.text_encoder):
+            if _is_frozen(encoder):
+                encoder.eval()
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.FloatTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        text_attention_mask: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> MMSERModelOutput:
+        r"""
+        Args:
+            input_values (`torch.FloatTensor` of shape `(batch_size, num_samples)`): waveform from `MMSERProcessor`.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, num_samples)` or `(batch_size, num_frames)`):
+                1 for audio, 0 for padding on the right. A row of zeros has no audio.
+            input_ids (`torch.LongTensor` of shape `(batch_size, num_tokens)`): tokens of the transcript.
+            text_attention_mask (`torch.LongTensor` of shape `(batch_size, num_tokens)`): likewise for the text.
+            input_features (`torch.FloatTensor` of shape `(batch_size, num_mels, num_frames)`): log-mel frames, in place of
+                `input_values` for encoders that take them.
+            output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
+        Returns: `MMSERModelOutput`.
+        Raises:
+            ValueError: neither audio nor text given, the wrong kind of audio input, or audio too short for one frame.
+        """
+        audio = self._audio_input(input_values, input_features)
+        if audio is None and input_ids is None:
+            raise ValueError("Give audio (`input_values` or `input_features`), `input_ids`, or both.")
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        flags = {"output_hidden_states": output_hidden_states, "output_attentions": bool(output_attentions)}
+        audio_states = text_states = record = None
+        batch_size = len(input_ids if audio is None else audio)
+
+        if audio is not None:
+            audio_states, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
+        if input_ids is not None:
+            text_flags = flags if record is None else {}
+            text_states, text_mask, text_record = self._encode_text(input_ids, text_attention_mask, **text_flags)
+            record = record or text_record
+        if audio is None:
+            audio_states, audio_mask = self._nothing(text_states, batch_size, self.missing_audio)
+        if input_ids is None:
+            text_states, text_mask = self._nothing(audio_states, batch_size, self.missing_text)
+
+        audio_states, audio_mask, has_audio = self.missing_audio(audio_states, audio_mask)
+        text_states, text_mask, has_text = self.missing_text(text_states, text_mask)
+        audio_attended = self.audio_attention(audio_states, text_states, text_mask)
+        text_attended = self.text_attention(text_states, audio_states, audio_mask)
+        audio_embeds = self.audio_pooling(audio_attended, audio_mask)  # (B, 2 D)
+        text_embeds = self.text_pooling(text_attended, text_mask)
+        fused, gate = self.fusion(audio_embeds, text_embeds, has_audio, has_text)
+        return MMSERModelOutput(
+            pooler_output=fused,
+            audio_embeds=audio_embeds,
+            text_embeds=text_embeds,
+            gate=gate,
+            hidden_states=record.hidden_states if output_hidden_states else None,
+            attentions=record.attentions if output_attentions else None,
+        )
+
+    def _audio_input(self, input_values: Tensor | None, input_features: Tensor | None) -> Tensor | None:
+        expected, given = (
+            ("input_features", "input_values") if self.config.uses_log_mel else ("input_values", "input_features")
+        )
+        audio, wrong = (input_features, input_values) if self.config.uses_log_mel else (input_values, input_features)
+        if wrong is not None:
+            raise ValueError(f"A {self.config.audio_config.model_type} encoder takes `{expected}`, not `{given}`.")
+        if audio is not None and not audio.is_floating_point():
+            raise ValueError(f"`{expected}` must be floating point, got {audio.dtype}: use `MMSERProcessor`.")
+        return audio
+
+    def _encode_audio(
+        self, audio: Tensor, attention_mask: Tensor | None, output_hidden_states: bool, output_attentions: bool
+    ) -> tuple[Tensor, Tensor, BaseModelOutput]:
+        """Return states [B, Ta, D], their bool mask [B, Ta] (rows without audio all False), and the encoder's output."""
+        encoder = self.audio_encoder
+        audio = audio.to(self.dtype)
+        if attention_mask is None:
+            attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
+        mask = attention_mask.bool()
+        # Rows without audio are encoded as silence and their states replaced afterwards
+        safe_mask = (mask | ~mask.any(dim=1, keepdim=True)).long()
+        flags = {
+            "output_hidden_states": output_hidden_states or self.layer_weights is not None,
+            "output_attentions": output_attentions,
+            "return_dict": True,
+        }
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(encoder)):
+            if self.config.uses_log_mel:
+                frame_mask = mask[:, ::2]
+                output = encoder(audio, attention_mask=safe_mask, **flags)
+            else:
+                frame_mask = self._frame_mask(mask)
+                flags["mask_time_indices"] = self._spec_augment(frame_mask)
+                if isinstance(encoder.feature_extractor.conv_layers[0], MaskedGroupNormConvLayer):
+                    audio = torch.stack([audio, safe_mask.to(audio)], dim=1)  # (B, 2, T)
+                output = encoder(audio, attention_mask=safe_mask, **flags)
+        states = output.last_hidden_state
+        if self.layer_weights is not None:
+            weights = F.softmax(self.layer_weights.float(), dim=0).to(states)
+            layers = (*output.hidden_states[:-1], states)  # pre-norm encoders record their last layer before its norm
+            states = sum(weight * layer for weight, layer in zip(weights, layers, strict=True))
+        return states, frame_mask, output
+
+    def _frame_mask(self, mask: Tensor) -> Tensor:
+        """Follow the sample mask, bool [B, T], through the convolutions of a waveform encoder to its frames [B, Ta]."""
+        config = self.config.audio_config
+        for kernel_size, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            mask = valid_frames(mask, kernel_size, stride)
+        if mask.shape[1] == 0:
+            raise ValueError("The audio is too short for one frame of the encoder (400 samples, 25 ms at 16 kHz).")
+        return mask
+
+    def _spec_augment(self, frame_mask: Tensor) -> Tensor | None:
+        """Time mask for training. The stock one is drawn on the host and fails on clips shorter than one span."""
+        config = self.config.audio_config
+        applies = getattr(config, "apply_spec_augment", True) and config.mask_time_prob > 0
+        if not (self.audio_encoder.training and applies):
+            return None
+        return time_mask(frame_mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
+
+    def _encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **flags
+    ) -> tuple[Tensor, Tensor, BaseModelOutput]:
+        """Return states [B, L, D], their bool mask [B, L] (rows without text all False), and the encoder's output."""
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.text_encoder)):
+            output = self.text_encoder(
+                input_ids=input_ids, attention_mask=_attend_somewhere(mask).long(), return_dict=True, **flags
+            )
+        return output.last_hidden_state, mask, output
+
+    def _nothing(self, other: Tensor, batch_size: int, missing: MissingModality) -> tuple[Tensor, Tensor]:
+        """One empty position per clip, for a modality that the whole batch lacks."""
+        states = other.new_zeros(batch_size, 1, len(missing.embedding))
+        return states, torch.zeros(batch_size, 1, dtype=torch.bool, device=other.device)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+class MMSERForAudioClassification(MMSERPreTrainedModel):
+    """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
+
+    _keep_in_fp32_modules_strict = ("openmax", "temperature")
+
+    def __init__(self, config: MMSERConfig):
+        super().__init__(config)
+        if config.uses_log_mel:
+            self.main_input_name = "input_features"
+        self.mmser = MMSERModel(config)
+        self.classifier = DeepClassifier(config)
+        self.anchors = ClassAnchorClustering(config)
+        self.uncertainty = UncertaintyHead(config)
+        self.prototypes = PrototypeMemory(config)
+        self.openmax = OpenMax(config.num_labels, alpha=config.openmax_alpha)
+        # Divides the logits outside training (Guo et al. 2017); 1 until it is fitted on held-out clips
+        self.register_buffer("temperature", torch.ones((), dtype=torch.float32))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.FloatTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        text_attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_openmax: bool | None = None,
+        input_features: torch.FloatTensor | None = None,
+        teacher_logits: torch.FloatTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> MMSEROutput:
+        r"""
+        Args:
+            input_values, attention_mask, input_ids, text_attention_mask, input_features: see `MMSERModel.forward`.
+            labels (`torch.LongTensor` of shape `(batch_size,)`): class ids, for the loss.
+            use_openmax (`bool`, *optional*): `None` returns open-set probabilities if OpenMax is fitted and
+                `config.use_openmax`; `True` insists on them; `False` leaves them out.
+            teacher_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): for the distillation part.
+            output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
+        Returns: `MMSEROutput`.
+        Raises:
+            ValueError: as `MMSERModel.forward`; labels out of range; `use_openmax=True` before OpenMax is fitted.
+        """
+        outputs = self.mmser(
+            input_values=input_values,
+            attention_mask=attention_mask,
+            input_ids=input_ids,
+            text_attention_mask=text_attention_mask,
+            input_features=input_features,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        raw_logits, features = self.classifier(outputs.pooler_output)
+        uncertainty = self.uncertainty(features)
+        anchor_logits, anchor_distances = self.anchors(features)
+        logits = raw_logits if self.training else (raw_logits / self.temperature).to(raw_logits.dtype)
+
+        loss = losses = None
+        anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
+        if labels is not None:
+            parts = self._weighted_losses(
+                raw_logits, features, uncertainty, anchor_logits, anchor_distances, labels, teacher_logits
+            )
+            anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
+            loss = sum(parts.values())
+            losses = {name: part.detach() for name, part in parts.items()}
+
+        open_set_probabilities = None
+        if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
+            open_set_probabilities = self.openmax(logits, anchor_distances)
+        return MMSEROutput(
+            loss=loss,
+            logits=logits,
+            uncertainty=uncertainty,
+            anchor_loss=anchor_loss,
+            losses=losses,
+            features=features,
+            anchor_distances=anchor_distances,
+            unknown_probability=None if open_set_probabilities is None else open_set_probabilities[:, -1:],
+            open_set_probabilities=open_set_probabilities,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _weighted_losses(
+        self,
+        logits: Tensor,
+        features: Tensor,
+        uncertainty: Tensor,
+        anchor_logits: Tensor,
+        anchor_distances: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The parts of the loss times their weights; a part with weight 0 is not computed."""
+        config = self.config
+        if labels.device.type == "cpu" and ((labels < 0) | (labels >= config.num_labels)).any():
+            raise ValueError(f"`labels` must be in [0, {config.num_labels - 1}], got {labels.tolist()}.")
+        if config.distillation_loss_weight and teacher_logits is None:
+            raise ValueError("`distillation_loss_weight` is set: pass `teacher_logits`.")
+        class_weights = None
+        if config.class_counts is not None:
+            class_weights = logits.new_tensor(class_balanced_weights(config.class_counts, config.class_balanced_beta))
+        parts = {
+            "cross_entropy": lambda: F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing),
+            "focal": lambda: class_balanced_focal_loss(logits, labels, class_weights, config.focal_gamma),
+            "anchor": lambda: clustering_loss(anchor_logits, anchor_distances, labels),
+            "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
+            "prototype": lambda: prototype_loss(self.prototypes(features), labels),
+            "supervised_contrastive": lambda: supervised_contrastive_loss(
+                features, labels, config.supervised_contrastive_temperature
+            ),
+            "distillation": lambda: distillation_loss(logits, teacher_logits, config.distillation_temperature),
+        }
+        weights = {name: getattr(config, f"{name}_loss_weight") for name in parts}
+        return {name: weights[name] * part() for name, part in parts.items() if weights[name]}
+
+    @torch.no_grad()
+    def fit_openmax(self, dataloader: Iterable[dict], tail_size: int | None = None) -> None:
+        """
+        Fit OpenMax in one pass over the training clips.
+
+        Args:
+            dataloader: batches of this model's inputs with `labels`.
+            tail_size: see `OpenMax.fit`; default `config.openmax_tail_size`.
+        """
+        was_training = self.training
+        self.eval()
+        distances, labels, predictions = [], [], []
+        for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            labels.append(batch.pop("labels").cpu())
+            outputs = self(**batch, use_openmax=False)
+            distances.append(outputs.anchor_distances.cpu())
+            predictions.append(outputs.logits.argmax(dim=-1).cpu())
+        self.train(was_training)
+        if not labels:
+            raise ValueError("`dataloader` gave no batch.")
+        self.openmax.fit(
+            torch.cat(distances), torch.cat(labels), torch.cat(predictions), tail_size or self.config.openmax_tail_size
+        )
+
+
+def register_auto_classes() -> None:
+    """Make the `Auto*` classes of Transformers know MMSER in this process, so that no `trust_remote_code` is needed."""
+    from transformers import AutoModelForAudioClassification
+
+    AutoConfig.register("mmser", MMSERConfig, exist_ok=True)
+    AutoModel.register(MMSERConfig, MMSERModel, exist_ok=True)
+    AutoModelForAudioClassification.register(MMSERConfig, MMSERForAudioClassification, exist_ok=True)
+
+
+MMSERModel.register_for_auto_class("AutoModel")
+MMSERForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
+
+__all__ = ["MMSERForAudioClassification", "MMSERModel", "MMSEROutput", "MMSERPreTrainedModel", "OpenMax"]
