@@ -93,6 +93,7 @@ class MMSERConfig(PreTrainedConfig):
         "losses",
         "anchor_loss",
         "features",
+        "fused",
         "open_set_probabilities",
         "hidden_states",
         "attentions",

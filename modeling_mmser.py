@@ -702,6 +702,7 @@ class MMSEROutput(ModelOutput):
         anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss; 0 without `labels`.
         losses (`dict[str, torch.FloatTensor]`): the weighted parts by name, detached; they sum to `loss`.
         features (`torch.FloatTensor` of shape `(batch_size, feature_size)`): input of the output layer.
+        fused (`torch.FloatTensor` of shape `(batch_size, fusion_hidden_size)`): `pooler_output` of `MMSERModel`.
         anchor_distances (`torch.FloatTensor` of shape `(batch_size, num_labels)`): distance to each class anchor.
         unknown_probability (`torch.FloatTensor` of shape `(batch_size, 1)`): of OpenMax, once it is fitted.
         open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): likewise, "unknown" last.
@@ -714,6 +715,7 @@ class MMSEROutput(ModelOutput):
     anchor_loss: torch.FloatTensor | None = None
     losses: dict[str, torch.FloatTensor] | None = None
     features: torch.FloatTensor | None = None
+    fused: torch.FloatTensor | None = None
     anchor_distances: torch.FloatTensor | None = None
     unknown_probability: torch.FloatTensor | None = None
     open_set_probabilities: torch.FloatTensor | None = None
@@ -1098,6 +1100,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             anchor_loss=anchor_loss,
             losses=losses,
             features=features,
+            fused=outputs.pooler_output,
             anchor_distances=anchor_distances,
             unknown_probability=None if open_set_probabilities is None else open_set_probabilities[:, -1:],
             open_set_probabilities=open_set_probabilities,

@@ -1,0 +1,38 @@
+# `make demo` and `make test` work on a machine that has nothing but Python 3.10 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := demo_output
+# The processor build of PyTorch is a few hundred MB; set TORCH=torch for the build with CUDA.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer
+	$(BIN)/python train_hf.py recipes/demo.json
+	$(BIN)/python demo/classify.py $(DEMO)/model $(DEMO)/corpus
+
+$(DEMO)/corpus: | $(VENV)/installed
+	$(BIN)/python demo/synthesize_corpus.py $@
+
+$(DEMO)/tokenizer: | $(VENV)/installed $(DEMO)/corpus
+	$(BIN)/python demo/train_tokenizer.py $(DEMO)/corpus $@
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy configuration_mmser.py modeling_mmser.py processing_mmser.py data_mmser.py
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,report,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO)

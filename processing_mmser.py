@@ -1,0 +1,593 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sound and words to tensors, and from a file to labelled scores.
+
+Read in this order: `load_audio` (anything -> mono float32 at one rate), `MMSERProcessor` (audio and text -> model
+inputs; every clip is computed alone, so that no value depends on its batch), `MMSERPipeline` (anything -> scores).
+This file is copied into every checkpoint, so it imports nothing of the project.
+"""
+
+# The library annotates what subclasses are meant to replace as if it were final:
+# mypy: disable-error-code="assignment, misc, override"
+
+import io
+import numbers
+import os
+import struct
+import urllib.request
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from transformers import BatchFeature, Pipeline, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MAX_TEXT_TOKENS = 512  # position table of BERT-like encoders
+MIN_SECONDS = 0.025  # 400 samples at 16 kHz: the receptive field of one wav2vec2 frame, and one Whisper STFT window
+MIN_SAMPLING_RATE = 1000  # Hz; below this the caller has most likely given kHz
+UNKNOWN_WAV_SIZE = 0x7FFF0000  # programs that write WAV to a pipe put a size from here up: "until the end of the file"
+MP3_FRAME = 1152  # samples; MP3 headers may be wrong by the encoder's delay
+INTEGER_FORMATS = {"int16": (0, 2**15), "int32": (0, 2**31), "uint8": (128, 2**7)}  # dtype: (zero level, full scale)
+READABLE_FORMATS = (
+    "WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and AU can be read; convert others (m4a, aac, webm, mp4, wma) with "
+    "`ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav`"
+)
+
+_warned: set[str] = set()
+
+
+def _warn_once(topic: str, message: str) -> None:
+    """Log `message` unless something was already logged on `topic`: one cut clip is news, ten thousand are noise."""
+    if topic not in _warned:
+        _warned.add(topic)
+        logger.warning(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audio in
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_audio(
+    audio, sampling_rate: int | None = None, target_sampling_rate: int = 16000, name: str = "audio"
+) -> np.ndarray:
+    """Bring one clip of any kind to mono float32 at one sampling rate.
+
+    Args:
+        audio (`str`, `os.PathLike`, `bytes`, `np.ndarray`, `torch.Tensor` or list of numbers): a file, the content of
+            a file, or samples of shape (time,), (channels, time) or (time, channels); channels are the smaller axis.
+            int16, int32 and uint8 samples are scaled to [-1, 1), floating samples are kept; channels are averaged.
+        sampling_rate (`int`, Hz): rate of `audio`; required for samples, ignored for files, which carry their own.
+        target_sampling_rate (`int`, Hz): rate of the result.
+        name (`str`): what error messages call this clip.
+
+    Returns:
+        `np.ndarray` of shape (time,), float32, contiguous.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: empty, NaN or infinite samples; a file that is unreadable or cut short; samples without a rate or
+            of a dtype or shape that has no clear meaning.
+        TypeError: `audio` is none of the above.
+    """
+    if isinstance(audio, (str, os.PathLike)):
+        name = f"{name} '{os.fspath(audio)}'"
+        audio = _read(Path(audio), name)
+    if isinstance(audio, (bytes, bytearray)):
+        samples, sampling_rate = _decode(bytes(audio), name)
+    else:
+        samples = _samples_to_mono(audio, name)
+    if sampling_rate is None:
+        raise ValueError(
+            f"{name}: `sampling_rate` is required with an array of samples: the same numbers at another rate are "
+            "another sound, and the array does not carry its rate"
+        )
+    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, numbers.Real):
+        raise TypeError(f"{name}: `sampling_rate` must be a number in Hz, got {sampling_rate!r}")
+    if not MIN_SAMPLING_RATE <= sampling_rate < float("inf"):
+        raise ValueError(f"{name}: `sampling_rate` is in Hz and at least {MIN_SAMPLING_RATE}, got {sampling_rate}")
+    bad = np.flatnonzero(~np.isfinite(samples))
+    if bad.size:
+        raise ValueError(f"{name}: {bad.size} of {samples.size} samples are NaN or infinite, the first at {bad[0]}")
+    if samples.size and sampling_rate != target_sampling_rate:
+        samples = soxr.resample(samples, sampling_rate, target_sampling_rate, quality="HQ")
+    if samples.size == 0:
+        raise ValueError(f"{name}: empty, it holds no samples at {target_sampling_rate} Hz")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _read(path: Path, name: str) -> bytes:
+    """The content of a file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: there is no such file")
+    if path.is_dir():
+        raise ValueError(f"{name}: this is a folder, not an audio file")
+    return path.read_bytes()
+
+
+def _decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Decode the bytes of an audio file to (mono float32 samples, sampling rate in Hz)."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            promised, rate, slack = file.frames, file.samplerate, MP3_FRAME if file.format == "MP3" else 0
+            samples = file.read(dtype="float32", always_2d=True)  # (time, channels)
+    except soundfile.SoundFileError as error:
+        reason = str(getattr(error, "error_string", error))
+        raise ValueError(f"{name}: cannot be read as audio ({reason}) {READABLE_FORMATS}") from error
+    if len(samples) < promised - slack:
+        raise ValueError(
+            f"{name}: truncated, the header promises {promised} samples but only {len(samples)} are there"
+        )
+    promised_bytes, held_bytes = _wav_data_size(content)
+    if held_bytes < promised_bytes < UNKNOWN_WAV_SIZE:
+        raise ValueError(
+            f"{name}: truncated, the header promises {promised_bytes} bytes of samples but only {held_bytes} are there"
+        )
+    return samples.mean(axis=1), rate
+
+
+def _wav_data_size(content: bytes) -> tuple[int, int]:
+    """(bytes of samples a WAV header promises, bytes there); libsndfile hides the difference. (0, 0) if not WAV."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        return 0, 0
+    position = 12
+    while position + 8 <= len(content):
+        chunk, size = struct.unpack_from("<4sI", content, position)
+        position += 8
+        if chunk == b"data":
+            return size, len(content) - position
+        position += size + size % 2  # chunks are padded to an even size
+    return 0, 0
+
+
+def _samples_to_mono(audio, name: str) -> np.ndarray:
+    """Samples of any allowed dtype and layout -> float32 of shape (time,)."""
+    if isinstance(audio, torch.Tensor):
+        audio = audio.detach().cpu()
+        audio = audio.float() if audio.is_floating_point() else audio  # NumPy has no bfloat16
+    elif not isinstance(audio, (np.ndarray, list, tuple)):
+        raise TypeError(
+            f"{name}: expected a path, the bytes of a file, or an array, tensor or list of samples, got "
+            f"{type(audio).__name__}"
+        )
+    try:
+        samples = np.asarray(audio)
+    except ValueError as error:
+        raise ValueError(f"{name}: the list of samples is ragged ({error})") from error
+    if samples.dtype.name in INTEGER_FORMATS:
+        zero, scale = INTEGER_FORMATS[samples.dtype.name]
+        samples = (samples.astype(np.float32) - zero) / scale
+    elif np.issubdtype(samples.dtype, np.floating):
+        with np.errstate(over="ignore"):  # what overflows is reported as infinite by the caller
+            samples = samples.astype(np.float32)
+    else:
+        raise ValueError(
+            f"{name}: samples of dtype {samples.dtype} are not audio; floats, {', '.join(INTEGER_FORMATS)} are allowed"
+        )
+    if samples.ndim == 1 or samples.size == 0:
+        return samples.reshape(-1)
+    if samples.ndim != 2 or samples.shape[0] == samples.shape[1] > 1:
+        raise ValueError(
+            f"{name}: cannot tell time from channels in shape {samples.shape}; give (time,), (channels, time) or "
+            "(time, channels) with fewer channels than samples"
+        )
+    return samples.mean(axis=int(np.argmin(samples.shape)), dtype=np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MMSERAudioKwargs(TypedDict, total=False):
+    """Audio options. `max_length` and `truncation` are left out on purpose: given flat, they speak of text tokens."""
+
+    sampling_rate: int | None
+    pad_to_multiple_of: int | None
+    return_tensors: str | None
+
+
+class MMSERProcessorKwargs(ProcessingKwargs, total=False):
+    audio_kwargs: MMSERAudioKwargs
+
+
+class MMSERProcessor(ProcessorMixin):
+    """Turns audio clips and their transcripts into the inputs of an MMSER model.
+
+    Args:
+        feature_extractor (`Wav2Vec2FeatureExtractor` or `WhisperFeatureExtractor`): the raw-waveform family (wav2vec2,
+            HuBERT, WavLM, data2vec-audio, XLS-R) or the log-mel family.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text encoder.
+    """
+
+    valid_processor_kwargs = MMSERProcessorKwargs
+    text_kwargs = {"padding": True, "return_tensors": "pt"}  # noqa: RUF012 (read and copied by ProcessorMixin)
+    audio_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+
+    def __init__(self, feature_extractor, tokenizer):
+        super().__init__(feature_extractor, tokenizer)
+        if not isinstance(feature_extractor, (Wav2Vec2FeatureExtractor, WhisperFeatureExtractor)):
+            raise ValueError(
+                "`feature_extractor` must be a Wav2Vec2FeatureExtractor (raw waveform) or a WhisperFeatureExtractor "
+                f"(log-mel), got {type(feature_extractor).__name__}"
+            )
+        if self.audio_input_name == "input_values":
+            # Many checkpoints say False; whoever loads the extractor alone must get the mask as well.
+            feature_extractor.return_attention_mask = True
+
+    @property
+    def audio_input_name(self) -> str:
+        """`input_values` for the raw-waveform family, `input_features` for the log-mel family."""
+        return self.feature_extractor.model_input_names[0]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [self.audio_input_name, "attention_mask", "input_ids", "text_attention_mask"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As always, less the `auto_map` that saving puts on the feature extractor, a class of the library."""
+        output = super().to_dict()
+        output["feature_extractor"].pop("auto_map", None)
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As always; afterwards the object still equals its reloaded copy."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for part in (self, self.feature_extractor):
+            vars(part).pop("auto_map", None)  # meant for the files, the library leaves it on the objects
+        return files
+
+    def __call__(self, audio=None, text=None, **kwargs: Unpack[MMSERProcessorKwargs]) -> BatchFeature:
+        """Prepare a batch. Row i is clip i with text i; either may be None (text also blank), not both.
+
+        Args:
+            audio: one clip or a list of clips, each as in [`load_audio`] or None. A bare 2-D array of shape (few,
+                many) could be a batch or channels and is refused: wrap it in a list, or make it one.
+            text (`str` or list of `str | None`): transcripts, cut to 512 tokens or the tokenizer's own limit.
+            sampling_rate (`int`, Hz): rate of the clips given as arrays; other rates than the model's are resampled.
+            return_tensors (`str`, defaults to `"pt"`), padding, max_length, ...: as for any tokenizer. Clips are
+                always padded to the longest, with zeros.
+
+        Returns:
+            [`BatchFeature`] with `input_values` (batch, time) or `input_features` (batch, mels, frames), float32, and
+            `attention_mask` (batch, time or frames), unless no row has audio; `input_ids` and `text_attention_mask`
+            (batch, tokens), unless no row has text. In a row that lacks a modality its mask is all zero.
+
+        Raises:
+            ValueError: a row without audio and text, lists of different length, or a clip that [`load_audio`] refuses
+                or that is shorter than 25 ms; the message names the row.
+            TypeError: a text that is not a string.
+        """
+        clips, texts = _as_clips(audio), _as_texts(text)
+        if clips is None and texts is None:
+            raise ValueError("Give `audio`, `text` or both: there is nothing to process")
+        if clips is not None and texts is not None and len(clips) != len(texts):
+            raise ValueError(f"`audio` has {len(clips)} rows but `text` has {len(texts)}; row i of both is one clip")
+        count = len(clips or texts or [])
+        clips, texts = clips or [None] * count, texts or [None] * count
+        for row, (clip, words) in enumerate(zip(clips, texts, strict=True)):
+            if clip is None and words is None:
+                raise ValueError(f"row {row} has neither audio nor text; at least one is needed")
+
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        inputs = BatchFeature()
+        if any(clip is not None for clip in clips):
+            inputs.update(self._process_clips(clips, **options["audio_kwargs"]))
+        if any(words is not None for words in texts):
+            inputs.update(self._process_texts(texts, **options["text_kwargs"]))
+        return inputs
+
+    def _process_clips(self, clips: list, sampling_rate=None, pad_to_multiple_of=None, return_tensors=None):
+        """List of clips (None = missing) -> padded features and their mask."""
+        rate = self.feature_extractor.sampling_rate
+        rows = [
+            None
+            if clip is None
+            else self._extract(load_audio(clip, sampling_rate, rate, name=f"audio row {row}"), f"audio row {row}")
+            for row, clip in enumerate(clips)
+        ]
+        # int32 is what the library's feature extractors return
+        masks = [None if features is None else np.ones(features.shape[-1], dtype=np.int32) for features in rows]
+        data = {
+            self.audio_input_name: pad_and_stack(rows, multiple_of=pad_to_multiple_of),
+            "attention_mask": pad_and_stack(masks, multiple_of=pad_to_multiple_of),
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _extract(self, waveform: np.ndarray, name: str) -> np.ndarray:
+        """One clip at the model's rate, (time,) -> normalised waveform (time,) or log-mel (mels, frames).
+
+        Each clip is extracted alone and unpadded. The library's Whisper extractor pads before the Fourier transform:
+        the last frames and the floor of the logarithm would depend on the batch, and 3 s would cost 30 s.
+        """
+        rate = self.feature_extractor.sampling_rate
+        minimum = round(MIN_SECONDS * rate)
+        if len(waveform) < minimum:
+            raise ValueError(
+                f"{name}: too short, {len(waveform)} samples at {rate} Hz; the minimum is {minimum} ({MIN_SECONDS} s)"
+            )
+        if self.audio_input_name == "input_features" and len(waveform) > (limit := self.feature_extractor.n_samples):
+            _warn_once(
+                "audio",
+                f"{name}: {len(waveform) / rate:.1f} s is longer than the {limit / rate:.0f} s this audio encoder "
+                f"takes; the last {(len(waveform) - limit) / rate:.1f} s were cut. Further cuts are not reported.",
+            )
+            waveform = waveform[:limit]
+        features = self.feature_extractor(
+            waveform, sampling_rate=rate, padding=False, truncation=False, return_attention_mask=False
+        )
+        return np.asarray(features[self.audio_input_name][0], dtype=np.float32)
+
+    def _process_texts(self, texts: list[str | None], return_tensors=None, **text_kwargs):
+        """List of texts (None = missing) -> `input_ids` and `text_attention_mask`."""
+        limit = min(self.tokenizer.model_max_length, MAX_TEXT_TOKENS, text_kwargs.get("max_length") or MAX_TEXT_TOKENS)
+        words = [text or "" for text in texts]
+        whole = self.tokenizer(words, **{**text_kwargs, "padding": False, "truncation": False, "verbose": False})
+        too_long = sum(len(ids) > limit for ids in whole["input_ids"])
+        if too_long:
+            _warn_once(
+                "text",
+                f"{too_long} of {len(texts)} texts are longer than {limit} tokens and were cut there. "
+                "Further cuts are not reported.",
+            )
+        encoded = self.tokenizer(words, **{**text_kwargs, "truncation": True, "max_length": limit})
+        encoded.pop("token_type_ids", None)
+        encoded["text_attention_mask"] = encoded.pop("attention_mask")
+        for row, text in enumerate(texts):
+            if text is None:
+                length = len(encoded["input_ids"][row])
+                encoded["input_ids"][row] = [self.tokenizer.pad_token_id] * length
+                encoded["text_attention_mask"][row] = [0] * length
+        return BatchFeature(dict(encoded), tensor_type=return_tensors)
+
+
+def _as_clips(audio) -> list | None:
+    """`audio` as the caller wrote it -> list with one entry per row, or None."""
+    if audio is None or isinstance(audio, (str, bytes, bytearray, os.PathLike)):
+        return None if audio is None else [audio]
+    if isinstance(audio, (np.ndarray, torch.Tensor)):
+        if audio.ndim == 2 and 1 < audio.shape[0] <= audio.shape[1]:
+            raise ValueError(
+                f"`audio` of shape {tuple(audio.shape)} is either {audio.shape[0]} clips or {audio.shape[0]} channels "
+                "of one clip; pass `list(audio)` for clips, `[audio]` for channels"
+            )
+        return [audio]
+    if not isinstance(audio, (list, tuple)):
+        raise TypeError(f"`audio` must be a clip or a list of clips, got {type(audio).__name__}")
+    if len(audio) == 0:
+        raise ValueError("`audio` is an empty list")
+    return [audio] if isinstance(audio[0], numbers.Number) else list(audio)
+
+
+def _as_texts(text) -> list[str | None] | None:
+    """`text` as the caller wrote it -> list with one entry per row, blank ones as None, or None."""
+    if text is None:
+        return None
+    if not isinstance(text, (str, list, tuple)):
+        raise TypeError(f"`text` must be a string or a list of strings, got {type(text).__name__}")
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("`text` is an empty list")
+    for row, entry in enumerate(texts):
+        if entry is not None and not isinstance(entry, str):
+            raise TypeError(f"text row {row} must be a string or None, got {type(entry).__name__}")
+    return [entry if entry and entry.strip() else None for entry in texts]
+
+
+def pad_and_stack(rows: list[np.ndarray | None], padding_value: float = 0, multiple_of: int | None = None):
+    """Stack arrays that differ in their last axis, padded at its end; None becomes a row of padding.
+
+    Args:
+        rows (list of `np.ndarray` of shape (..., length_i) or None): at least one is an array.
+        padding_value (`float`): value of the padding.
+        multiple_of (`int`): round the common length up to a multiple of this.
+
+    Returns:
+        `np.ndarray` of shape (rows, ..., length), of the dtype of the rows.
+    """
+    first = next(row for row in rows if row is not None)
+    length = max(row.shape[-1] for row in rows if row is not None)
+    if multiple_of:
+        length += -length % multiple_of
+    stacked = np.full((len(rows), *first.shape[:-1], length), padding_value, dtype=first.dtype)
+    for target, row in zip(stacked, rows, strict=True):
+        if row is not None:
+            target[..., : row.shape[-1]] = row
+    return stacked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """Items of a sequence with their index, so that an error can name the item."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return index, self.items[index]
+
+
+class MMSERPipeline(Pipeline):
+    """Audio classification with optional text: `pipeline("audio-classification", model, trust_remote_code=True)`.
+
+    Example:
+        >>> classifier("clip.wav")
+        >>> classifier({"path": "clip.wav", "text": "I am so glad you came"}, return_uncertainty=True)
+        >>> classifier(["a.wav", "b.mp3"], batch_size=2, allowed_labels=["happy", "sad"])
+    """
+
+    processor: MMSERProcessor
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    audio_keys = ("raw", "array", "bytes", "path", "file")
+    text_keys = ("text", "transcription")
+    functions = ("softmax", "sigmoid", "none")
+    preprocess_options = ("sampling_rate",)
+    postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "function_to_apply")
+
+    def __call__(self, inputs, **kwargs):
+        """Classify one clip, or a list, generator or torch dataset of clips.
+
+        Args:
+            inputs: a path, an http(s) URL, the bytes of a file, an array or tensor of samples, or a dict with one of
+                `raw`, `array`, `bytes`, `path`, `file`, and optionally `sampling_rate` and `text` (or
+                `transcription`); a dict with text alone is classified from its words.
+            sampling_rate (`int`, Hz): rate of arrays that do not come with one.
+            top_k (`int`): number of labels to return; all by default.
+            allowed_labels (`list[str]`): keep only these labels; softmax scores then sum to one over them.
+            return_uncertainty (`bool`): also give `uncertainty` and `unknown_probability` (None while OpenMax is not
+                fitted) in each dict; both are properties of the clip, the same for all of its labels.
+            function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
+            batch_size, num_workers (`int`): as in every pipeline; results do not depend on them.
+
+        Returns:
+            `list` of `{"label": str, "score": float}`, best first; a list of such lists for a list of clips.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: an unusable input (the message names it) or option.
+        """
+        if isinstance(inputs, list) and not inputs:
+            return []
+        return super().__call__(inputs, **kwargs)
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names in the order of the logits."""
+        id2label: Any = self.model.config.id2label
+        return [id2label[index] for index in range(len(id2label))]
+
+    def _sanitize_parameters(self, **kwargs):
+        known = (*self.preprocess_options, *self.postprocess_options)
+        unknown = [key for key in kwargs if key not in known]
+        if unknown:
+            raise ValueError(f"Unknown arguments {unknown}; allowed are {list(known)}, batch_size and num_workers")
+        top_k = kwargs.get("top_k")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"`top_k` must be a positive integer or None, got {top_k!r}")
+        function = kwargs.get("function_to_apply")
+        if function is not None and function not in self.functions:
+            raise ValueError(f"`function_to_apply` must be one of {list(self.functions)}, got {function!r}")
+        allowed = kwargs.get("allowed_labels")
+        if allowed is not None and (isinstance(allowed, str) or not allowed or not set(allowed) <= set(self.labels)):
+            raise ValueError(f"`allowed_labels` must be a non-empty list out of {self.labels}, got {allowed!r}")
+        preprocess = {key: value for key, value in kwargs.items() if key in self.preprocess_options}
+        postprocess = {key: value for key, value in kwargs.items() if key in self.postprocess_options}
+        return preprocess, {}, postprocess
+
+    def preprocess(self, inputs, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
+        """One input of any kind -> model inputs with a batch axis of 1, as NumPy arrays."""
+        audio, text = inputs, None
+        if isinstance(inputs, dict):
+            unknown = [key for key in inputs if key not in (*self.audio_keys, *self.text_keys, "sampling_rate")]
+            if unknown:
+                raise ValueError(
+                    f"unknown keys {unknown} in the input; allowed are {[*self.audio_keys, *self.text_keys]} and "
+                    "sampling_rate"
+                )
+            audio = next((inputs[key] for key in self.audio_keys if inputs.get(key) is not None), None)
+            text = next((inputs[key] for key in self.text_keys if inputs.get(key) is not None), None)
+            sampling_rate = inputs.get("sampling_rate") or sampling_rate
+        if audio is not None:
+            if isinstance(audio, str) and audio.startswith(("http://", "https://")):
+                name, audio = f"audio '{audio}'", _download(audio)
+            else:
+                name = "audio"
+            rate = self.processor.feature_extractor.sampling_rate
+            audio, sampling_rate = [load_audio(audio, sampling_rate, rate, name=name)], rate
+        options: dict[str, Any] = {"sampling_rate": sampling_rate, "return_tensors": "np"}
+        return dict(self.processor(audio, text, **options))
+
+    def _preprocess_numbered(self, numbered, **preprocess_params):
+        """`preprocess` for one (index, item) of a list, whose errors name the index."""
+        index, item = numbered
+        try:
+            return self.preprocess(item, **preprocess_params)
+        except (ValueError, TypeError, OSError) as error:
+            kind = next(
+                kind for kind in (ValueError, TypeError, FileNotFoundError, OSError) if isinstance(error, kind)
+            )
+            raise kind(f"input {index}: {error}") from error
+
+    def _collate(self, rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Pad single clips to one batch; a modality that a clip lacks is padding with an all-zero mask."""
+        batch = {}
+        for key in self.processor.model_input_names:
+            values = [row[key][0] if key in row else None for row in rows]
+            if any(value is not None for value in values):
+                padding_value = self.processor.tokenizer.pad_token_id if key == "input_ids" else 0
+                batch[key] = pad_and_stack(values, padding_value)
+        return batch
+
+    def get_iterator(
+        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ):
+        """The base method with our collation: its own cannot batch two modalities of which one may be missing."""
+        if isinstance(inputs, Sized):
+            dataset: Any = PipelineDataset(_Numbered(inputs), self._preprocess_numbered, preprocess_params)
+        else:  # a generator cannot be shared among worker processes
+            num_workers = 0
+            dataset = PipelineIterator(enumerate(inputs), self._preprocess_numbered, preprocess_params)
+        loader: Any = torch.utils.data.DataLoader(
+            dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=self._collate
+        )
+        outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
+
+    def _forward(self, input_tensors, **forward_parameters):
+        inputs = BatchFeature(input_tensors, tensor_type="pt").to(self.device, dtype=self.dtype)
+        outputs = self.model(**inputs)
+        names = ("logits", "uncertainty", "unknown_probability")
+        return {name: getattr(outputs, name, None) for name in names}
+
+    def postprocess(
+        self, model_outputs, top_k=None, allowed_labels=None, return_uncertainty=False, function_to_apply=None
+    ) -> list[dict]:
+        """Outputs for one clip -> its labels with their scores, best first."""
+        if function_to_apply is None:
+            by_problem = {"regression": "none", "multi_label_classification": "sigmoid"}
+            function_to_apply = by_problem.get(self.model.config.problem_type or "", "softmax")
+        labels = self.labels
+        kept = [index for index, label in enumerate(labels) if allowed_labels is None or label in allowed_labels]
+        scores = model_outputs["logits"][0].float()[kept]  # softmax over these is the renormalised probability
+        if function_to_apply == "softmax":
+            scores = scores.softmax(-1)
+        elif function_to_apply == "sigmoid":
+            scores = scores.sigmoid()
+        best = scores.argsort(descending=True)[:top_k].tolist()
+        results = [{"label": labels[kept[index]], "score": scores[index].item()} for index in best]
+        if return_uncertainty:
+            for name in ("uncertainty", "unknown_probability"):
+                value = model_outputs[name]
+                for result in results:
+                    result[name] = None if value is None else value.flatten()[0].item()
+        return results
+
+
+def _download(url: str) -> bytes:
+    """The content behind an http(s) URL."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except OSError as error:  # urllib's errors are OSErrors
+        raise ValueError(f"audio '{url}': cannot be downloaded ({error})") from error
+
+
+MMSERProcessor.register_for_auto_class("AutoProcessor")

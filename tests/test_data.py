@@ -1,0 +1,806 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of data_mmser: sources and their error messages, speaker-disjoint splits, augmentation, examples, batches.
+
+All data are tiny WAV files made here; nothing needs the network.
+"""
+
+import csv
+import io
+import json
+import logging as python_logging
+import re
+
+import datasets
+import fsspec
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from transformers import BertTokenizer, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+from transformers.utils import logging
+
+from data_mmser import (
+    Augmenter,
+    DataColumns,
+    EmotionDataset,
+    EmotionIterableDataset,
+    MMSERDataCollator,
+    add_noise,
+    augmentation_generator,
+    change_speed,
+    class_counts,
+    load_emotion_dataset,
+    load_emotion_split,
+)
+from processing_mmser import MMSERProcessor
+
+RATE = 16_000
+NAMES = ["neutral", "happy", "sad", "angry"]
+
+
+def sine(seconds=0.1, frequency=440.0, rate=RATE):
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def write_wav(path, seconds=0.1, frequency=440.0, rate=RATE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, sine(seconds, frequency, rate), rate, subtype="FLOAT")
+
+
+def write_table(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def clips(folder, count=4, speaker="s{}", **extra):
+    """Write `count` clips and return the rows of their table, with labels 0, 1, 2, 3, 0, ..."""
+    rows = []
+    for index in range(count):
+        write_wav(folder / f"{index}.wav", 0.05 + 0.01 * index)
+        row = {"file_name": f"{index}.wav", "label": index % 4, "transcription": f"text {index}"}
+        rows.append({**row, "speaker": speaker.format(index), **extra})
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train", "validation", "test"):
+        write_table(tmp_path / split / "metadata.csv", clips(tmp_path / split, speaker=split + "{}", language="de"))
+    return tmp_path
+
+
+@pytest.fixture
+def log(caplog):
+    logging.enable_propagation()
+    with caplog.at_level(python_logging.WARNING):
+        yield caplog
+    logging.disable_propagation()
+
+
+def tokenizer():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "text", "0", "1", "2", "3"]
+    return BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MMSERProcessor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer())
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("validation", ["validation", "valid", "val", "dev", "eval"])
+def test_folder_with_a_table_per_split(tmp_path, suffix, validation):
+    for split in ("train", validation, "test"):
+        write_table(tmp_path / split / f"metadata{suffix}", clips(tmp_path / split, speaker=split + "{}"))
+    data, names = load_emotion_dataset(tmp_path)
+    assert names == NAMES
+    assert list(data) == ["train", "validation", "test"]
+    row = data["validation"][2]
+    assert row["audio"] == str(tmp_path / validation / "2.wav")
+    assert (row["text"], row["labels"], row["speaker"]) == ("text 2", 2, f"{validation}2")
+    # the row number is the line of the file; line 1 of a CSV is its header
+    assert row["row"] == f"{validation}/metadata{suffix} row {3 if suffix == '.jsonl' else 4}"
+    assert "language" not in row and "corpus" not in row
+
+
+@pytest.mark.parametrize("as_manifest", [False, True])
+def test_one_table_with_a_split_column(tmp_path, as_manifest):
+    rows = clips(tmp_path, 6)
+    for row, split in zip(rows, ["Train", "train", "dev", "test", "train", "dev"], strict=True):
+        row["split"] = split
+    table = tmp_path / ("list.jsonl" if as_manifest else "metadata.csv")
+    write_table(table, rows)
+    data, _ = load_emotion_dataset(**({"manifest": table} if as_manifest else {"data_dir": tmp_path}))
+    assert {split: part["text"][:] for split, part in data.items()} == {
+        "train": ["text 0", "text 1", "text 4"],
+        "validation": ["text 2", "text 5"],
+        "test": ["text 3"],
+    }
+    rows[3]["split"] = "tset"
+    write_table(table, rows)
+    with pytest.raises(ValueError, match=r"row \d: split 'tset' is none of train, dev"):
+        load_emotion_dataset(**({"manifest": table} if as_manifest else {"data_dir": tmp_path}))
+
+
+def test_text_only_tables_named_after_splits(tmp_path):
+    for split in ("train", "validation", "test"):
+        write_table(
+            tmp_path / f"{split}.csv", [{"transcription": 'a "quoted", line', "label": label} for label in (0, 3)]
+        )
+    data, _ = load_emotion_dataset(tmp_path)
+    assert data["test"][1] == {"text": 'a "quoted", line', "labels": 3, "row": "test.csv row 3"}
+    example = EmotionDataset(data["train"])[0]
+    assert example == {"labels": 0, "length": 0, "text": 'a "quoted", line'}
+
+
+def test_audio_only_and_other_column_names(tmp_path):
+    rows = [{"path": f"{i}.wav", "emotion": NAMES[i], "who": f"s{i}"} for i in range(4)]
+    clips(tmp_path)
+    write_table(tmp_path / "list.csv", rows)
+    columns = DataColumns(speaker="who")
+    data, names = load_emotion_dataset(manifest=tmp_path / "list.csv", columns=columns)
+    assert names == NAMES
+    assert sorted(label for part in data.values() for label in part["labels"]) == [0, 1, 2, 3]
+    assert "text" not in data["train"].column_names
+    assert set(EmotionDataset(data["train"])[0]) == {"audio", "labels", "length"}
+
+
+def test_strange_text_survives(tmp_path):
+    rows = clips(tmp_path)
+    for row, text in zip(rows, ["NA", "null", "", "  ሰላም, nan\n2 "], strict=True):
+        row["transcription"] = text
+    write_table(tmp_path / "metadata.csv", rows)
+    data = load_emotion_split(tmp_path)
+    assert data["text"][:] == ["NA", "null", "", "ሰላም, nan\n2"]
+
+
+def test_exactly_one_source(tmp_path):
+    with pytest.raises(ValueError, match="exactly one source"):
+        load_emotion_dataset()
+    with pytest.raises(ValueError, match="exactly one source"):
+        load_emotion_dataset(data_dir=tmp_path, manifest=tmp_path / "list.csv")
+    with pytest.raises(ValueError, match="streaming reads a Hub data set"):
+        load_emotion_dataset(data_dir=tmp_path, streaming=True)
+    with pytest.raises(ValueError, match="sum to less than 1"):
+        load_emotion_dataset(data_dir=tmp_path, test_fraction=0.9)
+
+
+def test_split_names_given_by_the_user(folder):
+    data, _ = load_emotion_dataset(folder, train_split="test", validation_split="train", test_split="validation")
+    assert data["train"]["speaker"][0] == "test0" and data["test"]["speaker"][0] == "validation0"
+    with pytest.raises(
+        ValueError, match=r"no split 'fold1' \(--train_split\); it has: \['test', 'train', 'validation'\]"
+    ):
+        load_emotion_dataset(folder, train_split="fold1")
+    write_table(folder / "dev" / "metadata.csv", clips(folder / "dev"))
+    with pytest.raises(ValueError, match=r"two validation splits, \['dev', 'validation'\]"):
+        load_emotion_dataset(folder)
+    write_table(folder / "dev.jsonl", [{"transcription": "text", "label": 0}])
+    with pytest.raises(ValueError, match=r"found both \S*/dev/metadata.csv and \S*/dev.jsonl"):
+        load_emotion_dataset(folder, validation_split="dev")
+
+
+def test_folder_without_metadata(tmp_path):
+    (tmp_path / "happy").mkdir()
+    with pytest.raises(ValueError, match=r"no metadata: expected metadata.csv .* the folder has \['happy'\]"):
+        load_emotion_dataset(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_emotion_dataset(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_emotion_dataset(manifest=tmp_path / "nowhere.csv")
+    with pytest.raises(ValueError, match=r"expected a file ending in .csv, .tsv, .jsonl"):
+        load_emotion_dataset(manifest=tmp_path / "nowhere.xlsx")
+
+
+# ----------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "expected_names", "expected_ids"),
+    [
+        ([0, 1, 3], None, NAMES, [0, 1, 3]),
+        (["2", "2.0", " 1 "], None, NAMES, [2, 2, 1]),
+        (["sad", "Happy", "happy"], None, NAMES, [2, 1, 1]),
+        (["joy", "anger", "joy"], None, ["anger", "joy"], [1, 0, 1]),
+        (["joy", "anger", "0"], ["joy", "anger"], ["joy", "anger"], [0, 1, 0]),
+        ([5, 0, 4], list("abcdef"), list("abcdef"), [5, 0, 4]),
+    ],
+)
+def test_labels_by_name_or_id(tmp_path, written, given, expected_names, expected_ids):
+    rows = clips(tmp_path, len(written))
+    for row, label in zip(rows, written, strict=True):
+        row["label"] = label
+        row["split"] = "train"
+    rows.append({**rows[0], "speaker": "other", "split": "validation"})
+    write_table(tmp_path / "list.csv", rows)
+    data, names = load_emotion_dataset(manifest=tmp_path / "list.csv", label_names=given)
+    assert names == expected_names
+    assert data["train"]["labels"][:] == expected_ids
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (4, r"test/metadata.csv row 3: label 4 is out of range; allowed: 0 to 3 \(neutral, happy, sad, angry\)"),
+        (-4511, "row 3: label -4511 is out of range"),
+        (-1, "row 3: label '-1' .* an open-set folder goes to --ood_dir"),
+        ("unknown", "row 3: label 'unknown' .* --ood_dir"),
+        ("hapy", "row 3: unknown label 'hapy'; allowed: neutral, happy, sad, angry"),
+        ("nan", "row 3: unknown label 'nan'"),
+        (0.5, "row 3: unknown label '0.5'"),
+        ("", "row 3 has no label"),
+    ],
+)
+def test_bad_labels_name_the_row(folder, label, message):
+    rows = clips(folder / "test", speaker="test{}")
+    rows[1]["label"] = label
+    write_table(folder / "test" / "metadata.csv", rows)
+    with pytest.raises(ValueError, match=message):
+        load_emotion_dataset(folder)
+    data, _ = load_emotion_dataset(folder, on_bad_example="skip")
+    assert data["test"]["labels"][:] == [0, 2, 3]
+
+
+def test_label_names_must_differ(folder):
+    with pytest.raises(ValueError, match="two or more different names"):
+        load_emotion_dataset(folder, label_names=["sad", "Sad"])
+
+
+def test_open_set_folder(tmp_path):
+    rows = clips(tmp_path / "ood", 5)
+    for row, label in zip(rows, [-1, "unknown", "fear", "sad", 3], strict=True):
+        row["label"] = label
+    write_table(tmp_path / "ood" / "metadata.csv", rows)
+    data = load_emotion_split(tmp_path / "ood")
+    assert data["labels"][:] == [-1, -1, -1, 2, 3]
+    assert data["row"][0] == "ood/metadata.csv row 2"
+    assert class_counts(data, 4) == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"3 bad rows .*\n.*row 2: label '-1'"):
+        load_emotion_split(tmp_path / "ood", allow_unknown=False)
+    for row in rows:
+        del row["label"]
+    write_table(tmp_path / "ood" / "metadata.csv", rows)
+    assert set(load_emotion_split(tmp_path / "ood")["labels"]) == {-1}
+    with pytest.raises(ValueError, match="no label column 'klass'"):
+        load_emotion_split(tmp_path / "ood", columns=DataColumns(label="klass"))
+
+
+# ------------------------------------------------------------------------------------------------- error messages
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (DataColumns(label="klass"), r"no label column 'klass'; its columns are \['file_name', .*--label_column"),
+        (DataColumns(speaker="who"), "no speaker column 'who'.*--speaker_column"),
+        (DataColumns(text="words"), "no text column 'words'.*--text_column"),
+        (DataColumns(audio="sound"), "no audio column 'sound'.*--audio_column"),
+        (DataColumns(audio=None, text=None), "neither an audio column None nor a text column None; its columns"),
+    ],
+)
+def test_missing_column_lists_the_columns(folder, columns, message):
+    with pytest.raises(ValueError, match=message):
+        load_emotion_dataset(folder, columns=columns)
+
+
+def test_missing_files_are_found_at_once(folder, log):
+    for index in range(4):
+        (folder / "train" / f"{index}.wav").unlink()
+    with pytest.raises(ValueError) as error:
+        load_emotion_dataset(folder)
+    message = str(error.value)
+    assert "4 bad rows" in message and "and 1 more" in message and "--on_bad_example skip" in message
+    assert re.findall(r"row (\d): audio file \S*/train/(\d).wav does not exist", message) == [
+        ("2", "0"), ("3", "1"), ("4", "2"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no usable row is left in .* train"):
+        load_emotion_dataset(folder, on_bad_example="skip")
+    clips(folder / "train", 3)
+    data, _ = load_emotion_dataset(folder, on_bad_example="skip")
+    assert len(data["train"]) == 3
+    assert "skipped 1 bad row" in log.text and "3.wav" in log.text
+    with pytest.raises(ValueError, match="'error' or 'skip'"):
+        load_emotion_dataset(folder, on_bad_example="ignore")
+
+
+@pytest.mark.parametrize(("line", "message"), [('{"label": 0,', "valid JSON"), ("[1, 2]", "not a JSON object")])
+def test_malformed_json_line(tmp_path, line, message):
+    write_table(tmp_path / "metadata.jsonl", clips(tmp_path))
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "metadata.jsonl").write_text("\n".join([lines[0], "", line, *lines[1:]]))
+    with pytest.raises(ValueError, match=rf"metadata.jsonl row 3 is not {message}|metadata.jsonl row 3 is {message}"):
+        load_emotion_split(tmp_path)
+    assert len(load_emotion_split(tmp_path, on_bad_example="skip")) == 4
+
+
+def test_malformed_csv(tmp_path):
+    write_table(tmp_path / "metadata.csv", clips(tmp_path))
+    good = (tmp_path / "metadata.csv").read_text()
+    (tmp_path / "metadata.csv").write_text(good + "\n4.wav,0,too,many,fields\n")
+    with pytest.raises(ValueError, match="row 7 has 5 fields, but the header has 4"):
+        load_emotion_split(tmp_path)
+    (tmp_path / "metadata.csv").write_text(good + '4.wav,0,"an open quote,s4\n5.wav,0,text,s5\n')
+    with pytest.raises(ValueError, match="row 7 is malformed"):
+        load_emotion_split(tmp_path)
+    (tmp_path / "metadata.csv").write_text(good.replace("text 0", "für"), encoding="latin-1")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load_emotion_split(tmp_path)
+    (tmp_path / "metadata.csv").write_text(good.splitlines()[0])
+    with pytest.raises(ValueError, match="has no rows"):
+        load_emotion_split(tmp_path)
+    (tmp_path / "metadata.csv").write_text("\ufeff" + good, encoding="utf-8")  # as spreadsheets save it
+    assert len(load_emotion_split(tmp_path)) == 4
+
+
+def test_row_without_audio_and_text(folder):
+    rows = clips(folder / "test", speaker="test{}")
+    rows[0].update(file_name="", transcription=" ")
+    rows[1].update(file_name="")
+    write_table(folder / "test" / "metadata.csv", rows)
+    with pytest.raises(ValueError, match=r"1 bad row in.*\n.*test/metadata.csv row 2 has neither audio nor text"):
+        load_emotion_dataset(folder)
+
+
+# --------------------------------------------------------------------------------------------------------- splits
+
+
+def test_speaker_in_two_splits_is_refused(folder, log):
+    write_table(folder / "test" / "metadata.csv", clips(folder / "test", speaker="train{}"))
+    with pytest.raises(
+        ValueError, match=r"4 speakers .*: train0 \(train and test\), train1 .*--allow_speaker_overlap"
+    ):
+        load_emotion_dataset(folder)
+    data, _ = load_emotion_dataset(folder, allow_speaker_overlap=True)
+    assert len(data["test"]) == 4
+    assert "4 speakers are in more than one split" in log.text
+
+
+def test_same_name_in_two_corpora_is_two_people(tmp_path):
+    for split, corpus in (("train", "A"), ("validation", "B"), ("test", "C")):
+        write_table(tmp_path / split / "metadata.csv", clips(tmp_path / split, corpus=corpus))
+    data, _ = load_emotion_dataset(tmp_path)
+    assert data["train"]["speaker"][:] == data["test"]["speaker"][:]
+
+
+def text_manifest(path, speakers, labels, corpora=None):
+    rows = [
+        {"text": f"row {index}", "label": label, "speaker": speaker, "corpus": corpora[index] if corpora else ""}
+        for index, (speaker, label) in enumerate(zip(speakers, labels, strict=True))
+    ]
+    write_table(path, rows)
+    return path
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.sampled_from("AB")), min_size=20, max_size=60),
+    st.integers(0, 1000),
+)
+def test_own_split_is_speaker_disjoint_and_complete(tmp_path, rows, seed):
+    # three sure speakers, so that three splits are possible
+    rows = [*rows, (10, 0, "A"), (11, 1, "A"), (12, 2, "B")]
+    speakers, labels, corpora = zip(*rows, strict=True)
+    path = text_manifest(tmp_path / "list.csv", speakers, labels, corpora)
+    data, _ = load_emotion_dataset(manifest=path, seed=seed)
+    again, _ = load_emotion_dataset(manifest=path, seed=seed)
+    people = {split: set(zip(part["corpus"], part["speaker"], strict=True)) for split, part in data.items()}
+    assert list(data) == ["train", "validation", "test"] and all(people.values())
+    assert not people["train"] & people["test"]
+    assert not people["train"] & people["validation"]
+    assert not people["test"] & people["validation"]
+    texts = [text for part in data.values() for text in part["text"]]
+    assert sorted(texts) == sorted(f"row {index}" for index in range(len(rows)))
+    assert all(data[split]["text"][:] == again[split]["text"][:] for split in data)
+
+
+def test_own_split_keeps_label_shares(tmp_path):
+    rng = np.random.default_rng(0)
+    speakers = rng.integers(0, 30, 900)
+    labels = np.where(rng.random(900) < 0.6, 0, rng.integers(1, 4, 900))
+    data, _ = load_emotion_dataset(manifest=text_manifest(tmp_path / "list.csv", speakers, labels))
+    expected = np.bincount(labels) / 900
+    for split, share in (("train", 0.7), ("validation", 0.15), ("test", 0.15)):
+        counts = np.array(class_counts(data[split], 4))
+        assert abs(counts.sum() / 900 - share) < 0.05
+        np.testing.assert_allclose(counts / counts.sum(), expected, atol=0.06)
+
+
+def test_only_missing_splits_are_held_out(folder, tmp_path_factory):
+    (folder / "validation" / "metadata.csv").unlink()
+    data, _ = load_emotion_dataset(folder, validation_fraction=0.25)
+    assert len(data["test"]) == 4 and len(data["train"]) == 3 and len(data["validation"]) == 1
+    data, _ = load_emotion_dataset(folder, validation_fraction=0)
+    assert list(data) == ["train", "test"] and len(data["train"]) == 4
+
+
+def test_split_without_speakers_needs_permission(tmp_path, log):
+    path = text_manifest(tmp_path / "list.csv", [""] * 40, [0] * 20 + [1] * 20)
+    with pytest.raises(
+        ValueError, match=r"no speaker column: add a column .*--speaker_column.*--allow_speaker_overlap"
+    ):
+        load_emotion_dataset(manifest=path)
+    data, _ = load_emotion_dataset(manifest=path, allow_speaker_overlap=True)
+    assert {split: class_counts(part, 2) for split, part in data.items()} == {
+        "train": [14, 14],
+        "validation": [3, 3],
+        "test": [3, 3],
+    }
+    assert "speakers may leak" in log.text
+    two = text_manifest(tmp_path / "two.csv", list("ab") * 20, [0] * 20 + [1] * 20)
+    with pytest.raises(ValueError, match="has only 2 speakers"):
+        load_emotion_dataset(manifest=two)
+
+
+# -------------------------------------------------------------------------------------------------------- Hub data
+
+
+def wav_bytes(seconds=0.1, frequency=440.0):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, sine(seconds, frequency), RATE, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder as it lies on the Hub: Parquet files with embedded audio and a ClassLabel in an order of its own."""
+    # made with pyarrow: `datasets` encodes audio only where torchcodec is installed
+    import pyarrow
+    import pyarrow.parquet
+
+    features = datasets.Features(
+        {
+            "audio": datasets.Audio(),
+            "label": datasets.ClassLabel(names=["angry", "happy", "neutral"]),
+            "sentence": datasets.Value("string"),
+            "speaker": datasets.Value("int64"),
+        }
+    )
+    root = tmp_path / "hub"
+    root.mkdir()
+    for number, split in enumerate(("train", "test")):
+        table = pyarrow.table(
+            {
+                "audio": [
+                    {"bytes": wav_bytes(0.05 + 0.01 * i + 0.1 * number), "path": f"{split}{i}.wav"} for i in range(8)
+                ],
+                "label": [i % 3 for i in range(8)],
+                "sentence": [None if i == 0 else f"{split} {i}" for i in range(8)],
+                "speaker": [10 * number + i for i in range(8)],
+            },
+            schema=features.arrow_schema,
+        )
+        pyarrow.parquet.write_table(table, root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_hub_data_with_embedded_audio(hub, cache):
+    data, names = load_emotion_dataset(dataset_name=str(hub), validation_fraction=0.25)
+    assert names == NAMES  # the data's names are among the default ones
+    assert {split: len(part) for split, part in data.items()} == {"train": 6, "validation": 2, "test": 8}
+    assert data["test"]["labels"][:] == [3, 1, 0, 3, 1, 0, 3, 1]
+    assert data["test"]["text"][:3] == ["", "test 1", "test 2"]
+    assert data["test"]["row"][3] == f"{hub} test row 3"
+    assert set(data["test"][0]["audio"]) == {"bytes", "path"}
+    examples = EmotionDataset(data["test"])
+    np.testing.assert_array_equal(examples[2]["audio"], sine(0.17))
+    assert examples.lengths == [len(sine(0.15 + 0.01 * i)) for i in range(8)]
+    # audio and labels still belong together after rows were selected
+    train = EmotionDataset(data["train"])
+    for example, speaker in zip((train[i] for i in range(6)), data["train"]["speaker"], strict=True):
+        assert example["length"] == len(sine(0.05 + 0.01 * int(speaker)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_hub_data_streamed(hub, cache, log, processor, num_workers):
+    data, names = load_emotion_dataset(
+        dataset_name=str(hub), streaming=True, label_names=["neutral", "happy", "angry"]
+    )
+    assert names == ["neutral", "happy", "angry"] and set(data) == {"train", "test"}
+    assert "cannot be checked" in log.text
+    stream = EmotionIterableDataset(data["test"], training=True, augmenter=Augmenter(probability=1.0))
+    collator = MMSERDataCollator(processor)
+    loader = DataLoader(stream, 3, collate_fn=collator, num_workers=num_workers, persistent_workers=num_workers > 0)
+    with pytest.raises(TypeError, match="random access"):
+        class_counts(stream, 3)
+    passes = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        batches = list(loader)
+        passes.append(torch.cat([batch["input_values"].flatten() for batch in batches]))
+        assert [batch["labels"].tolist() for batch in batches] == [[2, 1, 0], [2, 1, 0], [2, 1]]
+    assert torch.equal(passes[0], passes[2])
+    assert passes[0].shape != passes[1].shape or not torch.equal(passes[0], passes[1])
+
+
+def test_workers_count_what_a_stream_skips():
+    rows = datasets.Dataset.from_dict(
+        {"text": [str(i) for i in range(8)], "labels": [None, 1] * 4, "row": [f"row {i}" for i in range(8)]}
+    )
+    stream = EmotionIterableDataset(rows.to_iterable_dataset(num_shards=2), on_bad_example="skip")
+    texts = [
+        example["text"] for batch in DataLoader(stream, 2, num_workers=2, collate_fn=identity) for example in batch
+    ]
+    assert sorted(texts) == ["1", "3", "5", "7"]
+    assert stream.num_skipped == 4
+
+
+def test_stream_seeds_by_content_and_skips(hub, cache):
+    data, _ = load_emotion_dataset(
+        dataset_name=str(hub), streaming=True, label_names=["neutral", "happy"], on_bad_example="skip"
+    )
+    options = {"training": True, "augmenter": Augmenter(probability=1.0), "on_bad_example": "skip"}
+    stream = EmotionIterableDataset(data["test"], **options)
+    examples = list(stream)
+    assert [example["labels"] for example in examples] == [1, 0, 1, 0, 1]  # "angry" is none of the two
+    assert stream.num_skipped == 3
+    moved = list(EmotionIterableDataset(data["test"].skip(3), **options))
+    np.testing.assert_array_equal(moved[-1]["audio"], examples[-1]["audio"])
+    strict, _ = load_emotion_dataset(dataset_name=str(hub), streaming=True, label_names=["neutral", "happy"])
+    with pytest.raises(ValueError, match="test row 0: unknown label 'angry'; allowed: neutral, happy"):
+        list(EmotionIterableDataset(strict["test"]))
+
+
+def test_audio_behind_an_address():
+    with fsspec.open("memory://clips/a.wav", "wb") as file:
+        file.write(wav_bytes(0.2))
+    data = datasets.Dataset.from_dict({"audio": ["memory://clips/a.wav"], "labels": [0], "row": ["row 0"]})
+    np.testing.assert_array_equal(EmotionDataset(data)[0]["audio"], sine(0.2))
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.97, 1.0, 1.1])
+def test_speed_changes_length_and_pitch(factor):
+    fast = change_speed(sine(1.0, 1000.0), factor)
+    assert fast.dtype == np.float32
+    assert abs(len(fast) - RATE / factor) <= 1
+    spectrum = np.abs(np.fft.rfft(fast * np.hanning(len(fast))))
+    peak = spectrum.argmax() * RATE / len(fast)
+    assert abs(peak - 1000 * factor) <= RATE / len(fast)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(10, 20), st.floats(1e-3, 1.0), st.integers(0, 2**32 - 1))
+def test_noise_has_the_ratio_asked_for(snr_db, gain, seed):
+    clean = gain * sine(0.2)
+    noisy = add_noise(clean, snr_db, np.random.default_rng(seed))
+    noise = noisy.astype(np.float64) - clean
+    measured = 10 * np.log10(np.mean(clean.astype(np.float64) ** 2) / np.mean(noise**2))
+    assert noisy.dtype == np.float32 and len(noisy) == len(clean)
+    assert abs(measured - snr_db) < 0.5
+
+
+def test_noise_is_white_and_silence_stays_silent():
+    noise = add_noise(np.full(2**16, 0.1, dtype=np.float32), 10.0, np.random.default_rng(0)) - 0.1
+    power = np.abs(np.fft.rfft(noise)[1:-1]) ** 2
+    bands = np.array([band.mean() for band in np.array_split(power, 8)])
+    np.testing.assert_allclose(bands / bands.mean(), 1.0, atol=0.1)
+    silence = np.zeros(1000, dtype=np.float32)
+    np.testing.assert_array_equal(add_noise(silence, 10.0, np.random.default_rng(0)), silence)
+
+
+def test_augmenter_applies_each_half_of_the_time():
+    augmenter, clean = Augmenter(), sine(0.05)
+    results = [augmenter(clean, augmentation_generator(0, 0, index)) for index in range(400)]
+    longer_or_shorter = np.mean([len(result) != len(clean) for result in results])
+    untouched = np.mean([np.array_equal(result, clean) for result in results])
+    assert 0.4 < longer_or_shorter < 0.6
+    assert 0.18 < untouched < 0.32
+    lengths = [len(result) for result in results]
+    assert min(lengths) >= len(clean) / 1.1 - 1 and max(lengths) <= len(clean) / 0.9 + 1
+    same = augmenter(clean, augmentation_generator(0, 0, 7))
+    np.testing.assert_array_equal(same, results[7])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"speed_range": (0.0, 1.0)}, {"speed_range": (1.1, 0.9)}, {"snr_db_range": (20, 10)}, {"probability": 2}],
+)
+def test_augmenter_refuses_bad_ranges(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Augmenter(**options)
+
+
+# -------------------------------------------------------------------------------------------------------- examples
+
+
+def identity(examples):
+    return examples
+
+
+def all_examples(dataset, num_workers, epochs):
+    loader = DataLoader(
+        dataset, batch_size=2, num_workers=num_workers, collate_fn=identity, persistent_workers=num_workers > 0
+    )
+    result = []
+    for epoch in epochs:
+        dataset.set_epoch(epoch)
+        result.append([example for batch in loader for example in batch])
+    return result
+
+
+def test_examples_repeat_whatever_the_workers_and_change_with_the_epoch(folder):
+    data, _ = load_emotion_dataset(folder)
+    options = {"training": True, "augmenter": Augmenter(probability=1.0), "max_seconds": 0.06}
+    alone = all_examples(EmotionDataset(data["train"], seed=1, **options), 0, [0, 1])
+    workers = all_examples(EmotionDataset(data["train"], seed=1, **options), 2, [0, 1, 0])
+    other_seed = all_examples(EmotionDataset(data["train"], seed=2, **options), 0, [0])
+    for index in range(4):
+        np.testing.assert_array_equal(alone[0][index]["audio"], workers[0][index]["audio"])
+        np.testing.assert_array_equal(alone[1][index]["audio"], workers[1][index]["audio"])
+        np.testing.assert_array_equal(alone[0][index]["audio"], workers[2][index]["audio"])
+        assert not np.array_equal(alone[0][index]["audio"], alone[1][index]["audio"])
+        assert not np.array_equal(alone[0][index]["audio"], other_seed[0][index]["audio"])
+
+
+def test_evaluation_examples_are_the_clips_themselves(folder):
+    write_wav(folder / "test" / "0.wav", 0.2, rate=8000)
+    data, _ = load_emotion_dataset(folder)
+    examples = EmotionDataset(data["test"], augmenter=Augmenter(probability=1.0), text_dropout=1.0)
+    assert len(examples) == 4
+    np.testing.assert_array_equal(examples[1]["audio"], sine(0.06))
+    np.testing.assert_array_equal(examples[-1]["audio"], sine(0.08))
+    assert examples[1]["text"] == "text 1" and examples[1]["labels"] == 1 and examples[1]["length"] == len(sine(0.06))
+    assert examples[0]["length"] == 3200  # 0.2 s at 16 kHz, from 8 kHz
+    assert examples.lengths == [3200, *(len(sine(0.05 + 0.01 * i)) for i in (1, 2, 3))]
+
+
+def test_long_clips_are_cropped(tmp_path):
+    ramp = np.linspace(0, 1, RATE, dtype=np.float32)
+    soundfile.write(tmp_path / "a.wav", ramp, RATE, subtype="FLOAT")
+    data = datasets.Dataset.from_dict({"audio": [str(tmp_path / "a.wav")], "labels": [0], "row": ["row 0"]})
+    middle = EmotionDataset(data, max_seconds=0.5)
+    np.testing.assert_array_equal(middle[0]["audio"], ramp[4000:12000])
+    assert middle.lengths == [8000]
+    training = EmotionDataset(data, max_seconds=0.5, training=True)
+    starts = set()
+    for epoch in range(20):
+        training.set_epoch(epoch)
+        clip = training[0]["audio"]
+        start = int(np.argmin(np.abs(ramp - clip[0])))
+        np.testing.assert_array_equal(clip, ramp[start : start + 8000])
+        starts.add(start)
+    assert len(starts) > 10
+    slow = EmotionDataset(data, max_seconds=0.5, training=True, augmenter=Augmenter((0.9, 0.9), probability=1.0))
+    assert slow[0]["length"] == 8000
+    with pytest.raises(ValueError, match="max_seconds must be at least"):
+        EmotionDataset(data, max_seconds=0.001)
+
+
+def test_modality_dropout_drops_one_of_two(folder):
+    rows = clips(folder / "train", 6, speaker="train{}")
+    rows[4]["transcription"] = ""
+    rows[5]["file_name"] = ""
+    write_table(folder / "train" / "metadata.csv", rows)
+    data, _ = load_emotion_dataset(folder)
+    dataset = EmotionDataset(data["train"], training=True, text_dropout=0.3, audio_dropout=0.2)
+    texts, audios = [], []
+    for epoch in range(100):
+        dataset.set_epoch(epoch)
+        both = [dataset[index] for index in range(4)]
+        texts += [example["text"] is None for example in both]
+        audios += [example["audio"] is None for example in both]
+        assert dataset[4]["audio"] is not None and dataset[5]["text"] == "text 5"
+    assert 0.22 < np.mean(texts) < 0.38 and 0.13 < np.mean(audios) < 0.27
+    assert not np.any(np.logical_and(texts, audios))
+    with pytest.raises(ValueError, match="sum to at most 1"):
+        EmotionDataset(data["train"], text_dropout=0.6, audio_dropout=0.6)
+
+
+def test_one_modality_alone(folder, processor):
+    data, _ = load_emotion_dataset(folder)
+    audio_only, text_only = EmotionDataset(data["test"], use_text=False), EmotionDataset(data["test"], use_audio=False)
+    assert audio_only[1]["text"] is None and len(audio_only[1]["audio"]) == audio_only.lengths[1] > 0
+    assert text_only[1]["audio"] is None and text_only[1]["text"] == "text 1" and text_only.lengths == [0] * 4
+    batch = MMSERDataCollator(processor)([text_only[0], text_only[1]])
+    assert not batch["attention_mask"].any() and batch["text_attention_mask"].all()
+    with pytest.raises(ValueError, match=r"test/metadata.csv row 2 has neither audio nor text"):
+        EmotionDataset(data["test"], use_audio=False, use_text=False)[0]
+
+
+def break_files(folder, indices):
+    for index in indices:
+        (folder / "train" / f"{index}.wav").write_bytes(b"this is not audio")
+
+
+def test_unreadable_file_is_named(folder):
+    break_files(folder, [1])
+    write_wav(folder / "train" / "2.wav", 0.01)
+    data, _ = load_emotion_dataset(folder)
+    dataset = EmotionDataset(data["train"])
+    with pytest.raises(ValueError, match=r"train/metadata.csv row 3: cannot read \S*/train/1.wav"):
+        dataset[1]
+    with pytest.raises(ValueError, match=r"row 3: cannot read \S*/train/1.wav"):
+        dataset.lengths  # noqa: B018
+    with pytest.raises(ValueError, match=r"row 4: \S*/train/2.wav is too short, 160 samples at 16000 Hz"):
+        dataset[2]
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_files_are_skipped_and_counted(folder, processor, num_workers, log):
+    break_files(folder, [1, 2, 3])
+    data, _ = load_emotion_dataset(folder)
+    dataset = EmotionDataset(data["train"], on_bad_example="skip")
+    loader = DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=MMSERDataCollator(processor))
+    for _ in range(2):
+        # the second batch has no good example and takes the next good one, which is row 0 again
+        assert [batch["labels"].tolist() for batch in loader] == [[0], [0]]
+    assert dataset.num_skipped == 3
+    assert dataset.skipped.tolist() == [False, True, True, True]
+    assert dataset.lengths == [len(sine(0.05)), 0, 0, 0]
+    assert dataset[1] is None
+    assert "skipped: train/metadata.csv row 3" in log.text
+    break_files(folder, [0])
+    with pytest.raises(ValueError, match="none of the 4 examples can be read"):
+        next(iter(DataLoader(dataset, batch_size=2, collate_fn=MMSERDataCollator(processor))))
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def example(audio=True, text="text 1", label=0, seconds=0.05):
+    return {"audio": sine(seconds) if audio else None, "text": text, "labels": label, "length": 0}
+
+
+def test_batch_with_missing_modalities(processor):
+    examples = [example(seconds=0.05), example(audio=False), example(text=None, seconds=0.1, label=3), None]
+    batch = MMSERDataCollator(processor)(examples)
+    assert batch["input_values"].shape == (3, 1600) and batch["input_values"].dtype == torch.float32
+    assert batch["attention_mask"].sum(1).tolist() == [800, 0, 1600]
+    assert batch["input_ids"].shape == batch["text_attention_mask"].shape == (3, 4)
+    assert batch["text_attention_mask"].sum(1).tolist() == [4, 4, 0]
+    assert batch["labels"].tolist() == [0, 0, 3] and batch["labels"].dtype == torch.int64
+
+
+def test_all_batches_have_the_same_keys(processor):
+    collator = MMSERDataCollator(processor)
+    full = collator([example(), example()])
+    no_text = collator([example(text=None), example(text="")])
+    no_audio = collator([example(audio=False), example(audio=False)])
+    assert set(full) == set(no_text) == set(no_audio)
+    assert no_text["input_ids"].shape == (2, 1) and no_text["input_ids"].dtype == full["input_ids"].dtype
+    assert not no_text["text_attention_mask"].any() and not no_audio["attention_mask"].any()
+    assert no_audio["input_values"].shape == no_audio["attention_mask"].shape == (2, 400)
+    assert not no_audio["input_values"].any()
+    audio_data = collator([{"audio": sine(), "labels": 1, "length": 1600}])
+    assert set(audio_data) == {"input_values", "attention_mask", "labels"}
+    text_data = collator([{"text": "text", "labels": 1, "length": 0}])
+    assert set(text_data) == {"input_ids", "text_attention_mask", "labels"}
+    with pytest.raises(ValueError, match="at least one readable example"):
+        collator([None])
+
+
+def test_log_mel_batches():
+    collator = MMSERDataCollator(MMSERProcessor(WhisperFeatureExtractor(feature_size=8), tokenizer()))
+    full, no_audio = collator([example(), example()]), collator([example(audio=False)])
+    assert full["input_features"].shape[:2] == (2, 8)
+    assert set(full) == set(no_audio)
+    assert no_audio["input_features"].shape == (1, 8, 2) and no_audio["attention_mask"].shape == (1, 2)
+
+
+def test_class_counts(folder):
+    data, _ = load_emotion_dataset(folder)
+    assert class_counts(data["train"], 4) == class_counts(EmotionDataset(data["train"]), 4) == [1, 1, 1, 1]
+    assert class_counts(data["train"], 6) == [1, 1, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match="label 3 is out of range; allowed: 0 to 2"):
+        class_counts(data["train"], 3)

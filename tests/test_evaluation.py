@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of `evaluation_mmser`: each number against an independent reference (scikit-learn, torchmetrics, plain loops).
+
+Order: classification, calibration, open set, uncertainty, report, bad input, plots.
+"""
+
+import itertools
+import math
+import sys
+
+import evaluate
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import torchmetrics.functional.classification
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import EvalPrediction
+
+import evaluation_mmser as evaluation
+
+LABEL_NAMES = ["neutral", "happy", "sad", "angry"]
+TOLERANCE = 1e-6
+properties = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+
+
+def random_predictions(seed, size=200, num_labels=4):
+    """Overconfident logits that are right about two times out of three, and their labels."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(num_labels, size=size)
+    logits = generator.normal(size=(size, num_labels))
+    logits[np.arange(size), labels] += 1.3
+    return 3 * logits, labels
+
+
+# Few distinct values, so that ties are common.
+tied_scores = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=25)
+
+
+def split(rows):
+    scores, flags = zip(*rows, strict=True)
+    return np.array(scores, dtype=float), np.array(flags)
+
+
+# --- classification --------------------------------------------------------------------------------------------------
+
+
+def loop_metrics(predictions, references, num_labels):
+    """F1 and recall from counted hits and misses, without any library."""
+    f1, recall, support = [], [], []
+    for label in range(num_labels):
+        pairs = list(zip(predictions, references, strict=True))
+        hits = sum(p == label and r == label for p, r in pairs)
+        false_alarms = sum(p == label and r != label for p, r in pairs)
+        misses = sum(p != label and r == label for p, r in pairs)
+        total = 2 * hits + false_alarms + misses
+        f1.append(2 * hits / total if total else 0.0)
+        support.append(hits + misses)
+        recall.append(hits / (hits + misses) if hits + misses else None)
+    present = [value for value in recall if value is not None]
+    return {
+        "weighted_f1": sum(f * s for f, s in zip(f1, support, strict=True)) / len(references),
+        "accuracy": sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references),
+        "unweighted_average_recall": sum(present) / len(present),
+        **{f"f1_{name}": value for name, value in zip(LABEL_NAMES, f1, strict=True)},
+    }
+
+
+@properties
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_classification_metrics_match_loop_and_sklearn(rows):
+    predictions, references = (list(column) for column in zip(*rows, strict=True))
+    metrics = evaluation.compute_classification_metrics(predictions, references, LABEL_NAMES)
+    for name, value in loop_metrics(predictions, references, 4).items():
+        assert metrics[name] == pytest.approx(value, abs=TOLERANCE), name
+    macro = sklearn.metrics.f1_score(references, predictions, average="macro", zero_division=0)
+    assert metrics["macro_f1"] == pytest.approx(macro, abs=TOLERANCE)
+    assert all(type(value) is float and 0 <= value <= 1 for value in metrics.values())
+
+
+def test_classification_metrics_match_torchmetrics():
+    logits, labels = random_predictions(0)
+    metrics = evaluation.compute_classification_metrics(logits.argmax(1), labels, LABEL_NAMES)
+    predicted, target = torch.tensor(logits.argmax(1)), torch.tensor(labels)
+    functional = torchmetrics.functional.classification
+    for name, average in (("weighted_f1", "weighted"), ("macro_f1", "macro")):
+        expected = functional.multiclass_f1_score(predicted, target, 4, average=average)
+        assert metrics[name] == pytest.approx(expected.item(), abs=TOLERANCE)
+    recall = functional.multiclass_recall(predicted, target, 4, average="macro")
+    assert metrics["unweighted_average_recall"] == pytest.approx(recall.item(), abs=TOLERANCE)
+
+
+def test_missing_class_is_defined_and_not_punished():
+    metrics = evaluation.compute_classification_metrics([0, 1, 1], [0, 1, 1], LABEL_NAMES)
+    assert metrics["f1_sad"] == metrics["f1_angry"] == 0
+    for name in ("weighted_f1", "accuracy", "unweighted_average_recall", "macro_f1", "f1_neutral", "f1_happy"):
+        assert metrics[name] == 1
+    # one example
+    assert evaluation.compute_classification_metrics([2], [2], LABEL_NAMES)["macro_f1"] == 1
+    assert evaluation.compute_classification_metrics([2], [3], LABEL_NAMES)["macro_f1"] == 0
+
+
+def test_confusion_matrix_rows_are_true_classes():
+    matrix = evaluation.confusion_matrix(torch.tensor([1, 1, 0]), [0, 0, 2], 3)
+    assert matrix.tolist() == [[0, 2, 0], [0, 0, 0], [1, 0, 0]]
+
+
+def test_metric_works_offline_and_combined(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    predictions, references = [0, 1, 2, 2, 3], [0, 1, 2, 3, 3]
+    expected = evaluation.compute_classification_metrics(predictions, references, LABEL_NAMES)
+    metric = evaluation.MMSERMetric(cache_dir=str(tmp_path))
+    result = metric.compute(predictions=predictions, references=torch.tensor(references))
+    matrix = result.pop("confusion_matrix")
+    assert result == expected
+    assert np.trace(matrix) == 4 and np.sum(matrix) == 5
+
+    with pytest.raises(ValueError, match=r"label 7 at index 1; allowed are 0 to 3"):
+        metric.compute(predictions=[0, 7], references=[0, 0])
+    # an error leaves nothing behind
+    metric.add_batch(predictions=predictions[:3], references=references[:3])
+    metric.add_batch(predictions=predictions[3:], references=references[3:])
+    assert metric.compute()["weighted_f1"] == expected["weighted_f1"]
+
+    binary = evaluation.MMSERMetric(["calm", "excited"], cache_dir=str(tmp_path), experiment_id="binary")
+    combined = evaluate.combine({"four": metric, "two": binary}, force_prefix=True)
+    result = combined.compute(predictions=[0, 1, 1], references=[0, 1, 0])
+    assert result["two_f1_excited"] == result["four_f1_happy"] == pytest.approx(2 / 3)
+    assert "accuracy" in evaluate.combine([metric]).compute(predictions=[0], references=[0])
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_compute_metrics_of_logits(as_tuple):
+    logits, labels = random_predictions(1)
+    predictions = (logits, np.zeros((len(logits), 1))) if as_tuple else logits
+    metrics = evaluation.build_compute_metrics(LABEL_NAMES)(EvalPrediction(predictions, labels))
+    expected = evaluation.compute_classification_metrics(logits.argmax(1), labels, LABEL_NAMES)
+    recalls = sklearn.metrics.recall_score(labels, logits.argmax(1), average=None)
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["recall_min"] == pytest.approx(recalls.min(), abs=TOLERANCE)
+    assert metrics["num_predicted_classes"] == 4
+    assert all(isinstance(value, (int, float)) for value in metrics.values())
+
+
+def test_compute_metrics_detects_collapse(monkeypatch):
+    messages = []
+    monkeypatch.setattr(evaluation.logger, "warning", messages.append)
+    compute_metrics = evaluation.build_compute_metrics(LABEL_NAMES)
+    logits = np.tile([0.0, 0.0, 9.0, 0.0], (5, 1))
+    metrics = compute_metrics(EvalPrediction(logits, np.array([0, 1, 2, 3, 2])))
+    assert metrics["num_predicted_classes"] == 1 and metrics["recall_min"] == 0
+    assert len(messages) == 1 and "'sad'" in messages[0]
+    # one class only in the references: predicting it is right, not a collapse
+    assert compute_metrics(EvalPrediction(logits, np.full(5, 2)))["recall_min"] == 1
+    assert len(messages) == 1
+    with pytest.raises(ValueError, match=r"4 columns .* got 3"):
+        compute_metrics(EvalPrediction(logits[:, :3], np.zeros(5, dtype=int)))
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def loop_calibration_error(probabilities, labels, num_bins):
+    error = 0.0
+    for i in range(num_bins):
+        inside = [k for k, row in enumerate(probabilities) if i / num_bins < max(row) <= (i + 1) / num_bins]
+        if inside:
+            confidence = sum(max(probabilities[k]) for k in inside) / len(inside)
+            accuracy = sum(int(np.argmax(probabilities[k])) == labels[k] for k in inside) / len(inside)
+            error += len(inside) / len(labels) * abs(accuracy - confidence)
+    return error
+
+
+@pytest.mark.parametrize("num_bins", [1, 7, 15, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_error_matches_loop_and_torchmetrics(seed, num_bins):
+    logits, labels = random_predictions(seed)
+    probabilities = evaluation.softmax(logits)
+    np.testing.assert_allclose(probabilities, torch.softmax(torch.tensor(logits), dim=1), atol=1e-12)
+    error = evaluation.expected_calibration_error(probabilities, labels, num_bins)
+    assert error == pytest.approx(loop_calibration_error(probabilities, labels, num_bins), abs=TOLERANCE)
+    # torchmetrics has bins [lo, hi); random values never fall on an edge
+    reference = torchmetrics.functional.classification.multiclass_calibration_error(
+        torch.tensor(probabilities), torch.tensor(labels), num_classes=4, n_bins=num_bins, norm="l1"
+    )
+    assert error == pytest.approx(reference.item(), abs=TOLERANCE)
+
+
+def test_calibration_bins_are_closed_on_the_right():
+    probabilities = np.array([[0.5, 0.5], [0.75, 0.25], [0.76, 0.24], [1.0, 0.0]])
+    bins = evaluation.reliability_bins(probabilities, [0, 1, 0, 0], num_bins=4)
+    assert bins.count.tolist() == [0, 1, 1, 2]
+    np.testing.assert_allclose(bins.confidence, [np.nan, 0.5, 0.75, 0.88])
+    np.testing.assert_allclose(bins.accuracy, [np.nan, 1, 0, 1])
+    expected = (0.5 + 0.75 + 2 * 0.12) / 4
+    assert evaluation.expected_calibration_error(probabilities, [0, 1, 0, 0], 4) == pytest.approx(expected, abs=1e-12)
+    # the edges k / 15 themselves, exactly as they are stored
+    confidences = np.linspace(0, 1, 16)[8:]
+    bins = evaluation.reliability_bins(np.stack([confidences, 1 - confidences], axis=1), np.zeros(8, dtype=int), 15)
+    assert bins.count[7:].tolist() == [1] * 8
+
+
+def test_calibration_error_extremes():
+    sure = np.eye(4)[[0, 1, 2, 3]]
+    assert evaluation.expected_calibration_error(sure, [0, 1, 2, 3]) == 0
+    assert evaluation.expected_calibration_error(sure, [1, 2, 3, 0]) == 1
+    assert evaluation.expected_calibration_error([[0.8, 0.2]], [0]) == pytest.approx(0.2)
+
+
+@properties
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 20))
+def test_calibration_error_properties(seed, size, num_bins):
+    logits, labels = random_predictions(seed, size)
+    probabilities = evaluation.softmax(logits)
+    error = evaluation.expected_calibration_error(probabilities, labels, num_bins)
+    order = np.random.default_rng(seed).permutation(size)
+    assert 0 <= error <= 1
+    assert evaluation.expected_calibration_error(probabilities[order], labels[order], num_bins) == pytest.approx(error)
+
+
+def test_negative_log_likelihood_matches_torch():
+    logits, labels = random_predictions(3)
+    for temperature in (0.3, 1.0, 4.0):
+        expected = torch.nn.functional.cross_entropy(torch.tensor(logits) / temperature, torch.tensor(labels))
+        value = evaluation.negative_log_likelihood(logits, labels, temperature)
+        assert value == pytest.approx(expected.item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0])
+def test_temperature_matches_grid(scale):
+    logits, labels = random_predictions(4)
+    logits = logits * scale
+    temperature = evaluation.fit_temperature(logits, labels)
+    grid = np.exp(np.linspace(math.log(0.05), math.log(20), 4001))
+    losses = [torch.nn.functional.cross_entropy(torch.tensor(logits / t), torch.tensor(labels)).item() for t in grid]
+    best = int(np.argmin(losses))
+    assert grid[best - 1] <= temperature <= grid[best + 1]
+    loss = evaluation.negative_log_likelihood(logits, labels, temperature)
+    assert losses[best] - TOLERANCE <= loss <= losses[best]
+
+
+def test_temperature_undoes_a_known_scale():
+    generator = np.random.default_rng(0)
+    logits = 2 * generator.normal(size=(5000, 4))
+    labels = (generator.random((5000, 1)) > evaluation.softmax(logits).cumsum(1)).sum(1)
+    assert evaluation.fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.05)
+    assert evaluation.fit_temperature(logits, labels) == pytest.approx(1, rel=0.05)
+
+
+@properties
+@given(st.integers(0, 10_000), st.integers(1, 30), st.floats(0.01, 50))
+def test_temperature_never_hurts(seed, size, scale):
+    logits, labels = random_predictions(seed, size)
+    temperature = evaluation.fit_temperature(scale * logits, labels)
+    before = evaluation.negative_log_likelihood(scale * logits, labels)
+    after = evaluation.negative_log_likelihood(scale * logits, labels, temperature)
+    assert 0.05 <= temperature <= 20
+    assert after <= before
+
+
+def test_temperature_limits(monkeypatch):
+    messages = []
+    monkeypatch.setattr(evaluation.logger, "warning", messages.append)
+    assert evaluation.fit_temperature(np.zeros((5, 4)), [0, 1, 2, 3, 0]) == 1  # no T is better
+    assert not messages
+    assert evaluation.fit_temperature(np.eye(4), [0, 1, 2, 3]) == 0.05  # all right: the sharper the better
+    assert evaluation.fit_temperature(np.eye(4), [1, 2, 3, 0]) == 20  # all wrong: the flatter the better
+    assert len(messages) == 2
+
+
+# --- open set --------------------------------------------------------------------------------------------------------
+
+
+def brute_fpr95(scores, is_unknown):
+    """Lowest false positive rate of all thresholds that catch 95 % of the unknown clips."""
+    rates = []
+    for threshold in scores:
+        caught = [s >= threshold for s, unknown in zip(scores, is_unknown, strict=True) if unknown]
+        flagged = [s >= threshold for s, unknown in zip(scores, is_unknown, strict=True) if not unknown]
+        if 100 * sum(caught) >= 95 * len(caught):
+            rates.append(sum(flagged) / len(flagged))
+    return min(rates)
+
+
+def brute_oscr(known_scores, known_correct, unknown_scores):
+    """Share of (known, unknown) pairs in which the known clip is correct and scores higher; a tie is half a pair."""
+    total = 0.0
+    for score, correct in zip(known_scores, known_correct, strict=True):
+        for other in unknown_scores:
+            total += correct * (1.0 if score > other else 0.5 if score == other else 0.0)
+    return total / (len(known_scores) * len(unknown_scores))
+
+
+@properties
+@given(tied_scores)
+def test_auroc_and_fpr95_match_references(rows):
+    scores, flags = split(rows)
+    if flags.all() or not flags.any():
+        assert math.isnan(evaluation.auroc(scores, flags))
+        assert math.isnan(evaluation.fpr_at_95_tpr(scores, flags))
+        return
+    assert evaluation.auroc(scores, flags) == pytest.approx(
+        sklearn.metrics.roc_auc_score(flags, scores), abs=TOLERANCE
+    )
+    assert evaluation.fpr_at_95_tpr(scores, flags) == pytest.approx(brute_fpr95(scores, flags), abs=TOLERANCE)
+    false_positive_rate, true_positive_rate, thresholds = evaluation.roc_curve(scores, flags)
+    reference = sklearn.metrics.roc_curve(flags, scores, drop_intermediate=False)
+    for ours, theirs in zip((false_positive_rate, true_positive_rate, thresholds), reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_unknown", [1, 19, 20, 21, 40, 60, 100, 300])
+def test_fpr95_catches_exactly_95_percent(num_unknown):
+    generator = np.random.default_rng(num_unknown)
+    scores = np.concatenate([generator.normal(size=150), 1 + generator.normal(size=num_unknown)])
+    is_unknown = np.arange(len(scores)) >= 150
+    assert evaluation.fpr_at_95_tpr(scores, is_unknown) == pytest.approx(
+        brute_fpr95(scores, is_unknown), abs=TOLERANCE
+    )
+    assert evaluation.auroc(scores, is_unknown) == pytest.approx(
+        sklearn.metrics.roc_auc_score(is_unknown, scores), abs=TOLERANCE
+    )
+
+
+def test_open_set_by_hand():
+    is_unknown = [0, 0, 0, 1, 1]
+    assert evaluation.auroc([1, 2, 3, 4, 5], is_unknown) == 1  # unknown is positive: higher = more unknown
+    assert evaluation.fpr_at_95_tpr([1, 2, 3, 4, 5], is_unknown) == 0
+    assert evaluation.auroc([4, 5, 6, 1, 2], is_unknown) == 0
+    assert evaluation.fpr_at_95_tpr([4, 5, 6, 1, 2], is_unknown) == 1
+    # everything tied: chance, and catching the unknown flags everyone
+    assert evaluation.auroc([1] * 5, is_unknown) == 0.5
+    assert evaluation.fpr_at_95_tpr([1] * 5, is_unknown) == 1
+    # one known clip tied with the threshold is flagged
+    assert evaluation.fpr_at_95_tpr([1, 2, 4, 4, 5], is_unknown) == pytest.approx(1 / 3)
+
+
+@properties
+@given(tied_scores, st.integers(0, 1000))
+def test_ranking_metrics_ignore_monotone_transforms_and_order(rows, seed):
+    scores, flags = split(rows)
+    order = np.random.default_rng(seed).permutation(len(scores))
+    metrics = (
+        evaluation.auroc,
+        evaluation.fpr_at_95_tpr,
+        evaluation.error_detection_auroc,
+        evaluation.area_under_risk_coverage,
+    )
+    for metric in metrics:
+        value = metric(scores, flags)
+        for transformed in (np.exp(scores), 5 * scores - 3, scores**3):
+            assert metric(transformed, flags) == pytest.approx(value, abs=1e-12, nan_ok=True)
+        assert metric(scores[order], flags[order]) == pytest.approx(value, abs=1e-12, nan_ok=True)
+    assert evaluation.auroc(-scores, flags) == pytest.approx(1 - evaluation.auroc(scores, flags), nan_ok=True)
+
+
+@properties
+@given(tied_scores, st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.integers(0, 1000))
+def test_oscr_matches_pairs_and_is_at_most_accuracy(rows, unknown_scores, seed):
+    known_scores, known_correct = split(rows)
+    area = evaluation.oscr(known_scores, known_correct, unknown_scores)
+    assert area == pytest.approx(brute_oscr(known_scores, known_correct, unknown_scores), abs=TOLERANCE)
+    assert 0 <= area <= known_correct.mean() + 1e-12
+    order = np.random.default_rng(seed).permutation(len(known_scores))
+    shuffled = evaluation.oscr(known_scores[order], known_correct[order], unknown_scores[::-1])
+    assert shuffled == pytest.approx(area, abs=1e-12)
+    # when every known clip is right it is the AUROC of known against unknown
+    everything_right = evaluation.oscr(known_scores, np.ones(len(known_scores)), unknown_scores)
+    scores = -np.concatenate([known_scores, unknown_scores])
+    is_unknown = np.arange(len(scores)) >= len(known_scores)
+    expected = sklearn.metrics.roc_auc_score(is_unknown, scores)
+    assert everything_right == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_oscr_curve_is_exact():
+    known_scores, known_correct, unknown_scores = [0.9, 0.8, 0.6, 0.3], [1, 0, 1, 1], [0.8, 0.5, 0.1]
+    false_positive_rate, correct_rate, thresholds = evaluation.oscr_curve(known_scores, known_correct, unknown_scores)
+    assert thresholds.tolist() == [np.inf, 0.9, 0.8, 0.6, 0.5, 0.3, 0.1]
+    np.testing.assert_allclose(false_positive_rate, np.array([0, 0, 1, 1, 2, 2, 3]) / 3)
+    np.testing.assert_allclose(correct_rate, np.array([0, 1, 1, 2, 2, 3, 3]) / 4)
+    expected = sklearn.metrics.auc(false_positive_rate, correct_rate)
+    assert evaluation.oscr(known_scores, known_correct, unknown_scores) == pytest.approx(expected)
+
+
+def test_undefined_open_set_metrics_are_nan():
+    assert math.isnan(evaluation.auroc([0.1, 0.2], [0, 0]))
+    assert math.isnan(evaluation.auroc([0.1], [1]))
+    assert math.isnan(evaluation.fpr_at_95_tpr([0.1], [1]))
+    assert math.isnan(evaluation.oscr([0.1, 0.4], [1, 0], []))
+    assert math.isnan(evaluation.oscr([], [], [0.3]))
+    assert math.isnan(evaluation.error_detection_auroc([0.1, 0.2], [False, False]))
+    assert evaluation.area_under_risk_coverage([0.1, 0.2], [False, False]) == 0
+
+
+# --- uncertainty -----------------------------------------------------------------------------------------------------
+
+
+@properties
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6))
+def test_risk_coverage_is_the_mean_over_orders_of_ties(rows):
+    uncertainty, is_wrong = split(rows)
+    curves = []
+    for order in itertools.permutations(range(len(rows))):
+        if all(uncertainty[i] <= uncertainty[j] for i, j in itertools.pairwise(order)):
+            curves.append([sum(is_wrong[list(order[: k + 1])]) / (k + 1) for k in range(len(rows))])
+    coverage, risk = evaluation.risk_coverage_curve(uncertainty, is_wrong)
+    np.testing.assert_allclose(coverage, [(k + 1) / len(rows) for k in range(len(rows))])
+    np.testing.assert_allclose(risk, np.mean(curves, axis=0), atol=TOLERANCE)
+    assert evaluation.area_under_risk_coverage(uncertainty, is_wrong) == pytest.approx(np.mean(curves), abs=TOLERANCE)
+
+
+def test_uncertainty_by_hand():
+    is_wrong = [False, False, True, True]
+    assert evaluation.error_detection_auroc([0.1, 0.2, 0.3, 0.4], is_wrong) == 1
+    assert evaluation.error_detection_auroc([0.5] * 4, is_wrong) == 0.5
+    # a constant uncertainty keeps random clips: the risk is the error rate at every coverage
+    np.testing.assert_allclose(evaluation.risk_coverage_curve([0.5] * 4, is_wrong)[1], 0.5)
+    assert evaluation.area_under_risk_coverage([0.1, 0.2, 0.3, 0.4], is_wrong) == pytest.approx((1 / 3 + 1 / 2) / 4)
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(loc=2.0, size=400)
+    low, high = evaluation.bootstrap_interval(np.mean, values, seed=1)
+    half_width = 1.96 * values.std() / math.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half_width, abs=0.015)
+    assert high == pytest.approx(values.mean() + half_width, abs=0.015)
+    assert (low, high) == evaluation.bootstrap_interval(np.mean, torch.tensor(values), seed=1)
+    assert (low, high) != evaluation.bootstrap_interval(np.mean, values, seed=2)
+    narrow = evaluation.bootstrap_interval(np.mean, values, level=0.5, seed=1)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_interval_keeps_rows_together_and_skips_nan():
+    generator = np.random.default_rng(0)
+    first = generator.normal(size=(50, 3))
+    same = evaluation.bootstrap_interval(lambda a, b: np.abs(a.sum(1) - b).max(), first, first.sum(1), num_samples=50)
+    assert same == (0, 0)
+    assert evaluation.bootstrap_interval(np.mean, [3.0], num_samples=10) == (3, 3)
+    low, high = evaluation.bootstrap_interval(evaluation.auroc, [0.1, 0.2, 0.9], [0, 0, 1], num_samples=100)
+    assert (low, high) == (1, 1)  # resamples without an unknown clip do not count
+    undefined = evaluation.bootstrap_interval(evaluation.auroc, [0.1, 0.2], [0, 0], num_samples=10)
+    assert all(math.isnan(bound) for bound in undefined)
+
+
+def test_grouped_metrics():
+    logits, labels = random_predictions(5)
+    predictions = logits.argmax(1)
+    languages = np.random.default_rng(5).choice(["en", "de", "zh"], len(labels))
+    report = evaluation.grouped_metrics(predictions, labels, languages, LABEL_NAMES)
+    assert list(report) == ["de", "en", "zh"]
+    assert sum(metrics["count"] for metrics in report.values()) == len(labels)
+    for language, metrics in report.items():
+        rows = languages == language
+        expected = sklearn.metrics.f1_score(labels[rows], predictions[rows], average="weighted")
+        assert metrics["weighted_f1"] == pytest.approx(expected, abs=TOLERANCE)
+        assert metrics["count"] == rows.sum()
+    assert list(evaluation.grouped_metrics([0, 0], [0, 1], [None, 3], LABEL_NAMES)) == ["3", "None"]
+    assert list(evaluation.grouped_metrics([0, 0], [0, 1], torch.tensor([2, 1]), LABEL_NAMES)) == ["1", "2"]
+
+
+def test_format_table():
+    rows = [
+        {"group": "en", "count": 12, "f1": np.float32(0.5)},
+        {"group": "a|b\nc", "count": None, "f1": float("nan")},
+        {"group": None},
+    ]
+    assert evaluation.format_table(rows, ["group", "count", "f1"]).split("\n") == [
+        "| group  | count |     f1 |",
+        "| ------ | ----: | -----: |",
+        "| en     |    12 | 0.5000 |",
+        "| a\\|b c |       |    n/a |",
+        "|        |       |        |",
+    ]
+    assert evaluation.format_table([], ["x"]) == "| x   |\n| --- |"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+GOOD = [[0.7, 0.3], [0.4, 0.6]]
+BAD_CALLS = [
+    (lambda: evaluation.auroc([0.1, float("nan"), 0.3], [0, 1, 0]), r"`scores` must be finite, got nan at index 1"),
+    (lambda: evaluation.auroc([0.1, float("inf")], [0, 1]), r"`scores` must be finite, got inf at index 1"),
+    (lambda: evaluation.auroc([], []), r"`scores` is empty"),
+    (lambda: evaluation.auroc([0.1, 0.2], [0, 2]), r"`is_unknown` must hold True/False or 1/0, got 2 at index 1"),
+    (lambda: evaluation.auroc([0.1, 0.2], [0]), r"same length, got `scores` 2, `is_unknown` 1"),
+    (lambda: evaluation.auroc([[0.1], [0.2]], [0, 1]), r"`scores` must have 1 dimension\(s\), got shape \(2, 1\)"),
+    (lambda: evaluation.auroc(["a", "b"], [0, 1]), r"`scores` must hold real numbers"),
+    (lambda: evaluation.auroc([1j, 0j], [0, 1]), r"`scores` must hold real numbers"),
+    (lambda: evaluation.fpr_at_95_tpr([], []), r"`scores` is empty"),
+    (lambda: evaluation.oscr([], [], []), r"both empty"),
+    (lambda: evaluation.oscr([0.1], [1], [float("nan")]), r"`unknown_scores` must be finite, got nan at index 0"),
+    (lambda: evaluation.oscr([0.1], [1, 0], [0.2]), r"`known_scores` 1, `known_correct` 2"),
+    (lambda: evaluation.error_detection_auroc([0.1], []), r"`is_wrong` is empty"),
+    (lambda: evaluation.risk_coverage_curve([float("nan")], [1]), r"`uncertainty` must be finite, got nan at index 0"),
+    (lambda: evaluation.softmax([[1.0, float("nan")]]), r"`logits` must be finite, got nan at index \(0, 1\)"),
+    (lambda: evaluation.softmax([[1.0], [1.0, 2.0]]), r"`logits` must be a rectangular array"),
+    (lambda: evaluation.softmax([1.0, 2.0]), r"`logits` must have 2 dimension\(s\)"),
+    (lambda: evaluation.fit_temperature(GOOD, [0, 2]), r"`labels` has label 2 at index 1; allowed are 0 to 1"),
+    (lambda: evaluation.fit_temperature(np.zeros((0, 4)), []), r"`logits` is empty"),
+    (lambda: evaluation.fit_temperature(GOOD, [0]), r"`logits` 2, `labels` 1"),
+    (lambda: evaluation.negative_log_likelihood(GOOD, [0, 1], 0), r"`temperature` must be positive"),
+    (lambda: evaluation.expected_calibration_error([[2.0, 1.0]], [0]), r"sum to 1 .* row 0 .*softmax"),
+    (lambda: evaluation.expected_calibration_error(GOOD, [0, -1]), r"label -1 at index 1"),
+    (lambda: evaluation.expected_calibration_error(GOOD, [0, 1], 0), r"`num_bins` must be a positive integer, got 0"),
+    (lambda: evaluation.confusion_matrix([0, 1], [0.0, 1.0], 2), r"`references` must hold integer class indices"),
+    (lambda: evaluation.confusion_matrix([], [], 2), r"`predictions` is empty"),
+    (lambda: evaluation.confusion_matrix([0], [0, 1], 2), r"`predictions` 1, `references` 2"),
+    (lambda: evaluation.confusion_matrix([[0]], [0], 2), r"`predictions` must be one-dimensional"),
+    (lambda: evaluation.compute_classification_metrics([0], [0], ["a", "a"]), r"distinct names"),
+    (
+        lambda: evaluation.compute_classification_metrics([0], [5], ["a", "b"]),
+        r"label 5 at index 0; allowed are 0 to 1",
+    ),
+    (lambda: evaluation.grouped_metrics([0], [0], [], ["a"]), r"`groups` 0"),
+    (lambda: evaluation.bootstrap_interval(np.mean), r"at least one array"),
+    (lambda: evaluation.bootstrap_interval(np.mean, []), r"at least one row"),
+    (lambda: evaluation.bootstrap_interval(np.mean, [1, 2], [1]), r"`arrays\[0\]` 2, `arrays\[1\]` 1"),
+    (lambda: evaluation.bootstrap_interval(np.mean, [1], level=95), r"`level` must be between 0 and 1, got 95"),
+    (lambda: evaluation.bootstrap_interval(np.mean, [1], num_samples=0), r"`num_samples`"),
+    (lambda: evaluation.format_table([], []), r"`columns`"),
+]
+
+
+@pytest.mark.parametrize("call, message", BAD_CALLS, ids=[message for _, message in BAD_CALLS])
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_tensors_of_any_type_are_accepted(dtype):
+    logits = torch.tensor([[2.0, 0.0], [0.5, 1.0], [0.0, 4.0]], dtype=dtype, requires_grad=True)
+    labels = torch.tensor([0, 0, 1])
+    exact = logits.detach().double().numpy()
+    assert evaluation.fit_temperature(logits, labels) == evaluation.fit_temperature(exact, labels.numpy())
+    probabilities = torch.softmax(logits, dim=1)
+    expected = evaluation.expected_calibration_error(evaluation.softmax(exact), labels)
+    assert evaluation.expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-2)
+    assert evaluation.auroc(logits[:, 0], labels == 0) == 1
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def draw_all(folder):
+    """Every plot, with sample data; returns the written paths."""
+    logits, labels = random_predictions(6)
+    before, after = evaluation.softmax(logits), evaluation.softmax(logits / 3)
+    predictions = logits.argmax(1)
+    is_wrong = predictions != labels
+    known, unknown = after.max(1), evaluation.softmax(random_predictions(7)[0] / 5).max(1)
+    scores, is_unknown = -np.concatenate([known, unknown]), np.repeat([0, 1], [len(known), len(unknown)])
+    groups = evaluation.grouped_metrics(predictions, labels, np.arange(len(labels)) % 3, LABEL_NAMES)
+    matrix = evaluation.confusion_matrix(predictions, labels, 4)
+    return [
+        evaluation.plot_confusion_matrix(matrix, LABEL_NAMES, folder / "matrix.png"),
+        evaluation.plot_reliability(before, after, labels, folder / "reliability.png"),
+        evaluation.plot_risk_coverage({"max softmax": (-known, is_wrong)}, str(folder / "risk_coverage.png")),
+        evaluation.plot_open_set_roc(
+            {"max softmax": (scores, is_unknown), "chance": (scores * 0, is_unknown)}, folder / "roc.png"
+        ),
+        evaluation.plot_oscr({"max softmax": (known, ~is_wrong, unknown)}, folder / "oscr.png"),
+        evaluation.plot_score_histograms(-known, -unknown, folder / "histograms.png"),
+        evaluation.plot_group_bars(groups, folder / "groups.png"),
+    ]
+
+
+def read_png(path):
+    image = pytest.importorskip("PIL.Image")
+    with image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_plots_are_pictures_and_leave_matplotlib_alone(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    settings_before, pyplot_before = matplotlib.rcParams.copy(), "matplotlib.pyplot" in sys.modules
+    paths = draw_all(tmp_path / "new" / "folder")
+    assert matplotlib.rcParams.copy() == settings_before
+    assert ("matplotlib.pyplot" in sys.modules) == pyplot_before
+    assert len({path.name for path in paths}) == 7
+    for path in paths:
+        pixels = read_png(path)
+        assert min(pixels.shape[:2]) >= 250, path.name
+        # ink, and more than one colour: neither blank nor only axes
+        colours = np.unique(pixels[::2, ::2].reshape(-1, 3), axis=0)
+        saturated = (colours.max(1).astype(int) - colours.min(1)) > 60
+        assert pixels.std() > 10 and saturated.any(), path.name
+
+
+def test_plots_of_undefined_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    scores, right = [0.1, 0.4, 0.4], [1, 0, 1]
+    names = [
+        evaluation.plot_oscr({"OpenMax": (scores, right, [])}, tmp_path / "oscr.png"),
+        evaluation.plot_open_set_roc({"OpenMax": (scores, [0, 0, 0])}, tmp_path / "roc.png"),
+        evaluation.plot_score_histograms(scores, [], tmp_path / "histograms.png"),
+        evaluation.plot_risk_coverage({"uncertainty": ([0.5], [0])}, tmp_path / "risk.png"),
+        evaluation.plot_confusion_matrix([[0, 0], [1, 2]], ["a", "b"], tmp_path / "matrix.png"),
+        evaluation.plot_reliability([[0.9, 0.1]], [[0.8, 0.2]], [0], tmp_path / "reliability.png"),
+    ]
+    for path in names:
+        assert read_png(path).std() > 5
+
+
+def test_plot_errors(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"`matrix` must hold counts"):
+        evaluation.plot_confusion_matrix([[1, 2]], ["a", "b"], tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"`methods` must map"):
+        evaluation.plot_oscr([0.1, 0.2], tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"holds `recall`"):
+        evaluation.plot_group_bars({"en": {"count": 1}}, tmp_path / "x.png", metric="recall")
+    with pytest.raises(ValueError, match="both empty"):
+        evaluation.plot_score_histograms([], [], tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install \.\[report\]"):
+        evaluation.plot_confusion_matrix([[1]], ["a"], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()

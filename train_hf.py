@@ -1,0 +1,354 @@
+# /// script
+# dependencies = ["mmser"]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune MMSER on emotional speech, evaluate it and save a checkpoint that explains itself.
+
+python train_hf.py --data_dir my_data --output_dir runs/mine --epochs 10
+python train_hf.py recipes/demo.json --learning_rate 5e-4      # flags win over the recipe
+accelerate launch train_hf.py --dataset_name me/my_data --use_amp --push_to_hub
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    Wav2Vec2FeatureExtractor,
+    set_seed,
+)
+from transformers.utils import logging
+
+from configuration_mmser import MMSERConfig
+from data_mmser import (
+    Augmenter,
+    DataColumns,
+    EmotionDataset,
+    EmotionIterableDataset,
+    MMSERDataCollator,
+    class_counts,
+    load_emotion_dataset,
+    load_emotion_split,
+)
+from evaluation_mmser import build_compute_metrics, format_table
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from processing_mmser import MMSERProcessor
+from reporting_mmser import describe_data, evaluate_open_set, evaluate_split, write_results
+from training_mmser import MMSERTrainer, MMSERTrainingArguments, last_complete_checkpoint, parameter_table
+
+logger = logging.get_logger("train_hf")
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "MMSER checkpoint (Hub name or folder) to go on from, instead of two encoders."},
+    )
+    audio_model_name_or_path: str = field(
+        default="facebook/wav2vec2-base", metadata={"help": "Audio encoder: Hub name or folder."}
+    )
+    text_model_name_or_path: str = field(
+        default="google-bert/bert-base-multilingual-cased", metadata={"help": "Text encoder: Hub name or folder."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not beside the text encoder."})
+    random_audio_encoder: bool = field(
+        default=False, metadata={"help": "Start the audio encoder at random: only its configuration is read."}
+    )
+    random_text_encoder: bool = field(
+        default=False, metadata={"help": "Start the text encoder at random: only its configuration is read."}
+    )
+    audio_config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": "JSON: fields of the audio encoder's configuration; with --random_audio_encoder."},
+    )
+    text_config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": "JSON: fields of the text encoder's configuration; with --random_text_encoder."},
+    )
+    config_overrides: dict | str | None = field(
+        default=None, metadata={"help": "JSON: fields of MMSERConfig, e.g. '{\"classifier_num_layers\": 5}'."}
+    )
+    freeze_audio: bool = field(default=False, metadata={"help": "Freeze the audio encoder."})
+    freeze_text: bool = field(default=False, metadata={"help": "Freeze the text encoder."})
+    freeze_feature_encoder: bool = field(
+        default=False, metadata={"help": "Freeze only the convolutions in front of the audio encoder."}
+    )
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "MMSER checkpoint to distil from; set distillation_loss_weight as well."}
+    )
+
+    def __post_init__(self):
+        for name in ("audio_config_overrides", "text_config_overrides", "config_overrides"):
+            value = getattr(self, name)
+            setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
+        for kind in ("audio", "text"):
+            if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
+                raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
+
+
+@dataclass
+class DataArguments:
+    """Which data to train and evaluate on. Give one of data_dir, manifest and dataset_name."""
+
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with train/, validation/, test/, each with metadata.csv or .jsonl."}
+    )
+    manifest: str | None = field(default=None, metadata={"help": "One CSV or JSONL file that lists all clips."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    streaming: bool = field(default=False, metadata={"help": "Read the Hub data set while training; set --max_steps."})
+    ood_dir: str | None = field(
+        default=None, metadata={"help": "Folder of clips that are none of the classes, for the open-set check."}
+    )
+    train_split: str | None = field(default=None, metadata={"help": "Name of the training split in the source."})
+    validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
+    test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
+    audio_column: str = field(default="file_name", metadata={"help": "Column with the audio file."})
+    label_column: str = field(default="label", metadata={"help": "Column with the label, a name or an id."})
+    text_column: str = field(default="transcription", metadata={"help": "Column with the transcript."})
+    speaker_column: str = field(default="speaker", metadata={"help": "Column with the speaker."})
+    language_column: str = field(default="language", metadata={"help": "Column with the language."})
+    corpus_column: str = field(default="corpus", metadata={"help": "Column with the corpus."})
+    labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
+    validation_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
+    test_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
+    allow_speaker_overlap: bool = field(
+        default=False, metadata={"help": "Accept speakers that are in two splits. The scores will be too good."}
+    )
+    on_bad_example: str = field(
+        default="error", metadata={"help": "error, or skip: leave out bad rows and count them."}
+    )
+    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are cropped, at random in training."})
+    augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
+    text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
+    audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
+
+    @property
+    def columns(self) -> DataColumns:
+        names = [column.name for column in dataclasses.fields(DataColumns)]
+        return DataColumns(**{name: getattr(self, f"{name}_column") for name in names})
+
+
+def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, MMSERTrainingArguments]:
+    """Parse flags, after an optional JSON recipe whose keys are the names of the flags."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, MMSERTrainingArguments), description=__doc__)
+    if arguments and arguments[0].endswith(".json"):
+        recipe = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        destination = {
+            option.removeprefix("--"): action.dest for action in parser._actions for option in action.option_strings
+        }
+        unknown = sorted(set(recipe) - set(destination))
+        if unknown:
+            raise ValueError(f"{arguments[0]} has unknown keys: {', '.join(unknown)}. See `train_hf.py --help`.")
+        parser.set_defaults(**{destination[key]: value for key, value in recipe.items()})
+        arguments = arguments[1:]
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedConfig:
+    """Configuration of an encoder (`kind` "audio" or "text") to start at random; the default ones need no download."""
+    name = getattr(arguments, f"{kind}_model_name_or_path")
+    if name == ModelArguments.__dataclass_fields__[f"{kind}_model_name_or_path"].default:
+        config = getattr(MMSERConfig(), f"{kind}_config")
+    else:
+        config = AutoConfig.from_pretrained(name)
+    return type(config)(**{**config.to_dict(), **getattr(arguments, f"{kind}_config_overrides")})
+
+
+def load_processor(arguments: ModelArguments) -> MMSERProcessor:
+    """The processor of the checkpoint, or one joined from the feature extractor and the tokenizer of the two encoders."""
+    if arguments.model_name_or_path:
+        return MMSERProcessor.from_pretrained(arguments.model_name_or_path)
+    name = arguments.audio_model_name_or_path
+    if arguments.random_audio_encoder and name == ModelArguments.audio_model_name_or_path:
+        feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    else:
+        feature_extractor = AutoFeatureExtractor.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or arguments.text_model_name_or_path)
+    return MMSERProcessor(feature_extractor, tokenizer)
+
+
+def load_model(
+    arguments: ModelArguments, label_names: list[str], processor: MMSERProcessor
+) -> MMSERForAudioClassification:
+    """The model to train, with the label names of the data and what is to be frozen frozen."""
+    labels = {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {label: i for i, label in enumerate(label_names)},
+    }
+    if arguments.model_name_or_path:
+        model = MMSERForAudioClassification.from_pretrained(
+            arguments.model_name_or_path,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # another label set gets new output layers; the loading report names them
+            **labels,
+            **arguments.config_overrides,
+        )
+    else:
+        sources = {"audio": arguments.audio_model_name_or_path, "text": arguments.text_model_name_or_path}
+        if arguments.random_text_encoder:
+            arguments.text_config_overrides.setdefault("vocab_size", len(processor.tokenizer))
+        for kind in sources:
+            if getattr(arguments, f"random_{kind}_encoder"):
+                sources[kind] = random_encoder_config(kind, arguments)
+        model = MMSERForAudioClassification.from_backbones(
+            sources["audio"], sources["text"], **labels, **arguments.config_overrides
+        )
+    if arguments.freeze_audio:
+        model.freeze_audio_encoder()
+    if arguments.freeze_text:
+        model.freeze_text_encoder()
+    if arguments.freeze_feature_encoder:
+        model.freeze_feature_encoder()
+    return model
+
+
+def encoder_name(arguments: ModelArguments, kind: str) -> str:
+    """What the model card calls an encoder: the checkpoint's own name, and whether it started at random."""
+    if arguments.model_name_or_path:
+        return f"as in {Path(arguments.model_name_or_path).name}"
+    name = getattr(arguments, f"{kind}_model_name_or_path")
+    name = Path(name).name if Path(name).exists() else name
+    if not getattr(arguments, f"random_{kind}_encoder"):
+        return name
+    changed = " with other sizes" if getattr(arguments, f"{kind}_config_overrides") else ""
+    return f"{name} architecture{changed}, started at random"
+
+
+def load_data(arguments: DataArguments, seed: int):
+    """The splits, the label names, and the open-set clips if there are any."""
+    splits, label_names = load_emotion_dataset(
+        arguments.data_dir,
+        arguments.manifest,
+        arguments.dataset_name,
+        arguments.dataset_config_name,
+        train_split=arguments.train_split,
+        validation_split=arguments.validation_split,
+        test_split=arguments.test_split,
+        columns=arguments.columns,
+        label_names=arguments.labels,
+        streaming=arguments.streaming,
+        validation_fraction=arguments.validation_fraction,
+        test_fraction=arguments.test_fraction,
+        seed=seed,
+        allow_speaker_overlap=arguments.allow_speaker_overlap,
+        on_bad_example=arguments.on_bad_example,
+    )
+    unknown = None
+    if arguments.ood_dir:
+        unknown = load_emotion_split(
+            arguments.ood_dir,
+            columns=arguments.columns,
+            label_names=label_names,
+            on_bad_example=arguments.on_bad_example,
+        )
+    return splits, label_names, unknown
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Train, evaluate and save as the flags say. Returns what is written to `eval_results.json`."""
+    command = sys.argv[1:] if arguments is None else arguments
+    model_arguments, data_arguments, training_arguments = parse_arguments(command)
+    logging.set_verbosity(training_arguments.get_process_log_level())
+    logging.enable_default_handler()
+    logging.enable_explicit_format()
+    set_seed(training_arguments.seed)
+
+    splits, label_names, unknown = load_data(data_arguments, training_arguments.data_seed or training_arguments.seed)
+    processor = load_processor(model_arguments)
+    model = load_model(model_arguments, label_names, processor)
+    # Token positions that the encoder has no embedding for must be cut by the tokenizer
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if positions is not None:
+        processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)
+    teacher = None
+    if model_arguments.teacher_name_or_path:
+        teacher = MMSERForAudioClassification.from_pretrained(model_arguments.teacher_name_or_path)
+    if not data_arguments.streaming:
+        model.config.class_counts = class_counts(splits["train"], len(label_names))
+        logger.info(f"Training clips per class: {dict(zip(label_names, model.config.class_counts, strict=True))}")
+    logger.info("Parameters:\n" + format_table(parameter_table(model), ["part", "parameters", "trainable"]))
+
+    dataset_class = EmotionIterableDataset if data_arguments.streaming else EmotionDataset
+    options = {
+        "seed": training_arguments.seed,
+        "on_bad_example": data_arguments.on_bad_example,
+        "sampling_rate": processor.feature_extractor.sampling_rate,
+        "max_seconds": data_arguments.max_seconds,
+    }
+
+    def evaluation_dataset(split, **more):
+        return dataset_class(split, **options, **more)
+
+    train_dataset = dataset_class(
+        splits["train"],
+        training=True,
+        augmenter=Augmenter() if data_arguments.augment else None,
+        text_dropout=data_arguments.text_dropout,
+        audio_dropout=data_arguments.audio_dropout,
+        **options,
+    )
+    trainer = MMSERTrainer(
+        model=model,
+        args=training_arguments,
+        teacher=teacher,
+        train_dataset=train_dataset,
+        eval_dataset=evaluation_dataset(splits["validation"]) if "validation" in splits else None,
+        data_collator=MMSERDataCollator(processor),
+        processing_class=processor,
+        compute_metrics=build_compute_metrics(label_names),
+    )
+    results = {
+        "model_name": training_arguments.hub_model_id or Path(training_arguments.output_dir).resolve().name,
+        "label_names": label_names,
+        "encoders": {
+            "audio": encoder_name(model_arguments, "audio"),
+            "text": encoder_name(model_arguments, "text"),
+        },
+        "openmax_threshold": model.config.openmax_threshold,
+        "parameters": parameter_table(model),
+        "data": describe_data(
+            data_arguments.data_dir or data_arguments.manifest or data_arguments.dataset_name, splits
+        ),
+    }
+
+    checkpoint = training_arguments.resume_from_checkpoint
+    if checkpoint in (None, "True", "true", True):
+        checkpoint = last_complete_checkpoint(training_arguments.output_dir)
+        if checkpoint:
+            logger.info(f"Resuming from {checkpoint}. Choose another --output_dir to start anew.")
+    results["training"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    results["training"]["skipped_clips"] = train_dataset.num_skipped
+
+    held_out = splits.get("validation")
+    results["calibration"] = trainer.finalize(
+        evaluation_dataset(splits["train"]), None if held_out is None else evaluation_dataset(held_out)
+    )
+    trainer.save_model()
+    trainer.save_state()
+    for name in ("validation", "test"):
+        if name in splits:
+            results[name] = evaluate_split(trainer, splits[name], evaluation_dataset, label_names)
+    if unknown is not None and "test" in splits:
+        results["open_set"] = evaluate_open_set(trainer, splits["test"], unknown, evaluation_dataset)
+    if trainer.is_world_process_zero():
+        print(write_results(results, training_arguments.output_dir, ["train_hf.py", *command]))
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+if __name__ == "__main__":
+    register_auto_classes()
+    main()

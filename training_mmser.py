@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: `MMSERTrainingArguments` (our defaults) and `MMSERTrainer`.
+
+The trainer is Transformers' own plus what this model needs: the published parameter groups, every part of the loss in the
+log, an error instead of a non-finite loss, and `finalize`, which calibrates the trained model and fits its OpenMax.
+"""
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from evaluation_mmser import expected_calibration_error, fit_temperature, negative_log_likelihood, softmax
+from modeling_mmser import MMSERForAudioClassification, MMSEROutput, check_finite_losses
+
+logger = logging.get_logger(__name__)
+
+# name: (prefixes of the parameters, learning rate multiplier, weight decay), as published
+PARAMETER_GROUPS = {
+    "audio_encoder": (("mmser.audio_encoder.",), 0.1, 0.025),
+    "text_encoder": (("mmser.text_encoder.",), 0.1, 0.025),
+    "cross_modal_attention": (("mmser.audio_attention.", "mmser.text_attention."), 1.0, 0.05),
+    "pooling": (("mmser.audio_pooling.", "mmser.text_pooling.", "mmser.layer_weights"), 1.0, 0.05),
+    "fusion": (("mmser.fusion.", "mmser.missing_audio.", "mmser.missing_text."), 1.0, 0.05),
+    "classifier": (("classifier.",), 1.5, 0.06),
+    "anchors": (("anchors.",), 2.0, 0.04),
+    "uncertainty": (("uncertainty.",), 1.0, 0.05),
+    "prototypes": (("prototypes.",), 1.0, 0.05),
+}
+
+
+@dataclass
+class MMSERTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for fine-tuning MMSER and the short spellings of the most used flags."""
+
+    output_dir: str = field(
+        default="runs/mmser",
+        metadata={"aliases": ["--save_dir"], "help": "Folder for the checkpoints and the results."},
+    )
+    num_train_epochs: float = field(default=10.0, metadata={"aliases": ["--epochs"], "help": "Passes over the data."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"aliases": ["--batch_size"], "help": "Clips per device and training step."}
+    )
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Clips per device in evaluation."})
+    learning_rate: float = field(
+        default=1e-4, metadata={"aliases": ["--lr"], "help": "Peak learning rate; each parameter group multiplies it."}
+    )
+    lr_multipliers: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON: learning rate multipliers that differ from the published ones, e.g. '{\"audio_encoder\": 1}'. "
+            f"Groups: {', '.join(PARAMETER_GROUPS)}."
+        },
+    )
+    weight_decay: float | None = field(
+        default=None, metadata={"help": "One weight decay for all groups instead of the published one for each."}
+    )
+    use_amp: bool = field(
+        default=False,
+        metadata={
+            "help": "Mixed precision: bf16 where the device has it, else fp16. `--bf16` and `--fp16` choose one."
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1: the share of all steps."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep (the best one is kept too)."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint at the end."})
+    metric_for_best_model: str | None = field(
+        default="weighted_f1", metadata={"help": "What makes a checkpoint best."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "random, sequential or group_by_length (wastes little on padding)."},
+    )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})
+
+    def __post_init__(self):
+        if isinstance(self.lr_multipliers, str):
+            self.lr_multipliers = json.loads(self.lr_multipliers)
+        unknown = set(self.lr_multipliers or {}) - set(PARAMETER_GROUPS)
+        if unknown:
+            raise ValueError(
+                f"`lr_multipliers` names {sorted(unknown)}; the groups are {', '.join(PARAMETER_GROUPS)}."
+            )
+        if self.use_amp and not (self.bf16 or self.fp16):
+            has_bf16 = self.use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+            self.bf16, self.fp16 = has_bf16, not has_bf16
+        if self.bf16 and not torch.cuda.is_available():
+            self.use_cpu = True  # without it, bf16 is refused on a machine that has no GPU
+        self.label_names = ["labels"]
+        # A loss that is not finite is an error here, not something to be averaged away in the log
+        self.logging_nan_inf_filter = False
+        if self.eval_strategy == "no" or self.save_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the training set which epoch it is in: accelerate only does so for some samplers."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch))
+
+
+class MMSERTrainer(Trainer):
+    """
+    `transformers.Trainer` for `MMSERForAudioClassification`.
+
+    Args:
+        args (`MMSERTrainingArguments`): or any `TrainingArguments`.
+        teacher (`MMSERForAudioClassification`, *optional*): for `config.distillation_loss_weight`; takes the same inputs.
+        kwargs: as for `Trainer`.
+    """
+
+    def __init__(self, model=None, args=None, teacher: MMSERForAudioClassification | None = None, **kwargs):
+        super().__init__(model, args, **kwargs)
+        self.teacher = None if teacher is None else teacher.to(self.args.device).requires_grad_(False).eval()
+        self.train_outputs: dict[str, np.ndarray] | None = None
+        self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._is_predicting = False
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(_SetEpoch(self.train_dataset))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW (or `args.optim`) over the published parameter groups and log their sizes."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model,
+                learning_rate=self.args.learning_rate,
+                lr_multipliers=getattr(self.args, "lr_multipliers", None),
+                weight_decay=self.args.weight_decay,
+            )
+            for name in dict.fromkeys(group["name"] for group in groups):
+                own = [group for group in groups if group["name"] == name]
+                size = sum(parameter.numel() for group in own for parameter in group["params"])
+                decay = max(group["weight_decay"] for group in own)
+                logger.info(
+                    f"Parameter group {name}: {size:,} parameters, lr {own[0]['lr']:.2e}, weight decay {decay}"
+                )
+            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **optimizer_kwargs)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss; its parts are kept for the log, and a part that is not finite is an error that names it."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                student_only = ("labels",)
+                teacher_inputs = {name: value for name, value in inputs.items() if name not in student_only}
+                inputs = {**inputs, "teacher_logits": self.teacher(**teacher_inputs).logits}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        check_finite_losses(outputs["losses"])
+        if model.training:
+            for name, value in outputs["losses"].items():
+                self._loss_parts[name].append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each part of the loss since the last log line."""
+        if "loss" in logs and self._loss_parts:
+            for name, values in self._loss_parts.items():
+                mean = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean")
+                logs[f"loss_{name}"] = round(mean.item(), 4)
+            self._loss_parts.clear()
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Group clips of similar length without reading them twice: their lengths come from the file headers."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
+        return LengthGroupedSampler(batch_size, lengths=dataset.lengths, generator=generator)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """Evaluate in the order of the data set, so that predictions can be matched with its rows."""
+        return None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save as usual, with the training arguments as JSON in place of a pickle."""
+        super()._save(output_dir, state_dict)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Keep the card that `train_hf.py` writes; without one, let Transformers write its own."""
+        if not (Path(self.args.output_dir) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As usual; while `predict_outputs` runs, labels pass by the model, so that they may be -1 (none of the classes)."""
+        labels = inputs.pop("labels") if self._is_predicting else None
+        loss, outputs, model_labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, outputs, model_labels if labels is None else labels
+
+    def predict_outputs(self, dataset) -> dict[str, np.ndarray]:
+        """
+        Run the model over a data set, on all processes.
+
+        Returns: `logits` [N, C], `uncertainty` [N], `fused` [N, D], `anchor_distances` [N, C], `labels` [N] and, once
+            OpenMax is fitted, `unknown_probability` [N], all in the order of the data set.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        wanted = ["logits", "uncertainty", "fused", "anchor_distances"]
+        if model.openmax.is_fitted and model.config.use_openmax:
+            wanted.append("unknown_probability")
+        ignored = [output.name for output in fields(MMSEROutput) if output.name not in wanted]
+        compute_metrics, self.compute_metrics, self._is_predicting = self.compute_metrics, None, True
+        try:
+            prediction = self.predict(dataset, ignore_keys=ignored)
+        finally:
+            self.compute_metrics, self._is_predicting = compute_metrics, False
+        outputs = dict(zip(wanted, prediction.predictions, strict=True))
+        for name in ("uncertainty", "unknown_probability"):
+            if name in outputs:
+                outputs[name] = outputs[name][:, 0]
+        outputs["labels"] = prediction.label_ids
+        return outputs
+
+    def finalize(self, train_dataset, calibration_dataset=None) -> dict[str, float]:
+        """
+        Make the trained model ready for use: set its temperature on held-out clips and fit OpenMax on the training clips.
+
+        The training clips' outputs are kept in `train_outputs`, for a linear probe on the same features.
+
+        Args:
+            train_dataset: the training clips without augmentation.
+            calibration_dataset: held-out clips (never the test split); without it the temperature stays 1.
+        Returns: the temperature and, on the held-out clips, NLL and expected calibration error before and after.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        model.temperature.fill_(1.0)
+        report = {"temperature": 1.0}
+        if calibration_dataset is not None:
+            outputs = self.predict_outputs(calibration_dataset)
+            logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
+            temperature = fit_temperature(logits, labels)
+            model.temperature.fill_(temperature)
+            report["temperature"] = temperature
+            for name, divisor in (("before", 1.0), ("after", temperature)):
+                report[f"nll_{name}"] = negative_log_likelihood(logits, labels, divisor)
+                report[f"ece_{name}"] = expected_calibration_error(softmax(logits / divisor), labels)
+        self.train_outputs = outputs = self.predict_outputs(train_dataset)
+        predictions = outputs["logits"].argmax(axis=1)
+        if (predictions == outputs["labels"]).sum() < model.openmax.min_tail * model.config.num_labels:
+            logger.warning("OpenMax is left unfitted: the model classifies too few of its training clips correctly.")
+        else:
+            tail_size = model.config.openmax_tail_size
+            model.openmax.fit(outputs["anchor_distances"], outputs["labels"], predictions, tail_size)
+        return report
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    lr_multipliers: dict[str, float] | None = None,
+    weight_decay: float | None = None,
+) -> list[dict]:
+    """
+    Split the trainable parameters into the published groups; each group is split again, as biases, norms and other vectors
+    are not decayed.
+
+    Args:
+        model: `MMSERForAudioClassification`.
+        learning_rate: multiplied by each group's multiplier.
+        lr_multipliers: multipliers that differ from the published ones, by group name.
+        weight_decay: one value for all groups in place of the published ones.
+    Returns: groups for a `torch.optim` optimiser, with a `name`.
+    Raises:
+        ValueError: a trainable parameter that belongs to no group.
+    """
+    multipliers = {name: multiplier for name, (_, multiplier, _) in PARAMETER_GROUPS.items()} | (lr_multipliers or {})
+    groups: dict[tuple[str, bool], dict] = {}
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        names = [name for name, (prefixes, _, _) in PARAMETER_GROUPS.items() if parameter_name.startswith(prefixes)]
+        if len(names) != 1:
+            raise ValueError(f"Parameter {parameter_name!r} belongs to {len(names)} groups; it must belong to one.")
+        decayed = parameter.ndim > 1
+        published = PARAMETER_GROUPS[names[0]][2] if weight_decay is None else weight_decay
+        group = groups.setdefault(
+            (names[0], decayed),
+            {
+                "name": names[0],
+                "params": [],
+                "lr": learning_rate * multipliers[names[0]],
+                "weight_decay": published if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (list(PARAMETER_GROUPS).index(key[0]), not key[1]))]
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint in `output_dir` that was written to its end: a run may be killed while it saves one."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    # The trainer writes its state last
+    complete = [folder for folder in folders if (folder / "trainer_state.json").exists()]
+    return str(max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))) if complete else None
+
+
+def parameter_table(model: nn.Module) -> list[dict]:
+    """Count the parameters, all and trainable, of each group of `MMSERForAudioClassification` and of the whole."""
+    rows = []
+    for name, prefixes in [*((name, group[0]) for name, group in PARAMETER_GROUPS.items()), ("all", ("",))]:
+        own = [parameter for key, parameter in model.named_parameters() if key.startswith(prefixes)]
+        rows.append(
+            {
+                "part": name,
+                "parameters": sum(parameter.numel() for parameter in own),
+                "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
+            }
+        )
+    return rows
