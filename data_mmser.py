@@ -548,7 +548,7 @@ def _label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: b
     if not 0 <= number < len(names):
         raise ValueError(
             f"{row}: label {written} is out of range; allowed: 0 to {len(names) - 1} ({', '.join(label_names)}). "
-            "For another label set give --label_names."
+            "For another label set give --labels."
         )
     return number
 

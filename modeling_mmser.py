@@ -223,6 +223,11 @@ class MaskedWhisperEncoder(WhisperEncoder):
     3 s and not 30, and padded frames are masked. Parameter names are those of `WhisperEncoder`.
     """
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """See `MMSERPreTrainedModel.is_custom_code`: here it would leave the positions without their sinusoids."""
+        return False
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
@@ -453,6 +458,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.down = nn.Linear(config.classifier_hidden_size, config.classifier_bottleneck)
         self.up = nn.Linear(config.classifier_bottleneck, config.classifier_hidden_size)
+        self.up.starts_at_zero = True
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.layer_norm = nn.LayerNorm(config.classifier_hidden_size)
 
@@ -738,14 +744,23 @@ class MMSERPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        Not in the library's sense: for code that initialises weights in place it skips `_init_weights` on modules without
+        tensors of their own. `_init_weights` below uses the guarded functions and may be called on every module.
+        """
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+            if getattr(module, "starts_at_zero", False):
+                init.zeros_(module.weight)
+            else:
+                init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, ResidualBlock):  # runs after its own Linears
-            init.zeros_(module.up.weight)
         elif isinstance(module, MissingModality):
             init.normal_(module.embedding, std=0.02)
         elif isinstance(module, ClassAnchorClustering):
@@ -906,7 +921,9 @@ class MMSERModel(MMSERPreTrainedModel):
             raise ValueError("Give audio (`input_values` or `input_features`), `input_ids`, or both.")
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
-        flags = {"output_hidden_states": output_hidden_states, "output_attentions": bool(output_attentions)}
+        if output_attentions is None:
+            output_attentions = getattr(self.config, "output_attentions", False)
+        flags = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
         audio_states = text_states = record = None
         batch_size = len(input_ids if audio is None else audio)
 
@@ -933,7 +950,7 @@ class MMSERModel(MMSERPreTrainedModel):
             audio_embeds=audio_embeds,
             text_embeds=text_embeds,
             gate=gate,
-            hidden_states=record.hidden_states if output_hidden_states else None,
+            hidden_states=_select_layers(record.hidden_states, output_hidden_states) if output_hidden_states else None,
             attentions=record.attentions if output_attentions else None,
         )
 
@@ -1015,6 +1032,14 @@ class MMSERModel(MMSERPreTrainedModel):
         return states, torch.zeros(batch_size, 1, dtype=torch.bool, device=other.device)
 
 
+def _select_layers(hidden_states: tuple[Tensor, ...], wanted: bool | Iterable[int]) -> tuple[Tensor | None, ...]:
+    """All states for True; for indices, as Transformers has it, None in place of the layers not asked for."""
+    if wanted is True:
+        return hidden_states
+    kept = {index % len(hidden_states) for index in wanted}
+    return tuple(states if index in kept else None for index, states in enumerate(hidden_states))
+
+
 def _is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
@@ -1022,7 +1047,7 @@ def _is_frozen(module: nn.Module) -> bool:
 class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
-    _keep_in_fp32_modules_strict = ("openmax", "temperature")
+    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature")
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
