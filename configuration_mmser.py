@@ -16,8 +16,8 @@ DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 LOG_MEL_MODEL_TYPES = ("whisper",)
 
-# Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points at
-# the code beside it, also after it has been loaded from one repository and pushed to another.
+# Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
+# at the code beside it, also after it has been loaded from one repository and pushed to another.
 AUTO_MAP = {
     "AutoConfig": "configuration_mmser.MMSERConfig",
     "AutoModel": "modeling_mmser.MMSERModel",
@@ -40,12 +40,13 @@ class MMSERConfig(PreTrainedConfig):
 
     Args:
         audio_config (`dict` or `PreTrainedConfig`, *optional*):
-            Audio encoder. Raw waveform (`wav2vec2`, `hubert`, `wavlm`, `data2vec-audio`) or log-mel (`whisper`, of which
-            only the encoder is built). Default: the architecture of `facebook/wav2vec2-base`. Its layer dropping is
-            switched off: the weighted layer sum and distributed training need every layer in every step.
+            Audio encoder. Raw waveform (`wav2vec2`, `hubert`, `wavlm`, `data2vec-audio`) or log-mel (`whisper`, of
+            which only the encoder is built). Default: the architecture of `facebook/wav2vec2-base`. Its layer dropping
+            is switched off: the weighted layer sum and distributed training need every layer in every step.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Text encoder, any BERT-like `AutoModel`. Default: `google-bert/bert-base-multilingual-cased`.
-        use_weighted_layer_sum (`bool`): learn a softmax-weighted sum of all audio encoder layers instead of taking the last.
+        use_weighted_layer_sum (`bool`):
+            Learn a softmax-weighted sum of all audio encoder layers instead of taking the last.
         cross_attention_hidden_size, cross_attention_heads, cross_attention_dropout:
             Shared width, head count and dropout probability of the two cross-modal attentions.
         pooling_hidden_size (`int`): width of the attention scorer in the statistics pooling.
@@ -60,16 +61,18 @@ class MMSERConfig(PreTrainedConfig):
         prototypes_per_class (`int`): prototypes kept for each class.
         use_openmax (`bool`): return open-set probabilities once OpenMax is fitted.
         openmax_alpha (`int`): number of top-ranked classes whose activation OpenMax revises.
-        openmax_tail_size (`int`): number of largest distances per class that the Weibull is fitted on.
-        openmax_threshold (`float` or `None`): a clip is rejected as unknown when "unknown" wins or its probability exceeds
-            this; `None` switches rejection off.
-        cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight, prototype_loss_weight,
-        supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
+        openmax_tail_size (`int`): number of largest distances per class that the Weibull is fitted on; at least 5.
+        openmax_threshold (`float` or `None`): a clip is rejected as unknown when "unknown" wins or its probability
+            exceeds this; `None` switches rejection off.
+        cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight,
+        prototype_loss_weight, supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
             Weights of the parts of the loss; a part with weight 0 is not computed.
         label_smoothing (`float`): of the cross-entropy.
         class_balanced_beta, focal_gamma (`float`): of the class-balanced focal loss.
-        class_counts (`list[int]`, *optional*): clips of each class in the training set; `None` weighs all classes alike.
-        uncertainty_error_weight (`float`): weight of the wrong predictions in the uncertainty loss; 0 is the published form.
+        class_counts (`list[int]`, *optional*):
+            Clips of each class in the training set; `None` weighs all classes alike.
+        uncertainty_error_weight (`float`):
+            Weight of the wrong predictions in the uncertainty loss; 0 is the published form.
         supervised_contrastive_temperature, distillation_temperature (`float`): of the two optional parts.
 
     Example:
@@ -89,7 +92,7 @@ class MMSERConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="bert", init_kwargs={"vocab_size": 119547}),
     }
     # Kept out of `Trainer.predict`: per-clip vectors and nested outputs would fill the memory of a long evaluation.
-    keys_to_ignore_at_inference = (
+    keys_to_ignore_at_inference = [
         "losses",
         "anchor_loss",
         "features",
@@ -97,7 +100,7 @@ class MMSERConfig(PreTrainedConfig):
         "open_set_probabilities",
         "hidden_states",
         "attentions",
-    )
+    ]
 
     audio_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -143,7 +146,9 @@ class MMSERConfig(PreTrainedConfig):
     distillation_temperature: float | int = 2.0
 
     def __post_init__(self, **kwargs):
-        if self.id2label is None and kwargs.get("num_labels") in (None, len(DEFAULT_LABELS)):
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = {int(i): label for label, i in self.label2id.items()}
+        elif self.id2label is None and kwargs.get("num_labels") in (None, len(DEFAULT_LABELS)):
             self.id2label = dict(enumerate(DEFAULT_LABELS))
             self.label2id = {label: i for i, label in self.id2label.items()}
         elif self.id2label is not None and self.label2id is None:
@@ -154,6 +159,14 @@ class MMSERConfig(PreTrainedConfig):
         for name in ("layerdrop", "encoder_layerdrop"):
             if getattr(self.audio_config, name, 0.0):
                 setattr(self.audio_config, name, 0.0)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As always; with another number of labels than it was saved with, a checkpoint's class counts are dropped."""
+        num_labels = len(kwargs["id2label"]) if kwargs.get("id2label") else kwargs.get("num_labels")
+        if num_labels not in (None, len(config_dict.get("class_counts") or ())):
+            config_dict = {**config_dict, "class_counts": None}
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def uses_log_mel(self) -> bool:
@@ -176,7 +189,7 @@ class MMSERConfig(PreTrainedConfig):
             "feature_size",
         )
         positive += ("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class")
-        positive += ("openmax_alpha", "openmax_tail_size", "supervised_contrastive_temperature")
+        positive += ("openmax_alpha", "supervised_contrastive_temperature")
         positive += ("distillation_temperature",)
         for name in positive:
             if getattr(self, name) <= 0:
@@ -196,6 +209,8 @@ class MMSERConfig(PreTrainedConfig):
                 f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "
                 f"`cross_attention_heads` ({self.cross_attention_heads})."
             )
+        if self.openmax_tail_size < 5:
+            raise ValueError(f"`openmax_tail_size` must be at least 5, got {self.openmax_tail_size}.")
         if self.openmax_threshold is not None and not 0 <= self.openmax_threshold <= 1:
             raise ValueError(f"`openmax_threshold` must be None or in [0, 1], got {self.openmax_threshold}.")
         model_type = getattr(self.audio_config, "model_type", None)

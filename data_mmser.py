@@ -972,6 +972,31 @@ class EmotionDataset(torch.utils.data.Dataset):
             return 0
 
 
+def drop_unreadable(dataset: datasets.Dataset, **reader_options) -> datasets.Dataset:
+    """Leave out the rows of which no example can be made, by trying each once; a warning counts them.
+
+    With every row readable, all batches are whole: predictions line up with the rows, on any number of processes.
+
+    Args:
+        dataset: a split of `load_emotion_dataset`.
+        **reader_options: of `ExampleReader`.
+
+    Raises:
+        ValueError: if no row is left.
+    """
+    examples = EmotionDataset(dataset, on_bad_example="skip", **reader_options)
+    with ThreadPool(8) as pool:
+        tried = pool.imap(lambda index: examples[index] is not None, range(len(examples)), chunksize=16)
+        progress = logging.tqdm(tried, "checking clips", len(examples), disable=len(examples) <= 2000)
+        readable = [index for index, is_readable in enumerate(progress) if is_readable]
+    if len(readable) == len(dataset):
+        return dataset
+    if not readable:
+        raise ValueError(f"none of the {len(dataset)} examples can be read, the first is {dataset[0]['row']}")
+    logger.warning(f"skipped {examples.num_skipped} of {len(dataset)} clips that cannot be read")
+    return dataset.select(readable)
+
+
 class EmotionIterableDataset(torch.utils.data.IterableDataset):
     """Examples of a streamed data set; its shards are shared out among the workers.
 

@@ -2,8 +2,8 @@
 """The MMSER network, its losses and OpenMax.
 
 Read top to bottom: losses, audio encoders made independent of padding, cross-modal attention, pooling, fusion, the
-classifier and its companions (anchors, uncertainty, prototypes, OpenMax), then `MMSERModel` (up to the fused vector) and
-`MMSERForAudioClassification` (heads, loss, calibration). Shape letters: B clips, T audio samples or mel frames,
+classifier and its companions (anchors, uncertainty, prototypes, OpenMax), then `MMSERModel` (up to the fused vector)
+and `MMSERForAudioClassification` (heads, loss, calibration). Shape letters: B clips, T audio samples or mel frames,
 Ta audio states, L tokens, D an encoder's width, C classes.
 """
 
@@ -43,7 +43,8 @@ logger = logging.get_logger(__name__)
 
 def class_balanced_weights(class_counts: Iterable[int], beta: float) -> list[float]:
     """
-    Class weights by the effective number of samples, `(1 - beta) / (1 - beta^n)` (Cui et al. 2019, eq. 2), scaled to sum to C.
+    Class weights by the effective number of samples, `(1 - beta) / (1 - beta^n)` (Cui et al. 2019, eq. 2), scaled to
+    sum to C.
 
     Args:
         class_counts: clips of each class in the training set. A class without clips is weighted as if it had one.
@@ -64,7 +65,8 @@ def class_balanced_focal_loss(
     logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, gamma: float = 2.0
 ) -> Tensor:
     """
-    Mean over the batch of `-w_y (1 - p_y)^gamma log p_y` (Lin et al. 2017, eq. 4, weighted as in Cui et al. 2019, eq. 14).
+    Mean over the batch of `-w_y (1 - p_y)^gamma log p_y` (Lin et al. 2017, eq. 4, weighted as in Cui et al. 2019,
+    eq. 14).
 
     Args:
         logits: [B, C].
@@ -73,7 +75,9 @@ def class_balanced_focal_loss(
         gamma: focusing parameter; 0 gives the weighted cross-entropy.
     """
     log_probability = F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]
-    loss = -((1 - log_probability.exp()) ** gamma) * log_probability
+    # Kept off 0, where a power below 1 has an infinite slope
+    error = (-torch.expm1(log_probability)).clamp(min=1e-12)
+    loss = -(error**gamma) * log_probability
     if class_weights is not None:
         loss = loss * class_weights.to(loss)[labels]
     return loss.mean()
@@ -81,8 +85,8 @@ def class_balanced_focal_loss(
 
 def clustering_loss(anchor_logits: Tensor, anchor_distances: Tensor, labels: Tensor) -> Tensor:
     """
-    Pull each clip to the anchor of its label and away from the others: cross-entropy over the anchor logits plus the mean
-    distance to the own anchor (after the class anchor clustering loss of Miller et al. 2021, eqs. 3-5).
+    Pull each clip to the anchor of its label and away from the others: cross-entropy over the anchor logits plus the
+    mean distance to the own anchor (after the class anchor clustering loss of Miller et al. 2021, eqs. 3-5).
 
     Args:
         anchor_logits: similarity to each anchor over the temperature, [B, C].
@@ -96,7 +100,8 @@ def clustering_loss(anchor_logits: Tensor, anchor_distances: Tensor, labels: Ten
 def uncertainty_loss(uncertainty: Tensor, logits: Tensor, labels: Tensor, error_weight: float = 1.0) -> Tensor:
     """
     Mean of `u` over correct and `error_weight * (1 - u)` over wrong predictions, so that u is pushed to 0 where the
-    prediction is right and to 1 where it is wrong. `error_weight=0` is the published form, which only learns a constant.
+    prediction is right and to 1 where it is wrong. `error_weight=0` is the published form, which only learns a
+    constant.
 
     Args:
         uncertainty: in [0, 1], [B, 1].
@@ -121,8 +126,9 @@ def prototype_loss(prototype_logits: Tensor, labels: Tensor) -> Tensor:
 
 def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     """
-    Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2), over the L2-normalised features of one batch. A clip
-    that shares its label with no other clip has no positive pair and does not count; a batch without any pair gives 0.
+    Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2), over the L2-normalised features of one batch. A
+    clip that shares its label with no other clip has no positive pair and does not count; a batch without any pair
+    gives 0.
 
     Args:
         features: [B, D].
@@ -153,7 +159,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def check_finite_losses(losses: dict[str, Tensor]) -> None:
-    """Raise `FloatingPointError` naming every part of the loss that is NaN or infinite. Reads the values: synchronises."""
+    """Raise `FloatingPointError` naming every NaN or infinite part of the loss. Reads the values: synchronises."""
     bad = {name: value.item() for name, value in losses.items() if not torch.isfinite(value).all()}
     if bad:
         raise FloatingPointError(
@@ -170,8 +176,9 @@ class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
     First convolution of a GroupNorm feature encoder (wav2vec2-base), normalised over the valid frames of each clip.
 
     The stock layer normalises each channel over time, padding included, so that a clip's result depends on its batch.
-    The sample mask arrives as a second row under the waveform, [B, 1, 2, T]: with no state kept between calls the layer
-    is safe to checkpoint, compile and export. Without a mask ([B, 1, T]) it is the stock layer. Parameter names are kept.
+    The sample mask arrives as a second row under the waveform, [B, 1, 2, T]: with no state kept between calls the
+    layer is safe to checkpoint, compile and export. Without a mask ([B, 1, T]) it is the stock layer. Parameter names
+    are kept.
     """
 
     def __init__(self, layer: nn.Module):
@@ -186,7 +193,7 @@ class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
         waveform, mask = hidden_states[:, :, 0], hidden_states[:, 0, 1]
         mask = valid_frames(mask > 0.5, self.conv.kernel_size[0], self.conv.stride[0])[:, None]
         hidden_states = self.conv(waveform) * mask  # (B, channels, frames), 0 where padded
-        # One pass for both moments: with F frames of which n are valid, sum(x) = F mean and sum(x^2) = F (var + mean^2)
+        # One pass for both moments: with F frames, n of them valid, sum(x) = F mean and sum(x^2) = F (var + mean^2)
         variance, mean = torch.var_mean(hidden_states.float(), dim=-1, correction=0, keepdim=True)
         share = mask.shape[-1] / mask.float().sum(dim=-1, keepdim=True).clamp(min=1)
         second_moment = (variance + mean**2) * share
@@ -201,8 +208,8 @@ class MaskedPositionalConvEmbedding(nn.Module):
     """
     Stacked positional convolutions (data2vec-audio) with the padding set to zero between them.
 
-    A clip on its own sees zeros beyond its end at every convolution; the stock stack lets them fill up in a padded batch.
-    The encoder zeroes padded states before this module, so they are recognised by being exactly 0.
+    A clip on its own sees zeros beyond its end at every convolution; the stock stack lets them fill up in a padded
+    batch. The encoder zeroes padded states before this module, so they are recognised by being exactly 0.
     """
 
     def __init__(self, pos_conv_embed: nn.Module):
@@ -219,8 +226,8 @@ class MaskedPositionalConvEmbedding(nn.Module):
 
 class MaskedWhisperEncoder(WhisperEncoder):
     """
-    Whisper's encoder on clips of any length up to its maximum: sinusoidal positions are sliced to the clip, so 3 s cost
-    3 s and not 30, and padded frames are masked. Parameter names are those of `WhisperEncoder`.
+    Whisper's encoder on clips of any length up to its maximum: sinusoidal positions are sliced to the clip, so 3 s
+    cost 3 s and not 30, and padded frames are masked. Parameter names are those of `WhisperEncoder`.
     """
 
     @classmethod
@@ -253,7 +260,7 @@ class MaskedWhisperEncoder(WhisperEncoder):
 
 
 def valid_frames(mask: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Mask of an unpadded convolution's output: a frame is valid if the last sample it sees is. [B, T] -> [B, frames]."""
+    """Mask of an unpadded convolution's output, [B, T] -> [B, frames]: valid where the last sample seen is valid."""
     return mask[:, kernel_size - 1 :: stride]
 
 
@@ -281,7 +288,7 @@ def time_mask(mask: Tensor, probability: float, length: int, min_masks: int) -> 
 
 
 def build_audio_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the audio encoder of `config`, randomly started, with its padding-dependent layers replaced by masked ones."""
+    """Build the audio encoder of `config`, randomly started, its padding-dependent layers replaced by masked ones."""
     if config.model_type == "whisper":
         return MaskedWhisperEncoder._from_config(config)
     encoder = AutoModel.from_config(config)
@@ -381,7 +388,7 @@ class AttentiveStatsPooling(nn.Module):
         self.score = nn.Linear(hidden_size, 1, bias=False)  # a bias cancels out in the softmax
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Pool states [B, T, D] over the valid positions of the bool mask [B, T] to [B, 2 D]. An all-masked row gives 0."""
+        """Pool states [B, T, D] over the valid positions of `mask`, bool [B, T], to [B, 2 D]; no valid one gives 0."""
         scores = self.score(torch.tanh(self.hidden(hidden_states)))[..., 0].float()
         scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
         weights = (F.softmax(scores, dim=-1) * mask).unsqueeze(-1)  # (B, T, 1)
@@ -395,7 +402,8 @@ class AttentiveStatsPooling(nn.Module):
 
 class FusionLayer(nn.Module):
     """
-    Gated multimodal unit (Arevalo et al. 2017, eqs. 1-5) that knows which modality is there: a missing one gets gate 0.
+    Gated multimodal unit (Arevalo et al. 2017, eqs. 1-5) that knows which modality is there: a missing one gets
+    gate 0.
     """
 
     def __init__(self, config: MMSERConfig, audio_size: int, text_size: int):
@@ -430,7 +438,8 @@ class MissingModality(nn.Module):
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Put the embedding in place of the rows of `hidden_states` [B, T, D] whose bool mask [B, T] has no valid position.
+        Put the embedding in place of the rows of `hidden_states` [B, T, D] whose bool mask [B, T] has no valid
+        position.
 
         Returns: the states, their mask (one valid position in such a row), and which rows are present, bool [B].
         """
@@ -450,8 +459,12 @@ def _attend_somewhere(mask: Tensor) -> Tensor:
 
 class ResidualBlock(nn.Module):
     """
-    Bottleneck residual block with LayerNorm after it. Its last Linear starts at zero, so that at the start the block
-    passes its input through (Goyal et al. 2017, section 5.1; Zhang et al. 2019) and a stack of 35 trains.
+    Bottleneck residual block with LayerNorm after it, in a stack of `classifier_num_layers`.
+
+    Two things make a deep stack of them train. The last Linear starts at zero, so that at the start the block passes its
+    input through (Zhang et al. 2019). And the residual branch is scaled by one over the square root of the depth (Hayou et
+    al. 2021, "Stable ResNet"): without it each LayerNorm shrinks what came before as soon as the branches have grown, and
+    classes merge (`benchmarks/head_depth.py`).
     """
 
     def __init__(self, config: MMSERConfig):
@@ -461,10 +474,12 @@ class ResidualBlock(nn.Module):
         self.up.starts_at_zero = True
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.layer_norm = nn.LayerNorm(config.classifier_hidden_size)
+        self.branch_scale = config.classifier_num_layers**-0.5
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, classifier_hidden_size] -> the same."""
-        return self.layer_norm(hidden_states + self.dropout(self.up(F.relu(self.down(hidden_states)))))
+        branch = self.dropout(self.up(F.relu(self.down(hidden_states))))
+        return self.layer_norm(hidden_states + self.branch_scale * branch)
 
 
 class DeepClassifier(nn.Module):
@@ -558,8 +573,8 @@ class PrototypeMemory(nn.Module):
 
 class OpenMax(nn.Module):
     """
-    OpenMax (Bendale & Boult 2016, algorithms 1 and 2): an extra class "unknown" takes over activation from the top-ranked
-    classes as far as a clip lies in the tail of the distances that the class was trained with.
+    OpenMax (Bendale & Boult 2016, algorithms 1 and 2): an extra class "unknown" takes over activation from the
+    top-ranked classes as far as a clip lies in the tail of the distances that the class was trained with.
 
     The distances are to the learned class anchors instead of mean activation vectors. Activations are shifted to be at
     least 0 in each row, which the published rule presumes; so a larger distance can only mean more "unknown".
@@ -576,15 +591,16 @@ class OpenMax(nn.Module):
         self.alpha = alpha
         for name in ("weibull_shape", "weibull_scale", "weibull_shift"):
             self.register_buffer(name, torch.ones(num_labels, dtype=torch.float32))
-        # A float: `_keep_in_fp32_modules_strict` would turn a bool into one
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
+        # A float: `_keep_in_fp32_modules_strict` would turn a bool into one. One for each class: loading with another
+        # number of labels then leaves it out, like the fit that it stands for
+        self.register_buffer("fitted", torch.zeros(num_labels, dtype=torch.float32))
         self._is_fitted: bool | None = None
 
     @property
     def is_fitted(self) -> bool:
         """Whether `fit` has run. Read from the buffer once, so that a forward pass does not wait for the device."""
         if self._is_fitted is None:
-            self._is_fitted = bool(self.fitted.item())
+            self._is_fitted = bool(self.fitted.all())
         return self._is_fitted
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -595,15 +611,17 @@ class OpenMax(nn.Module):
         """
         Fit one Weibull per class on the largest distances between correctly classified clips and their class anchor.
 
-        As in libmr, a tail t is moved to t - min(t) + 1 before a maximum likelihood fit with location 0. A class with fewer
-        than 5 correct clips, or without spread in its tail, takes the fit over the clips of all classes; a warning names it.
+        As in libmr, a tail t is moved to t - min(t) + 1 before a maximum likelihood fit with location 0. A class with
+        fewer than 5 correct clips, or without spread in its tail, takes the fit over the clips of all classes; a
+        warning names it.
 
         Args:
             distances: to each class anchor, [N, C]; tensors are accepted.
             labels, predictions: class ids, [N].
-            tail_size: number of largest distances used per class.
+            tail_size: number of largest distances used per class, at least 5.
         Raises:
-            ValueError: shapes that do not match, values that are not finite, or too few correct clips over all classes.
+            ValueError: shapes that do not match, values that are not finite, a tail below 5, or too few correct clips
+                over all classes.
         """
         distances, labels, predictions = (
             np.asarray(torch.as_tensor(values).detach().cpu()) for values in (distances, labels, predictions)
@@ -617,6 +635,8 @@ class OpenMax(nn.Module):
             )
         if not np.isfinite(distances).all():
             raise ValueError("`distances` has values that are not finite.")
+        if tail_size < self.min_tail:
+            raise ValueError(f"`tail_size` must be at least {self.min_tail}, got {tail_size}.")
         correct = labels == predictions
         own_distance = distances[np.arange(len(labels))[correct], labels[correct]]
         pooled = self._fit_tail(own_distance, tail_size)
@@ -646,7 +666,7 @@ class OpenMax(nn.Module):
         return shape, scale, tail[0]
 
     def cdf(self, distances: Tensor) -> Tensor:
-        """Probability that a member of each class lies nearer than `distances` [B, C]; 0 below the fitted tail's support."""
+        """Probability that a member of each class lies nearer than `distances` [B, C]; 0 below the tail's support."""
         moved = (distances.float() - self.weibull_shift + 1).clamp(min=0)
         return -torch.expm1(-((moved / self.weibull_scale) ** self.weibull_shape))
 
@@ -704,7 +724,7 @@ class MMSEROutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`): weighted sum of the parts, if `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): calibrated by the temperature in eval mode.
-        uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): in [0, 1], high where the prediction may be wrong.
+        uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): in [0, 1], high where a prediction may be wrong.
         anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss; 0 without `labels`.
         losses (`dict[str, torch.FloatTensor]`): the weighted parts by name, detached; they sum to `loss`.
         features (`torch.FloatTensor` of shape `(batch_size, feature_size)`): input of the output layer.
@@ -747,8 +767,9 @@ class MMSERPreTrainedModel(PreTrainedModel):
     @classmethod
     def is_custom_code(cls) -> bool:
         """
-        Not in the library's sense: for code that initialises weights in place it skips `_init_weights` on modules without
-        tensors of their own. `_init_weights` below uses the guarded functions and may be called on every module.
+        Not in the library's sense: for code that initialises weights in place it skips `_init_weights` on modules
+        without tensors of their own. `_init_weights` below uses the guarded functions and may be called on every
+        module.
         """
         return False
 
@@ -792,8 +813,8 @@ class MMSERPreTrainedModel(PreTrainedModel):
         Start a fine-tune from pretrained encoders; everything else starts at random.
 
         Args:
-            audio_name_or_path, text_name_or_path: Hub name or folder of each encoder. A config object instead starts that
-                encoder at random.
+            audio_name_or_path, text_name_or_path: Hub name or folder of each encoder. A config object instead starts
+                that encoder at random.
             hub_kwargs: `revision`, `token`, `cache_dir`... handed to both `from_pretrained` calls.
             config_overrides: fields of `MMSERConfig`, e.g. `num_labels=7` or `classifier_num_layers=5`.
         Returns: the model in float32 and eval mode.
@@ -817,7 +838,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
         return model.eval()
 
     def freeze_audio_encoder(self):
-        """Freeze the audio encoder: no gradient, and eval mode (no dropout, no SpecAugment) whatever `train()` says."""
+        """Freeze the audio encoder: no gradient; eval mode (no dropout, no SpecAugment) whatever `train()` says."""
         self.base_model.audio_encoder.requires_grad_(False).eval()
 
     def freeze_text_encoder(self):
@@ -843,9 +864,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
 def _load_encoder(encoder: PreTrainedModel, source_class: type, name_or_path: str, part: str, **kwargs) -> None:
     """Copy the pretrained weights of `name_or_path` into `encoder`; refuse a checkpoint that lacks some of them."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(
-        stdlib_logging.ERROR
-    )  # its report of heads we do not build; what is missing is checked below
+    logging.set_verbosity_error()  # no report of the heads that are not built; what is missing is checked below
     try:
         source, report = source_class.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True, **kwargs
@@ -861,7 +880,7 @@ def _load_encoder(encoder: PreTrainedModel, source_class: type, name_or_path: st
 
 
 class MMSERModel(MMSERPreTrainedModel):
-    """Both encoders, cross-modal attention, attentive statistics pooling and gated fusion; ends at the fused vector."""
+    """Both encoders, cross-modal attention, attentive statistics pooling, gated fusion; ends at the fused vector."""
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -909,8 +928,8 @@ class MMSERModel(MMSERPreTrainedModel):
                 1 for audio, 0 for padding on the right. A row of zeros has no audio.
             input_ids (`torch.LongTensor` of shape `(batch_size, num_tokens)`): tokens of the transcript.
             text_attention_mask (`torch.LongTensor` of shape `(batch_size, num_tokens)`): likewise for the text.
-            input_features (`torch.FloatTensor` of shape `(batch_size, num_mels, num_frames)`): log-mel frames, in place of
-                `input_values` for encoders that take them.
+            input_features (`torch.FloatTensor` of shape `(batch_size, num_mels, num_frames)`): log-mel frames, in
+                place of `input_values` for encoders that take them.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
         Returns: `MMSERModelOutput`.
         Raises:
@@ -925,7 +944,7 @@ class MMSERModel(MMSERPreTrainedModel):
             output_attentions = getattr(self.config, "output_attentions", False)
         flags = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
         audio_states = text_states = record = None
-        batch_size = len(input_ids if audio is None else audio)
+        batch_size = (input_ids if audio is None else audio).shape[0]
 
         if audio is not None:
             audio_states, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
@@ -968,7 +987,7 @@ class MMSERModel(MMSERPreTrainedModel):
     def _encode_audio(
         self, audio: Tensor, attention_mask: Tensor | None, output_hidden_states: bool, output_attentions: bool
     ) -> tuple[Tensor, Tensor, BaseModelOutput]:
-        """Return states [B, Ta, D], their bool mask [B, Ta] (rows without audio all False), and the encoder's output."""
+        """Return states [B, Ta, D], their bool mask [B, Ta] (rows without audio all False), the encoder's output."""
         encoder = self.audio_encoder
         audio = audio.to(self.dtype)
         if attention_mask is None:
@@ -999,7 +1018,7 @@ class MMSERModel(MMSERPreTrainedModel):
         return states, frame_mask, output
 
     def _frame_mask(self, mask: Tensor) -> Tensor:
-        """Follow the sample mask, bool [B, T], through the convolutions of a waveform encoder to its frames [B, Ta]."""
+        """Follow the sample mask, bool [B, T], through a waveform encoder's convolutions to its frames [B, Ta]."""
         config = self.config.audio_config
         for kernel_size, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             mask = valid_frames(mask, kernel_size, stride)
@@ -1193,7 +1212,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
 
 def register_auto_classes() -> None:
-    """Make the `Auto*` classes of Transformers know MMSER in this process, so that no `trust_remote_code` is needed."""
+    """Make the `Auto*` classes of Transformers know MMSER in this process: no `trust_remote_code` is needed then."""
     from transformers import AutoModelForAudioClassification
 
     AutoConfig.register("mmser", MMSERConfig, exist_ok=True)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trained model to its report: what every split is scored on, the summary table, `eval_results.json` and the card.
+"""From a trained model to its report: the scores of every split, the summary table, `eval_results.json` and the card.
 
-`evaluate_split` gives the rows (both modalities, one alone, a linear probe, the majority class), `evaluate_open_set` the
-rejection of clips that are none of the classes, `write_results` the files. All numbers are measured; none is typed.
+`evaluate_split` gives the rows (both modalities, one alone, a linear probe, the majority class), `evaluate_open_set`
+the rejection of clips that are none of the classes, `write_results` the files. All numbers are measured.
 """
 
 import json
+import math
 import platform
+import re
+import shlex
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +46,24 @@ logger = logging.get_logger(__name__)
 
 CARD_NAME = "model_card.md"
 GROUPS = ("corpus", "language")
+NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
 
 
 def describe_data(name: str, splits: Mapping[str, datasets.Dataset | datasets.IterableDataset]) -> dict[str, Any]:
-    """Name, clips per split, and whether speakers are shared between splits, as far as the data say."""
+    """Name, clips per split, languages, and whether speakers are shared between splits, as far as the data say."""
     result: dict[str, Any] = {
         "name": Path(name).name,
         "clips": {},
         "speakers": "Speakers are not known.",
         "overlap": False,
+        "languages": [],
     }
     speakers = {}
     for split, table in splits.items():
         if isinstance(table, datasets.Dataset):
             result["clips"][split] = len(table)
+            if "language" in table.column_names:
+                result["languages"] = sorted({*result["languages"], *table.unique("language")} - {""})
             if "speaker" in table.column_names:
                 corpora = table["corpus"] if "corpus" in table.column_names else [""] * len(table)
                 speakers[split] = {pair for pair in zip(corpora, table["speaker"], strict=True) if pair[1]}
@@ -78,7 +85,8 @@ def describe_predictions(
         outputs: of `MMSERTrainer.predict_outputs`.
         label_names: C names, in the order of the class ids.
         groups: name of a grouping (`"corpus"`) -> the group of each clip, N names.
-    Returns: closed-set metrics, calibration, how well the uncertainty spots errors, the confusion matrix, and `by_<grouping>`.
+    Returns: closed-set metrics, calibration, how well the uncertainty spots errors, the confusion matrix, and
+        `by_<grouping>`.
     """
     logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
     predictions, probabilities = logits.argmax(axis=1), softmax(logits)
@@ -116,21 +124,21 @@ def evaluate_split(
 
     Args:
         trainer: with `train_outputs` from `finalize`.
-        split: a table of `load_emotion_dataset`.
+        split: a table of `load_emotion_dataset`; all of its clips must be readable (`drop_unreadable`).
         make_dataset: makes examples of a table; takes `use_audio` and `use_text`.
         label_names: in the order of the class ids.
-    Returns: row name -> metrics; rows `model`, `audio_only` and `text_only` (if the data have both), `linear_probe`, `majority`.
+    Returns: row name -> metrics; rows `model`, `audio_only` and `text_only` (if the data have both), `linear_probe`,
+        `majority`.
     """
-    dataset = make_dataset(split)
-    outputs = trainer.predict_outputs(dataset)
-    rows = {"model": describe_predictions(outputs, label_names, _groups(split, dataset))}
+    outputs = trainer.predict_outputs(make_dataset(split))
+    rows = {"model": describe_predictions(outputs, label_names, _groups(split))}
     columns = split.column_names or []
     if isinstance(split, datasets.Dataset) and {"audio", "text"} <= set(columns):
         for name, column, other in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
             present = split.select([i for i, value in enumerate(split[column]) if value])
             if len(present):
                 alone = make_dataset(present, **{other: False})
-                rows[name] = describe_predictions(trainer.predict_outputs(alone), label_names, _groups(present, alone))
+                rows[name] = describe_predictions(trainer.predict_outputs(alone), label_names, _groups(present))
     train_outputs = trainer.train_outputs
     majority = np.full(len(outputs["labels"]), np.bincount(train_outputs["labels"]).argmax())
     for name, predictions in (("linear_probe", linear_probe(train_outputs, outputs)), ("majority", majority)):
@@ -141,13 +149,11 @@ def evaluate_split(
     return rows
 
 
-def _groups(split: datasets.Dataset | datasets.IterableDataset, dataset) -> dict[str, list]:
-    """The groupings that the data have, without the clips that were skipped as unreadable."""
+def _groups(split: datasets.Dataset | datasets.IterableDataset) -> dict[str, list[str]]:
+    """The groupings that the data have."""
     if not isinstance(split, datasets.Dataset):
         return {}
-    kept = np.flatnonzero(~dataset.skipped)
-    groups = {name: split[name] for name in GROUPS if name in split.column_names}
-    return {name: [values[i] or "unknown" for i in kept] for name, values in groups.items()}
+    return {name: [value or "unknown" for value in split[name]] for name in GROUPS if name in split.column_names}
 
 
 def evaluate_open_set(
@@ -157,8 +163,8 @@ def evaluate_open_set(
     make_dataset: Callable[..., torch.utils.data.Dataset],
 ) -> dict[str, dict[str, float]]:
     """
-    How well clips that are none of the classes are told apart, unknown being the positive class: OpenMax, if it is fitted,
-    against one minus the largest probability of the same model.
+    How well clips that are none of the classes are told apart, unknown being the positive class: OpenMax, if it is
+    fitted, against one minus the largest probability of the same model.
 
     Returns: score name -> `auroc`, `fpr_at_95_tpr` and `oscr`.
     """
@@ -203,17 +209,17 @@ def format_results(results: Mapping[str, Any]) -> dict[str, str]:
     """
     Tables of `results` in Markdown.
 
-    Returns: `summary`, `classes`, `confusion`, `open_set`, `parameters`, and `corpus`, `language` where the data have them; a
-        table without rows is an empty string.
+    Returns: `summary`, `classes`, `confusion`, `open_set`, `parameters`, `corpus` and `language`; a table without rows
+        is an empty string.
     """
     names = results["label_names"]
     split = "test" if "test" in results else "validation"
     scored = [name for name in ("validation", "test") if name in results]
     summary = [{"split": name, "row": row, **values} for name in scored for row, values in results[name].items()]
-    tables = {"summary": format_table(summary, SUMMARY_COLUMNS)}
+    tables = {"summary": format_table(summary, SUMMARY_COLUMNS) if summary else ""}
     rows = results.get(split, {})
     per_class = [{"row": row, **{name: values[f"f1_{name}"] for name in names}} for row, values in rows.items()]
-    tables["classes"] = format_table(per_class, ["row", *names])
+    tables["classes"] = format_table(per_class, ["row", *names]) if per_class else ""
     model = rows.get("model", {})
     matrix = model.get("confusion_matrix", [])
     confusion = [
@@ -240,8 +246,8 @@ def write_results(results: dict[str, Any], output_dir: str | Path, command: list
     Returns: the tables, to print at the end of a run.
     """
     folder = Path(output_dir)
-    results = {**results, "environment": environment(), "command": " ".join(command or sys.argv)}
-    text = json.dumps(results, indent=2, ensure_ascii=False, default=float)
+    results = {**results, "environment": environment(), "command": shlex.join(command or sys.argv)}
+    text = json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
     write_model_card(results, folder)
     tables = format_results(results)
@@ -255,6 +261,23 @@ def write_results(results: dict[str, Any], output_dir: str | Path, command: list
     }
     parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
     return "\n\n".join([*parts, f"Checkpoint, eval_results.json and README.md (the model card): {folder}"])
+
+
+def _plain(value: Any) -> Any:
+    """What strict JSON can hold: numbers that are not finite (a score that is not defined) become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _language_codes(names: Iterable[str]) -> list[str] | None:
+    """The names that are codes of a language as a model card takes them: two or three letters, without a region."""
+    codes = {name.replace("_", "-").split("-")[0].lower() for name in names}
+    return sorted(code for code in codes - NO_LANGUAGE if re.fullmatch("[a-z]{2,3}", code)) or None
 
 
 def model_card_template() -> Path:
@@ -271,7 +294,6 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
     folder = Path(output_dir)
     split = "test" if "test" in results else "validation"
     scores = results.get(split, {}).get("model", {})
-    languages = sorted(scores.get("by_language", {})) or results.get("data", {}).get("languages") or None
     name = results.get("model_name") or folder.resolve().name
     evaluated = (
         [
@@ -288,7 +310,7 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
         else []
     )
     card_data = ModelCardData(
-        language=[language for language in languages if language.isalpha()] if languages else None,
+        language=_language_codes(results["data"]["languages"]),
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="audio-classification",

@@ -11,6 +11,7 @@ accelerate launch train_hf.py --dataset_name me/my_data --use_amp --push_to_hub
 
 import dataclasses
 import json
+import logging as python_logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from data_mmser import (
     EmotionIterableDataset,
     MMSERDataCollator,
     class_counts,
+    drop_unreadable,
     load_emotion_dataset,
     load_emotion_split,
 )
@@ -45,6 +47,7 @@ from reporting_mmser import describe_data, evaluate_open_set, evaluate_split, wr
 from training_mmser import MMSERTrainer, MMSERTrainingArguments, last_complete_checkpoint, parameter_table
 
 logger = logging.get_logger("train_hf")
+OWN_LOGGERS = ("train_hf", *(f"{name}_mmser" for name in ("data", "evaluation", "modeling", "processing", "training")))
 
 
 @dataclass
@@ -146,7 +149,10 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
     if arguments and arguments[0].endswith(".json"):
         recipe = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
         destination = {
-            option.removeprefix("--"): action.dest for action in parser._actions for option in action.option_strings
+            option.removeprefix("--"): action.dest
+            for action in parser._actions
+            for option in action.option_strings
+            if action.const is not False  # --no_augment and its like: in a recipe it is "augment": false
         }
         unknown = sorted(set(recipe) - set(destination))
         if unknown:
@@ -167,7 +173,7 @@ def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedCon
 
 
 def load_processor(arguments: ModelArguments) -> MMSERProcessor:
-    """The processor of the checkpoint, or one joined from the feature extractor and the tokenizer of the two encoders."""
+    """The processor of the checkpoint, or one joined from the feature extractor and tokenizer of the two encoders."""
     if arguments.model_name_or_path:
         return MMSERProcessor.from_pretrained(arguments.model_name_or_path)
     name = arguments.audio_model_name_or_path
@@ -192,8 +198,8 @@ def load_model(
             arguments.model_name_or_path,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # another label set gets new output layers; the loading report names them
-            **labels,
-            **arguments.config_overrides,
+            # those of the earlier training set, as many as it had labels, say nothing about this one
+            **{"class_counts": None, **labels, **arguments.config_overrides},
         )
     else:
         sources = {"audio": arguments.audio_model_name_or_path, "text": arguments.text_model_name_or_path}
@@ -256,13 +262,23 @@ def load_data(arguments: DataArguments, seed: int):
     return splits, label_names, unknown
 
 
+def set_up_logging(arguments: MMSERTrainingArguments) -> None:
+    """Our own modules tell what they do, on the main process; others warn only. `--log_level` sets both."""
+    level = arguments.get_process_log_level()
+    logging.set_verbosity(level)
+    logging.enable_default_handler()
+    logging.enable_explicit_format()
+    python_logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    tells = arguments.log_level == "passive" and arguments.should_log
+    for name in OWN_LOGGERS:
+        python_logging.getLogger(name).setLevel(python_logging.INFO if tells else level)
+
+
 def main(arguments: list[str] | None = None) -> dict:
     """Train, evaluate and save as the flags say. Returns what is written to `eval_results.json`."""
     command = sys.argv[1:] if arguments is None else arguments
     model_arguments, data_arguments, training_arguments = parse_arguments(command)
-    logging.set_verbosity(training_arguments.get_process_log_level())
-    logging.enable_default_handler()
-    logging.enable_explicit_format()
+    set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
 
     splits, label_names, unknown = load_data(data_arguments, training_arguments.data_seed or training_arguments.seed)
@@ -275,18 +291,23 @@ def main(arguments: list[str] | None = None) -> dict:
     teacher = None
     if model_arguments.teacher_name_or_path:
         teacher = MMSERForAudioClassification.from_pretrained(model_arguments.teacher_name_or_path)
+    reader_options = {
+        "sampling_rate": processor.feature_extractor.sampling_rate,
+        "max_seconds": data_arguments.max_seconds,
+    }
+    num_skipped = 0
+    if data_arguments.on_bad_example == "skip" and not data_arguments.streaming:
+        num_clips = len(splits["train"])
+        splits = {name: drop_unreadable(split, **reader_options) for name, split in splits.items()}
+        unknown = None if unknown is None else drop_unreadable(unknown, **reader_options)
+        num_skipped = num_clips - len(splits["train"])
     if not data_arguments.streaming:
         model.config.class_counts = class_counts(splits["train"], len(label_names))
         logger.info(f"Training clips per class: {dict(zip(label_names, model.config.class_counts, strict=True))}")
     logger.info("Parameters:\n" + format_table(parameter_table(model), ["part", "parameters", "trainable"]))
 
     dataset_class = EmotionIterableDataset if data_arguments.streaming else EmotionDataset
-    options = {
-        "seed": training_arguments.seed,
-        "on_bad_example": data_arguments.on_bad_example,
-        "sampling_rate": processor.feature_extractor.sampling_rate,
-        "max_seconds": data_arguments.max_seconds,
-    }
+    options = {"seed": training_arguments.seed, "on_bad_example": data_arguments.on_bad_example, **reader_options}
 
     def evaluation_dataset(split, **more):
         return dataset_class(split, **options, **more)
@@ -299,6 +320,8 @@ def main(arguments: list[str] | None = None) -> dict:
         audio_dropout=data_arguments.audio_dropout,
         **options,
     )
+    if "validation" not in splits:  # nothing to evaluate on while training, so no best checkpoint either
+        training_arguments.eval_strategy, training_arguments.load_best_model_at_end = "no", False
     trainer = MMSERTrainer(
         model=model,
         args=training_arguments,
@@ -329,7 +352,7 @@ def main(arguments: list[str] | None = None) -> dict:
         if checkpoint:
             logger.info(f"Resuming from {checkpoint}. Choose another --output_dir to start anew.")
     results["training"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    results["training"]["skipped_clips"] = train_dataset.num_skipped
+    results["training"]["skipped_clips"] = num_skipped + train_dataset.num_skipped
 
     held_out = splits.get("validation")
     results["calibration"] = trainer.finalize(
@@ -340,9 +363,12 @@ def main(arguments: list[str] | None = None) -> dict:
     for name in ("validation", "test"):
         if name in splits:
             results[name] = evaluate_split(trainer, splits[name], evaluation_dataset, label_names)
-    if unknown is not None and "test" in splits:
-        results["open_set"] = evaluate_open_set(trainer, splits["test"], unknown, evaluation_dataset)
+    known = splits.get("test", held_out)
+    if unknown is not None and known is not None:
+        results["open_set"] = evaluate_open_set(trainer, known, unknown, evaluation_dataset)
     if trainer.is_world_process_zero():
+        token = training_arguments.hub_token  # what is written here is for everyone to read
+        command = [argument.replace(token, "...") if token else argument for argument in command]
         print(write_results(results, training_arguments.output_dir, ["train_hf.py", *command]))
     if training_arguments.push_to_hub:
         trainer.push_to_hub()

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: `MMSERTrainingArguments` (our defaults) and `MMSERTrainer`.
 
-The trainer is Transformers' own plus what this model needs: the published parameter groups, every part of the loss in the
-log, an error instead of a non-finite loss, and `finalize`, which calibrates the trained model and fits its OpenMax.
+The trainer is Transformers' own plus what this model needs: the published parameter groups, every part of the loss in
+the log, an error instead of a non-finite loss, and `finalize`, which calibrates the model and fits its OpenMax.
 """
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import upload_folder
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress, logging
 
 from evaluation_mmser import expected_calibration_error, fit_temperature, negative_log_likelihood, softmax
-from modeling_mmser import MMSERForAudioClassification, MMSEROutput, check_finite_losses
+from modeling_mmser import MMSERForAudioClassification, MMSEROutput, OpenMax, check_finite_losses
 
 logger = logging.get_logger(__name__)
 
@@ -57,8 +59,8 @@ class MMSERTrainingArguments(TrainingArguments):
     lr_multipliers: dict | str | None = field(
         default=None,
         metadata={
-            "help": "JSON: learning rate multipliers that differ from the published ones, e.g. '{\"audio_encoder\": 1}'. "
-            f"Groups: {', '.join(PARAMETER_GROUPS)}."
+            "help": "JSON: learning rate multipliers that differ from the published ones, e.g. "
+            f"'{{\"audio_encoder\": 1}}'. Groups: {', '.join(PARAMETER_GROUPS)}."
         },
     )
     weight_decay: float | None = field(
@@ -111,13 +113,30 @@ class MMSERTrainingArguments(TrainingArguments):
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the training set which epoch it is in: accelerate only does so for some samplers."""
+    """Tells the training set and its sampler which epoch it is: accelerate does so for some of them only."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self):
+        self.targets = []
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch))
+        for target in self.targets:
+            target.set_epoch(int(state.epoch))
+
+
+class _EpochLengthGroupedSampler(LengthGroupedSampler):
+    """Groups by length in an order drawn from the seed and the epoch alone, so that a resumed run goes on in it."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
 
 class MMSERTrainer(Trainer):
@@ -126,7 +145,7 @@ class MMSERTrainer(Trainer):
 
     Args:
         args (`MMSERTrainingArguments`): or any `TrainingArguments`.
-        teacher (`MMSERForAudioClassification`, *optional*): for `config.distillation_loss_weight`; takes the same inputs.
+        teacher (`MMSERForAudioClassification`, *optional*): for `config.distillation_loss_weight`, on the same inputs.
         kwargs: as for `Trainer`.
     """
 
@@ -136,8 +155,10 @@ class MMSERTrainer(Trainer):
         self.train_outputs: dict[str, np.ndarray] | None = None
         self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._is_predicting = False
+        self._set_epoch = _SetEpoch()
+        self.add_callback(self._set_epoch)
         if hasattr(self.train_dataset, "set_epoch"):
-            self.add_callback(_SetEpoch(self.train_dataset))
+            self._set_epoch.targets.append(self.train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW (or `args.optim`) over the published parameter groups and log their sizes."""
@@ -161,7 +182,7 @@ class MMSERTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; its parts are kept for the log, and a part that is not finite is an error that names it."""
+        """The model's loss; its parts are kept for the log, and a part that is not finite is an error naming it."""
         if self.teacher is not None:
             with torch.no_grad():
                 student_only = ("labels",)
@@ -189,8 +210,10 @@ class MMSERTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
-        return LengthGroupedSampler(batch_size, lengths=dataset.lengths, generator=generator)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = _EpochLengthGroupedSampler(batch_size, dataset.lengths, seed)
+        self._set_epoch.targets.append(sampler)
+        return sampler
 
     def _get_eval_sampler(self, eval_dataset):
         """Evaluate in the order of the data set, so that predictions can be matched with its rows."""
@@ -204,13 +227,45 @@ class MMSERTrainer(Trainer):
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a new checkpoint in the background, as usual, but with its code and without a pickle of arguments."""
+        args, previous = self.args, self.push_in_progress
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        running = [job for job in previous.jobs if not job.done()] if previous is not None else []
+        if running and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        for file in Path(checkpoint_folder).iterdir():
+            if file.is_file() and file.suffix not in (".pt", ".pth"):  # those are for resuming only
+                shutil.copy(file, args.output_dir)
+        # The pickle may be there for a moment: `_save` lets the stock method write it first
+        uploads = [(args.output_dir, None, ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"])]
+        if args.hub_strategy == HubStrategy.CHECKPOINT:
+            uploads.append((checkpoint_folder, "last-checkpoint", None))
+        elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            uploads.append((checkpoint_folder, Path(checkpoint_folder).name, None))
+        for folder, path_in_repo, ignored in uploads:
+            job = upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=folder,
+                path_in_repo=path_in_repo,
+                ignore_patterns=ignored,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=args.hub_token,
+                revision=args.hub_revision,
+                run_as_future=True,
+            )
+            running.append(job)
+        self.push_in_progress = PushInProgress(running)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `train_hf.py` writes; without one, let Transformers write its own."""
         if not (Path(self.args.output_dir) / "README.md").exists():
             super().create_model_card(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As usual; while `predict_outputs` runs, labels pass by the model, so that they may be -1 (none of the classes)."""
+        """As usual; while `predict_outputs` runs, labels pass by the model, so they may be -1 (no known class)."""
         labels = inputs.pop("labels") if self._is_predicting else None
         loss, outputs, model_labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, outputs, model_labels if labels is None else labels
@@ -241,7 +296,7 @@ class MMSERTrainer(Trainer):
 
     def finalize(self, train_dataset, calibration_dataset=None) -> dict[str, float]:
         """
-        Make the trained model ready for use: set its temperature on held-out clips and fit OpenMax on the training clips.
+        Make the trained model ready for use: temperature from held-out clips, OpenMax from the training clips.
 
         The training clips' outputs are kept in `train_outputs`, for a linear probe on the same features.
 
@@ -251,7 +306,9 @@ class MMSERTrainer(Trainer):
         Returns: the temperature and, on the held-out clips, NLL and expected calibration error before and after.
         """
         model = self.accelerator.unwrap_model(self.model)
+        # What another training left in them, if the model comes from a finished checkpoint, is void
         model.temperature.fill_(1.0)
+        model.openmax.load_state_dict(OpenMax(model.config.num_labels, model.openmax.alpha).state_dict())
         report = {"temperature": 1.0}
         if calibration_dataset is not None:
             outputs = self.predict_outputs(calibration_dataset)
@@ -279,8 +336,8 @@ def parameter_groups(
     weight_decay: float | None = None,
 ) -> list[dict]:
     """
-    Split the trainable parameters into the published groups; each group is split again, as biases, norms and other vectors
-    are not decayed.
+    Split the trainable parameters into the published groups; each group is split again, as biases, norms and other
+    vectors are not decayed.
 
     Args:
         model: `MMSERForAudioClassification`.
@@ -318,8 +375,12 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest checkpoint in `output_dir` that was written to its end: a run may be killed while it saves one."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     # The trainer writes its state last
-    complete = [folder for folder in folders if (folder / "trainer_state.json").exists()]
-    return str(max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))) if complete else None
+    complete = {
+        int(step): folder
+        for folder in folders
+        if (step := folder.name.rsplit("-", 1)[1]).isdigit() and (folder / "trainer_state.json").exists()
+    }
+    return str(complete[max(complete)]) if complete else None
 
 
 def parameter_table(model: nn.Module) -> list[dict]:

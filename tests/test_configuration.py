@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of configuration_mmser: defaults, label maps, refusals, round trips, and what a saved `config.json` says."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from tiny import AUDIO_CONFIGS, tiny_config
+from transformers import BertConfig, Wav2Vec2Config
+
+from configuration_mmser import AUTO_MAP, CUSTOM_PIPELINES, MMSERConfig
+
+
+def test_defaults_are_the_design():
+    config = MMSERConfig()
+    assert config.id2label == {0: "neutral", 1: "happy", 2: "sad", 3: "angry"}
+    assert config.label2id == {"neutral": 0, "happy": 1, "sad": 2, "angry": 3}
+    assert config.num_labels == 4
+    audio, text = config.audio_config, config.text_config
+    assert isinstance(audio, Wav2Vec2Config) and isinstance(text, BertConfig)
+    # The shapes of facebook/wav2vec2-base and google-bert/bert-base-multilingual-cased
+    assert (audio.hidden_size, audio.num_hidden_layers, audio.feat_extract_norm) == (768, 12, "group")
+    assert (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (768, 12, 119547)
+    assert (config.cross_attention_hidden_size, config.cross_attention_heads) == (256, 8)
+    assert (config.fusion_hidden_size, config.feature_size, config.anchor_size) == (512, 256, 128)
+    assert (config.classifier_num_layers, config.classifier_hidden_size, config.classifier_dropout) == (35, 512, 0.15)
+    assert config.classifier_checkpoint_interval == 5
+    assert (config.cross_entropy_loss_weight, config.focal_loss_weight, config.anchor_loss_weight) == (1.0, 0.3, 0.1)
+    assert (config.uncertainty_loss_weight, config.prototype_loss_weight) == (0.05, 0.01)
+    assert (config.supervised_contrastive_loss_weight, config.distillation_loss_weight) == (0, 0)
+    assert (config.label_smoothing, config.class_balanced_beta, config.focal_gamma) == (0.1, 0.9999, 2)
+    assert (config.openmax_tail_size, config.openmax_threshold) == (20, 0.3)
+    assert not config.uses_log_mel
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"num_labels": 4}, ["neutral", "happy", "sad", "angry"]),
+        ({"num_labels": 7}, [f"LABEL_{i}" for i in range(7)]),
+        ({"id2label": {0: "calm", 1: "tense"}}, ["calm", "tense"]),
+        ({"id2label": {"0": "calm", "1": "tense"}}, ["calm", "tense"]),
+        ({"label2id": {"calm": 0, "tense": 1}}, ["calm", "tense"]),
+        ({"id2label": {0: "calm", 1: "tense"}, "label2id": {"calm": 0, "tense": 1}}, ["calm", "tense"]),
+    ],
+)
+def test_labels(given, expected):
+    config = tiny_config(**given)
+    assert config.num_labels == len(expected)
+    assert config.id2label == dict(enumerate(expected))
+    assert config.label2id == {label: i for i, label in enumerate(expected)}
+    again = MMSERConfig.from_dict(json.loads(config.to_json_string()))
+    assert (again.id2label, again.label2id) == (config.id2label, config.label2id)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"audio_config": {"model_type": "bert"}}, "bert.*supported are wav2vec2.*whisper"),
+        ({"audio_config": {"model_type": "no-such-type"}}, "no-such-type"),
+        ({"audio_config": {"model_type": "wav2vec2", "add_adapter": True}}, "add_adapter"),
+        ({"audio_config": "wav2vec2"}, "audio_config"),
+        ({"text_config": {"model_type": "no-such-type"}}, "no-such-type"),
+        ({"feature_size": 0}, "`feature_size` must be greater than 0, got 0"),
+        ({"feature_size": "wide"}, "feature_size"),
+        ({"anchor_temperature": 0.0}, "`anchor_temperature` must be greater than 0"),
+        ({"openmax_alpha": 0}, "`openmax_alpha` must be greater than 0"),
+        ({"openmax_tail_size": 4}, "`openmax_tail_size` must be at least 5, got 4"),
+        ({"classifier_num_layers": -1}, "`classifier_num_layers` must be 0 or more, got -1"),
+        ({"classifier_checkpoint_interval": 0}, "classifier_checkpoint_interval"),
+        ({"classifier_dropout": 1.0}, r"`classifier_dropout` must be in \[0, 1\), got 1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"focal_loss_weight": -1}, "`focal_loss_weight` must be 0 or more, got -1"),
+        ({"class_balanced_beta": 1.0}, "class_balanced_beta"),
+        ({"cross_attention_heads": 7}, "multiple of `cross_attention_heads`"),
+        ({"openmax_threshold": 1.5}, r"`openmax_threshold` must be None or in \[0, 1\], got 1.5"),
+        ({"class_counts": [5, 6]}, "`class_counts` has 2 entries but the model has 4 labels"),
+    ],
+)
+def test_bad_values_are_refused_by_name(given, message):
+    """`StrictDataclassError` is how the library reports what a strict configuration's own checks raise."""
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        MMSERConfig(**given)
+
+
+def test_a_bad_value_set_later_is_refused_when_saving(tmp_path):
+    config = tiny_config()
+    config.feature_size = 0
+    with pytest.raises(StrictDataclassError, match="feature_size"):
+        config.save_pretrained(tmp_path)
+
+
+def test_switching_parts_off_is_allowed():
+    config = tiny_config(
+        classifier_num_layers=0, openmax_threshold=None, class_counts=[1, 0, 3, 4], focal_loss_weight=0
+    )
+    assert config.openmax_threshold is None and config.class_counts == [1, 0, 3, 4]
+
+
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_round_trip_keeps_every_value(kind, tmp_path):
+    config = tiny_config(kind, feature_size=24, openmax_threshold=None, class_counts=[1, 2, 3], num_labels=3)
+    config.save_pretrained(tmp_path)
+    for again in (
+        MMSERConfig.from_pretrained(tmp_path),
+        MMSERConfig.from_dict(config.to_dict()),
+        MMSERConfig.from_dict(json.loads(config.to_json_string(use_diff=False))),
+    ):
+        assert type(again.audio_config) is type(config.audio_config)
+        assert again.feature_size == 24 and again.openmax_threshold is None and again.class_counts == [1, 2, 3]
+        ignored = {"_name_or_path", "transformers_version"}
+        old, new = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config, again))
+        assert new == old
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_layers_are_never_dropped(kind):
+    name = "encoder_layerdrop" if kind == "whisper" else "layerdrop"
+    assert getattr(tiny_config(kind, audio={name: 0.5}).audio_config, name) == 0.0
+    assert Wav2Vec2Config().layerdrop > 0
+    assert MMSERConfig().audio_config.layerdrop == 0.0
+
+
+def test_log_mel_family():
+    assert [kind for kind in AUDIO_CONFIGS if tiny_config(kind).uses_log_mel] == ["whisper"]
+
+
+def test_saved_config_points_at_the_code_beside_it(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "mmser"
+    assert saved["auto_map"] == {
+        "AutoConfig": "configuration_mmser.MMSERConfig",
+        "AutoModel": "modeling_mmser.MMSERModel",
+        "AutoModelForAudioClassification": "modeling_mmser.MMSERForAudioClassification",
+        "AutoProcessor": "processing_mmser.MMSERProcessor",
+    }
+    assert saved["custom_pipelines"]["audio-classification"]["impl"] == "processing_mmser.MMSERPipeline"
+
+
+def test_auto_map_never_keeps_a_repository_prefix(tmp_path):
+    """Loading from the Hub writes `user/repo--` before each entry: pushed elsewhere, that would run the old code."""
+    saved = tiny_config().to_dict()
+    saved["auto_map"] = {name: f"someone/somewhere--{target}" for name, target in AUTO_MAP.items()}
+    saved["custom_pipelines"]["audio-classification"]["impl"] = "someone/somewhere--processing_mmser.MMSERPipeline"
+    config = MMSERConfig.from_dict(saved)
+    config.save_pretrained(tmp_path)
+    assert config.auto_map == AUTO_MAP and config.custom_pipelines == CUSTOM_PIPELINES
+    assert "someone" not in (tmp_path / "config.json").read_text()
+
+
+def test_two_configurations_share_no_state():
+    first, second = tiny_config(), tiny_config()
+    first.auto_map["AutoModel"] = first.custom_pipelines["audio-classification"]["impl"] = "changed"
+    first.id2label[0] = "changed"
+    assert second.auto_map == AUTO_MAP == tiny_config().auto_map
+    assert second.custom_pipelines == CUSTOM_PIPELINES
+    assert second.id2label[0] == tiny_config().id2label[0] == "neutral"

@@ -1,0 +1,982 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the network in modeling_mmser: independence of the batch, missing modalities, freezing, the deep classifier,
+gradients, checkpointing, saving and loading. The losses and OpenMax have `test_losses.py`.
+"""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import (
+    AUDIO_CONFIGS,
+    NO_DROPOUT,
+    TEXT_CONFIG,
+    WAVEFORM_KINDS,
+    alone,
+    fit_openmax_by_chance,
+    randomize,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModel, BertModel, WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+import modeling_mmser
+from configuration_mmser import MMSERConfig
+from modeling_mmser import (
+    AttentiveStatsPooling,
+    CrossModalAttention,
+    DeepClassifier,
+    MMSERForAudioClassification,
+    MMSERModel,
+    OpenMax,
+    time_mask,
+)
+
+AUDIO_LENGTHS = {"waveform": [16000, 9001, 3205, 0], "whisper": [120, 57, 20, 0]}
+TEXT_LENGTHS = [9, 4, 0, 6]
+OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "open_set_probabilities", "unknown_probability")
+
+
+def lengths_for(kind):
+    return AUDIO_LENGTHS["whisper" if kind == "whisper" else "waveform"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """One model in eval mode for each audio encoder, for tests that leave it as it is."""
+    built = {kind: tiny_model(kind) for kind in AUDIO_CONFIGS}
+    for model in built.values():
+        fit_openmax_by_chance(model)
+    return built
+
+
+@pytest.fixture
+def model(models):
+    return models["wav2vec2"]
+
+
+@pytest.fixture(scope="module")
+def batch(models):
+    """A padded batch of four clips: two complete, one without text, one without audio."""
+    return tiny_batch(models["wav2vec2"], [3000, 2100, 2500, 0], TEXT_LENGTHS)
+
+
+def difference(one, other):
+    return (one - other).abs().max().item()
+
+
+# A clip's result never depends on its batch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("extra", [0, 37])
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_a_clip_alone_equals_the_clip_in_a_padded_batch(models, kind, extra):
+    """Four clips of different lengths, one without text and one without audio; all that the model says about each."""
+    extra = 0 if kind == "whisper" else 50 * extra  # the encoder takes no more than 120 frames
+    batch = tiny_batch(models[kind], lengths_for(kind), TEXT_LENGTHS, extra=extra)
+    together = models[kind](**batch)
+    for row in range(4):
+        single = models[kind](**alone(batch, row))
+        for name in OUTPUTS:
+            assert difference(single[name][0], together[name][row]) <= 1e-4, (name, row)
+        assert difference(single.logits[0], together.logits[row]) <= 2e-5
+    assert together.logits.std(dim=0).mean() > 0.1  # the clips do differ
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "data2vec-audio"])
+def test_the_stock_encoder_does_depend_on_the_batch(models, kind):
+    """So the test above can fail: with the stock layer put back it does, by a hundred times its tolerance."""
+    model = copy.deepcopy(models[kind])
+    stock = AutoModel.from_config(model.config.audio_config)
+    stock.load_state_dict(model.mmser.audio_encoder.state_dict())
+    model.mmser.audio_encoder = stock.eval()
+    batch = tiny_batch(model, lengths_for(kind), TEXT_LENGTHS)
+    together = model(**batch).logits
+    assert max(difference(model(**alone(batch, row)).logits[0], together[row]) for row in (1, 2)) > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-layer", "whisper"])
+def test_what_fills_the_padding_does_not_matter(models, kind):
+    batch = tiny_batch(models[kind], lengths_for(kind), TEXT_LENGTHS)
+    name = "input_features" if kind == "whisper" else "input_values"
+    padding = (batch["attention_mask"] == 0).view(4, *[1] * (batch[name].ndim - 2), -1)
+    filled = batch | {name: torch.where(padding, 100 * torch.randn(batch[name].shape), batch[name])}
+    torch.testing.assert_close(models[kind](**filled).logits, models[kind](**batch).logits, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", WAVEFORM_KINDS)
+def test_unpadded_waveform_encoders_are_the_stock_ones(models, kind):
+    """Same parameter names, and the same states of every layer with the same weights."""
+    ours = models[kind]
+    stock = AutoModel.from_config(ours.config.audio_config).eval()
+    stock.load_state_dict(ours.mmser.audio_encoder.state_dict(), strict=True)
+    audio = {"input_values": torch.randn(2, 6000)}
+    expected = stock(**audio, output_hidden_states=True).hidden_states
+    states = ours(**audio, output_hidden_states=True).hidden_states
+    assert len(states) == len(expected) == 3
+    for state, reference in zip(states, expected, strict=True):
+        assert difference(state, reference) <= 2e-6 * reference.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [120, 46])
+def test_whisper_encoder_is_the_stock_one_with_positions_sliced_to_the_clip(models, frames):
+    """At full length as it is; on a shorter clip it equals a stock encoder built for that length."""
+    ours = models["whisper"]
+    config = copy.deepcopy(ours.config.audio_config)
+    config.max_source_positions = frames // 2
+    stock = WhisperEncoder(config).eval()
+    weights = ours.mmser.audio_encoder.state_dict()
+    weights["embed_positions.weight"] = weights["embed_positions.weight"][: frames // 2]
+    stock.load_state_dict(weights, strict=True)
+    features = torch.randn(2, 20, frames)
+    expected = stock(features, output_hidden_states=True).hidden_states
+    states = ours(input_features=features, output_hidden_states=True).hidden_states
+    assert states[-1].shape == (2, frames // 2, 16) and len(states) == len(expected)
+    for state, reference in zip(states, expected, strict=True):
+        assert difference(state, reference) <= 2e-6 * reference.abs().max()
+
+
+def test_whisper_positions_are_sinusoids_and_stay():
+    positions = MMSERForAudioClassification(tiny_config("whisper")).mmser.audio_encoder.embed_positions.weight
+    assert not positions.requires_grad
+    angle = torch.arange(60)[:, None] * torch.exp(-math.log(10000) / 7 * torch.arange(8))
+    torch.testing.assert_close(positions, torch.cat([angle.sin(), angle.cos()], dim=1), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-layer", "whisper"])
+def test_weighted_layer_sum(models, kind):
+    """The text attends to the softmax-weighted sum of the stock encoder's layers, the last one after its norm."""
+    ours, seen = models[kind], []
+    hook = ours.mmser.text_attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    if kind == "whisper":
+        stock, audio = WhisperEncoder(ours.config.audio_config), {"input_features": torch.randn(1, 20, 120)}
+    else:
+        stock, audio = AutoModel.from_config(ours.config.audio_config), {"input_values": torch.randn(1, 4000)}
+    stock.load_state_dict(ours.mmser.audio_encoder.state_dict())
+    output = stock.eval()(**audio, output_hidden_states=True)
+    layers = torch.stack([*output.hidden_states[:-1], output.last_hidden_state])
+    weights = torch.softmax(ours.mmser.layer_weights, dim=0)
+    ours(**audio, input_ids=torch.tensor([[5, 6, 7]]))
+    hook.remove()
+    assert len(weights) == 3 and weights.std() > 0.01
+    torch.testing.assert_close(seen[0], torch.einsum("l,lbtd->btd", weights, layers), rtol=1e-4, atol=1e-5)
+
+
+# What goes in
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_either_modality_may_be_missing(models, kind):
+    """Not given at all is the same as a mask of zeros; the gate knows which modality is there."""
+    model, batch = models[kind], tiny_batch(models[kind], lengths_for(kind), TEXT_LENGTHS)
+    audio = {name: batch[name] for name in batch if name.startswith("input_") and name != "input_ids"}
+    audio["attention_mask"] = batch["attention_mask"]
+    text = {name: batch[name] for name in ("input_ids", "text_attention_mask")}
+    no_text = batch | {"text_attention_mask": torch.zeros_like(batch["text_attention_mask"])}
+    no_audio = batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
+    torch.testing.assert_close(model(**audio).logits[:3], model(**no_text).logits[:3], rtol=0, atol=2e-5)
+    torch.testing.assert_close(model(**text).logits[:2], model(**no_audio).logits[:2], rtol=0, atol=2e-5)
+    assert difference(model(**audio).logits[:3], model(**batch).logits[:3]) > 1e-2
+
+    gate = model.mmser(**batch).gate
+    assert ((gate[:2] > 0) & (gate[:2] < 1)).all() and (gate[2] == 1).all() and (gate[3] == 0).all()
+    assert (model.mmser(**audio).gate[:3] == 1).all() and (model.mmser(**text).gate[:2] == 0).all()
+
+
+@torch.no_grad()
+def test_a_missing_modality_is_its_embedding_and_nothing_else(models, batch):
+    """What lies in a row without audio or without text changes nothing; the learned embedding does."""
+    model = copy.deepcopy(models["wav2vec2"])
+    before = model(**batch).logits
+    other = {name: value.clone() for name, value in batch.items()}
+    other["input_values"][3] = torch.randn(3000)
+    other["input_ids"][2] = 7
+    torch.testing.assert_close(model(**other).logits, before, rtol=0, atol=1e-6)
+    model.mmser.missing_text.embedding.add_(1.0)
+    after = model(**batch).logits
+    assert difference(after[2], before[2]) > 1e-3 and difference(after[[0, 1, 3]], before[[0, 1, 3]]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_values": None, "input_ids": None}, "Give audio .*`input_ids`, or both"),
+        (
+            {"input_values": None, "input_features": torch.zeros(4, 20, 30)},
+            "wav2vec2 .*`input_values`, not `input_feat",
+        ),
+        ({"input_values": torch.zeros(4, 3000, dtype=torch.int16)}, "must be floating point, got torch.int16"),
+        ({"input_values": torch.zeros(4, 399), "attention_mask": None}, "too short for one frame"),
+        ({"labels": torch.tensor([0, 1, 4, 0])}, r"`labels` must be in \[0, 3\], got \[0, 1, 4, 0\]"),
+        ({"labels": torch.tensor([0, -1, 2, 0])}, r"`labels` must be in \[0, 3\]"),
+    ],
+)
+def test_bad_input_is_refused_with_its_reason(model, batch, change, message):
+    with pytest.raises(ValueError, match=message):
+        model(**(batch | change))
+
+
+def test_bad_log_mel_input_is_refused_with_its_reason(models):
+    model = models["whisper"]
+    with pytest.raises(ValueError, match="whisper encoder takes `input_features`, not `input_values`"):
+        model(input_values=torch.zeros(1, 4000))
+    with pytest.raises(ValueError, match="has 121 frames; this encoder takes at most 120"):
+        model(input_features=torch.zeros(1, 20, 121))
+    with pytest.raises(ValueError, match="must be floating point"):
+        model(input_features=torch.zeros(1, 20, 100, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_silence_is_finite(models, kind):
+    model = copy.deepcopy(models[kind]).train()
+    batch = tiny_batch(model, lengths_for(kind)[:2], [4, 3])
+    name = "input_features" if kind == "whisper" else "input_values"
+    outputs = model(**(batch | {name: torch.zeros_like(batch[name])}), labels=torch.tensor([0, 1]))
+    outputs.loss.backward()
+    assert outputs.logits.isfinite().all() and outputs.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_a_clip_of_50_ms_trains(kind):
+    """Shorter than one span of SpecAugment (10 frames of 20 ms), which the stock code refuses."""
+    model = tiny_model(kind).train()
+    length = 5 if kind == "whisper" else 800
+    model(**tiny_batch(model, [length, length], [3, 0]), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions(models, batch):
+    model = tiny_model(audio={"num_hidden_layers": 3})
+    model.set_attn_implementation("eager")
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in outputs.hidden_states] == [(4, 9, 16)] * 4
+    assert [attention.shape for attention in outputs.attentions] == [(4, 2, 9, 9)] * 3
+    text = {name: batch[name] for name in ("input_ids", "text_attention_mask")}
+    assert [state.shape for state in model(**text, output_hidden_states=True).hidden_states] == [(4, 9, 16)] * 3
+    some = model(**batch, output_hidden_states=[0, -1]).hidden_states
+    assert some[1] is None and some[2] is None and torch.equal(some[3], outputs.hidden_states[3])
+    assert model(**batch).hidden_states is None
+
+
+def test_outputs_as_a_tuple(model, batch):
+    with torch.no_grad():
+        outputs = model(**batch)
+        assert torch.equal(model(**batch, return_dict=False)[0], outputs.logits)
+    assert outputs.features.shape == (4, 16) and outputs.fused.shape == (4, 32)
+    assert outputs.uncertainty.shape == (4, 1) and ((outputs.uncertainty >= 0) & (outputs.uncertainty <= 1)).all()
+
+
+# Attention and pooling
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_cross_modal_attention_against_a_loop(implementation):
+    config = tiny_config(**NO_DROPOUT)
+    config._attn_implementation = implementation
+    torch.manual_seed(0)
+    attention = randomize(CrossModalAttention(config, query_size=6, context_size=10)).eval()
+    states, context = torch.randn(2, 3, 6), torch.randn(2, 5, 10)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    with sdpa_kernel(SDPBackend.MATH):
+        result = attention(states, context, mask)
+    reference = copy.deepcopy(attention).double()
+    for b in range(2):
+        valid = context[b, mask[b]].double()
+        query, key, value = reference.query(states[b].double()), reference.key(valid), reference.value(valid)
+        heads = []
+        for head in range(2):
+            part = slice(8 * head, 8 * head + 8)
+            scores = query[:, part] @ key[:, part].T / math.sqrt(8)
+            heads.append(torch.softmax(scores, dim=-1) @ value[:, part])
+        attended = reference.output(torch.cat(heads, dim=-1))
+        expected = reference.layer_norm(states[b].double() + attended)
+        torch.testing.assert_close(result[b].double(), expected, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_statistics_pooling_against_a_loop():
+    torch.manual_seed(0)
+    pooling = randomize(AttentiveStatsPooling(5, 7))
+    states, lengths = torch.randn(4, 6, 5), [6, 3, 1, 0]
+    pooled = pooling(states, torch.arange(6) < torch.tensor(lengths)[:, None])
+    reference = copy.deepcopy(pooling).double()
+    for row, length in enumerate(lengths):
+        if length == 0:
+            assert (pooled[row] == 0).all()
+            continue
+        valid = states[row, :length].double()
+        scores = [reference.score(torch.tanh(reference.hidden(x))).item() for x in valid]
+        total = sum(math.exp(score) for score in scores)
+        weights = [math.exp(score) / total for score in scores]
+        mean = sum(weight * x for weight, x in zip(weights, valid, strict=True))
+        variance = sum(weight * (x - mean) ** 2 for weight, x in zip(weights, valid, strict=True))
+        torch.testing.assert_close(pooled[row].double(), torch.cat([mean, variance.sqrt()]), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [0, 0], [6, 0], [2, 1]])
+@pytest.mark.parametrize("constant", [False, True])
+def test_statistics_pooling_has_finite_gradients(lengths, constant):
+    """Also where the deviation is 0: one valid position, none, or all of them alike."""
+    torch.manual_seed(0)
+    pooling = randomize(AttentiveStatsPooling(5, 7))
+    states = torch.randn(2, 1 if constant else 6, 5).expand(2, 6, 5).clone().requires_grad_()
+    pooled = pooling(states, torch.arange(6) < torch.tensor(lengths)[:, None])
+    pooled.square().sum().backward()
+    assert pooled.isfinite().all() and states.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in pooling.parameters())
+
+
+# SpecAugment
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=5), st.floats(0, 0.9), st.integers(1, 12), st.integers(0, 4))
+def test_time_mask_stays_inside_the_clip(lengths, probability, length, min_masks):
+    torch.manual_seed(sum(lengths))
+    valid = torch.arange(60) < torch.tensor(lengths)[:, None]
+    masked = time_mask(valid, probability, length, min_masks)
+    assert masked.shape == valid.shape and masked.dtype == torch.bool
+    assert not (masked & ~valid).any()
+    for row, num_frames in zip(masked, lengths, strict=True):
+        if num_frames < length:
+            assert not row.any()  # a clip shorter than one span is left alone
+        elif min_masks:
+            assert row.sum() >= length
+        # Nothing but whole spans: every masked frame lies in a run of at least `length`
+        runs = "".join("x" if frame else " " for frame in row.tolist()).split()
+        assert all(len(run) >= length for run in runs)
+
+
+def test_time_mask_share_and_number_of_spans():
+    """The share of masked frames is what the probability says, for long and short clips of one batch alike."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([400, 100]).repeat(1500)
+    valid = torch.arange(400) < lengths[:, None]
+    masked = time_mask(valid, 0.1, 5, 0)
+    for num_frames in (400, 100):
+        rows = masked[lengths == num_frames, :num_frames].float()
+        # spans are drawn independently: of k = 0.1 n / 5 of them, 1 - (1 - 5 / n)^k of the frames are covered
+        expected = 1 - (1 - 5 / num_frames) ** (0.1 * num_frames / 5)
+        assert rows.mean().item() == pytest.approx(expected, rel=0.05)
+    for probability, min_masks, expected in ((0.0, 0, 0), (0.0, 1, 5), (1e-6, 1, 5)):
+        assert (time_mask(valid, probability, 5, min_masks).sum(dim=1) == expected).all()
+
+
+def test_time_mask_reaches_every_frame():
+    torch.manual_seed(0)
+    masked = time_mask(torch.ones(4000, 20, dtype=torch.bool), 0.0, 4, 1)
+    first = masked.float().argmax(dim=1)
+    counts = torch.bincount(first, minlength=17)
+    assert len(counts) == 17 and counts.min() > 150  # 4000 / 17 = 235 starts each
+
+
+# Frozen means frozen
+
+
+def train_step(model, batch, seed=0):
+    torch.manual_seed(seed)
+    outputs = model(**batch, labels=torch.tensor([0, 1, 2, 3]), output_hidden_states=True)
+    outputs.loss.backward()
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+@pytest.mark.parametrize("which", ["audio", "text"])
+def test_a_frozen_encoder_is_frozen(kind, which):
+    model = tiny_model(kind, audio={"dropout": 0.2} if kind == "whisper" else {"mask_time_prob": 0.5})
+    batch = tiny_batch(model, [120, 57, 100, 0] if kind == "whisper" else [3000, 2100, 5500, 0], TEXT_LENGTHS)
+    getattr(model, f"freeze_{which}_encoder")()
+    model.eval()
+    model.train()
+    frozen, other = model.mmser.audio_encoder, model.mmser.text_encoder
+    if which == "text":
+        frozen, other = other, frozen
+    assert not any(module.training for module in frozen.modules())
+    assert all(module.training for module in other.modules()) and model.classifier.training
+    seen = []
+    for encoder in (frozen, other):
+        encoder.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
+    train_step(model, batch, seed=0)
+    train_step(model, batch, seed=1)
+    order = [0, 2] if which == "audio" else [1, 3]
+    states = [seen[i] for i in order]
+    assert not any(state.requires_grad for state in states)
+    assert torch.equal(*states)  # no dropout and no SpecAugment
+    moving = [seen[i] for i in range(4) if i not in order]
+    assert all(state.requires_grad for state in moving) and not torch.equal(*moving)
+    assert all(p.grad is None for p in frozen.parameters())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trainable if p.ndim > 1)
+    assert not {id(p) for p in trainable} & {id(p) for p in frozen.parameters()}
+
+
+def test_layer_weights_learn_over_a_frozen_encoder(batch):
+    model = tiny_model()
+    model.freeze_audio_encoder()
+    train_step(model.train(), batch)
+    assert model.mmser.layer_weights.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-layer", "whisper"])
+def test_freezing_only_the_feature_encoder(kind):
+    model = tiny_model(kind)
+    model.freeze_feature_encoder()
+    model.train()
+    train_step(model, tiny_batch(model, [80] * 4 if kind == "whisper" else [6000] * 4, TEXT_LENGTHS))
+    convolutions = ("conv1", "conv2") if kind == "whisper" else ("feature_extractor",)
+    for name, parameter in model.mmser.audio_encoder.named_parameters():
+        if name.startswith(convolutions):
+            assert parameter.grad is None and not parameter.requires_grad, name
+        elif "attention" in name or "attn" in name:
+            assert parameter.grad is not None, name
+    assert model.mmser.audio_encoder.training
+
+
+# The deep classifier
+
+
+@pytest.fixture(scope="module")
+def default_config():
+    return MMSERConfig()
+
+
+def build_head(config, seed=0):
+    """The deep classifier of the default size, started as the full model starts it."""
+    torch.manual_seed(seed)
+    head = DeepClassifier(config)
+    model = MMSERForAudioClassification(tiny_config())
+    head.apply(model._init_weights)
+    return head
+
+
+def four_classes(seed, shares, size=400):
+    """Four classes that a linear layer separates, in the range of the fused vector; `shares` of the clips each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([round(share * size) for share in shares]))
+    labels = labels[torch.randperm(size, generator=generator)]
+    centres = 0.1 * torch.randn(4, 512, generator=generator)
+    return torch.tanh(centres[labels] + 0.5 * torch.randn(size, 512, generator=generator)), labels
+
+
+def train_head(head, inputs, labels, seed=0, max_steps=300):
+    """Train until 99 % of the clips are right; return the steps, the accuracy and the recall of each class."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for step in range(1, max_steps + 1):
+        rows = torch.randint(0, len(labels), (32,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(head.train()(inputs[rows])[0], labels[rows]).backward()
+        optimizer.step()
+        if step % 20 == 0:
+            with torch.no_grad():
+                correct = head.eval()(inputs)[0].argmax(dim=-1) == labels
+            accuracy = correct.float().mean().item()
+            if accuracy >= 0.99:
+                break
+    return step, accuracy, [correct[labels == label].float().mean().item() for label in range(4)]
+
+
+def test_size_of_the_default_classifier(default_config):
+    assert len(DeepClassifier(default_config).blocks) == 35
+    assert 1.9e6 < sum(p.numel() for p in DeepClassifier(default_config).parameters()) < 2.1e6
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.1, 0.1, 0.1)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_classifier_learns_separable_classes(default_config, seed, shares):
+    inputs, labels = four_classes(seed, shares)
+    _, accuracy, recall = train_head(build_head(default_config, seed), inputs, labels, seed)
+    assert accuracy >= 0.99
+    assert min(recall) > 0.8
+
+
+def test_without_its_start_at_zero_the_classifier_collapses(default_config):
+    """The head as published, on the same problem and three times the steps that ours needs: one class for all."""
+    head = build_head(default_config)
+    for block in head.blocks:
+        nn.init.xavier_uniform_(block.up.weight)
+        block.branch_scale = 1.0
+    _, accuracy, recall = train_head(head, *four_classes(0, (0.25,) * 4), max_steps=120)
+    assert accuracy < 0.6 and min(recall) == 0
+
+
+def test_blocks_start_at_zero_in_the_full_model(tmp_path):
+    """Through the library's own initialisation, directly and when the head is new beside a loaded base model."""
+    torch.manual_seed(0)
+    fresh = MMSERForAudioClassification(tiny_config(classifier_num_layers=6))
+    fresh.mmser.save_pretrained(tmp_path)
+    for model in (fresh, MMSERForAudioClassification.from_pretrained(tmp_path)):
+        assert len(model.classifier.blocks) == 6
+        for block in model.classifier.blocks:
+            assert (block.up.weight == 0).all() and (block.up.bias == 0).all()
+            assert block.down.weight.std() > 0.1
+        inputs = torch.randn(5, 32)
+        before = model.classifier.eval()(inputs)[0]
+        model.classifier.blocks = model.classifier.blocks[:0]
+        # each block passes its input through, but for the repeated LayerNorm of what is normalised already
+        projected = F.relu(model.classifier.input_norm(model.classifier.input_projection(inputs)))
+        normalised = F.layer_norm(projected, (32,))
+        features = F.relu(model.classifier.feature_projection(normalised))
+        torch.testing.assert_close(model.classifier.output(features), before, rtol=0, atol=1e-4)
+
+
+def test_trained_blocks_are_not_set_to_zero_again_by_loading(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
+    for block, other in zip(model.classifier.blocks, loaded.classifier.blocks, strict=True):
+        assert block.up.weight.std() > 0.1 and torch.equal(block.up.weight, other.up.weight)
+
+
+def test_training_equals_evaluation_without_dropout():
+    model = tiny_model(**NO_DROPOUT)
+    inputs = torch.randn(5, 32)
+    assert torch.equal(model.classifier.train()(inputs)[0], model.classifier.eval()(inputs)[0])
+    noisy = tiny_model(classifier_dropout=0.5).classifier
+    assert not torch.equal(noisy.train()(inputs)[0], noisy.eval()(inputs)[0])
+
+
+def test_every_layer_of_the_classifier_learns(default_config):
+    """The first step moves the zero weights, so from the second on the gradient reaches all 35 blocks."""
+    head = build_head(default_config).train()
+    inputs, labels = four_classes(0, (0.25,) * 4)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(head(inputs[:64])[0], labels[:64]).backward()
+        optimizer.step()
+    norms = {name: p.grad.norm().item() for name, p in head.named_parameters()}
+    assert min(norms.values()) > 0, [name for name, norm in norms.items() if norm == 0]
+    assert norms["blocks.0.down.weight"] > 0.01 * norms["blocks.34.down.weight"]
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 7])
+def test_number_of_blocks_is_free(num_layers):
+    model = tiny_model(classifier_num_layers=num_layers)
+    assert len(model.classifier.blocks) == num_layers
+    assert model(**tiny_batch(model, [2000], [3])).logits.isfinite().all()
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "data2vec-audio", "whisper"])
+def test_checkpointing_gives_the_same_gradients(kind):
+    """With dropout and SpecAugment on: the recomputation draws the same random numbers."""
+    model = tiny_model(kind, classifier_num_layers=7, classifier_checkpoint_interval=3).train()
+    batch = tiny_batch(model, [120, 57, 100, 0] if kind == "whisper" else [6000, 2100, 5500, 0], TEXT_LENGTHS)
+    plain_loss = train_step(model, batch).loss
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    assert model.classifier.gradient_checkpointing
+    assert model.classifier._gradient_checkpointing_func.keywords["use_reentrant"] is False
+    assert torch.equal(train_step(model, batch).loss, plain_loss)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name not in plain), name
+        if name in plain:
+            torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(("num_layers", "interval", "groups"), [(35, 5, 7), (35, 35, 1), (7, 3, 3), (0, 5, 0)])
+def test_checkpointing_recomputes_groups_of_blocks(monkeypatch, num_layers, interval, groups):
+    sizes = {"classifier_num_layers": num_layers, "classifier_checkpoint_interval": interval}
+    model = tiny_model(**sizes).train()
+    starts, run_group = [], DeepClassifier._run_group
+    monkeypatch.setattr(DeepClassifier, "_run_group", lambda *args: (starts.append(args[-1]), run_group(*args))[1])
+
+    def count():
+        starts.clear()
+        model.classifier(torch.randn(2, 32, requires_grad=True))[0].sum().backward()
+        return list(starts)
+
+    forward = [interval * group for group in range(groups)]
+    assert count() == forward
+    model.gradient_checkpointing_enable()
+    assert count() == forward + forward[::-1]
+    model.eval()
+    assert count() == forward
+    model.train().gradient_checkpointing_disable()
+    assert count() == forward
+
+
+def saved_bytes(function, parameters):
+    """Bytes that autograd keeps for the backward pass of `function`, each storage once, parameters left out."""
+    storages, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = function()
+    del kept
+    return sum(storages.values())
+
+
+def test_checkpointing_lowers_the_memory(default_config):
+    model = MMSERForAudioClassification(tiny_config()).train()
+    model.classifier = build_head(default_config).train()
+    inputs = torch.randn(64, 512, requires_grad=True)
+    parameters = list(model.parameters())
+    plain = saved_bytes(lambda: model.classifier(inputs), parameters)
+    model.gradient_checkpointing_enable()
+    assert saved_bytes(lambda: model.classifier(inputs), parameters) < plain / 3
+
+    tiny = tiny_model(classifier_num_layers=7).train()
+    batch = tiny_batch(tiny, [6000] * 4, TEXT_LENGTHS) | {"labels": torch.tensor([0, 1, 2, 3])}
+    plain = saved_bytes(lambda: tiny(**batch).loss, list(tiny.parameters()))
+    tiny.gradient_checkpointing_enable()
+    assert saved_bytes(lambda: tiny(**batch).loss, list(tiny.parameters())) < 0.8 * plain
+
+
+# Gradients of the whole model
+
+
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_gradients_reach_every_trainable_parameter(kind):
+    """After one step, as the residual blocks start at zero; one row lacks the text and one the audio."""
+    torch.manual_seed(0)
+    audio = {} if kind == "whisper" else {"mask_time_prob": 0.3, "mask_time_length": 2}
+    model = MMSERForAudioClassification(tiny_config(kind, audio=audio)).train()
+    batch = tiny_batch(model, [120, 57, 100, 0] if kind == "whisper" else [6000, 3100, 5500, 0], TEXT_LENGTHS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        train_step(model, batch, seed=step)
+        optimizer.step()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert not [name for name, gradient in gradients.items() if gradient is None]
+    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
+    assert all(math.isfinite(norm) for norm in norms.values())
+    # A bias of the keys adds the same to all scores of a query, which the softmax takes out again: rounding is left.
+    # (WavLM's scores have a further term, but its keys' bias is in it with the same effect.)
+    key_biases = {name for name in norms if name.endswith(("k_proj.bias", "attention.self.key.bias"))}
+    assert key_biases and all(norms[name] < 1e-3 * norms[name.replace(".bias", ".weight")] for name in key_biases)
+    silent = {name for name, norm in norms.items() if norm < 1e-12} - key_biases
+    assert not silent
+    assert norms["mmser.missing_audio.embedding"] > 0 and norms["mmser.missing_text.embedding"] > 0
+
+
+def test_loss_is_a_mean_and_the_trainer_is_told():
+    assert MMSERForAudioClassification.accepts_loss_kwargs is False
+    model = tiny_model(supervised_contrastive_loss_weight=0.0)
+    batch = tiny_batch(model, [3000, 2100, 2500, 0], TEXT_LENGTHS)
+    labels = torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
+        single = [model(**row, labels=labels[i : i + 1]).loss.item() for i, row in enumerate(rows)]
+        assert model(**batch, labels=labels).loss.item() == pytest.approx(sum(single) / 4, rel=1e-5)
+
+
+# Saving and loading
+
+
+def distinct(model):
+    """Give every piece of fitted or learned state a value that no initialisation gives."""
+    fit_openmax_by_chance(model, seed=3)
+    model.temperature.fill_(1.7)
+    with torch.no_grad():
+        model.anchors.log_temperature.fill_(-1.3)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "data2vec-audio", "whisper"])
+def test_saving_and_loading_is_bit_exact(kind, tmp_path):
+    model = distinct(tiny_model(kind))
+    model.save_pretrained(tmp_path)
+    loaded, report = MMSERForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert not loaded.training and loaded.openmax.is_fitted and loaded.temperature.item() == pytest.approx(1.7)
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    for name in ("temperature", "anchors.anchors", "prototypes.prototypes", "openmax.weibull_shape", "openmax.fitted"):
+        assert name in state
+    batch = tiny_batch(model, lengths_for(kind), TEXT_LENGTHS)
+    outputs, reference = loaded(**batch), model(**batch)
+    for name in OUTPUTS:
+        assert torch.equal(outputs[name], reference[name]), name
+
+
+def test_the_folder_holds_safetensors_json_and_code(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "configuration_mmser.py", "modeling_mmser.py"} <= names
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForAudioClassification", "AutoProcessor"}
+    assert config["custom_pipelines"]["audio-classification"]["impl"] == "processing_mmser.MMSERPipeline"
+    assert config["architectures"] == ["MMSERForAudioClassification"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_bfloat16(kind, tmp_path):
+    """All weights in bf16, what was fitted stays in fp32; close to fp32 and not NaN; so when saved and loaded again."""
+    model = distinct(tiny_model(kind))
+    model.save_pretrained(tmp_path / "fp32")
+    half, report = MMSERForAudioClassification.from_pretrained(
+        tmp_path / "fp32", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    half.save_pretrained(tmp_path / "bf16")
+    again = MMSERForAudioClassification.from_pretrained(tmp_path / "bf16")  # the dtype of the checkpoint
+    batch = tiny_batch(model, lengths_for(kind), TEXT_LENGTHS)
+    reference, outputs = model(**batch), half(**batch)
+    for loaded in (half, again):
+        for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
+            if not tensor.is_floating_point():
+                continue
+            fitted = name.startswith("openmax.") or name in ("temperature", "anchors.log_temperature")
+            assert tensor.dtype == (torch.float32 if fitted else torch.bfloat16), name
+        for name in ("temperature", "weibull_shape", "weibull_scale", "weibull_shift", "fitted"):
+            owner = "" if name == "temperature" else "openmax."
+            assert torch.equal(loaded.get_buffer(owner + name), model.get_buffer(owner + name))
+    for name in OUTPUTS:
+        assert outputs[name].isfinite().all(), name
+        assert torch.equal(again(**batch)[name], outputs[name]), name
+    assert outputs.logits.dtype == torch.bfloat16
+    assert difference(outputs.logits.float(), reference.logits) < 0.2 * reference.logits.abs().max()
+
+
+def test_bfloat16_trains(tmp_path):
+    model = tiny_model(audio={"mask_time_prob": 0.3}).to(torch.bfloat16).train()
+    batch = tiny_batch(model, [6000, 3100, 5500, 0], TEXT_LENGTHS)
+    assert train_step(model, batch).loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_model_on_the_meta_device(tmp_path):
+    """Nothing in the constructor needs a value, and loading fills all that the constructor left empty."""
+    model = distinct(tiny_model())
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = MMSERForAudioClassification(model.config)
+    assert all(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    assert empty.state_dict().keys() == model.state_dict().keys()
+    empty.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    assert torch.equal(empty.anchors.anchors, model.anchors.anchors) and empty.openmax.is_fitted
+
+
+def test_a_new_head_beside_a_loaded_base_model_is_initialised(tmp_path):
+    """What a checkpoint lacks is built on the meta device: nothing of it may be left as garbage memory."""
+    base = tiny_model().mmser
+    base.save_pretrained(tmp_path)
+    model = MMSERForAudioClassification.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), model.mmser.parameters(), strict=True))
+    assert model.temperature.item() == 1 and not model.openmax.is_fitted
+    assert all((buffer == 1).all() for name, buffer in model.openmax.named_buffers() if name != "fitted")
+    assert model.anchors.log_temperature.item() == pytest.approx(math.log(0.1))
+    torch.testing.assert_close(model.anchors.anchors @ model.anchors.anchors.T, torch.eye(4), rtol=0, atol=1e-5)
+    assert 0.5 < model.prototypes.prototypes.std() < 1.5
+    assert all(tensor.isfinite().all() and tensor.abs().max() < 10 for tensor in model.state_dict().values())
+    assert isinstance(MMSERModel.from_pretrained(tmp_path), MMSERModel)
+
+
+@torch.no_grad()
+def test_the_base_model_loads_from_a_classifier(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    base = MMSERModel.from_pretrained(tmp_path)
+    batch = tiny_batch(model, [3000, 2100, 2500, 0], TEXT_LENGTHS)
+    assert torch.equal(base(**batch).pooler_output, model(**batch).fused)
+
+
+@torch.no_grad()
+def test_deepcopy_and_state_dict_carry_everything(batch):
+    model, other = distinct(tiny_model()), tiny_model(seed=1)
+    assert other(**batch).unknown_probability is None
+    other.load_state_dict(model.state_dict())
+    for equal in (other, copy.deepcopy(model)):
+        for name in OUTPUTS:
+            assert torch.equal(equal(**batch)[name], model(**batch)[name]), name
+
+
+# Pretrained encoders
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints of tiny encoders, saved as their own authors would."""
+    root, saved = tmp_path_factory.mktemp("encoders"), {}
+    torch.manual_seed(0)
+    for kind in ("wav2vec2", "wav2vec2-layer", "data2vec-audio"):
+        fields = dict(AUDIO_CONFIGS[kind])
+        saved[kind] = AutoModel.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    saved["whisper"] = WhisperForConditionalGeneration(
+        AutoConfig.for_model(**{k: v for k, v in AUDIO_CONFIGS["whisper"].items()})
+    )
+    saved["bert"] = BertModel(AutoConfig.for_model(**TEXT_CONFIG))
+    for name, model in saved.items():
+        randomize(model).save_pretrained(root / name)
+    return root
+
+
+def small_parts():
+    fields = tiny_config().to_diff_dict()
+    return {name: fields[name] for name in fields if name.startswith(("cross", "pool", "fus", "class", "feat"))}
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-layer", "data2vec-audio", "whisper"])
+def test_from_backbones_copies_the_weights(folders, kind):
+    parts = small_parts() | {"num_labels": 7, "classifier_num_layers": 2}
+    model = MMSERForAudioClassification.from_backbones(str(folders / kind), str(folders / "bert"), **parts)
+    audio, text = AutoModel.from_pretrained(folders / kind), AutoModel.from_pretrained(folders / "bert")
+    if kind == "whisper":
+        audio = audio.encoder
+    for ours, pretrained in ((model.mmser.audio_encoder, audio), (model.mmser.text_encoder, text)):
+        state, expected = ours.state_dict(), pretrained.state_dict()
+        assert set(expected) - set(state) <= {"pooler.dense.weight", "pooler.dense.bias"}
+        assert set(state) <= set(expected)
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert model.config.num_labels == 7 and not model.training
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert all((block.up.weight == 0).all() for block in model.classifier.blocks)
+    assert model(**tiny_batch(model, [100 if kind == "whisper" else 2000], [3])).logits.isfinite().all()
+
+
+def test_from_backbones_starts_a_configuration_at_random(folders):
+    audio_config = AutoConfig.from_pretrained(folders / "wav2vec2")
+    models = [
+        MMSERForAudioClassification.from_backbones(audio_config, str(folders / "bert"), **small_parts())
+        for _ in range(2)
+    ]
+    weights = [model.mmser.audio_encoder.feature_projection.projection.weight for model in models]
+    pretrained = AutoModel.from_pretrained(folders / "wav2vec2").feature_projection.projection.weight
+    assert not torch.equal(*weights) and not torch.equal(weights[0], pretrained)
+    words = [model.get_input_embeddings().weight for model in models]
+    assert torch.equal(*words) and torch.equal(
+        words[0], AutoModel.from_pretrained(folders / "bert").embeddings.word_embeddings.weight
+    )
+
+
+def test_from_backbones_keeps_the_log_level(folders):
+    modeling_mmser.logging.set_verbosity_info()
+    try:
+        MMSERModel.from_backbones(str(folders / "wav2vec2"), str(folders / "bert"), **small_parts())
+        assert modeling_mmser.logging.get_verbosity() == modeling_mmser.logging.INFO
+    finally:
+        modeling_mmser.logging.set_verbosity_warning()
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("wav2vec2", "encoder.layers.1.attention.q_proj.weight"),
+        ("whisper", "model.encoder.layers.1.fc1.weight"),
+        ("bert", "encoder.layer.0.intermediate.dense.weight"),
+    ],
+)
+def test_from_backbones_refuses_a_checkpoint_without_the_encoder(folders, tmp_path, kind, lost):
+    weights = load_file(folders / kind / "model.safetensors")
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folders / kind / "config.json").read_text())
+    audio, text = (folders / "wav2vec2", tmp_path) if kind == "bert" else (tmp_path, folders / "bert")
+    with pytest.raises(
+        ValueError, match="lacks weights of .*" + lost.removeprefix("model.encoder.").replace(".", r"\.")
+    ):
+        MMSERForAudioClassification.from_backbones(str(audio), str(text), **small_parts())
+
+
+# Calibration and the OpenMax pass
+
+
+def test_temperature_divides_the_logits_outside_training_only():
+    model = tiny_model(**NO_DROPOUT)
+    batch = tiny_batch(model, [3000, 2100], [4, 3])
+    with torch.no_grad():
+        raw = model(**batch).logits
+        model.temperature.fill_(2.0)
+        outputs = model(**batch)
+        assert torch.equal(outputs.logits, raw / 2)
+        assert outputs.logits.argmax(-1).tolist() == raw.argmax(-1).tolist()
+        model.train()
+        model.mmser.eval()
+        assert torch.equal(model(**batch).logits, raw)
+
+
+def test_temperature_is_not_in_the_loss(batch):
+    model, labels = tiny_model(), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        before = model(**batch, labels=labels).loss
+        model.temperature.fill_(3.0)
+        assert torch.equal(model(**batch, labels=labels).loss, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fit_openmax_makes_the_whole_pass(training):
+    model = tiny_model()
+    loader = [tiny_batch(model, [2000 + 50 * i] * 8, [3] * 8, seed=i) for i in range(5)]
+    with torch.no_grad():
+        passed = [model(**batch) for batch in loader]
+    predictions = torch.cat([outputs.logits.argmax(dim=-1) for outputs in passed])
+    labels = torch.where(torch.arange(40) % 4 == 0, (predictions + 1) % 4, predictions)
+    for i, batch in enumerate(loader):
+        batch["labels"] = labels[8 * i : 8 * i + 8]
+    names = [set(batch) for batch in loader]
+    model.train(training)
+    model.fit_openmax(loader, tail_size=10)
+    assert model.training is training and model.mmser.audio_encoder.training is training
+    assert [set(batch) for batch in loader] == names
+    expected = OpenMax(4, alpha=3)
+    expected.fit(torch.cat([outputs.anchor_distances for outputs in passed]), labels, predictions, tail_size=10)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(model.openmax.get_buffer(name), buffer), name
+    assert model.eval()(**tiny_batch(model, [2000], [3])).unknown_probability.shape == (1, 1)
+
+
+def test_fit_openmax_restores_the_mode_when_a_batch_is_bad(model):
+    model = copy.deepcopy(model).train()
+    with pytest.raises(ValueError, match="gave no batch"):
+        model.fit_openmax([])
+    with pytest.raises(ValueError, match="Give audio"):
+        model.fit_openmax([{"labels": torch.tensor([0])}])
+    assert model.training
+
+
+# Export
+
+
+def test_export_of_the_eval_forward(models):
+    """No branch on data: one graph for every batch size, equal to the model."""
+    model = models["wav2vec2-layer"]
+    batch = tiny_batch(model, [3000, 2100, 2500], [4, 3, 2])
+    dynamic = {name: {0: torch.export.Dim("batch", max=64)} for name in batch}
+    with torch.no_grad():
+        program = torch.export.export(model, (), batch, dynamic_shapes=dynamic)
+        other = tiny_batch(model, [3000, 1000, 2100, 2500], [4, 3, 2, 1], seed=1)
+        torch.testing.assert_close(program.module()(**other).logits, model(**other).logits, rtol=0, atol=2e-5)

@@ -1,0 +1,656 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of training_mmser: groups, schedule, losses in the log, accumulation, resuming, two processes, calibration.
+
+References are independent: module membership, closed formulas, plain PyTorch, an uninterrupted run.
+"""
+
+import json
+import logging as python_logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from scipy.optimize import minimize_scalar
+from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, write_corpus
+from torch import nn
+
+from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, drop_unreadable, load_emotion_dataset
+from evaluation_mmser import build_compute_metrics
+from modeling_mmser import MMSERForAudioClassification
+from training_mmser import (
+    PARAMETER_GROUPS,
+    MMSERTrainer,
+    MMSERTrainingArguments,
+    last_complete_checkpoint,
+    parameter_groups,
+    parameter_table,
+)
+
+# As published: learning rate multiplier and weight decay of each group.
+PUBLISHED = {
+    "audio_encoder": (0.1, 0.025),
+    "text_encoder": (0.1, 0.025),
+    "cross_modal_attention": (1.0, 0.05),
+    "pooling": (1.0, 0.05),
+    "fusion": (1.0, 0.05),
+    "classifier": (1.5, 0.06),
+    "anchors": (2.0, 0.04),
+    "uncertainty": (1.0, 0.05),
+    "prototypes": (1.0, 0.05),
+}
+LOSSES = {"cross_entropy", "focal", "anchor", "uncertainty", "prototype"}
+CLEAN = {"text_dropout": 0.0, "audio_dropout": 0.0}
+NOISY = {"text_dropout": 0.2, "audio_dropout": 0.2, "augmenter": Augmenter()}
+
+
+def load_splits(corpus):
+    return load_emotion_dataset(corpus)[0]
+
+
+def make_trainer(model, splits, output_dir, reader_options=CLEAN, **arguments):
+    defaults = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "max_steps": 2,
+    }
+    teacher = arguments.pop("teacher", None)
+    processor = tiny_processor(whisper=model.config.uses_log_mel)
+    return MMSERTrainer(
+        model=model,
+        args=MMSERTrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments}),
+        train_dataset=EmotionDataset(splits["train"], training=True, **reader_options),
+        eval_dataset=EmotionDataset(splits["validation"]),
+        data_collator=MMSERDataCollator(processor),
+        processing_class=processor,
+        compute_metrics=build_compute_metrics(NAMES),
+        teacher=teacher,
+    )
+
+
+def training_lines(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def training_losses(trainer):
+    return [line["loss"] for line in training_lines(trainer)]
+
+
+def flat_parameters(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return load_splits(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def log(caplog):
+    with caplog.at_level(python_logging.INFO):
+        yield caplog
+
+
+# --- parameter groups ------------------------------------------------------------------------------------------------
+
+
+def modules_of_groups(model):
+    base = model.mmser
+    return {
+        "audio_encoder": [base.audio_encoder],
+        "text_encoder": [base.text_encoder],
+        "cross_modal_attention": [base.audio_attention, base.text_attention],
+        "pooling": [base.audio_pooling, base.text_pooling],
+        "fusion": [base.fusion, base.missing_audio, base.missing_text],
+        "classifier": [model.classifier],
+        "anchors": [model.anchors],
+        "uncertainty": [model.uncertainty],
+        "prototypes": [model.prototypes],
+    }
+
+
+def members(groups, name):
+    return {id(parameter) for group in groups if group["name"] == name for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("whisper", [False, True], ids=["wav2vec2", "whisper"])
+def test_every_parameter_is_in_exactly_one_published_group(whisper):
+    model = tiny_model(whisper=whisper)
+    groups = parameter_groups(model, learning_rate=1e-3)
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert list(dict.fromkeys(group["name"] for group in groups)) == list(PUBLISHED) == list(PARAMETER_GROUPS)
+    for name, modules in modules_of_groups(model).items():
+        expected = {
+            id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad
+        }
+        expected |= {id(model.mmser.layer_weights)} if name == "pooling" else set()
+        assert members(groups, name) == expected, name
+
+
+@pytest.mark.parametrize("whisper", [False, True], ids=["wav2vec2", "whisper"])
+def test_multipliers_and_decays_are_the_published_ones_and_vectors_are_not_decayed(whisper):
+    model = tiny_model(whisper=whisper)
+    groups = parameter_groups(model, learning_rate=0.01)
+    decay_of = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for group in groups:
+        multiplier, decay = PUBLISHED[group["name"]]
+        assert group["lr"] == pytest.approx(0.01 * multiplier)
+        assert group["weight_decay"] in (0.0, decay)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (name.endswith("bias") or parameter.ndim < 2):
+            assert decay_of[id(parameter)] == 0, name
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+            assert all(decay_of[id(parameter)] == 0 for parameter in module.parameters())
+        elif isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.requires_grad:
+            assert decay_of[id(module.weight)] > 0
+
+
+def test_multipliers_and_decay_can_be_overridden():
+    model = tiny_model()
+    multipliers = {"audio_encoder": 1.0, "anchors": 0.5}
+    groups = parameter_groups(model, learning_rate=0.01, lr_multipliers=multipliers, weight_decay=0.3)
+    for group in groups:
+        multiplier = multipliers.get(group["name"], PUBLISHED[group["name"]][0])
+        assert group["lr"] == pytest.approx(0.01 * multiplier)
+        assert group["weight_decay"] in (0.0, 0.3)
+    assert {group["weight_decay"] for group in parameter_groups(model, 0.01, weight_decay=0.0)} == {0.0}
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = tiny_model()
+    model.freeze_audio_encoder()
+    groups = parameter_groups(model, learning_rate=1e-3)
+    assert not members(groups, "audio_encoder")
+    listed = {id(parameter) for group in groups for parameter in group["params"]}
+    assert listed == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    table = {row["part"]: row for row in parameter_table(model)}
+    assert table["audio_encoder"]["trainable"] == 0
+    assert table["audio_encoder"]["parameters"] == model.mmser.audio_encoder.num_parameters()
+    assert table["all"]["parameters"] == model.num_parameters()
+    assert table["all"]["trainable"] == model.num_parameters(only_trainable=True)
+
+
+def test_a_parameter_outside_the_groups_is_an_error():
+    model = tiny_model()
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"'extra.weight' belongs to 0 groups"):
+        parameter_groups(model, learning_rate=1e-3)
+
+
+def test_an_unknown_group_name_is_an_error():
+    with pytest.raises(ValueError, match=r"names \['encoder'\]; the groups are audio_encoder, text_encoder"):
+        MMSERTrainingArguments(lr_multipliers='{"encoder": 1}', use_cpu=True)
+    assert MMSERTrainingArguments(lr_multipliers='{"anchors": 3}', use_cpu=True).lr_multipliers == {"anchors": 3}
+
+
+def test_the_optimiser_has_the_groups_and_the_log_their_names_and_sizes(splits, tmp_path, log):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, learning_rate=1e-3, lr_multipliers={"pooling": 7.0})
+    optimizer = trainer.create_optimizer()
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups}["pooling"] == pytest.approx(7e-3)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    lines = [record.message for record in log.records if record.name == "training_mmser"]
+    for name, modules in modules_of_groups(trainer.model).items():
+        size = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        size += trainer.model.mmser.layer_weights.numel() if name == "pooling" else 0
+        line = next(line for line in lines if f"group {name}:" in line)
+        assert f"{size:,} parameters" in line and f"weight decay {PUBLISHED[name][1]}" in line
+
+
+# --- schedule, log, errors -------------------------------------------------------------------------------------------
+
+
+def test_schedule_is_linear_warm_up_then_cosine_to_zero(splits, tmp_path):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, learning_rate=1e-3)
+    steps, warm_up = 30, 3  # a tenth
+    trainer.create_optimizer_and_scheduler(num_training_steps=steps)
+    for step in range(steps + 1):
+        cosine = (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
+        share = step / warm_up if step < warm_up else cosine
+        for group in trainer.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(1e-3 * PUBLISHED[group["name"]][0] * share, abs=1e-12)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+
+
+def test_every_part_of_the_loss_is_logged_and_the_parts_sum_to_the_loss(splits, tmp_path):
+    model = tiny_model(supervised_contrastive_loss_weight=0.5, prototype_loss_weight=0.0)
+    trainer = make_trainer(model, splits, tmp_path, max_steps=3, gradient_accumulation_steps=2)
+    trainer.train()
+    lines = training_lines(trainer)
+    assert len(lines) == 3
+    for line in lines:
+        parts = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss_")}
+        assert set(parts) == (LOSSES - {"prototype"}) | {"supervised_contrastive"}
+        assert all(value > 0 for value in parts.values())
+        assert sum(parts.values()) == pytest.approx(line["loss"], abs=5e-4)
+
+
+def test_a_line_of_the_log_holds_the_mean_of_the_parts_since_the_last_one(splits, tmp_path):
+    rare = make_trainer(tiny_model(dropout=False), splits, tmp_path, max_steps=4, logging_steps=2, learning_rate=0.0)
+    torch.manual_seed(0)
+    every = make_trainer(tiny_model(dropout=False), splits, tmp_path, max_steps=4, learning_rate=0.0)
+    every.model.load_state_dict(rare.model.state_dict())
+    rare.train()
+    every.train()
+    for index, line in enumerate(training_lines(rare)):
+        for name in LOSSES:
+            pair = [single[f"loss_{name}"] for single in training_lines(every)[2 * index : 2 * index + 2]]
+            assert line[f"loss_{name}"] == pytest.approx(sum(pair) / 2, abs=2e-4)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_part(splits, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.prototypes.prototypes.fill_(float("nan"))
+    trainer = make_trainer(model, splits, tmp_path)
+    with pytest.raises(FloatingPointError, match="not finite: prototype=nan") as error:
+        trainer.train()
+    assert "cross_entropy" not in str(error.value)
+    with torch.no_grad():
+        model.classifier.output.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"cross_entropy=nan, focal=nan.* prototype=nan"):
+        trainer.train()
+
+
+# --- precision, freezing, distillation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["bf16", "use_amp"])
+def test_mixed_precision_trains_on_the_processor(flag, splits, tmp_path):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, learning_rate=1e-2, max_steps=3, **{flag: True})
+    assert trainer.accelerator.mixed_precision == "bf16"
+    seen = []
+    trainer.model.classifier.output.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    before = flat_parameters(trainer.model)
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert all(math.isfinite(loss) for loss in training_losses(trainer))
+    assert (flat_parameters(trainer.model) - before).abs().max() > 1e-4
+    assert trainer.predict_outputs(trainer.eval_dataset)["logits"].dtype == np.float32
+
+
+def test_frozen_encoders_do_not_move(splits, tmp_path):
+    model = tiny_model()
+    model.freeze_audio_encoder()
+    model.mmser.text_encoder.embeddings.requires_grad_(False)
+    trainer = make_trainer(model, splits, tmp_path, learning_rate=0.1, max_steps=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith(("mmser.audio_encoder.", "mmser.text_encoder.embeddings.")) for name in moved)
+    assert any(name.startswith("mmser.text_encoder.encoder.") for name in moved)
+    assert any(name.startswith("classifier.") for name in moved)
+
+
+def test_distillation_from_an_equal_teacher_is_zero_and_from_another_is_the_divergence(splits, tmp_path):
+    teacher = tiny_model(dropout=False)
+    student = tiny_model(dropout=False, distillation_loss_weight=0.5)
+    arguments = {"train_sampling_strategy": "sequential", "max_steps": 1, "teacher": teacher}
+    equal = tiny_model(dropout=False, distillation_loss_weight=0.5)
+    equal.load_state_dict(teacher.state_dict())
+    trainer = make_trainer(equal, splits, tmp_path, **arguments)
+    trainer.train()
+    assert training_lines(trainer)[0]["loss_distillation"] == pytest.approx(0, abs=1e-4)
+
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+    with torch.no_grad():
+        logits = [model.eval()(**batch, teacher_logits=torch.zeros(8, 4)).logits for model in (teacher, student)]
+    probability, log_student = (logits[0] / 2).softmax(-1), (logits[1] / 2).log_softmax(-1)
+    expected = 0.5 * 4 * (probability * (probability.log() - log_student)).sum(-1).mean()
+    before = flat_parameters(teacher)
+    trainer = make_trainer(student, splits, tmp_path, **arguments)
+    trainer.train()
+    assert training_lines(trainer)[0]["loss_distillation"] == pytest.approx(expected.item(), abs=1e-4)
+    assert torch.equal(flat_parameters(teacher), before)
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+# --- accumulation and processes --------------------------------------------------------------------------------------
+
+DETERMINISTIC = {
+    "train_sampling_strategy": "sequential",
+    "optim": "sgd",  # linear in the gradient; and no clipping, which would hide a gradient that is twice too large
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+}
+
+
+def test_two_accumulated_batches_of_four_are_one_batch_of_eight(splits, tmp_path):
+    start = tiny_model(dropout=False, class_counts=[10, 5, 5, 1])
+    results = []
+    for batch_size, accumulated in ((8, 1), (4, 2)):
+        model = MMSERForAudioClassification(start.config)
+        model.load_state_dict(start.state_dict())
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+        trainer = make_trainer(model, splits, tmp_path, **DETERMINISTIC, **sizes, max_steps=2)
+        trainer.train()
+        results.append((flat_parameters(model), training_losses(trainer)))
+    (once, losses), (accumulated, accumulated_losses) = results
+    assert (once - flat_parameters(start)).abs().max() > 1e-2
+    torch.testing.assert_close(accumulated, once, atol=1e-5, rtol=0)
+    assert accumulated_losses == pytest.approx(losses, abs=1e-5)
+
+
+WORKER = """
+import sys
+import numpy as np
+import torch
+from test_training import (
+    DETERMINISTIC, flat_parameters, load_splits, make_trainer, resumable, training_lines, training_losses
+)
+from data_mmser import EmotionDataset
+from modeling_mmser import MMSERForAudioClassification
+
+corpus, start, folder = sys.argv[1:]
+splits = load_splits(corpus)
+model = MMSERForAudioClassification.from_pretrained(start)
+trainer = make_trainer(model, splits, folder, **DETERMINISTIC, per_device_train_batch_size=4, max_steps=5)
+assert trainer.args.world_size == 2
+trainer.train()
+outputs = trainer.predict_outputs(EmotionDataset(splits["test"].select(range(13))))
+parts = [[line[name] for name in sorted(line) if name.startswith("loss_")] for line in training_lines(trainer)]
+losses = [line["loss"] for line in training_lines(trainer)]
+weights = flat_parameters(trainer.model).numpy()
+np.savez(f"{folder}/rank{trainer.args.process_index}.npz", weights=weights, losses=losses, parts=parts, **outputs)
+
+arguments = {"per_device_train_batch_size": 4, "max_steps": 9}
+whole = resumable(splits, f"{folder}/whole", model, **arguments, save_steps=6)
+whole.train()
+resumed = resumable(splits, f"{folder}/resumed", model, **arguments, save_strategy="no")
+resumed.train(resume_from_checkpoint=f"{folder}/whole/checkpoint-6")
+assert len(set(training_losses(whole))) == 9
+assert np.allclose(training_losses(resumed), training_losses(whole), atol=1e-5), "resumed in the middle of an epoch"
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits, tmp_path):
+    start = tiny_model(dropout=False)
+    start.save_pretrained(tmp_path / "start")
+    corpus = Path(splits["train"][0]["audio"]).parents[1]
+    (tmp_path / "worker.py").write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    here = Path(__file__).parent
+    process = subprocess.run(
+        [*launcher, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1)]
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(start, splits, tmp_path / "one", **DETERMINISTIC, **sizes, max_steps=5)
+    trainer.train()
+    parts = [[line[name] for name in sorted(line) if name.startswith("loss_")] for line in training_lines(trainer)]
+    outputs = trainer.predict_outputs(EmotionDataset(splits["test"].select(range(13))))
+    for rank in ranks:
+        np.testing.assert_allclose(rank["losses"], training_losses(trainer), atol=1e-4)
+        np.testing.assert_allclose(rank["parts"], parts, atol=2e-4)
+        np.testing.assert_allclose(rank["weights"], flat_parameters(start).numpy(), atol=1e-4)
+        np.testing.assert_array_equal(rank["labels"], outputs["labels"])
+        np.testing.assert_allclose(rank["logits"], outputs["logits"], atol=1e-3)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def resumable(splits, folder, start, **arguments):
+    torch.manual_seed(99)  # whatever ran before in the process must not matter
+    model = MMSERForAudioClassification(start.config)
+    model.load_state_dict(start.state_dict())
+    defaults = {
+        "learning_rate": 1e-3,
+        "max_steps": 11,  # epochs of 4 steps
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": None,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "load_best_model_at_end": False,
+    }
+    return make_trainer(model, splits, folder, NOISY, **{**defaults, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers", "checkpoints"),
+    [
+        ("group_by_length", 0, (2, 4, 6, 8)),
+        ("group_by_length", 2, (6,)),
+        ("random", 0, (4, 6)),
+        ("sequential", 0, (5,)),
+    ],
+)
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(strategy, workers, checkpoints, splits, tmp_path):
+    start = tiny_model()
+    arguments = {"train_sampling_strategy": strategy, "dataloader_num_workers": workers}
+    whole = resumable(splits, tmp_path / "whole", start, **arguments)
+    whole.train()
+    losses = training_losses(whole)
+    assert len(set(losses)) == len(losses) == 11
+    for step in checkpoints:
+        resumed = resumable(splits, tmp_path / "resumed", start, **arguments, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 11
+        assert training_losses(resumed) == pytest.approx(losses, abs=1e-5), f"from step {step}"
+        torch.testing.assert_close(flat_parameters(resumed.model), flat_parameters(whole.model), atol=1e-5, rtol=0)
+
+
+def test_resuming_in_the_middle_of_an_accumulated_epoch(splits, tmp_path):
+    start = tiny_model()
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 7}
+    whole = resumable(splits, tmp_path / "whole", start, **arguments)
+    whole.train()
+    resumed = resumable(splits, tmp_path / "resumed", start, **arguments, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5)
+
+
+def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, data_seed=0)
+    sampler = trainer._get_train_sampler()
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(len(splits["train"])))
+    other = make_trainer(tiny_model(), splits, tmp_path, data_seed=7)._get_train_sampler()
+    assert list(other) != orders[0]
+    lengths = np.array(trainer.train_dataset.lengths)
+    assert lengths[orders[0][0]] == lengths.max()  # the largest batch first: lack of memory shows at once
+
+
+def test_a_checkpoint_is_only_complete_with_its_last_file(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    assert last_complete_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
+        (tmp_path / name / "trainer_state.json").touch()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_the_trainer_writes_its_state_last(splits, tmp_path, monkeypatch):
+    """What `last_complete_checkpoint` relies on: killed before any file is written, the checkpoint has no state."""
+    trainer = make_trainer(tiny_model(), splits, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    written = []
+    original = trainer.state.__class__.save_to_json
+
+    def remember(state, path):
+        written.append(sorted(file.name for file in Path(path).parent.iterdir()))
+        original(state, path)
+
+    monkeypatch.setattr(trainer.state.__class__, "save_to_json", remember)
+    trainer.train()
+    final = sorted(file.name for file in (tmp_path / "checkpoint-2").iterdir())
+    assert sorted({*written[-1], "trainer_state.json"}) == final
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.json"} <= set(final)
+    assert "training_args.bin" not in final
+
+
+# --- predictions, calibration, OpenMax -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(splits, tmp_path_factory):
+    """A model that knows its training clips, and its trainer."""
+    torch.manual_seed(0)
+    flags = {"learning_rate": 5e-3, "max_steps": 60, "lr_multipliers": {"audio_encoder": 1.0, "text_encoder": 1.0}}
+    trainer = make_trainer(tiny_model(), splits, tmp_path_factory.mktemp("trained"), **flags)
+    trainer.train()
+    return trainer
+
+
+def test_predictions_come_in_the_order_of_the_data_and_without_a_loss(trained, splits, monkeypatch):
+    table = splits["test"].select([9, 2, 5, 0, 14, 3, 8])
+    labels = np.array([0, -1, 2, 3, -1, -1, 1])
+    table = table.remove_columns("labels").add_column("labels", labels)
+    dataset = EmotionDataset(table)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a loss was computed")
+
+    monkeypatch.setattr(MMSERForAudioClassification, "_weighted_losses", refuse)
+    outputs = trained.predict_outputs(dataset)
+    np.testing.assert_array_equal(outputs["labels"], labels)
+    model = trained.model.eval()
+    for index in range(len(dataset)):
+        batch = trained.data_collator([dataset[index]])
+        batch.pop("labels")
+        with torch.no_grad():
+            single = model(**batch)
+        for name in ("logits", "fused", "anchor_distances"):
+            np.testing.assert_allclose(outputs[name][index], single[name][0].numpy(), atol=1e-4)
+        assert outputs["uncertainty"][index] == pytest.approx(single.uncertainty.item(), abs=1e-4)
+    assert outputs["fused"].shape == (7, model.config.fusion_hidden_size)
+
+
+def test_unreadable_clips_are_left_out_up_front_so_that_predictions_match_the_rows(trained, splits, tmp_path, log):
+    table = splits["test"]
+    paths = []
+    for index, path in enumerate(table["audio"]):
+        paths.append(str(tmp_path / f"{index}.wav"))
+        shutil.copy(path, paths[-1])
+    for bad in (4, 5, 6, 7):  # a whole batch
+        Path(paths[bad]).write_bytes(b"RIFF is all there is")
+    soundfile.write(paths[9], np.zeros(10), RATE)  # too short
+    table = table.remove_columns("audio").add_column("audio", paths)
+    trained.args.per_device_eval_batch_size = 4
+    readable = drop_unreadable(table, sampling_rate=RATE)
+    kept = [index for index in range(16) if index not in (4, 5, 6, 7, 9)]
+    assert readable["row"] == [table["row"][index] for index in kept]
+    assert "skipped 5 of 16 clips that cannot be read" in log.text
+    outputs = trained.predict_outputs(EmotionDataset(readable, on_bad_example="skip"))
+    whole = trained.predict_outputs(EmotionDataset(splits["test"]))
+    np.testing.assert_array_equal(outputs["labels"], whole["labels"][kept])
+    np.testing.assert_allclose(outputs["logits"], whole["logits"][kept], atol=1e-4)
+    assert drop_unreadable(readable, sampling_rate=RATE) is readable
+    with pytest.raises(ValueError, match="none of the 2 examples can be read"):
+        drop_unreadable(table.select([4, 5]), sampling_rate=RATE)
+
+
+def mean_nll(logits, labels, temperature):
+    return nn.functional.cross_entropy(torch.tensor(logits / temperature).double(), torch.tensor(labels)).item()
+
+
+def test_finalize_calibrates_on_held_out_clips_and_fits_openmax_on_training_clips(trained, splits, tmp_path):
+    # Held-out clips of which some are labelled wrongly, so that the best temperature is well inside its bounds
+    labels = np.array(splits["test"]["labels"])
+    labels[::5] = (labels[::5] + 1) % 4
+    held_out = splits["test"].remove_columns("labels").add_column("labels", labels)
+    training = EmotionDataset(splits["train"])
+    trained.model.temperature.fill_(1.0)
+    logits = trained.predict_outputs(EmotionDataset(held_out))["logits"]
+
+    report = trained.finalize(training, EmotionDataset(held_out))
+    best = minimize_scalar(lambda log_t: mean_nll(logits, labels, math.exp(log_t)), bounds=(-3, 3), method="bounded")
+    assert report["temperature"] == pytest.approx(math.exp(best.x), rel=1e-2)
+    assert trained.model.temperature.item() == pytest.approx(report["temperature"])
+    assert report["nll_before"] == pytest.approx(mean_nll(logits, labels, 1.0), abs=1e-5)
+    assert report["nll_after"] == pytest.approx(mean_nll(logits, labels, report["temperature"]), abs=1e-5)
+    assert report["nll_after"] < report["nll_before"]
+
+    outputs = trained.train_outputs
+    np.testing.assert_array_equal(outputs["labels"], splits["train"]["labels"])
+    correct = outputs["logits"].argmax(1) == outputs["labels"]
+    assert correct.mean() > 0.9
+    model = trained.model
+    assert model.openmax.is_fitted
+    for label in range(4):  # as in libmr the smallest distance of the tail is the shift
+        own = np.sort(outputs["anchor_distances"][correct & (outputs["labels"] == label), label])
+        assert model.openmax.weibull_shift[label].item() == pytest.approx(own[-20:][0], abs=1e-5)
+    assert "unknown_probability" in trained.predict_outputs(EmotionDataset(splits["test"]))
+
+    trained.save_model(str(tmp_path))
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
+    assert loaded.openmax.is_fitted
+    for name in ("temperature", "openmax.weibull_shape", "openmax.weibull_scale", "openmax.weibull_shift"):
+        assert torch.equal(loaded.get_buffer(name), model.get_buffer(name)), name
+    again = trained.finalize(training, EmotionDataset(held_out))
+    assert again == pytest.approx(report)  # what is there already does not count
+
+
+def test_without_held_out_clips_the_temperature_is_one(trained, splits):
+    trained.model.temperature.fill_(3.0)
+    assert trained.finalize(EmotionDataset(splits["train"])) == {"temperature": 1.0}
+    assert trained.model.temperature.item() == 1.0
+
+
+def test_openmax_is_left_unfitted_with_a_warning_if_too_few_clips_are_right(splits, tmp_path, log):
+    model = tiny_model()
+    distances = np.random.default_rng(0).uniform(size=(40, 4))
+    model.openmax.fit(distances, np.arange(40) % 4, np.arange(40) % 4)  # from an earlier training
+    with torch.no_grad():
+        model.classifier.output.weight.zero_()
+        model.classifier.output.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    trainer = make_trainer(model, splits, tmp_path)
+    trainer.finalize(EmotionDataset(splits["train"]))
+    assert not model.openmax.is_fitted
+    assert "OpenMax is left unfitted" in log.text
+    assert "unknown_probability" not in trainer.predict_outputs(trainer.eval_dataset)
+
+
+def test_a_collapsed_model_is_warned_of(splits, tmp_path, log):
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.output.weight.zero_()
+        model.classifier.output.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    trainer = make_trainer(model, splits, tmp_path)
+    metrics = trainer.evaluate()
+    assert metrics["eval_num_predicted_classes"] == 1 and metrics["eval_recall_min"] == 0
+    assert "Collapsed model: all 8 clips were classified as 'sad'" in log.text
+
+
+def test_saved_arguments_are_json_and_have_no_token(splits, tmp_path):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, hub_token="hf_secret")
+    trainer.save_model()
+    text = (tmp_path / "training_args.json").read_text()
+    assert json.loads(text)["learning_rate"] == trainer.args.learning_rate
+    assert "hf_secret" not in text
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
