@@ -461,10 +461,10 @@ class ResidualBlock(nn.Module):
     """
     Bottleneck residual block with LayerNorm after it, in a stack of `classifier_num_layers`.
 
-    Two things make a deep stack of them train. The last Linear starts at zero, so that at the start the block passes its
-    input through (Zhang et al. 2019). And the residual branch is scaled by one over the square root of the depth (Hayou et
-    al. 2021, "Stable ResNet"): without it each LayerNorm shrinks what came before as soon as the branches have grown, and
-    classes merge (`benchmarks/head_depth.py`).
+    Two things make a deep stack of them train. The last Linear starts at zero, so that at the start the block passes
+    its input through (Zhang et al. 2019). And the residual branch is scaled by one over the square root of the depth
+    (Hayou et al. 2021, "Stable ResNet"): without it each LayerNorm shrinks what came before as soon as the branches
+    have grown, and classes merge (`benchmarks/head_depth.py`).
     """
 
     def __init__(self, config: MMSERConfig):
@@ -1197,13 +1197,15 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         was_training = self.training
         self.eval()
         distances, labels, predictions = [], [], []
-        for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
-            batch = {name: value.to(self.device) for name, value in batch.items()}
-            labels.append(batch.pop("labels").cpu())
-            outputs = self(**batch, use_openmax=False)
-            distances.append(outputs.anchor_distances.cpu())
-            predictions.append(outputs.logits.argmax(dim=-1).cpu())
-        self.train(was_training)
+        try:
+            for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
+                batch = {name: value.to(self.device) for name, value in batch.items()}
+                labels.append(batch.pop("labels").cpu())
+                outputs = self(**batch, use_openmax=False)
+                distances.append(outputs.anchor_distances.cpu())
+                predictions.append(outputs.logits.argmax(dim=-1).cpu())
+        finally:
+            self.train(was_training)
         if not labels:
             raise ValueError("`dataloader` gave no batch.")
         self.openmax.fit(

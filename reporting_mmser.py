@@ -63,7 +63,7 @@ def describe_data(name: str, splits: Mapping[str, datasets.Dataset | datasets.It
         if isinstance(table, datasets.Dataset):
             result["clips"][split] = len(table)
             if "language" in table.column_names:
-                result["languages"] = sorted({*result["languages"], *table.unique("language")} - {""})
+                result["languages"] = sorted({*result["languages"], *table["language"]} - {""})
             if "speaker" in table.column_names:
                 corpora = table["corpus"] if "corpus" in table.column_names else [""] * len(table)
                 speakers[split] = {pair for pair in zip(corpora, table["speaker"], strict=True) if pair[1]}

@@ -84,8 +84,9 @@ class MMSERTrainingArguments(TrainingArguments):
         default="weighted_f1", metadata={"help": "What makes a checkpoint best."}
     )
     train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "random, sequential or group_by_length (wastes little on padding)."},
+        # Sad speech is slow and angry speech short: batches grouped by length hold few classes, and training suffers
+        default="random",
+        metadata={"help": "random, sequential or group_by_length (less padding, less varied batches)."},
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})

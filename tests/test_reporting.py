@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of reporting_mmser: what is said about the data and the predictions, and the files that say it.
+
+Scores are compared with scikit-learn; a stand-in for the trainer gives outputs that are known beforehand.
+"""
+
+import json
+import math
+import shlex
+
+import datasets
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from huggingface_hub import ModelCard
+
+import reporting_mmser
+from reporting_mmser import (
+    describe_data,
+    describe_predictions,
+    evaluate_open_set,
+    evaluate_split,
+    format_results,
+    linear_probe,
+    model_card_template,
+    write_results,
+)
+
+NAMES = ["neutral", "happy", "sad", "angry"]
+
+
+def fake_outputs(labels, seed=0, accuracy=0.7, fitted=True):
+    """Outputs as of `predict_outputs`, right about `accuracy` of the time; `fused` tells the label."""
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(labels)
+    told = np.where(rng.random(len(labels)) < accuracy, labels, rng.integers(4, size=len(labels)))
+    outputs = {
+        "logits": (rng.normal(size=(len(labels), 4)) + 3 * np.eye(4)[told]).astype(np.float32),
+        "uncertainty": rng.random(len(labels)).astype(np.float32),
+        "fused": (np.eye(4)[labels] + 0.05 * rng.normal(size=(len(labels), 4))).astype(np.float32),
+        "anchor_distances": rng.random((len(labels), 4)).astype(np.float32),
+        "labels": labels,
+    }
+    if fitted:
+        outputs["unknown_probability"] = rng.random(len(labels)).astype(np.float32)
+    return outputs
+
+
+class StandIn:
+    """A trainer that remembers what it was asked to predict."""
+
+    def __init__(self, fitted=True):
+        self.train_outputs = fake_outputs([0] * 12 + [1] * 5 + [2] * 5 + [3] * 5, seed=1)
+        self.fitted = fitted
+        self.asked = []
+
+    def predict_outputs(self, dataset):
+        table, hidden = dataset
+        self.asked.append((table["row"], hidden))
+        return fake_outputs(np.maximum(table["labels"], 0), seed=len(self.asked), fitted=self.fitted)
+
+
+def make_dataset(table, **hidden):
+    return table, hidden
+
+
+def table(size=20, **columns):
+    rows = {"labels": [index % 4 for index in range(size)], "row": [f"row {index}" for index in range(size)]}
+    return datasets.Dataset.from_dict({**rows, **columns})
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_describe_data_counts_clips_speakers_and_languages():
+    splits = {
+        "train": table(4, speaker=["a", "b", "a", ""], corpus=["x", "x", "y", "x"], language=["en", "de", "en", ""]),
+        "test": table(2, speaker=["b", "c"], corpus=["y", "x"], language=["fr", "en"]),
+    }
+    result = describe_data("some/where/my_data", splits)
+    assert result["name"] == "my_data"
+    assert result["clips"] == {"train": 4, "test": 2}
+    assert result["languages"] == ["de", "en", "fr"]
+    # a name in two corpora is two people: x/a, x/b, y/a in training; y/b, x/c in test
+    assert result["speakers"] == "Speakers: 3 in train, 2 in test, none in two splits."
+    assert result["overlap"] is False
+
+
+def test_describe_data_tells_of_shared_speakers():
+    splits = {name: table(2, speaker=["a", name]) for name in ("train", "validation", "test")}
+    result = describe_data("data", splits)
+    assert result["overlap"] is True and "none in two splits" not in result["speakers"]
+
+
+def test_describe_data_without_speakers_and_of_a_stream():
+    assert describe_data("data", {"train": table(3)})["speakers"] == "Speakers are not known."
+    stream = table(3, speaker=["a"] * 3).to_iterable_dataset()
+    assert describe_data("data", {"train": stream})["clips"] == {}
+
+
+# --- the scores ------------------------------------------------------------------------------------------------------
+
+
+def test_describe_predictions_agrees_with_scikit_learn():
+    labels = np.random.default_rng(3).integers(4, size=200)
+    outputs = fake_outputs(labels)
+    groups = {"language": ["en", "de"] * 100}
+    result = describe_predictions(outputs, NAMES, groups)
+    predictions = outputs["logits"].argmax(1)
+    wrong = predictions != labels
+    assert result["clips"] == 200
+    assert result["weighted_f1"] == pytest.approx(sklearn.metrics.f1_score(labels, predictions, average="weighted"))
+    assert result["accuracy"] == pytest.approx(1 - wrong.mean())
+    assert result["confusion_matrix"] == sklearn.metrics.confusion_matrix(labels, predictions).tolist()
+    logits = torch.tensor(outputs["logits"]).double()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    assert result["negative_log_likelihood"] == pytest.approx(expected)
+    expected = sklearn.metrics.roc_auc_score(wrong, outputs["uncertainty"])
+    assert result["error_auroc_of_uncertainty"] == pytest.approx(expected)
+    expected = sklearn.metrics.roc_auc_score(wrong, 1 - logits.softmax(-1).max(-1).values.numpy())
+    assert result["error_auroc_of_max_probability"] == pytest.approx(expected)
+    german = sklearn.metrics.accuracy_score(labels[1::2], predictions[1::2])
+    assert result["by_language"]["de"]["accuracy"] == pytest.approx(german)
+    assert result["by_language"]["en"]["count"] == 100
+
+
+def test_the_linear_probe_reads_the_fused_vectors():
+    train, test = fake_outputs([0, 1, 2, 3] * 5, seed=1), fake_outputs([3, 2, 1, 0, 0], seed=2, accuracy=0.0)
+    assert linear_probe(train, test).tolist() == [3, 2, 1, 0, 0]
+
+
+def test_a_split_is_scored_in_every_way_that_its_data_allow():
+    audio = [f"{index}.wav" if index % 5 else "" for index in range(20)]
+    text = [f"word {index}" if index % 2 else "" for index in range(20)]
+    trainer = StandIn()
+    split = table(audio=audio, text=text, language=["en", ""] * 10)
+    rows = evaluate_split(trainer, split, make_dataset, NAMES)
+    assert list(rows) == ["model", "audio_only", "text_only", "linear_probe", "majority"]
+    with_audio = [f"row {index}" for index in range(20) if index % 5]
+    with_text = [f"row {index}" for index in range(20) if index % 2]
+    assert trainer.asked == [
+        ([f"row {index}" for index in range(20)], {}),
+        (with_audio, {"use_text": False}),
+        (with_text, {"use_audio": False}),
+    ]
+    assert [row["clips"] for row in rows.values()] == [20, len(with_audio), len(with_text), 20, 20]
+    assert rows["majority"]["accuracy"] == 0.25 and rows["majority"]["f1_neutral"] > 0 == rows["majority"]["f1_sad"]
+    assert rows["linear_probe"]["accuracy"] == 1.0
+    assert set(rows["model"]["by_language"]) == {"en", "unknown"}
+    assert "by_corpus" not in rows["model"]
+
+
+@pytest.mark.parametrize("columns", [{"audio": ["a.wav"] * 20}, {"text": ["word"] * 20}])
+def test_a_split_with_one_modality_has_no_rows_for_the_other(columns):
+    assert set(evaluate_split(StandIn(), table(**columns), make_dataset, NAMES)) == {
+        "model",
+        "linear_probe",
+        "majority",
+    }
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_open_set_scores_have_the_unknown_as_the_positive_class(fitted):
+    trainer = StandIn(fitted)
+    known, unknown = table(40), table(15, labels=[-1] * 15)
+    rows = evaluate_open_set(trainer, known, unknown, make_dataset)
+    assert set(rows) == ({"max_softmax", "openmax"} if fitted else {"max_softmax"})
+    known_outputs, unknown_outputs = (
+        fake_outputs(labels, seed, fitted=fitted) for labels, seed in ((known["labels"], 1), ([0] * 15, 2))
+    )
+    is_unknown = [0] * 40 + [1] * 15
+    logits = torch.tensor(np.concatenate([known_outputs["logits"], unknown_outputs["logits"]])).double()
+    scores = {"max_softmax": 1 - logits.softmax(-1).max(-1).values.numpy()}
+    if fitted:
+        scores["openmax"] = np.concatenate([o["unknown_probability"] for o in (known_outputs, unknown_outputs)])
+    for name, row in rows.items():
+        assert row["clips"] == 55
+        assert row["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(is_unknown, scores[name]))
+        false_alarms, hits, _ = sklearn.metrics.roc_curve(is_unknown, scores[name], drop_intermediate=False)
+        assert row["fpr_at_95_tpr"] == pytest.approx(false_alarms[hits >= 0.95].min())
+        assert 0 <= row["oscr"] <= (known_outputs["logits"].argmax(1) == known["labels"]).mean() + 1e-9
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def make_results(scored=("validation", "test"), languages=("en", "de"), label_names=NAMES, **more):
+    """Results as `train_hf.main` collects them."""
+    split = table(audio=["a.wav"] * 20, text=["word"] * 20, language=list(languages) * (20 // len(languages)))
+    rows = evaluate_split(StandIn(), split, make_dataset, label_names)
+    return {
+        "model_name": "tiny",
+        "label_names": list(label_names),
+        "encoders": {"audio": "an audio encoder", "text": "a text encoder"},
+        "openmax_threshold": 0.3,
+        "parameters": [{"part": "all", "parameters": 12345, "trainable": 12}],
+        "data": describe_data("folder/corpus", {"train": split}),
+        "training": {"epoch": 2.0, "train_runtime": 61.4},
+        "calibration": {"temperature": 1.5, "ece_before": 0.25, "ece_after": 0.125},
+        **dict.fromkeys(scored, rows),
+        **more,
+    }
+
+
+def refuse_constant(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def read(folder):
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    assert "{{" not in card.text and "{%" not in card.text and "Undefined" not in card.text
+    return json.loads((folder / "eval_results.json").read_text(), parse_constant=refuse_constant), card
+
+
+def table_rows(text, first_column):
+    """Rows of the Markdown table in `text` whose first column is `first_column`, as dictionaries."""
+    lines = text[text.index(f"| {first_column} ") :].split("\n\n")[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_the_card_says_what_the_json_says(tmp_path):
+    open_set = {"openmax": {"clips": 9, "auroc": 0.75, "fpr_at_95_tpr": 0.5, "oscr": 0.625}}
+    printed = write_results(make_results(open_set=open_set), tmp_path, ["train_hf.py", "--lr", "1"])
+    written, card = read(tmp_path)
+    rows = table_rows(card.text, "split")
+    assert len(rows) == 10
+    for row in rows:
+        values = written[row["split"]][row["row"]]
+        assert int(row["clips"]) == values["clips"]
+        for name in ("weighted_f1", "unweighted_average_recall", "accuracy"):
+            assert float(row[name]) == pytest.approx(values[name], abs=5e-5)
+    confusion = table_rows(card.text, "true \\ predicted")
+    assert [[int(row[name]) for name in NAMES] for row in confusion] == written["test"]["model"]["confusion_matrix"]
+    for row in table_rows(card.text, "language"):
+        scores = written["test"]["model"]["by_language"][row["language"]]
+        assert float(row["weighted_f1"]) == pytest.approx(scores["weighted_f1"], abs=5e-5)
+    assert float(table_rows(card.text, "score")[0]["auroc"]) == 0.75
+    result = card.data.eval_results[0]
+    assert (result.dataset_name, result.metric_value) == (
+        "corpus (test)",
+        round(written["test"]["model"]["weighted_f1"], 4),
+    )
+    assert card.data.language == ["de", "en"] and card.data.model_name == "tiny"
+    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
+    for said in (
+        "Temperature 1.5",
+        "0.25 before",
+        "0.125 after",
+        "12345",
+        "2.0 epochs in 61 s",
+        "20 clips for training",
+    ):
+        assert said in " ".join(card.text.split()), said
+    for title in ("Summary", "F1 of each class", "Confusion matrix", "By language", "Clips that are none"):
+        assert title in printed
+    assert "By corpus" not in printed
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    results = make_results()
+    results["test"] = {**results["test"], "model": {**results["test"]["model"]}}
+    results["test"]["model"]["error_auroc_of_uncertainty"] = float("nan")
+    results["training"]["numpy"] = [np.float32(0.5), np.int64(3), np.float64("inf"), torch.tensor(2.0), True, None]
+    write_results(results, tmp_path)
+    written, card = read(tmp_path)
+    assert written["test"]["model"]["error_auroc_of_uncertainty"] is None
+    assert written["training"]["numpy"] == [0.5, 3, None, 2.0, True, None]
+    assert math.isnan(results["test"]["model"]["error_auroc_of_uncertainty"])  # the caller's are left alone
+    assert "n/a" in table_rows(card.text, "split")[5]["error_auroc_of_uncertainty"]
+
+
+@pytest.mark.parametrize(
+    ("languages", "codes"),
+    [
+        (("en", "zxx"), ["en"]),
+        (("unknown", "German"), None),
+        (("pt-BR", "zh_CN"), ["pt", "zh"]),
+        (("yue", "EN"), ["en", "yue"]),
+        (("", ""), None),
+    ],
+)
+def test_only_codes_of_languages_go_into_the_metadata(languages, codes, tmp_path):
+    write_results(make_results(languages=languages), tmp_path)
+    written, card = read(tmp_path)
+    assert card.data.language == codes
+    assert set(written["test"]["model"]["by_language"]) == {language or "unknown" for language in languages}
+
+
+def test_the_command_can_be_pasted_into_a_shell(tmp_path):
+    command = ["train_hf.py", "--config_overrides", '{"feature_size": 16}', "--data_dir", "my data"]
+    write_results(make_results(), tmp_path, command)
+    written, card = read(tmp_path)
+    assert shlex.split(written["command"]) == command
+    assert written["command"] in card.text
+
+
+@pytest.mark.parametrize("scored", [(), ("validation",), ("test",)])
+def test_splits_that_are_missing(scored, tmp_path):
+    results = make_results(scored, calibration={"temperature": 1.0})
+    printed = write_results(results, tmp_path)
+    _, card = read(tmp_path)
+    if scored:
+        assert f"F1 of each class on the {scored[0]} split" in card.text
+        assert card.data.eval_results[0].dataset_name == f"corpus ({scored[0]})"
+    else:
+        assert card.data.eval_results is None
+        assert "F1 of each class" not in card.text and "F1 of each class" not in printed
+    assert "expected calibration error there" not in card.text
+
+
+def test_overlap_of_speakers_is_in_the_card(tmp_path):
+    results = make_results()
+    results["data"]["overlap"] = True
+    write_results(results, tmp_path)
+    assert "too good for speakers never heard" in read(tmp_path)[1].text
+    results["data"]["overlap"] = False
+    write_results(results, tmp_path)
+    assert "too good" not in read(tmp_path)[1].text
+
+
+def test_other_labels_and_a_stream(tmp_path):
+    names = ["calm", "joy|glad", "überrascht", "angry: very"]
+    results = make_results(label_names=names)
+    results["data"] = describe_data("me/corpus", {"train": table(3).to_iterable_dataset()})
+    write_results(results, tmp_path)
+    written, card = read(tmp_path)
+    assert written["label_names"] == names
+    assert "one of calm / joy|glad / überrascht / angry: very" in card.text
+    assert "streamed clips for training" in card.text
+
+
+def test_tables_without_rows_are_empty():
+    tables = format_results({"label_names": NAMES, "parameters": make_results()["parameters"]})
+    assert {name for name, text in tables.items() if text} == {"parameters"}
+
+
+def test_the_template_is_found_in_a_clone_and_in_an_installation(tmp_path, monkeypatch):
+    assert model_card_template().read_text(encoding="utf-8").startswith("---\n{{ card_data }}\n---")
+    monkeypatch.setattr(reporting_mmser, "__file__", str(tmp_path / "site-packages" / "reporting_mmser.py"))
+    monkeypatch.setattr(reporting_mmser.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=r"model_card\.md is at none of"):
+        model_card_template()
+    installed = tmp_path / "data" / "share" / "mmser" / "model_card.md"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert model_card_template() == installed

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of train_hf: `main` as the command line calls it, on a tiny corpus with a tiny model.
+
+Order: what a run leaves behind, the flags, kinds of data, starting points, errors before any work.
+"""
+
+import csv
+import json
+import logging as python_logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tiny_corpus import (
+    JOINT,
+    NAMES,
+    WORDS,
+    tiny_flags,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+    write_corpus,
+    write_table,
+)
+from transformers import pipeline
+from transformers.utils import logging
+
+import train_hf
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """`main` sets levels of logging; leave them as they were."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    for name in train_hf.OWN_LOGGERS:
+        python_logging.getLogger(name).setLevel(python_logging.NOTSET)
+
+
+@pytest.fixture
+def run(corpus, tokenizer, tmp_path):
+    """Run `main` with the tiny model into `tmp_path / "out"`; flags are added or changed."""
+
+    def call(*words, **flags):
+        flags = {"data_dir": corpus, **flags}
+        return train_hf.main([*words, *tiny_flags(flags.pop("data_dir"), tmp_path / "out", tokenizer, **flags)])
+
+    return call
+
+
+def log_lines(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [line for line in history if "loss" in line]
+
+
+def losses(folder):
+    return [line["loss"] for line in log_lines(folder)]
+
+
+# --- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tokenizer, tmp_path_factory):
+    """A whole run with checkpoints, open-set clips and a secret: its folder, what `main` returned and printed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    flags = {
+        "max_steps": None,
+        "num_train_epochs": 15,
+        "learning_rate": 5e-3,
+        "lr_multipliers": {"audio_encoder": 1, "text_encoder": 1},
+        "ood_dir": corpus / "ood",
+        "save_strategy": "epoch",
+        "hub_token": "hf_secret",
+    }
+    results = train_hf.main(tiny_flags(corpus, folder, tokenizer, **flags))
+    return folder, results
+
+
+def test_main_returns_what_it_writes(finished):
+    folder, results = finished
+    text = (folder / "eval_results.json").read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = json.loads(text, parse_constant=refuse)
+    for split in ("validation", "test"):
+        assert set(written[split]) == {"model", "audio_only", "text_only", "linear_probe", "majority"}
+        for row, values in results[split].items():
+            assert written[split][row]["weighted_f1"] == values["weighted_f1"]
+    assert written["label_names"] == NAMES
+    assert written["data"]["clips"] == {"train": 32, "validation": 8, "test": 16}
+    assert set(written["open_set"]) == {"max_softmax", "openmax"}
+    assert written["training"]["skipped_clips"] == 0
+    assert results["test"]["model"]["weighted_f1"] > 0.9  # the pitch and the words tell the class
+    assert results["test"]["majority"]["accuracy"] == 0.25
+
+
+def test_the_folder_has_everything_and_no_pickle(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
+    assert {"configuration_mmser.py", "modeling_mmser.py", "processing_mmser.py"} <= names
+    assert {"README.md", "eval_results.json", "training_args.json", "trainer_state.json"} <= names
+    assert not [name for name in names if Path(name).suffix in PICKLES]
+    checkpoints = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert checkpoints and all(name.startswith("checkpoint-") for name in checkpoints)
+    for checkpoint in checkpoints:
+        pickles = {path.name for path in (folder / checkpoint).iterdir() if path.suffix in PICKLES}
+        assert pickles == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}  # the state that resuming needs
+
+
+def test_no_secret_is_written(finished):
+    folder, _ = finished
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".md"):
+            assert "hf_secret" not in path.read_text(), path
+
+
+def test_the_model_loads_and_classifies(finished, corpus):
+    folder, results = finished
+    model = MMSERForAudioClassification.from_pretrained(folder)
+    assert model.openmax.is_fitted
+    assert model.temperature.item() == pytest.approx(results["calibration"]["temperature"])
+    assert model.config.class_counts == [8, 8, 8, 8]
+    assert MMSERProcessor.from_pretrained(folder).tokenizer.model_max_length == 16  # the encoder's positions
+    classify = pipeline("audio-classification", model=str(folder), trust_remote_code=True)
+    clip = {"path": str(corpus / "test" / "5_1.wav"), "text": WORDS["happy"]}
+    result = classify(clip, return_uncertainty=True)
+    assert result[0]["label"] == "happy" and 0 <= result[0]["uncertainty"] <= 1
+    assert sorted(entry["label"] for entry in result) == sorted(NAMES)
+    assert sum(entry["score"] for entry in result) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_best_checkpoint_is_what_is_kept(finished):
+    folder, results = finished
+    state = json.loads((folder / "trainer_state.json").read_text())
+    scores = [line["eval_weighted_f1"] for line in state["log_history"] if "eval_weighted_f1" in line]
+    assert len(scores) == 15
+    assert state["best_metric"] == max(scores) == pytest.approx(results["validation"]["model"]["weighted_f1"])
+
+
+def test_the_card_is_filled(finished):
+    folder, results = finished
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    assert card.data.pipeline_tag == "audio-classification"
+    assert card.data.eval_results[0].metric_value == round(results["test"]["model"]["weighted_f1"], 4)
+    assert "{{" not in card.text and "{%" not in card.text
+    assert "train_hf.py --data_dir" in card.text
+
+
+def test_a_second_call_goes_on_from_the_last_checkpoint(run, tmp_path):
+    whole = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "save_total_limit": 9}
+    run(**whole)
+    expected = losses(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    (tmp_path / "out" / "checkpoint-5").mkdir()  # killed while it was written
+    (tmp_path / "out" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out" / "trainer_state.json").unlink()
+    results = run(**whole)
+    assert losses(tmp_path / "out") == pytest.approx(expected, abs=1e-5)
+    assert len(expected) == 6 and results["training"]["epoch"] == 1.5
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_short_spellings_of_the_flags():
+    words = ["--data_dir", "d", "--save_dir", "s", "--epochs", "3", "--batch_size", "5", "--lr", "0.5"]
+    words += ["--use_amp", "--no_augment", "--use_cpu"]
+    _, data, training = train_hf.parse_arguments(words)
+    assert (data.data_dir, data.augment) == ("d", False)
+    assert (training.output_dir, training.num_train_epochs, training.per_device_train_batch_size) == ("s", 3, 5)
+    assert (training.learning_rate, training.use_amp, training.bf16) == (0.5, True, True)
+    assert train_hf.parse_arguments(["--augment", "--use_cpu"])[1].augment is True
+
+
+def test_flags_win_over_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.json"
+    content = {"data_dir": "d", "lr": 0.5, "epochs": 3, "use_cpu": True, "augment": False, "labels": ["a", "b"]}
+    recipe.write_text(json.dumps({**content, "config_overrides": {"feature_size": 7}}))
+    model, data, training = train_hf.parse_arguments([str(recipe), "--epochs", "9"])
+    assert (data.data_dir, data.augment, data.labels) == ("d", False, ["a", "b"])
+    assert (training.learning_rate, training.num_train_epochs) == (0.5, 9)
+    assert model.config_overrides == {"feature_size": 7}
+    for wrong in ("learning_rat", "no_augment"):
+        recipe.write_text(json.dumps({wrong: True}))
+        with pytest.raises(ValueError, match=f"recipe.json has unknown keys: {wrong}"):
+            train_hf.parse_arguments([str(recipe)])
+
+
+def test_the_recipes_parse():
+    recipes = sorted((Path(train_hf.__file__).parent / "recipes").glob("*.json"))
+    assert recipes
+    for recipe in recipes:
+        train_hf.parse_arguments([str(recipe), "--use_cpu"])
+
+
+def test_overrides_without_a_random_encoder_are_an_error():
+    with pytest.raises(ValueError, match="add --random_audio_encoder"):
+        train_hf.parse_arguments(["--audio_config_overrides", '{"hidden_size": 16}'])
+
+
+def test_a_recipe_runs_with_amp_frozen_encoders_and_supervised_contrast(run, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"freeze_audio": True, "freeze_text": True, "use_amp": True, "augment": False}))
+    results = run(str(recipe), config_overrides={**JOINT, "supervised_contrastive_loss_weight": 0.1}, max_steps=3)
+    parameters = {row["part"]: row["trainable"] for row in results["parameters"]}
+    assert parameters["audio_encoder"] == parameters["text_encoder"] == 0 < parameters["fusion"]
+    lines = log_lines(tmp_path / "out")
+    assert len(lines) == 3 and all(line["loss_supervised_contrastive"] > 0 for line in lines)
+    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["bf16"] is True
+
+
+def test_freezing_the_feature_encoder_alone(run):
+    parameters = {row["part"]: row for row in run(freeze_feature_encoder=True, max_steps=1)["parameters"]}
+    assert 0 < parameters["audio_encoder"]["trainable"] < parameters["audio_encoder"]["parameters"]
+
+
+def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, monkeypatch):
+    made = []
+    original = train_hf.EmotionDataset
+
+    def remember(*args, **kwargs):
+        made.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train_hf, "EmotionDataset", remember)
+    run(max_steps=1, text_dropout=0.3, audio_dropout=0.2, max_seconds=0.3, seed=7)
+    training = [kwargs for kwargs in made if kwargs.get("training")]
+    assert len(training) == 1 and training[0]["augmenter"] is not None
+    assert (training[0]["text_dropout"], training[0]["audio_dropout"]) == (0.3, 0.2)
+    assert all(kwargs["max_seconds"] == 0.3 and kwargs["seed"] == 7 for kwargs in made)
+    assert all("augmenter" not in kwargs for kwargs in made if not kwargs.get("training"))
+    made.clear()
+    run("--no_augment", max_steps=1)
+    assert [kwargs["augmenter"] for kwargs in made if kwargs.get("training")] == [None]
+
+
+def test_the_run_tells_what_it_does(run, caplog, capsys):
+    with caplog.at_level(python_logging.INFO, logger="root"):
+        run(max_steps=1)
+    assert "Training clips per class: {'neutral': 8, 'happy': 8, 'sad': 8, 'angry': 8}" in caplog.text
+    assert "Parameter group audio_encoder:" in caplog.text
+    printed = capsys.readouterr().out
+    assert "Summary\n| split" in printed and "linear_probe" in printed and "README.md (the model card)" in printed
+
+
+# --- kinds of data ---------------------------------------------------------------------------------------------------
+
+
+def read_rows(corpus, *splits):
+    """Rows of the corpus with the path of each clip and its split."""
+    rows = []
+    for split in splits:
+        with open(corpus / split / "metadata.csv", newline="", encoding="utf-8") as file:
+            rows += [
+                {**row, "file_name": str(corpus / split / row["file_name"]), "split": split}
+                for row in csv.DictReader(file)
+            ]
+    return rows
+
+
+def test_class_counts_come_from_the_training_set(run, corpus, tmp_path):
+    rows = [
+        row for row in read_rows(corpus, "train", "validation") if row["split"] != "train" or row["label"] != "sad"
+    ]
+    rows += [row for row in read_rows(corpus, "train") if row["label"] == "sad"][:3]
+    write_table(tmp_path / "all.csv", rows)
+    run(data_dir=None, manifest=tmp_path / "all.csv", max_steps=1)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["class_counts"] == [8, 8, 3, 8]
+    assert config["id2label"] == {str(index): name for index, name in enumerate(NAMES)}
+
+
+def test_a_manifest_without_splits_is_split_by_speaker(run, corpus, tmp_path):
+    rows = read_rows(corpus, "train", "validation", "test")
+    write_table(tmp_path / "all.csv", [{key: value for key, value in row.items() if key != "split"} for row in rows])
+    results = run(data_dir=None, manifest=tmp_path / "all.csv", max_steps=1)
+    assert sum(results["data"]["clips"].values()) == len(rows)
+    assert min(results["data"]["clips"].values()) >= 8
+    assert not results["data"]["overlap"]
+    assert "none in two splits" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_nothing_held_out(run, corpus, tmp_path):
+    write_table(tmp_path / "all.csv", read_rows(corpus, "train"))
+    flags = {"validation_fraction": 0, "test_fraction": 0, "save_strategy": "epoch"}
+    results = run(data_dir=None, manifest=tmp_path / "all.csv", **flags)
+    assert results["calibration"] == {"temperature": 1.0}
+    assert "validation" not in results and "test" not in results
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "nothing was measured" in card and "{{" not in card
+    assert ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False).data.eval_results is None
+
+
+def test_without_a_test_split_the_validation_split_is_reported(run, corpus, tmp_path):
+    write_table(tmp_path / "all.csv", read_rows(corpus, "train", "validation"))
+    results = run(data_dir=None, manifest=tmp_path / "all.csv", ood_dir=corpus / "ood")
+    assert "test" not in results and results["open_set"]["max_softmax"]["clips"] == 8 + 6
+    card = ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False)
+    assert card.data.eval_results[0].metric_value == round(results["validation"]["model"]["weighted_f1"], 4)
+    assert "F1 of each class on the validation split" in card.text
+
+
+@pytest.mark.parametrize("kept", ["file_name", "transcription"])
+def test_one_modality_alone(kept, run, corpus, tmp_path):
+    rows = read_rows(corpus, "train", "validation", "test")
+    columns = (kept, "label", "speaker", "split")
+    write_table(tmp_path / "all.csv", [{column: row[column] for column in columns} for row in rows])
+    results = run(
+        data_dir=None, manifest=tmp_path / "all.csv", ood_dir=corpus / "ood" if kept == "file_name" else None
+    )
+    assert set(results["test"]) == {"model", "linear_probe", "majority"}
+    assert "by_language" not in results["test"]["model"]
+    assert len(losses(tmp_path / "out")) == 2
+    assert "{{" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_unreadable_clips_are_skipped_and_counted(run, corpus, tmp_path):
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus, broken)
+    for name in ("train/0_0.wav", "train/1_3.wav", "test/5_0.wav", "test/5_1.wav", "test/5_2.wav", "ood/0.wav"):
+        (broken / name).write_bytes(b"not a sound")
+    flags = {"data_dir": broken, "ood_dir": broken / "ood", "per_device_eval_batch_size": 2}
+    with pytest.raises(ValueError, match=r"train/metadata.csv row 2: cannot read .*0_0.wav"):
+        run(**flags)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    results = run(**flags, on_bad_example="skip")
+    assert results["training"]["skipped_clips"] == 2
+    assert results["data"]["clips"] == {"train": 30, "validation": 8, "test": 13}
+    assert results["test"]["model"]["clips"] == results["test"]["majority"]["clips"] == 13
+    assert results["open_set"]["max_softmax"]["clips"] == 13 + 5
+    assert sum(group["count"] for group in results["test"]["model"]["by_language"].values()) == 13
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["class_counts"] == [7, 8, 8, 7]
+
+
+def test_a_streamed_data_set(run, corpus, tmp_path):
+    for split in ("train", "validation"):
+        write_table(tmp_path / "data" / f"{split}.csv", read_rows(corpus, split))
+    with open(tmp_path / "data" / "train.csv", "a", encoding="utf-8") as file:
+        file.write(f"{corpus / 'gone.wav'},happy,words,one,en,sine,train\n")
+    flags = {"data_dir": None, "dataset_name": tmp_path / "data", "streaming": True, "max_steps": 6}
+    results = run(**flags, on_bad_example="skip", text_dropout=0, audio_dropout=0)
+    assert len(losses(tmp_path / "out")) == 6
+    assert results["training"]["skipped_clips"] == 1  # the second pass did not get that far
+    assert results["validation"]["model"]["clips"] == 8
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["class_counts"] is None
+    assert "streamed clips for training" in (tmp_path / "out" / "README.md").read_text()
+
+
+# --- starting points -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A finished checkpoint with class counts, a temperature and a fitted OpenMax of its own."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint") / "earlier"
+    model = tiny_model(class_counts=[1, 2, 3, 4])
+    distances = np.random.default_rng(0).uniform(size=(40, 4))
+    model.openmax.fit(distances, np.arange(40) % 4, np.arange(40) % 4)
+    model.temperature.fill_(2.0)
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def continued(checkpoint):
+    """Flags for going on from `checkpoint`: its architecture is its own."""
+    architecture = ("tokenizer_name", "random_audio_encoder", "audio_config_overrides", "random_text_encoder")
+    none = dict.fromkeys((*architecture, "text_config_overrides", "config_overrides"))
+    return {**none, "model_name_or_path": checkpoint}
+
+
+def test_going_on_from_a_checkpoint_keeps_its_weights(run, checkpoint, tmp_path):
+    results = run(**continued(checkpoint), learning_rate=0.0, max_steps=1)
+    earlier = MMSERForAudioClassification.from_pretrained(checkpoint)
+    later = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
+    for (name, before), after in zip(earlier.named_parameters(), later.parameters(), strict=True):
+        assert torch.equal(before, after), name
+    assert later.config.class_counts == [8, 8, 8, 8]
+    assert later.temperature.item() == pytest.approx(results["calibration"]["temperature"])
+    assert results["encoders"] == {"audio": "as in earlier", "text": "as in earlier"}
+
+
+def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
+    rows = [row for row in read_rows(corpus, "train", "validation", "test") if row["label"] != "angry"]
+    renamed = {"neutral": "calm", "happy": "glad", "sad": "blue"}
+    write_table(tmp_path / "all.csv", [{**row, "label": renamed[row["label"]]} for row in rows])
+    source = {"data_dir": None, "manifest": tmp_path / "all.csv"}
+    results = run(**continued(checkpoint), **source, labels=None, learning_rate=0.0)
+    assert results["label_names"] == ["blue", "calm", "glad"]
+    model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "blue", 1: "calm", 2: "glad"}
+    assert model.config.class_counts == [8, 8, 8]
+    assert model.classifier.output.out_features == 3
+    assert not model.openmax.is_fitted or model.openmax.weibull_shape.shape == (3,)
+    earlier = MMSERForAudioClassification.from_pretrained(checkpoint)
+    assert torch.equal(model.classifier.feature_projection.weight, earlier.classifier.feature_projection.weight)
+
+
+def test_distillation_from_a_teacher(run, checkpoint, tmp_path):
+    overrides = {**JOINT, "distillation_loss_weight": 0.5}
+    run(config_overrides=overrides, teacher_name_or_path=checkpoint)
+    assert all(line["loss_distillation"] > 0 for line in log_lines(tmp_path / "out"))
+
+
+# --- errors before any work ------------------------------------------------------------------------------------------
+
+
+def test_errors_come_before_any_work(run, corpus, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(train_hf, "load_model", refuse)
+    rows = read_rows(corpus, "train", "validation")
+    manifest = tmp_path / "all.csv"
+
+    def error_of(changed, message, **flags):
+        write_table(manifest, changed)
+        with pytest.raises(ValueError, match=message):
+            run(data_dir=None, manifest=manifest, **flags)
+
+    error_of(rows, "no label column 'mood'", label_column="mood")
+    error_of([{**rows[0], "file_name": "gone.wav"}, *rows[1:]], r"all.csv row 2: audio file .*gone.wav does not exist")
+    error_of([{**row, "speaker": "one"} for row in rows], "are in more than one split: sine/one")
+    error_of([{**rows[0], "label": 4}, *rows[1:]], r"row 2: label 4 is out of range; allowed: 0 to 3")
+    with pytest.raises(ValueError, match="give exactly one source of data"):
+        run(data_dir=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line(tmp_path):
+    """As a program: the last line says what is wrong."""
+    script = train_hf.__file__
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    process = subprocess.run(
+        [sys.executable, script, "--data_dir", empty], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode != 0
+    assert process.stderr.strip().splitlines()[-1].startswith(f"ValueError: {empty} has no metadata")
