@@ -36,7 +36,8 @@ EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread_and_seed():
+    torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -51,7 +51,7 @@ class StandIn:
     """A trainer that remembers what it was asked to predict."""
 
     def __init__(self, fitted=True):
-        self.train_outputs = fake_outputs([0] * 12 + [1] * 5 + [2] * 5 + [3] * 5, seed=1)
+        self.train_outputs = fake_outputs([0] * 5 + [1] * 5 + [2] * 12 + [3] * 5, seed=1)
         self.fitted = fitted
         self.asked = []
 
@@ -145,7 +145,7 @@ def test_a_split_is_scored_in_every_way_that_its_data_allow():
         (with_text, {"use_audio": False}),
     ]
     assert [row["clips"] for row in rows.values()] == [20, len(with_audio), len(with_text), 20, 20]
-    assert rows["majority"]["accuracy"] == 0.25 and rows["majority"]["f1_neutral"] > 0 == rows["majority"]["f1_sad"]
+    assert rows["majority"]["accuracy"] == 0.25 and rows["majority"]["f1_sad"] > 0 == rows["majority"]["f1_neutral"]
     assert rows["linear_probe"]["accuracy"] == 1.0
     assert set(rows["model"]["by_language"]) == {"en", "unknown"}
     assert "by_corpus" not in rows["model"]
@@ -180,6 +180,19 @@ def test_open_set_scores_have_the_unknown_as_the_positive_class(fitted):
         false_alarms, hits, _ = sklearn.metrics.roc_curve(is_unknown, scores[name], drop_intermediate=False)
         assert row["fpr_at_95_tpr"] == pytest.approx(false_alarms[hits >= 0.95].min())
         assert 0 <= row["oscr"] <= (known_outputs["logits"].argmax(1) == known["labels"]).mean() + 1e-9
+
+
+def test_a_perfect_detector_of_the_unknown():
+    class Perfect(StandIn):
+        def predict_outputs(self, dataset):
+            is_unknown = dataset[0]["labels"][0] < 0
+            outputs = super().predict_outputs(dataset)
+            return {**outputs, "unknown_probability": np.full(len(outputs["labels"]), float(is_unknown))}
+
+    row = evaluate_open_set(Perfect(), table(40), table(15, labels=[-1] * 15), make_dataset)["openmax"]
+    known = fake_outputs(table(40)["labels"], seed=1)
+    accuracy = (known["logits"].argmax(1) == known["labels"]).mean()
+    assert row == {"clips": 55, "auroc": 1.0, "fpr_at_95_tpr": 0.0, "oscr": pytest.approx(accuracy)}
 
 
 # --- the files -------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_the_card_is_filled(finished):
     assert "train_hf.py --data_dir" in card.text
 
 
-def test_a_second_call_goes_on_from_the_last_checkpoint(run, tmp_path):
+def test_a_second_call_goes_on_from_the_last_checkpoint(run, tmp_path, caplog):
     whole = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "save_total_limit": 9}
     run(**whole)
     expected = losses(tmp_path / "out")
@@ -181,6 +181,7 @@ def test_a_second_call_goes_on_from_the_last_checkpoint(run, tmp_path):
     (tmp_path / "out" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "out" / "trainer_state.json").unlink()
     results = run(**whole)
+    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}." in caplog.text
     assert losses(tmp_path / "out") == pytest.approx(expected, abs=1e-5)
     assert len(expected) == 6 and results["training"]["epoch"] == 1.5
 
@@ -412,7 +413,7 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
     renamed = {"neutral": "calm", "happy": "glad", "sad": "blue"}
     write_table(tmp_path / "all.csv", [{**row, "label": renamed[row["label"]]} for row in rows])
     source = {"data_dir": None, "manifest": tmp_path / "all.csv"}
-    results = run(**continued(checkpoint), **source, labels=None, learning_rate=0.0)
+    results = run(**continued(checkpoint), **source, learning_rate=0.0)
     assert results["label_names"] == ["blue", "calm", "glad"]
     model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "blue", 1: "calm", 2: "glad"}
@@ -421,6 +422,9 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
     assert not model.openmax.is_fitted or model.openmax.weibull_shape.shape == (3,)
     earlier = MMSERForAudioClassification.from_pretrained(checkpoint)
     assert torch.equal(model.classifier.feature_projection.weight, earlier.classifier.feature_projection.weight)
+    arguments, _, _ = train_hf.parse_arguments(["--model_name_or_path", str(checkpoint), "--use_cpu"])
+    started = train_hf.load_model(arguments, ["a", "b", "c"], MMSERProcessor.from_pretrained(checkpoint))
+    assert started.config.class_counts is None and started.config.num_labels == 3  # a stream's clips cannot be counted
 
 
 def test_distillation_from_a_teacher(run, checkpoint, tmp_path):

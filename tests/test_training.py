@@ -376,13 +376,14 @@ losses = [line["loss"] for line in training_lines(trainer)]
 weights = flat_parameters(trainer.model).numpy()
 np.savez(f"{folder}/rank{trainer.args.process_index}.npz", weights=weights, losses=losses, parts=parts, **outputs)
 
-arguments = {"per_device_train_batch_size": 4, "max_steps": 9}
-whole = resumable(splits, f"{folder}/whole", model, **arguments, save_steps=6)
-whole.train()
-resumed = resumable(splits, f"{folder}/resumed", model, **arguments, save_strategy="no")
-resumed.train(resume_from_checkpoint=f"{folder}/whole/checkpoint-6")
-assert len(set(training_losses(whole))) == 9
-assert np.allclose(training_losses(resumed), training_losses(whole), atol=1e-5), "resumed in the middle of an epoch"
+for strategy in ("random", "group_by_length"):
+    arguments = {"per_device_train_batch_size": 4, "max_steps": 9, "train_sampling_strategy": strategy}
+    whole = resumable(splits, f"{folder}/{strategy}", model, **arguments, save_steps=6)
+    whole.train()
+    resumed = resumable(splits, f"{folder}/resumed", model, **arguments, save_strategy="no")
+    resumed.train(resume_from_checkpoint=f"{folder}/{strategy}/checkpoint-6")
+    assert len(set(training_losses(whole))) == 9
+    assert np.allclose(training_losses(resumed), training_losses(whole), atol=1e-5), f"{strategy} resumed mid-epoch"
 torch.distributed.destroy_process_group()
 """
 
@@ -471,7 +472,8 @@ def test_resuming_in_the_middle_of_an_accumulated_epoch(splits, tmp_path):
 
 
 def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):
-    trainer = make_trainer(tiny_model(), splits, tmp_path, data_seed=0)
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    trainer = make_trainer(tiny_model(), splits, tmp_path, data_seed=0, **grouped)
     sampler = trainer._get_train_sampler()
     orders = []
     for epoch in (0, 1, 0):
@@ -479,7 +481,7 @@ def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):
         orders.append(list(sampler))
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == list(range(len(splits["train"])))
-    other = make_trainer(tiny_model(), splits, tmp_path, data_seed=7)._get_train_sampler()
+    other = make_trainer(tiny_model(), splits, tmp_path, data_seed=7, **grouped)._get_train_sampler()
     assert list(other) != orders[0]
     lengths = np.array(trainer.train_dataset.lengths)
     assert lengths[orders[0][0]] == lengths.max()  # the largest batch first: lack of memory shows at once
