@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo_output
-# The processor build of PyTorch is a few hundred MB; set TORCH=torch for the build with CUDA.
+# The version that the tests were run with; `make TORCH=torch ...` takes the newest.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test lint clean
 
+# One thread computes (the tensors are small) while the data are decoded on the other cores
 demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer
-	$(BIN)/python train_hf.py recipes/demo.json
+	OMP_NUM_THREADS=1 $(BIN)/python train_hf.py recipes/demo.json
 	$(BIN)/python demo/classify.py $(DEMO)/model $(DEMO)/corpus
 
 $(DEMO)/corpus: | $(VENV)/installed

@@ -219,6 +219,10 @@ class MMSERConfig(PreTrainedConfig):
                 f"`audio_config` has model type {model_type!r}; supported are {', '.join(WAVEFORM_MODEL_TYPES)} "
                 f"(raw waveform) and {', '.join(LOG_MEL_MODEL_TYPES)} (log-mel)."
             )
+        if getattr(self.audio_config, "conv_pos_batch_norm", False):
+            raise ValueError(
+                "`audio_config.conv_pos_batch_norm=True` is not supported: it mixes the clips of a batch."
+            )
         if getattr(self.audio_config, "add_adapter", False):
             raise ValueError(
                 "`audio_config.add_adapter=True` is not supported: its convolutions mix padding into the clip."

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from multiprocessing.pool import ThreadPool
@@ -28,11 +29,11 @@ from sklearn.model_selection import GroupShuffleSplit
 from transformers import BatchFeature
 from transformers.utils import logging
 
+from configuration_mmser import DEFAULT_LABELS
 from processing_mmser import MIN_SECONDS, MMSERProcessor, load_audio
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_LABEL_NAMES = ("neutral", "happy", "sad", "angry")
 UNKNOWN_LABEL = -1  # "none of the known classes": only in open-set data
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -84,7 +85,8 @@ def load_emotion_dataset(
 ) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, list[str]]:
     """Load the training, validation and test data from one of three kinds of source.
 
-    The splits that the source does not give are held out of its training data, whole speakers at a time. Every row
+    Without a validation split, one is held out of the training data, whole speakers at a time, and a test split as
+    well if neither is given. Every row
     is checked here: its label, its audio file's existence, and that no speaker is in two splits.
 
     Args:
@@ -141,6 +143,7 @@ def load_emotion_dataset(
     training = [record for record in records if record["split"] == "train"] or records
     label_names = _choose_label_names(label_names, class_names, [record["label"] for record in training])
     good = _check_records(records, label_names, problems)
+    _warn_of_rare_labels(training, label_names)
     _report_problems(problems, on_bad_example)
 
     # the splits that the source has, also those of which no row is good
@@ -162,7 +165,7 @@ def load_emotion_split(
     path: str | os.PathLike,
     *,
     columns: DataColumns | None = None,
-    label_names: Sequence[str] = DEFAULT_LABEL_NAMES,
+    label_names: Sequence[str] = DEFAULT_LABELS,
     allow_unknown: bool = True,
     on_bad_example: str = "error",
 ) -> datasets.Dataset:
@@ -237,11 +240,17 @@ def _find_columns(
         name = getattr(columns, role.name)
         names = (name, *ALTERNATIVE_COLUMNS.get(role.name, ())) if name == role.default else (name,)
         match = next((candidate for candidate in names if candidate in available), None)
-        required = role.name == "label" and not unlabelled
-        if match is None and (required or (name and name != role.default)):
+        required = role.name == "audio" or (role.name == "label" and not unlabelled)
+        if match is None and role.name == "text" and name == role.default:
+            logger.warning_once(
+                f"{source} has no text column {name!r} and is used without transcripts; its columns are "
+                f"{list(available)}. Name another one with --text_column."
+            )
+        if match is None and name and (required or name != role.default):
+            hint = ", or pass `none` for data without audio" if role.name == "audio" else ""
             raise ValueError(
                 f"{source} has no {role.name} column {name!r}; its columns are {list(available)}. "
-                f"Name the right one with --{role.name}_column."
+                f"Name the right one with --{role.name}_column{hint}."
             )
         if match is not None:
             found[role.name] = match
@@ -401,11 +410,24 @@ def _class_name(label: Any, class_names: Sequence[str] | None) -> Any:
     return class_names[label] if class_names and label is not None and label >= 0 else label
 
 
+def _load_hub_dataset(name: str, config_name: str | None, **options) -> datasets.DatasetDict:
+    """`datasets.load_dataset`, with a way out where it insists on torchcodec: data stored as loose audio files."""
+    try:
+        return datasets.load_dataset(name, config_name, **options)
+    except (ImportError, datasets.exceptions.DatasetGenerationError) as error:
+        if "torchcodec" not in f"{error} {error.__cause__}":
+            raise
+        raise ValueError(
+            f"{name} is stored as loose audio files, which `datasets` reads with torchcodec only. Download it (`hf "
+            f"download --repo-type dataset {name} --local-dir FOLDER`) and pass --data_dir FOLDER, or install torchcodec."
+        ) from error
+
+
 def _hub_records(
     name: str, config_name: str | None, wanted: dict[str, tuple[str, ...]], columns: DataColumns
 ) -> tuple[list[dict[str, Any]], datasets.Dataset | None, list[str] | None]:
     """Records of a Hub data set, its audio column (aligned with the records) if embedded, and its class names."""
-    loaded = datasets.load_dataset(name, config_name)
+    loaded = _load_hub_dataset(name, config_name)
     picked = _pick_splits(loaded, wanted, name)
     records: list[dict[str, Any]] = []
     audio_tables = []
@@ -446,7 +468,7 @@ def _stream_hub(
     on_bad_example: str,
 ) -> tuple[datasets.IterableDatasetDict, list[str]]:
     """Like `_hub_records`, but row by row while training. A bad row raises then, or (skip) has `labels` None."""
-    loaded = datasets.load_dataset(name, config_name, streaming=True)
+    loaded = _load_hub_dataset(name, config_name, streaming=True)
     picked = _pick_splits(loaded, wanted, name)
     logger.warning(
         f"{name} is streamed: whether a speaker is in two of its splits {list(picked.values())} cannot be checked, "
@@ -507,11 +529,20 @@ def _choose_label_names(
         written = {str(label).strip() for label in labels if label is not None}
         found = sorted(name for name in written if name and _as_id(name) is None and name.casefold() != "unknown")
         names = list(class_names or found)
-        if {name.casefold() for name in names} <= set(DEFAULT_LABEL_NAMES):
-            names = list(DEFAULT_LABEL_NAMES)
+        if {name.casefold() for name in names} <= set(DEFAULT_LABELS):
+            names = list(DEFAULT_LABELS)
     if len({name.casefold() for name in names}) != len(names) or "" in names or len(names) < 2:
         raise ValueError(f"label names must be two or more different names, got {names}")
     return names
+
+
+def _warn_of_rare_labels(records: Sequence[dict], label_names: Sequence[str]) -> None:
+    """A name that hardly any clip has, among names taken from the data, is most likely misspelt."""
+    logger.info(f"Labels: {', '.join(label_names)}")
+    counts = Counter(str(record["label"]).strip().casefold() for record in records)
+    rare = {name: counts[name.casefold()] for name in label_names if 0 < counts[name.casefold()] < 5}
+    if rare and len(records) >= 20 * len(label_names):
+        logger.warning(f"Labels with fewer than 5 training clips: {rare} of {list(label_names)}. Is a name misspelt?")
 
 
 def _as_id(label: str) -> int | None:
@@ -972,19 +1003,20 @@ class EmotionDataset(torch.utils.data.Dataset):
             return 0
 
 
-def drop_unreadable(dataset: datasets.Dataset, **reader_options) -> datasets.Dataset:
-    """Leave out the rows of which no example can be made, by trying each once; a warning counts them.
+def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **reader_options) -> datasets.Dataset:
+    """Try each row once, before work is spent: leave out those of which no example can be made, and count them.
 
     With every row readable, all batches are whole: predictions line up with the rows, on any number of processes.
 
     Args:
         dataset: a split of `load_emotion_dataset`.
+        on_bad_example: "skip", or "error" to raise at the first bad row.
         **reader_options: of `ExampleReader`.
 
     Raises:
-        ValueError: if no row is left.
+        ValueError: if no row is left, or naming the row, for "error".
     """
-    examples = EmotionDataset(dataset, on_bad_example="skip", **reader_options)
+    examples = EmotionDataset(dataset, on_bad_example=on_bad_example, **reader_options)
     with ThreadPool(8) as pool:
         tried = pool.imap(lambda index: examples[index] is not None, range(len(examples)), chunksize=16)
         progress = logging.tqdm(tried, "checking clips", len(examples), disable=len(examples) <= 2000)

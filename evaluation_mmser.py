@@ -24,9 +24,10 @@ import sklearn.metrics
 from transformers import EvalPrediction
 from transformers.utils import logging
 
+from configuration_mmser import DEFAULT_LABELS
+
 logger = logging.get_logger(__name__)
 
-DEFAULT_LABEL_NAMES = ("neutral", "happy", "sad", "angry")
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
@@ -198,7 +199,7 @@ class MMSERMetric(evaluate.Metric):
         kwargs: passed to `evaluate.Metric`, for example `cache_dir` or `keep_in_memory`.
     """
 
-    def __init__(self, label_names: Sequence[str] = DEFAULT_LABEL_NAMES, **kwargs):
+    def __init__(self, label_names: Sequence[str] = DEFAULT_LABELS, **kwargs):
         self.label_names = _label_names(label_names)
         super().__init__(**kwargs)
 

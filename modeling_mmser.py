@@ -47,7 +47,7 @@ def class_balanced_weights(class_counts: Iterable[int], beta: float) -> list[flo
     sum to C.
 
     Args:
-        class_counts: clips of each class in the training set. A class without clips is weighted as if it had one.
+        class_counts: clips of each class in the training set. A class without clips has weight 0.
         beta: in [0, 1); 0 weighs all classes alike, towards 1 the weights approach the inverse class frequency.
     Raises:
         ValueError: `beta` outside [0, 1), or a negative count.
@@ -57,7 +57,9 @@ def class_balanced_weights(class_counts: Iterable[int], beta: float) -> list[flo
         raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
     if any(count < 0 for count in class_counts):
         raise ValueError(f"`class_counts` must not be negative, got {class_counts}.")
-    weights = [(1 - beta) / (1 - beta ** max(count, 1)) for count in class_counts]
+    if not any(class_counts):
+        raise ValueError(f"`class_counts` has no clip at all: {class_counts}.")
+    weights = [(1 - beta) / (1 - beta**count) if count else 0.0 for count in class_counts]
     return [weight * len(weights) / sum(weights) for weight in weights]
 
 
@@ -65,8 +67,8 @@ def class_balanced_focal_loss(
     logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, gamma: float = 2.0
 ) -> Tensor:
     """
-    Mean over the batch of `-w_y (1 - p_y)^gamma log p_y` (Lin et al. 2017, eq. 4, weighted as in Cui et al. 2019,
-    eq. 14).
+    Mean over the batch of `-w_y (1 - p_y)^gamma log p_y`: the focal loss of Lin et al. 2017 (eq. 5) with softmax
+    probabilities and the class-balanced weights of Cui et al. 2019 as alpha.
 
     Args:
         logits: [B, C].
@@ -86,7 +88,8 @@ def class_balanced_focal_loss(
 def clustering_loss(anchor_logits: Tensor, anchor_distances: Tensor, labels: Tensor) -> Tensor:
     """
     Pull each clip to the anchor of its label and away from the others: cross-entropy over the anchor logits plus the
-    mean distance to the own anchor (after the class anchor clustering loss of Miller et al. 2021, eqs. 3-5).
+    mean distance to the own anchor. After the class anchor clustering loss of Miller et al. 2021, whose anchors are
+    fixed; ours are learned, on the unit sphere, with a learned temperature.
 
     Args:
         anchor_logits: similarity to each anchor over the temperature, [B, C].
@@ -160,7 +163,8 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 def check_finite_losses(losses: dict[str, Tensor]) -> None:
     """Raise `FloatingPointError` naming every NaN or infinite part of the loss. Reads the values: synchronises."""
-    bad = {name: value.item() for name, value in losses.items() if not torch.isfinite(value).all()}
+    values = torch.stack([value.float() for value in losses.values()]).tolist()  # one wait for the device, not many
+    bad = {name: value for name, value in zip(losses, values, strict=True) if not math.isfinite(value)}
     if bad:
         raise FloatingPointError(
             f"The loss is not finite: {', '.join(f'{name}={value}' for name, value in bad.items())}. "
@@ -402,7 +406,7 @@ class AttentiveStatsPooling(nn.Module):
 
 class FusionLayer(nn.Module):
     """
-    Gated multimodal unit (Arevalo et al. 2017, eqs. 1-5) that knows which modality is there: a missing one gets
+    Gated multimodal unit (Arevalo et al. 2017, section 3.1) that knows which modality is there: a missing one gets
     gate 0.
     """
 
@@ -573,7 +577,8 @@ class PrototypeMemory(nn.Module):
 
 class OpenMax(nn.Module):
     """
-    OpenMax (Bendale & Boult 2016, algorithms 1 and 2): an extra class "unknown" takes over activation from the
+    OpenMax (Bendale & Boult 2016, algorithms 1 and 2, with the rank weights of the authors' code): an extra class
+    "unknown" takes over activation from the
     top-ranked classes as far as a clip lies in the tail of the distances that the class was trained with.
 
     The distances are to the learned class anchors instead of mean activation vectors. Activations are shifted to be at
@@ -725,7 +730,7 @@ class MMSEROutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`): weighted sum of the parts, if `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): calibrated by the temperature in eval mode.
         uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): in [0, 1], high where a prediction may be wrong.
-        anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss; 0 without `labels`.
+        anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss; 0 without `labels` or weight.
         losses (`dict[str, torch.FloatTensor]`): the weighted parts by name, detached; they sum to `loss`.
         features (`torch.FloatTensor` of shape `(batch_size, feature_size)`): input of the output layer.
         fused (`torch.FloatTensor` of shape `(batch_size, fusion_hidden_size)`): `pooler_output` of `MMSERModel`.
@@ -1127,10 +1132,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         loss = losses = None
         anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
         if labels is not None:
-            parts = self._weighted_losses(
-                raw_logits, features, uncertainty, anchor_logits, anchor_distances, labels, teacher_logits
-            )
-            anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
+            self._check_labels(labels)
+            if self.config.anchor_loss_weight:
+                anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
+            parts = self._weighted_losses(raw_logits, features, uncertainty, anchor_loss, labels, teacher_logits)
             loss = sum(parts.values())
             losses = {name: part.detach() for name, part in parts.items()}
 
@@ -1152,20 +1157,23 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def _check_labels(self, labels: Tensor) -> None:
+        num_labels = self.config.num_labels
+        # On another device looking would mean waiting for it; there the loss fails with an assertion of its own
+        if labels.device.type == "cpu" and ((labels < 0) | (labels >= num_labels)).any():
+            raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
+
     def _weighted_losses(
         self,
         logits: Tensor,
         features: Tensor,
         uncertainty: Tensor,
-        anchor_logits: Tensor,
-        anchor_distances: Tensor,
+        anchor_loss: Tensor,
         labels: Tensor,
         teacher_logits: Tensor | None,
     ) -> dict[str, Tensor]:
         """The parts of the loss times their weights; a part with weight 0 is not computed."""
         config = self.config
-        if labels.device.type == "cpu" and ((labels < 0) | (labels >= config.num_labels)).any():
-            raise ValueError(f"`labels` must be in [0, {config.num_labels - 1}], got {labels.tolist()}.")
         if config.distillation_loss_weight and teacher_logits is None:
             raise ValueError("`distillation_loss_weight` is set: pass `teacher_logits`.")
         class_weights = None
@@ -1174,7 +1182,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         parts = {
             "cross_entropy": lambda: F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing),
             "focal": lambda: class_balanced_focal_loss(logits, labels, class_weights, config.focal_gamma),
-            "anchor": lambda: clustering_loss(anchor_logits, anchor_distances, labels),
+            "anchor": lambda: anchor_loss,
             "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
             "prototype": lambda: prototype_loss(self.prototypes(features), labels),
             "supervised_contrastive": lambda: supervised_contrastive_loss(

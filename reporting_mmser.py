@@ -45,14 +45,18 @@ from training_mmser import MMSERTrainer
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "model_card.md"
+RESULTS_NAME = "eval_results.json"
 GROUPS = ("corpus", "language")
 NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
 
 
-def describe_data(name: str, splits: Mapping[str, datasets.Dataset | datasets.IterableDataset]) -> dict[str, Any]:
+def describe_data(
+    name: str, splits: Mapping[str, datasets.Dataset | datasets.IterableDataset], is_hub: bool = False
+) -> dict[str, Any]:
     """Name, clips per split, languages, and whether speakers are shared between splits, as far as the data say."""
     result: dict[str, Any] = {
-        "name": Path(name).name,
+        "name": name if is_hub else Path(name).resolve().name,
+        "type": name if is_hub else "audiofolder",
         "clips": {},
         "speakers": "Speakers are not known.",
         "overlap": False,
@@ -141,7 +145,10 @@ def evaluate_split(
                 rows[name] = describe_predictions(trainer.predict_outputs(alone), label_names, _groups(present))
     train_outputs = trainer.train_outputs
     majority = np.full(len(outputs["labels"]), np.bincount(train_outputs["labels"]).argmax())
-    for name, predictions in (("linear_probe", linear_probe(train_outputs, outputs)), ("majority", majority)):
+    references = {"majority": majority}
+    if len(np.unique(train_outputs["labels"])) > 1:
+        references = {"linear_probe": linear_probe(train_outputs, outputs), **references}
+    for name, predictions in references.items():
         rows[name] = {
             "clips": len(predictions),
             **compute_classification_metrics(predictions, outputs["labels"], label_names),
@@ -187,11 +194,11 @@ def evaluate_open_set(
     return rows
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the versions that numbers were measured with."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """The machine and the versions that numbers were measured with; `device` is the CPU by default."""
+    is_cuda = device is not None and device.type == "cuda"
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -239,16 +246,27 @@ def format_results(results: Mapping[str, Any]) -> dict[str, str]:
     return tables
 
 
-def write_results(results: dict[str, Any], output_dir: str | Path, command: list[str] | None = None) -> str:
+def earlier_training(output_dir: str | Path) -> dict[str, Any] | None:
+    """What `eval_results.json` says of the training: for a run that is only evaluated again, as it was finished."""
+    path = Path(output_dir) / RESULTS_NAME
+    return json.loads(path.read_text(encoding="utf-8"))["training"] if path.exists() else None
+
+
+def write_results(
+    results: dict[str, Any],
+    output_dir: str | Path,
+    command: list[str] | None = None,
+    device: torch.device | None = None,
+) -> str:
     """
     Write `eval_results.json` and the model card `README.md` into `output_dir`.
 
     Returns: the tables, to print at the end of a run.
     """
     folder = Path(output_dir)
-    results = {**results, "environment": environment(), "command": shlex.join(command or sys.argv)}
+    results = {**results, "environment": environment(device), "command": shlex.join(command or sys.argv)}
     text = json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
+    (folder / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
     write_model_card(results, folder)
     tables = format_results(results)
     titles = {
@@ -299,7 +317,7 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
         [
             EvalResult(
                 task_type="audio-classification",
-                dataset_type="audiofolder",
+                dataset_type=results["data"]["type"],
                 dataset_name=f"{results['data']['name']} ({split})",
                 metric_type="f1",
                 metric_name="Weighted F1",
@@ -311,7 +329,7 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
     )
     card_data = ModelCardData(
         language=_language_codes(results["data"]["languages"]),
-        license="apache-2.0",
+        license=results.get("license"),
         library_name="transformers",
         pipeline_tag="audio-classification",
         tags=["speech-emotion-recognition", "multimodal", "mmser", "audio", "text"],

@@ -1,7 +1,9 @@
-# /// script
-# dependencies = ["mmser"]
-# ///
 # SPDX-License-Identifier: Apache-2.0
+# /// script
+# dependencies = [
+#     "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "soundfile", "soxr", "torch", "transformers>=5.20",
+# ]
+# ///
 """Fine-tune MMSER on emotional speech, evaluate it and save a checkpoint that explains itself.
 
 python train_hf.py --data_dir my_data --output_dir runs/mine --epochs 10
@@ -40,14 +42,17 @@ from data_mmser import (
     load_emotion_dataset,
     load_emotion_split,
 )
-from evaluation_mmser import build_compute_metrics, format_table
-from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from evaluation_mmser import format_table
+from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
-from reporting_mmser import describe_data, evaluate_open_set, evaluate_split, write_results
+from reporting_mmser import describe_data, earlier_training, evaluate_open_set, evaluate_split, write_results
 from training_mmser import MMSERTrainer, MMSERTrainingArguments, last_complete_checkpoint, parameter_table
 
 logger = logging.get_logger("train_hf")
 OWN_LOGGERS = ("train_hf", *(f"{name}_mmser" for name in ("data", "evaluation", "modeling", "processing", "training")))
+
+STREAM_BUFFER = 1000  # clips held to shuffle a stream
+STREAM_SAMPLE = 2000  # clips of a stream that OpenMax is fitted on
 
 
 @dataclass
@@ -86,6 +91,9 @@ class ModelArguments:
     freeze_text: bool = field(default=False, metadata={"help": "Freeze the text encoder."})
     freeze_feature_encoder: bool = field(
         default=False, metadata={"help": "Freeze only the convolutions in front of the audio encoder."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the checkpoint for its card, as the encoders and the data allow."}
     )
     teacher_name_or_path: str | None = field(
         default=None, metadata={"help": "MMSER checkpoint to distil from; set distillation_loss_weight as well."}
@@ -140,7 +148,8 @@ class DataArguments:
     @property
     def columns(self) -> DataColumns:
         names = [column.name for column in dataclasses.fields(DataColumns)]
-        return DataColumns(**{name: getattr(self, f"{name}_column") for name in names})
+        given = {name: getattr(self, f"{name}_column") for name in names}
+        return DataColumns(**{name: None if column.lower() == "none" else column for name, column in given.items()})
 
 
 def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, MMSERTrainingArguments]:
@@ -281,7 +290,8 @@ def main(arguments: list[str] | None = None) -> dict:
     set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
 
-    splits, label_names, unknown = load_data(data_arguments, training_arguments.data_seed or training_arguments.seed)
+    data_seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
+    splits, label_names, unknown = load_data(data_arguments, data_seed)
     processor = load_processor(model_arguments)
     model = load_model(model_arguments, label_names, processor)
     # Token positions that the encoder has no embedding for must be cut by the tokenizer
@@ -295,13 +305,16 @@ def main(arguments: list[str] | None = None) -> dict:
         "sampling_rate": processor.feature_extractor.sampling_rate,
         "max_seconds": data_arguments.max_seconds,
     }
-    num_skipped = 0
-    if data_arguments.on_bad_example == "skip" and not data_arguments.streaming:
-        num_clips = len(splits["train"])
-        splits = {name: drop_unreadable(split, **reader_options) for name, split in splits.items()}
-        unknown = None if unknown is None else drop_unreadable(unknown, **reader_options)
-        num_skipped = num_clips - len(splits["train"])
-    if not data_arguments.streaming:
+    if data_arguments.streaming:
+        # A stream comes in stored order, which often is by class
+        splits["train"] = splits["train"].shuffle(seed=data_seed, buffer_size=STREAM_BUFFER)
+        logger.warning("The clips of a stream are not counted beforehand: the focal loss weighs all classes alike.")
+    else:
+        num_clips = sum(map(len, splits.values()))
+        check = {"on_bad_example": data_arguments.on_bad_example, **reader_options}
+        splits = {name: drop_unreadable(split, **check) for name, split in splits.items()}
+        unknown = None if unknown is None else drop_unreadable(unknown, **check)
+        num_skipped = num_clips - sum(map(len, splits.values()))
         model.config.class_counts = class_counts(splits["train"], len(label_names))
         logger.info(f"Training clips per class: {dict(zip(label_names, model.config.class_counts, strict=True))}")
     logger.info("Parameters:\n" + format_table(parameter_table(model), ["part", "parameters", "trainable"]))
@@ -330,10 +343,9 @@ def main(arguments: list[str] | None = None) -> dict:
         eval_dataset=evaluation_dataset(splits["validation"]) if "validation" in splits else None,
         data_collator=MMSERDataCollator(processor),
         processing_class=processor,
-        compute_metrics=build_compute_metrics(label_names),
     )
     results = {
-        "model_name": training_arguments.hub_model_id or Path(training_arguments.output_dir).resolve().name,
+        "model_name": trainer.hub_model_id or Path(training_arguments.output_dir).resolve().name,
         "label_names": label_names,
         "encoders": {
             "audio": encoder_name(model_arguments, "audio"),
@@ -342,21 +354,29 @@ def main(arguments: list[str] | None = None) -> dict:
         "openmax_threshold": model.config.openmax_threshold,
         "parameters": parameter_table(model),
         "data": describe_data(
-            data_arguments.data_dir or data_arguments.manifest or data_arguments.dataset_name, splits
+            data_arguments.data_dir or data_arguments.manifest or data_arguments.dataset_name,
+            splits,
+            is_hub=data_arguments.dataset_name is not None,
         ),
+        "license": model_arguments.license,
     }
 
     checkpoint = training_arguments.resume_from_checkpoint
-    if checkpoint in (None, "True", "true", True):
+    if str(checkpoint).lower() in ("none", "true"):
         checkpoint = last_complete_checkpoint(training_arguments.output_dir)
         if checkpoint:
             logger.info(f"Resuming from {checkpoint}. Choose another --output_dir to start anew.")
+    elif str(checkpoint).lower() in ("false", "no"):
+        checkpoint = None
     results["training"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    results["training"]["skipped_clips"] = num_skipped + train_dataset.num_skipped
+    if checkpoint and trainer.state.global_step == int(checkpoint.rsplit("-", 1)[1]):  # it was finished before
+        results["training"] = earlier_training(training_arguments.output_dir) or results["training"]
+    results["training"]["skipped_clips"] = train_dataset.num_skipped if data_arguments.streaming else num_skipped
 
     held_out = splits.get("validation")
+    known_clips = splits["train"].take(STREAM_SAMPLE) if data_arguments.streaming else splits["train"]
     results["calibration"] = trainer.finalize(
-        evaluation_dataset(splits["train"]), None if held_out is None else evaluation_dataset(held_out)
+        evaluation_dataset(known_clips), None if held_out is None else evaluation_dataset(held_out)
     )
     trainer.save_model()
     trainer.save_state()
@@ -369,12 +389,13 @@ def main(arguments: list[str] | None = None) -> dict:
     if trainer.is_world_process_zero():
         token = training_arguments.hub_token  # what is written here is for everyone to read
         command = [argument.replace(token, "...") if token else argument for argument in command]
-        print(write_results(results, training_arguments.output_dir, ["train_hf.py", *command]))
+        print(
+            write_results(results, training_arguments.output_dir, ["train_hf.py", *command], training_arguments.device)
+        )
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
     return results
 
 
 if __name__ == "__main__":
-    register_auto_classes()
     main()

@@ -21,7 +21,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from evaluation_mmser import expected_calibration_error, fit_temperature, negative_log_likelihood, softmax
+from data_mmser import EmotionDataset, class_counts
+from evaluation_mmser import (
+    build_compute_metrics,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    softmax,
+)
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput, OpenMax, check_finite_losses
 
 logger = logging.get_logger(__name__)
@@ -145,12 +152,30 @@ class MMSERTrainer(Trainer):
     `transformers.Trainer` for `MMSERForAudioClassification`.
 
     Args:
-        args (`MMSERTrainingArguments`): or any `TrainingArguments`.
+        model (`MMSERForAudioClassification`): gets the class counts of the training set, if it has none.
+        args (`MMSERTrainingArguments`): by default with all its defaults.
         teacher (`MMSERForAudioClassification`, *optional*): for `config.distillation_loss_weight`, on the same inputs.
-        kwargs: as for `Trainer`.
+        kwargs: as for `Trainer`. `compute_metrics` defaults to the metrics of `evaluation_mmser`, which also warn when
+            all predictions are of one class. Call `finalize` after `train`.
+    Raises:
+        TypeError: other training arguments, whose defaults would undo the parameter groups and drop the audio.
+        ValueError: a teacher without `config.distillation_loss_weight`, or the other way round.
     """
 
     def __init__(self, model=None, args=None, teacher: MMSERForAudioClassification | None = None, **kwargs):
+        args = MMSERTrainingArguments() if args is None else args
+        if not isinstance(args, MMSERTrainingArguments):
+            raise TypeError(f"`args` must be MMSERTrainingArguments, got {type(args).__name__}.")
+        if model is not None:
+            if (teacher is None) != (model.config.distillation_loss_weight == 0):
+                raise ValueError(
+                    "Distillation needs both a teacher and a `distillation_loss_weight` in the configuration; got "
+                    f"{'no teacher' if teacher is None else 'a teacher'} and {model.config.distillation_loss_weight}."
+                )
+            label_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+            kwargs.setdefault("compute_metrics", build_compute_metrics(label_names))
+            if model.config.class_counts is None and isinstance(kwargs.get("train_dataset"), EmotionDataset):
+                model.config.class_counts = class_counts(kwargs["train_dataset"], model.config.num_labels)
         super().__init__(model, args, **kwargs)
         self.teacher = None if teacher is None else teacher.to(self.args.device).requires_grad_(False).eval()
         self.train_outputs: dict[str, np.ndarray] | None = None
@@ -186,8 +211,7 @@ class MMSERTrainer(Trainer):
         """The model's loss; its parts are kept for the log, and a part that is not finite is an error naming it."""
         if self.teacher is not None:
             with torch.no_grad():
-                student_only = ("labels",)
-                teacher_inputs = {name: value for name, value in inputs.items() if name not in student_only}
+                teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
                 inputs = {**inputs, "teacher_logits": self.teacher(**teacher_inputs).logits}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         check_finite_losses(outputs["losses"])

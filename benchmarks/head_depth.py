@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a deep classifier train behind encoders that start at random? Ours against variants, on text of the demo corpus.
+"""Does a deep classifier train behind encoders that start at random? Ours against variants, on the demo's text.
 
     python benchmarks/head_depth.py --corpus demo_output/corpus --tokenizer demo_output/tokenizer --seeds 5
 
-Text alone is enough to separate the four classes of that corpus, and small enough for many runs on a CPU. Every run is the
-demo's model and optimiser; only the residual blocks differ. Writes `benchmarks/results/head_depth.json`.
+Text alone is enough to separate the four classes of that corpus, and small enough for many runs on a CPU. Every run
+is the demo's model and optimiser; only the residual blocks differ. Writes `benchmarks/results/head_depth.json`.
 """
 
 import argparse
@@ -140,7 +140,9 @@ def main() -> None:
     table = format_table(rows, list(rows[0]))
     print(table)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(value) for name, value in vars(arguments).items() if name in ("seeds", "epochs", "batch_size")}
+    settings = {
+        name: str(value) for name, value in vars(arguments).items() if name in ("seeds", "epochs", "batch_size")
+    }
     report = {"environment": environment(), "settings": settings, "summary": rows, "runs": runs}
     arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

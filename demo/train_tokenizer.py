@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small cased WordPiece tokenizer (BERT's kind) on the training transcripts of a corpus folder.
 
-    python demo/train_tokenizer.py demo_output/corpus demo_output/tokenizer
+python demo/train_tokenizer.py demo_output/corpus demo_output/tokenizer
 """
 
 import argparse
@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def train_tokenizer(corpus: Path, vocab_size: int = 2000) -> BertTokenizer:
-    """Train on `corpus/train/metadata.csv`, column `transcription`; validation and test sentences are not looked at."""
+    """Train on the column `transcription` of `corpus/train/metadata.csv`; held-out sentences are not looked at."""
     with open(corpus / "train" / "metadata.csv", encoding="utf-8", newline="") as file:
         sentences = [row["transcription"] for row in csv.DictReader(file)]
     empty = BertTokenizer(vocab={token: i for i, token in enumerate(SPECIAL_TOKENS)}, do_lower_case=False)

@@ -139,7 +139,9 @@ def test_text_only_tables_named_after_splits(tmp_path):
         write_table(
             tmp_path / f"{split}.csv", [{"transcription": 'a "quoted", line', "label": label} for label in (0, 3)]
         )
-    data, _ = load_emotion_dataset(tmp_path)
+    with pytest.raises(ValueError, match=r"no audio column 'file_name'.*\['transcription', 'label'\].*--audio_column"):
+        load_emotion_dataset(tmp_path)
+    data, _ = load_emotion_dataset(tmp_path, columns=DataColumns(audio=None))
     assert data["test"][1] == {"text": 'a "quoted", line', "labels": 3, "row": "test.csv row 3"}
     example = EmotionDataset(data["train"])[0]
     assert example == {"labels": 0, "length": 0, "text": 'a "quoted", line'}
@@ -393,8 +395,8 @@ def test_own_split_is_speaker_disjoint_and_complete(tmp_path, rows, seed):
     rows = [*rows, (10, 0, "A"), (11, 1, "A"), (12, 2, "B")]
     speakers, labels, corpora = zip(*rows, strict=True)
     path = text_manifest(tmp_path / "list.csv", speakers, labels, corpora)
-    data, _ = load_emotion_dataset(manifest=path, seed=seed)
-    again, _ = load_emotion_dataset(manifest=path, seed=seed)
+    data, _ = load_emotion_dataset(manifest=path, seed=seed, columns=DataColumns(audio=None))
+    again, _ = load_emotion_dataset(manifest=path, seed=seed, columns=DataColumns(audio=None))
     people = {split: set(zip(part["corpus"], part["speaker"], strict=True)) for split, part in data.items()}
     assert list(data) == ["train", "validation", "test"] and all(people.values())
     assert not people["train"] & people["test"]
@@ -409,7 +411,8 @@ def test_own_split_keeps_label_shares(tmp_path):
     rng = np.random.default_rng(0)
     speakers = rng.integers(0, 30, 900)
     labels = np.where(rng.random(900) < 0.6, 0, rng.integers(1, 4, 900))
-    data, _ = load_emotion_dataset(manifest=text_manifest(tmp_path / "list.csv", speakers, labels))
+    path = text_manifest(tmp_path / "list.csv", speakers, labels)
+    data, _ = load_emotion_dataset(manifest=path, columns=DataColumns(audio=None))
     expected = np.bincount(labels) / 900
     for split, share in (("train", 0.7), ("validation", 0.15), ("test", 0.15)):
         counts = np.array(class_counts(data[split], 4))
@@ -430,8 +433,8 @@ def test_split_without_speakers_needs_permission(tmp_path, log):
     with pytest.raises(
         ValueError, match=r"no speaker column: add a column .*--speaker_column.*--allow_speaker_overlap"
     ):
-        load_emotion_dataset(manifest=path)
-    data, _ = load_emotion_dataset(manifest=path, allow_speaker_overlap=True)
+        load_emotion_dataset(columns=DataColumns(audio=None), manifest=path)
+    data, _ = load_emotion_dataset(columns=DataColumns(audio=None), manifest=path, allow_speaker_overlap=True)
     assert {split: class_counts(part, 2) for split, part in data.items()} == {
         "train": [14, 14],
         "validation": [3, 3],
@@ -440,7 +443,7 @@ def test_split_without_speakers_needs_permission(tmp_path, log):
     assert "speakers may leak" in log.text
     two = text_manifest(tmp_path / "two.csv", list("ab") * 20, [0] * 20 + [1] * 20)
     with pytest.raises(ValueError, match="has only 2 speakers"):
-        load_emotion_dataset(manifest=two)
+        load_emotion_dataset(manifest=two, columns=DataColumns(audio=None))
 
 
 # -------------------------------------------------------------------------------------------------------- Hub data

@@ -98,7 +98,11 @@ def test_class_balanced_weights_at_the_ends_of_beta():
     assert class_balanced_weights([10, 1000], 0.0) == [1.0, 1.0]
     weights = class_balanced_weights([10, 1000], 1 - 1e-9)
     assert weights[0] / weights[1] == pytest.approx(100, rel=1e-4)
-    assert class_balanced_weights([0, 5], 0.9) == class_balanced_weights([1, 5], 0.9)
+    present = class_balanced_weights([7, 5], 0.9)
+    absent = class_balanced_weights([7, 0, 5], 0.9)  # a class without clips takes no weight from the others
+    assert absent == pytest.approx([1.5 * present[0], 0, 1.5 * present[1]])
+    with pytest.raises(ValueError, match="no clip"):
+        class_balanced_weights([0, 0], 0.9)
     for counts, beta in (([1, 2], 1.0), ([1, 2], -0.1), ([1, -2], 0.5)):
         with pytest.raises(ValueError, match="must"):
             class_balanced_weights(counts, beta)
@@ -330,12 +334,12 @@ def test_a_weight_of_zero_skips_the_computation(model, batch, monkeypatch, name,
 
 
 def test_the_parts_that_every_output_needs_can_be_left_out_of_the_loss(model, batch, monkeypatch):
-    """`anchor_loss` is an output of its own, so it is computed; with weight 0 it is no part of the loss."""
+    """The logits and distances are outputs of their own; with weight 0 nothing of the loss is computed from them."""
     with_weights(model, monkeypatch, cross_entropy=0.0, anchor=0.0, distillation=0.0)
     outputs = model(**{name: value for name, value in batch.items() if name != "teacher_logits"})
     assert set(outputs.losses) == {"focal", "uncertainty", "prototype", "supervised_contrastive"}
     (gradient,) = torch.autograd.grad(outputs.loss, [model.anchors.anchors], allow_unused=True)
-    assert gradient is None and outputs.anchor_loss.item() > 0
+    assert gradient is None and outputs.anchor_loss.item() == 0
 
 
 def test_distillation_needs_a_teacher(model, batch):

@@ -448,10 +448,12 @@ class StandIn(PreTrainedModel):
         self.batch_sizes.append(size)
         features = torch.stack([torch.zeros(size, dtype=self.dtype) + sound, torch.zeros(size) + words], -1)
         logits = features.to(self.dtype) @ self.weight
+        unknown = logits[:, 1:2].sigmoid() if self.openmax_fitted else None
         return ModelOutput(
             logits=logits,
             uncertainty=logits[:, :1].sigmoid(),
-            unknown_probability=logits[:, 1:2].sigmoid() if self.openmax_fitted else None,
+            unknown_probability=unknown,
+            open_set_probabilities=unknown if unknown is None else torch.cat([logits.softmax(-1), unknown], dim=-1),
             hidden_states=(features, features),
         )
 
@@ -566,12 +568,28 @@ class TestPipeline:
 
     def test_uncertainty(self, classifier):
         (entry,) = classifier({"text": "no"}, return_uncertainty=True, top_k=1)
-        assert set(entry) == {"label", "score", "uncertainty", "unknown_probability"}
-        assert 0 < entry["uncertainty"] < 1 and entry["unknown_probability"] is None
+        assert set(entry) == {"label", "score", "uncertainty", "unknown_probability", "is_unknown"}
+        assert 0 < entry["uncertainty"] < 1
+        assert entry["unknown_probability"] is None and entry["is_unknown"] is None
         classifier.model.openmax_fitted = True
         result = classifier([{"text": "no"}, {"text": "sad"}], return_uncertainty=True, batch_size=2)
         assert all(0 < entry["unknown_probability"] < 1 for entries in result for entry in entries)
         json.dumps(result)  # plain numbers
+
+    def test_rejection_follows_the_threshold(self, classifier):
+        def is_unknown():
+            return classifier({"text": "no"}, return_uncertainty=True)[0]["is_unknown"]
+
+        classifier.model.openmax_fitted = True
+        classifier.model.config.openmax_threshold = 1.0
+        assert is_unknown() is True  # unknown wins: more probable than any label
+        with torch.no_grad():
+            classifier.model.weight[:, 1] = -0.1
+        assert is_unknown() is False
+        classifier.model.config.openmax_threshold = 0.0
+        assert is_unknown() is True
+        classifier.model.config.openmax_threshold = None
+        assert is_unknown() is False
 
     def test_function_to_apply(self, classifier):
         def scores(**options):

@@ -204,6 +204,7 @@ def make_results(scored=("validation", "test"), languages=("en", "de"), label_na
     rows = evaluate_split(StandIn(), split, make_dataset, label_names)
     return {
         "model_name": "tiny",
+        "license": "mit",
         "label_names": list(label_names),
         "encoders": {"audio": "an audio encoder", "text": "a text encoder"},
         "openmax_threshold": 0.3,
@@ -256,7 +257,7 @@ def test_the_card_says_what_the_json_says(tmp_path):
         round(written["test"]["model"]["weighted_f1"], 4),
     )
     assert card.data.language == ["de", "en"] and card.data.model_name == "tiny"
-    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers" and card.data.license == "mit"
     for said in (
         "Temperature 1.5",
         "0.25 before",
