@@ -5,6 +5,8 @@ What is frozen, how long one trains and on which files belongs to `train_hf.py`;
 the network and to explain its own labels is here.
 """
 
+from typing import cast
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -171,7 +173,7 @@ class MMSERConfig(PreTrainedConfig):
     @property
     def uses_log_mel(self) -> bool:
         """Whether the audio encoder takes `input_features` (log-mel frames) instead of `input_values` (a waveform)."""
-        return self.audio_config.model_type in LOG_MEL_MODEL_TYPES
+        return cast(PreTrainedConfig, self.audio_config).model_type in LOG_MEL_MODEL_TYPES
 
     def validate_architecture(self):
         """Raise `ValueError` for sizes and weights that cannot make a network (part of the `@strict` validation)."""

@@ -418,8 +418,9 @@ def _load_hub_dataset(name: str, config_name: str | None, **options) -> datasets
         if "torchcodec" not in f"{error} {error.__cause__}":
             raise
         raise ValueError(
-            f"{name} is stored as loose audio files, which `datasets` reads with torchcodec only. Download it (`hf "
-            f"download --repo-type dataset {name} --local-dir FOLDER`) and pass --data_dir FOLDER, or install torchcodec."
+            f"{name} is stored as loose audio files, which `datasets` reads with torchcodec only. Download it "
+            f"(`hf download --repo-type dataset {name} --local-dir FOLDER`) and pass --data_dir FOLDER, or install "
+            "torchcodec."
         ) from error
 
 

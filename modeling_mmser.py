@@ -9,8 +9,9 @@ Ta audio states, L tokens, D an encoder's width, C classes.
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -185,7 +186,11 @@ class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
     are kept.
     """
 
-    def __init__(self, layer: nn.Module):
+    conv: nn.Conv1d
+    activation: nn.Module
+    layer_norm: nn.GroupNorm
+
+    def __init__(self, layer: Any):
         super().__init__()
         self.conv = layer.conv
         self.activation = layer.activation
@@ -216,7 +221,9 @@ class MaskedPositionalConvEmbedding(nn.Module):
     batch. The encoder zeroes padded states before this module, so they are recognised by being exactly 0.
     """
 
-    def __init__(self, pos_conv_embed: nn.Module):
+    layers: nn.ModuleList
+
+    def __init__(self, pos_conv_embed: Any):
         super().__init__()
         self.layers = pos_conv_embed.layers
 
@@ -257,9 +264,9 @@ class MaskedWhisperEncoder(WhisperEncoder):
         hidden_states = F.gelu(self.conv2(hidden_states)).permute(0, 2, 1)  # (B, Ta, D)
         hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
         hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
+        layer_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, layer_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
@@ -310,7 +317,7 @@ def build_text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    model_class = AutoModel._model_mapping[type(config)]
+    model_class: Any = AutoModel._model_mapping[type(config)]
     takes_argument = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if takes_argument else {}
 
@@ -475,7 +482,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.down = nn.Linear(config.classifier_hidden_size, config.classifier_bottleneck)
         self.up = nn.Linear(config.classifier_bottleneck, config.classifier_hidden_size)
-        self.up.starts_at_zero = True
+        self.up.starts_at_zero = True  # type: ignore[assignment]  # a plain mark, not a tensor
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.layer_norm = nn.LayerNorm(config.classifier_hidden_size)
         self.branch_scale = config.classifier_num_layers**-0.5
@@ -488,6 +495,8 @@ class ResidualBlock(nn.Module):
 
 class DeepClassifier(nn.Module):
     """Input projection, `classifier_num_layers` residual blocks, a feature layer and the output layer."""
+
+    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: MMSERConfig):
         super().__init__()
@@ -590,6 +599,10 @@ class OpenMax(nn.Module):
     """
 
     min_tail = 5  # a Weibull fitted on fewer distances says next to nothing
+    weibull_shape: Tensor
+    weibull_scale: Tensor
+    weibull_shift: Tensor
+    fitted: Tensor
 
     def __init__(self, num_labels: int, alpha: int):
         super().__init__()
@@ -612,7 +625,13 @@ class OpenMax(nn.Module):
         self._is_fitted = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def fit(self, distances: np.ndarray, labels: np.ndarray, predictions: np.ndarray, tail_size: int = 20) -> None:
+    def fit(
+        self,
+        distances: np.ndarray | Tensor,
+        labels: np.ndarray | Tensor,
+        predictions: np.ndarray | Tensor,
+        tail_size: int = 20,
+    ) -> None:
         """
         Fit one Weibull per class on the largest distances between correctly classified clips and their class anchor.
 
@@ -621,7 +640,7 @@ class OpenMax(nn.Module):
         warning names it.
 
         Args:
-            distances: to each class anchor, [N, C]; tensors are accepted.
+            distances: to each class anchor, [N, C].
             labels, predictions: class ids, [N].
             tail_size: number of largest distances used per class, at least 5.
         Raises:
@@ -713,12 +732,12 @@ class MMSERModelOutput(ModelOutput):
         hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
     """
 
-    pooler_output: torch.FloatTensor | None = None
-    audio_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    gate: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    pooler_output: Tensor | None = None
+    audio_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    gate: Tensor | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -740,27 +759,28 @@ class MMSEROutput(ModelOutput):
         hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    uncertainty: torch.FloatTensor | None = None
-    anchor_loss: torch.FloatTensor | None = None
-    losses: dict[str, torch.FloatTensor] | None = None
-    features: torch.FloatTensor | None = None
-    fused: torch.FloatTensor | None = None
-    anchor_distances: torch.FloatTensor | None = None
-    unknown_probability: torch.FloatTensor | None = None
-    open_set_probabilities: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    uncertainty: Tensor | None = None
+    anchor_loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    features: Tensor | None = None
+    fused: Tensor | None = None
+    anchor_distances: Tensor | None = None
+    unknown_probability: Tensor | None = None
+    open_set_probabilities: Tensor | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class MMSERPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading, and what both models share."""
 
+    config: MMSERConfig
     config_class = MMSERConfig
     base_model_prefix = "mmser"
     main_input_name = "input_values"
-    input_modalities = ("audio", "text")
+    input_modalities = ("audio", "text")  # type: ignore[assignment]  # typed as a list; a tuple cannot be changed
     supports_gradient_checkpointing = True
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps
     accepts_loss_kwargs = False
@@ -834,12 +854,13 @@ class MMSERPreTrainedModel(PreTrainedModel):
         config = MMSERConfig(audio_config=audio_config, text_config=text_config, **config_overrides)
         config.audio_config.dtype = config.text_config.dtype = torch.float32
         model = cls(config)
+        base_model = cast(MMSERModel, model.base_model)
         if not isinstance(audio_name_or_path, PreTrainedConfig):
             source_class = WhisperModel if config.audio_config.model_type == "whisper" else AutoModel
-            _load_encoder(model.base_model.audio_encoder, source_class, audio_name_or_path, "encoder", **hub_kwargs)
+            _load_encoder(base_model.audio_encoder, source_class, audio_name_or_path, "encoder", **hub_kwargs)
         if not isinstance(text_name_or_path, PreTrainedConfig):
             hub_kwargs = {**hub_kwargs, **_without_pooler(config.text_config)}
-            _load_encoder(model.base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
+            _load_encoder(base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
         return model.eval()
 
     def freeze_audio_encoder(self):
@@ -860,13 +881,13 @@ class MMSERPreTrainedModel(PreTrainedModel):
             encoder.feature_extractor._freeze_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.text_encoder.get_input_embeddings()
+        return cast(MMSERModel, self.base_model).text_encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        self.base_model.text_encoder.set_input_embeddings(value)
+        cast(MMSERModel, self.base_model).text_encoder.set_input_embeddings(value)
 
 
-def _load_encoder(encoder: PreTrainedModel, source_class: type, name_or_path: str, part: str, **kwargs) -> None:
+def _load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str, part: str, **kwargs) -> None:
     """Copy the pretrained weights of `name_or_path` into `encoder`; refuse a checkpoint that lacks some of them."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no report of the heads that are not built; what is missing is checked below
@@ -886,6 +907,9 @@ def _load_encoder(encoder: PreTrainedModel, source_class: type, name_or_path: st
 
 class MMSERModel(MMSERPreTrainedModel):
     """Both encoders, cross-modal attention, attentive statistics pooling, gated fusion; ends at the fused vector."""
+
+    audio_encoder: PreTrainedModel
+    text_encoder: PreTrainedModel
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -922,7 +946,7 @@ class MMSERModel(MMSERPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         text_attention_mask: torch.LongTensor | None = None,
         input_features: torch.FloatTensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> MMSERModelOutput:
@@ -948,8 +972,8 @@ class MMSERModel(MMSERPreTrainedModel):
         if output_attentions is None:
             output_attentions = getattr(self.config, "output_attentions", False)
         flags = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
-        audio_states = text_states = record = None
-        batch_size = (input_ids if audio is None else audio).shape[0]
+        record: Any = None
+        batch_size = cast(Tensor, input_ids if audio is None else audio).shape[0]
 
         if audio is not None:
             audio_states, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
@@ -993,14 +1017,14 @@ class MMSERModel(MMSERPreTrainedModel):
         self, audio: Tensor, attention_mask: Tensor | None, output_hidden_states: bool, output_attentions: bool
     ) -> tuple[Tensor, Tensor, BaseModelOutput]:
         """Return states [B, Ta, D], their bool mask [B, Ta] (rows without audio all False), the encoder's output."""
-        encoder = self.audio_encoder
+        encoder: Any = self.audio_encoder
         audio = audio.to(self.dtype)
         if attention_mask is None:
             attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
         mask = attention_mask.bool()
         # Rows without audio are encoded as silence and their states replaced afterwards
         safe_mask = (mask | ~mask.any(dim=1, keepdim=True)).long()
-        flags = {
+        flags: dict[str, Any] = {
             "output_hidden_states": output_hidden_states or self.layer_weights is not None,
             "output_attentions": output_attentions,
             "return_dict": True,
@@ -1056,7 +1080,9 @@ class MMSERModel(MMSERPreTrainedModel):
         return states, torch.zeros(batch_size, 1, dtype=torch.bool, device=other.device)
 
 
-def _select_layers(hidden_states: tuple[Tensor, ...], wanted: bool | Iterable[int]) -> tuple[Tensor | None, ...]:
+def _select_layers(
+    hidden_states: tuple[Tensor, ...], wanted: Literal[True] | Iterable[int]
+) -> tuple[Tensor | None, ...]:
     """All states for True; for indices, as Transformers has it, None in place of the layers not asked for."""
     if wanted is True:
         return hidden_states
@@ -1071,7 +1097,8 @@ def _is_frozen(module: nn.Module) -> bool:
 class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
-    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature")
+    temperature: Tensor
+    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature")  # type: ignore[assignment]  # likewise
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -1098,7 +1125,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         use_openmax: bool | None = None,
         input_features: torch.FloatTensor | None = None,
         teacher_logits: torch.FloatTensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> MMSEROutput:
@@ -1136,7 +1163,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             if self.config.anchor_loss_weight:
                 anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
             parts = self._weighted_losses(raw_logits, features, uncertainty, anchor_loss, labels, teacher_logits)
-            loss = sum(parts.values())
+            loss = cast(Tensor, sum(parts.values()))
             losses = {name: part.detach() for name, part in parts.items()}
 
         open_set_probabilities = None
@@ -1188,7 +1215,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             "supervised_contrastive": lambda: supervised_contrastive_loss(
                 features, labels, config.supervised_contrastive_temperature
             ),
-            "distillation": lambda: distillation_loss(logits, teacher_logits, config.distillation_temperature),
+            "distillation": lambda: distillation_loss(
+                logits, cast(Tensor, teacher_logits), config.distillation_temperature
+            ),
         }
         weights = {name: getattr(config, f"{name}_loss_weight") for name in parts}
         return {name: weights[name] * part() for name, part in parts.items() if weights[name]}

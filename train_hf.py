@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # dependencies = [
-#     "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "soundfile", "soxr", "torch", "transformers>=5.20",
+#     "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "soundfile", "soxr", "torch",
+#     "transformers>=5.20",
 # ]
 # ///
 """Fine-tune MMSER on emotional speech, evaluate it and save a checkpoint that explains itself.
@@ -141,6 +142,12 @@ class DataArguments:
         default="error", metadata={"help": "error, or skip: leave out bad rows and count them."}
     )
     max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are cropped, at random in training."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on that many clips, drawn at random."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate each split on that many clips, drawn at random."}
+    )
     augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
     text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
     audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
@@ -260,6 +267,13 @@ def load_data(arguments: DataArguments, seed: int):
         allow_speaker_overlap=arguments.allow_speaker_overlap,
         on_bad_example=arguments.on_bad_example,
     )
+    for name in splits:
+        limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
+        if limit is not None:
+            shuffled = splits[name].shuffle(seed=seed)
+            splits[name] = (
+                shuffled.take(limit) if arguments.streaming else shuffled.select(range(min(limit, len(shuffled))))
+            )
     unknown = None
     if arguments.ood_dir:
         unknown = load_emotion_split(

@@ -358,6 +358,12 @@ def test_unreadable_clips_are_skipped_and_counted(run, corpus, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["class_counts"] == [7, 8, 8, 7]
 
 
+def test_sample_limits(run):
+    results = run(max_train_samples=12, max_eval_samples=5)
+    assert results["data"]["clips"] == {"train": 12, "validation": 5, "test": 5}
+    assert results["test"]["model"]["clips"] == 5
+
+
 def test_a_streamed_data_set(run, corpus, tmp_path):
     for split in ("train", "validation"):
         write_table(tmp_path / "data" / f"{split}.csv", read_rows(corpus, split))
