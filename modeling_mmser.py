@@ -821,6 +821,8 @@ class MMSERPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MMSERModel):
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
+            init.zeros_(module.state_mean)
+            init.ones_(module.state_scale)
         elif isinstance(module, MMSERForAudioClassification):
             init.ones_(module.temperature)
         else:
@@ -910,6 +912,8 @@ class MMSERModel(MMSERPreTrainedModel):
 
     audio_encoder: PreTrainedModel
     text_encoder: PreTrainedModel
+    state_mean: Tensor
+    state_scale: Tensor
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -921,6 +925,9 @@ class MMSERModel(MMSERPreTrainedModel):
         self.layer_weights = None
         if config.use_weighted_layer_sum:
             self.layer_weights = nn.Parameter(torch.zeros(config.audio_config.num_hidden_layers + 1))
+        num_layers = 1 if self.layer_weights is None else len(self.layer_weights)
+        self.register_buffer("state_mean", torch.zeros(num_layers, audio_size))
+        self.register_buffer("state_scale", torch.ones(num_layers, audio_size))
         self.missing_audio = MissingModality(audio_size)
         self.missing_text = MissingModality(text_size)
         self.audio_attention = CrossModalAttention(config, audio_size, text_size)
@@ -1039,12 +1046,63 @@ class MMSERModel(MMSERPreTrainedModel):
                 if isinstance(encoder.feature_extractor.conv_layers[0], MaskedGroupNormConvLayer):
                     audio = torch.stack([audio, safe_mask.to(audio)], dim=1)  # (B, 2, T)
                 output = encoder(audio, attention_mask=safe_mask, **flags)
-        states = output.last_hidden_state
+        layers = self._audio_layers(output)
+        # sum_l w_l (layer_l - mean_l) scale_l, with all that does not depend on the clip taken together
+        factors = self.state_scale.float()
         if self.layer_weights is not None:
-            weights = F.softmax(self.layer_weights.float(), dim=0).to(states)
-            layers = (*output.hidden_states[:-1], states)  # pre-norm encoders record their last layer before its norm
-            states = sum(weight * layer for weight, layer in zip(weights, layers, strict=True))
-        return states, frame_mask, output
+            factors = F.softmax(self.layer_weights.float(), dim=0)[:, None] * factors
+        offset = (factors * self.state_mean.float()).sum(dim=0).to(layers[0])
+        factors = factors.to(layers[0])
+        states: Any = sum(factor * layer for factor, layer in zip(factors, layers, strict=True))
+        return states - offset, frame_mask, output
+
+    def _audio_layers(self, output: BaseModelOutput) -> tuple[Tensor, ...]:
+        """The states that enter the weighted sum, one or one per layer, each [B, Ta, D]."""
+        last: Any = output.last_hidden_state
+        if self.layer_weights is None:
+            return (last,)
+        hidden_states: Any = output.hidden_states
+        return (*hidden_states[:-1], last)  # pre-norm encoders record their last layer before its norm
+
+    @torch.no_grad()
+    def fit_standardization(self, dataloader: Iterable[dict]) -> None:
+        """
+        Standardise each dimension of each layer of the audio encoder by its mean and deviation over training clips.
+
+        Pretrained encoders have a few dimensions that are tens of times larger than the others; every LayerNorm after
+        them would divide the rest away. The numbers are buffers (0 and 1 until fitted): one clip's result does not
+        depend on others, in training or after it. Call it once, before training.
+
+        Args:
+            dataloader: batches of this model's inputs; other keys, and rows without audio, are passed over.
+        Raises:
+            ValueError: no batch has audio.
+        """
+        was_training = self.training
+        self.eval()
+        self.state_mean.zero_()
+        self.state_scale.fill_(1.0)
+        name = "input_features" if self.config.uses_log_mel else "input_values"
+        count = 0
+        total = square = torch.zeros(self.state_mean.shape, dtype=torch.float64, device=self.device)
+        try:
+            for batch in logging.tqdm(dataloader, desc="Standardising audio states", leave=False):
+                if name not in batch:
+                    continue
+                audio, mask = batch[name].to(self.device), batch["attention_mask"].to(self.device)
+                _, mask, output = self._encode_audio(audio, mask, output_hidden_states=True, output_attentions=False)
+                layers = torch.stack([layer[mask].double() for layer in self._audio_layers(output)])
+                count += layers.shape[1]
+                total, square = total + layers.sum(dim=1), square + (layers**2).sum(dim=1)
+        finally:
+            self.train(was_training)
+        if count == 0:
+            raise ValueError("`dataloader` gave no batch with audio.")
+        mean = total / count
+        deviation = (square / count - mean**2).clamp(min=0).sqrt()
+        self.state_mean.copy_(mean)
+        # A dimension that hardly moves carries nothing: leave it small instead of blowing up its noise
+        self.state_scale.copy_(1 / deviation.clamp(min=1e-2 * deviation.mean().item() + 1e-12))
 
     def _frame_mask(self, mask: Tensor) -> Tensor:
         """Follow the sample mask, bool [B, T], through a waveform encoder's convolutions to its frames [B, Ta]."""

@@ -19,6 +19,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -147,6 +149,13 @@ class DataArguments:
     )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate each split on that many clips, drawn at random."}
+    )
+    standardize_clips: int = field(
+        default=500,
+        metadata={
+            "help": "Training clips whose mean and deviation standardise the states of a pretrained audio encoder "
+            "before training; 0: leave them as they are."
+        },
     )
     augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
     text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
@@ -285,6 +294,13 @@ def load_data(arguments: DataArguments, seed: int):
     return splits, label_names, unknown
 
 
+def some_clips(split, number: int):
+    """Clips from all over a split, the same on every process; the first ones of a stream."""
+    if isinstance(split, datasets.IterableDataset):
+        return split.take(number)
+    return split.select(np.unique(np.linspace(0, len(split) - 1, min(number, len(split))).round().astype(int)))
+
+
 def set_up_logging(arguments: MMSERTrainingArguments) -> None:
     """Our own modules tell what they do, on the main process; others warn only. `--log_level` sets both."""
     level = arguments.get_process_log_level()
@@ -382,6 +398,10 @@ def main(arguments: list[str] | None = None) -> dict:
             logger.info(f"Resuming from {checkpoint}. Choose another --output_dir to start anew.")
     elif str(checkpoint).lower() in ("false", "no"):
         checkpoint = None
+    is_new = checkpoint is None and model_arguments.model_name_or_path is None
+    if is_new and not model_arguments.random_audio_encoder and data_arguments.standardize_clips:
+        some = some_clips(splits["train"], data_arguments.standardize_clips)
+        trainer.fit_standardization(evaluation_dataset(some))
     results["training"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if checkpoint and trainer.state.global_step == int(checkpoint.rsplit("-", 1)[1]):  # it was finished before
         results["training"] = earlier_training(training_arguments.output_dir) or results["training"]

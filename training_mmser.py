@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from huggingface_hub import upload_folder
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -318,6 +319,16 @@ class MMSERTrainer(Trainer):
                 outputs[name] = outputs[name][:, 0]
         outputs["labels"] = prediction.label_ids
         return outputs
+
+    def fit_standardization(self, dataset) -> None:
+        """`MMSERModel.fit_standardization` over a data set, the same on every process, if it has audio."""
+        collate, batch_size = self.data_collator, self.args.per_device_eval_batch_size
+        loader = DataLoader(
+            dataset, batch_size=batch_size, collate_fn=collate, num_workers=self.args.dataloader_num_workers
+        )
+        backbone = self.accelerator.unwrap_model(self.model).base_model
+        if "audio" in next(iter(dataset)):
+            backbone.to(self.args.device).fit_standardization(loader)
 
     def finalize(self, train_dataset, calibration_dataset=None) -> dict[str, float]:
         """
