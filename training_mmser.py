@@ -349,7 +349,12 @@ class MMSERTrainer(Trainer):
         if calibration_dataset is not None:
             outputs = self.predict_outputs(calibration_dataset)
             logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
-            temperature = fit_temperature(logits, labels)
+            if (logits.argmax(axis=1) == labels).all():
+                # The likelihood then only grows with confidence: such clips cannot say when to doubt
+                logger.warning("All held-out clips are classified correctly: the temperature stays 1.")
+                temperature = 1.0
+            else:
+                temperature = fit_temperature(logits, labels)
             model.temperature.fill_(temperature)
             report["temperature"] = temperature
             for name, divisor in (("before", 1.0), ("after", temperature)):

@@ -35,10 +35,11 @@ def main() -> None:
             clip = {"path": str(corpus / split / row["file_name"]), "text": row["transcription"] or None}
             best = classifier(clip, top_k=1, return_uncertainty=True)[0]
             unknown = best["unknown_probability"]
+            rejected = " (rejected)" if best["is_unknown"] else ""
             print(
                 f"{row['emotion']:>12} ({row['language']}) {row['transcription'] or '-'}\n"
                 f"{'':>12} -> {best['label']} {best['score']:.2f}, uncertainty {best['uncertainty']:.2f}, "
-                f"unknown {'not fitted' if unknown is None else f'{unknown:.2f}'}"
+                f"unknown {'not fitted' if unknown is None else f'{unknown:.2f}'}{rejected}"
             )
         os.chdir(checkpoint)
     print("\nThe corpus is synthetic speech from eSpeak NG: these scores say nothing about human emotion.")

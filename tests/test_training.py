@@ -624,6 +624,17 @@ def test_without_held_out_clips_the_temperature_is_one(trained, splits):
     assert trained.model.temperature.item() == 1.0
 
 
+def test_held_out_clips_that_are_all_right_leave_the_temperature_at_one(trained, splits, log):
+    """Their likelihood grows without end as the temperature falls: it says nothing about doubt on other clips."""
+    held_out = EmotionDataset(splits["test"])
+    outputs = trained.predict_outputs(held_out)
+    right = np.flatnonzero(outputs["logits"].argmax(axis=1) == outputs["labels"])
+    assert len(right) > 4
+    report = trained.finalize(EmotionDataset(splits["train"]), EmotionDataset(splits["test"].select(right)))
+    assert report["temperature"] == trained.model.temperature.item() == 1.0
+    assert "the temperature stays 1" in log.text
+
+
 def test_openmax_is_left_unfitted_with_a_warning_if_too_few_clips_are_right(splits, tmp_path, log):
     model = tiny_model()
     distances = np.random.default_rng(0).uniform(size=(40, 4))
