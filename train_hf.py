@@ -301,6 +301,11 @@ def some_clips(split, number: int):
     return split.select(np.unique(np.linspace(0, len(split) - 1, min(number, len(split))).round().astype(int)))
 
 
+def step_of(checkpoint: str) -> int:
+    """The training step that a checkpoint was saved at."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
 def set_up_logging(arguments: MMSERTrainingArguments) -> None:
     """Our own modules tell what they do, on the main process; others warn only. `--log_level` sets both."""
     level = arguments.get_process_log_level()
@@ -403,7 +408,7 @@ def main(arguments: list[str] | None = None) -> dict:
         some = some_clips(splits["train"], data_arguments.standardize_clips)
         trainer.fit_standardization(evaluation_dataset(some))
     results["training"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if checkpoint and trainer.state.global_step == int(checkpoint.rsplit("-", 1)[1]):  # it was finished before
+    if checkpoint and trainer.state.global_step == step_of(checkpoint):  # it was finished before
         results["training"] = earlier_training(training_arguments.output_dir) or results["training"]
     results["training"]["skipped_clips"] = train_dataset.num_skipped if data_arguments.streaming else num_skipped
 

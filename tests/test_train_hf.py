@@ -358,6 +358,18 @@ def test_unreadable_clips_are_skipped_and_counted(run, corpus, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["class_counts"] == [7, 8, 8, 7]
 
 
+def test_the_same_command_again_evaluates_and_keeps_what_was_measured(run, tmp_path):
+    whole = {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}
+    first = run(**whole)
+    again = run(**whole)
+    assert again["training"] == first["training"]  # no step was run: nothing new was measured
+    assert again["test"]["model"]["confusion_matrix"] == first["test"]["model"]["confusion_matrix"]
+    last = train_hf.last_complete_checkpoint(tmp_path / "out")
+    assert run(**whole, resume_from_checkpoint=last + "/")["training"] == first["training"]
+    anew = run(**whole, resume_from_checkpoint="false")
+    assert anew["training"]["train_runtime"] != first["training"]["train_runtime"]
+
+
 def test_sample_limits(run):
     results = run(max_train_samples=12, max_eval_samples=5)
     assert results["data"]["clips"] == {"train": 12, "validation": 5, "test": 5}
