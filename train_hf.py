@@ -301,6 +301,19 @@ def some_clips(split, number: int):
     return split.select(np.unique(np.linspace(0, len(split) - 1, min(number, len(split))).round().astype(int)))
 
 
+def checkpoint_to_resume(arguments: MMSERTrainingArguments) -> str | None:
+    """The checkpoint that was asked for; by default the last complete one in the output folder, if there is any."""
+    wanted = str(arguments.resume_from_checkpoint)
+    if wanted.lower() in ("false", "no"):
+        return None
+    if wanted.lower() not in ("none", "true"):
+        return wanted
+    checkpoint = last_complete_checkpoint(arguments.output_dir)
+    if checkpoint:
+        logger.info(f"Resuming from {checkpoint}. Choose another --output_dir to start anew.")
+    return checkpoint
+
+
 def step_of(checkpoint: str) -> int:
     """The training step that a checkpoint was saved at."""
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
@@ -352,7 +365,8 @@ def main(arguments: list[str] | None = None) -> dict:
         num_skipped = num_clips - sum(map(len, splits.values()))
         model.config.class_counts = class_counts(splits["train"], len(label_names))
         logger.info(f"Training clips per class: {dict(zip(label_names, model.config.class_counts, strict=True))}")
-    logger.info("Parameters:\n" + format_table(parameter_table(model), ["part", "parameters", "trainable"]))
+    parameters = parameter_table(model)
+    logger.info("Parameters:\n" + format_table(parameters, ["part", "parameters", "trainable"]))
 
     dataset_class = EmotionIterableDataset if data_arguments.streaming else EmotionDataset
     options = {"seed": training_arguments.seed, "on_bad_example": data_arguments.on_bad_example, **reader_options}
@@ -387,7 +401,7 @@ def main(arguments: list[str] | None = None) -> dict:
             "text": encoder_name(model_arguments, "text"),
         },
         "openmax_threshold": model.config.openmax_threshold,
-        "parameters": parameter_table(model),
+        "parameters": parameters,
         "data": describe_data(
             data_arguments.data_dir or data_arguments.manifest or data_arguments.dataset_name,
             splits,
@@ -396,13 +410,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "license": model_arguments.license,
     }
 
-    checkpoint = training_arguments.resume_from_checkpoint
-    if str(checkpoint).lower() in ("none", "true"):
-        checkpoint = last_complete_checkpoint(training_arguments.output_dir)
-        if checkpoint:
-            logger.info(f"Resuming from {checkpoint}. Choose another --output_dir to start anew.")
-    elif str(checkpoint).lower() in ("false", "no"):
-        checkpoint = None
+    checkpoint = checkpoint_to_resume(training_arguments)
     is_new = checkpoint is None and model_arguments.model_name_or_path is None
     if is_new and not model_arguments.random_audio_encoder and data_arguments.standardize_clips:
         some = some_clips(splits["train"], data_arguments.standardize_clips)

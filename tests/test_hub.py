@@ -20,6 +20,7 @@ import safetensors.numpy
 import soundfile
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from tiny import WAVEFORM
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -30,15 +31,7 @@ RECIPE = {
     "dataset_name": "me/data",
     "tokenizer_name": "tokenizer",
     "random_audio_encoder": True,
-    "audio_config_overrides": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "conv_dim": [16] * 7,
-        "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 2,
-    },
+    "audio_config_overrides": WAVEFORM,
     "random_text_encoder": True,
     "text_config_overrides": {
         "hidden_size": 16,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from configuration_mmser import MMSERConfig
 from modeling_mmser import MMSERForAudioClassification
 
-_WAVEFORM = {
+WAVEFORM = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -22,12 +22,12 @@ _WAVEFORM = {
     "num_conv_pos_embedding_groups": 2,
 }
 AUDIO_CONFIGS = {
-    "wav2vec2": _WAVEFORM | {"model_type": "wav2vec2"},
-    "wav2vec2-layer": _WAVEFORM
+    "wav2vec2": WAVEFORM | {"model_type": "wav2vec2"},
+    "wav2vec2-layer": WAVEFORM
     | {"model_type": "wav2vec2", "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
-    "hubert": _WAVEFORM | {"model_type": "hubert"},
-    "wavlm": _WAVEFORM | {"model_type": "wavlm"},
-    "data2vec-audio": _WAVEFORM
+    "hubert": WAVEFORM | {"model_type": "hubert"},
+    "wavlm": WAVEFORM | {"model_type": "wavlm"},
+    "data2vec-audio": WAVEFORM
     | {"model_type": "data2vec-audio", "num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 7},
     "whisper": {
         "model_type": "whisper",
