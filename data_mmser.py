@@ -3,8 +3,9 @@
 
 1. loading: `load_emotion_dataset` and `load_emotion_split` check every row and make speaker-disjoint splits
 2. augmentation: `Augmenter` (speed and noise), seeded per example by `augmentation_generator`
-3. examples: `EmotionDataset` and `EmotionIterableDataset` decode, crop and augment inside the DataLoader workers
-4. batches: `MMSERDataCollator` pads with the processor; `class_counts` for class-balanced losses
+3. examples: `EmotionDataset` and `EmotionIterableDataset` decode, crop and augment inside the DataLoader workers;
+   `TestTimeAugmentation` gives each clip several times, augmented in different ways
+4. batches: `MMSERDataCollator` pads with the processor; `class_counts` for class-balanced losses; `duration_bands`
 """
 
 import csv
@@ -37,6 +38,7 @@ logger = logging.get_logger(__name__)
 UNKNOWN_LABEL = -1  # "none of the known classes": only in open-set data
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+STRING_COLUMNS = ("text", "speaker", "language", "corpus", "sex")  # our names, as in the data sets that we return
 
 
 # ---------------------------------------------------------------------------------------------------- 1. loading
@@ -56,12 +58,14 @@ class DataColumns:
     speaker: str | None = "speaker"
     language: str | None = "language"
     corpus: str | None = "corpus"
+    sex: str | None = "sex"
 
 
 ALTERNATIVE_COLUMNS = {
     "audio": ("audio", "path", "file"),
     "label": ("emotion",),
     "text": ("text", "transcript", "sentence"),
+    "sex": ("gender",),
 }
 
 
@@ -75,6 +79,7 @@ def load_emotion_dataset(
     validation_split: str | None = None,
     test_split: str | None = None,
     columns: DataColumns | None = None,
+    extra_columns: Sequence[str] = (),
     label_names: Sequence[str] | None = None,
     streaming: bool = False,
     validation_fraction: float = 0.15,
@@ -96,6 +101,8 @@ def load_emotion_dataset(
         dataset_name, dataset_config_name: data set on the Hub (or a folder that `datasets.load_dataset` reads).
         train_split, validation_split, test_split: names of the splits in the source; default: their usual names.
         columns: names of the columns.
+        extra_columns: more columns to keep, as strings under their own names. The name of one of our own columns, such
+            as `corpus`, means that one.
         label_names: class names in the order of their ids; default: neutral, happy, sad, angry when the labels are
             ids or among these names, else the class names of the Hub data set or the sorted names in training data.
         streaming: read the Hub data set while training. Nothing is split or checked across rows then.
@@ -107,7 +114,7 @@ def load_emotion_dataset(
     Returns:
         The splits and the label names. Columns: `labels` (int), `row` (where the row is, for messages) and, if the
         source has them, `audio` (path, or `{"bytes", "path"}` from the Hub; not decoded), `text` (`""` = unknown),
-        `speaker`, `language`, `corpus`.
+        `speaker`, `language`, `corpus`, `sex`, and the `extra_columns`.
 
     Raises:
         ValueError: if the source, a column or a row is not usable, or a speaker is in two splits.
@@ -129,17 +136,21 @@ def load_emotion_dataset(
     if streaming:
         if dataset_name is None:
             raise ValueError("streaming reads a Hub data set: give dataset_name (--dataset_name), or no --streaming")
-        return _stream_hub(dataset_name, dataset_config_name, wanted, columns, label_names, on_bad_example)
+        return _stream_hub(
+            dataset_name, dataset_config_name, wanted, columns, extra_columns, label_names, on_bad_example
+        )
 
     problems: list[str] = []
     records: list[dict[str, Any]] = []
     class_names, audio_table = None, None
     if dataset_name is not None:
-        records, audio_table, class_names = _hub_records(dataset_name, dataset_config_name, wanted, columns)
+        records, audio_table, class_names = _hub_records(
+            dataset_name, dataset_config_name, wanted, columns, extra_columns
+        )
     elif data_dir is not None:
-        records = _folder_records(Path(data_dir), wanted, columns, problems)
+        records = _folder_records(Path(data_dir), wanted, columns, extra_columns, problems)
     elif manifest is not None:
-        records = _table_records(Path(manifest), columns, problems, wanted=wanted)
+        records = _table_records(Path(manifest), columns, extra_columns, problems, wanted=wanted)
     training = [record for record in records if record["split"] == "train"] or records
     label_names = _choose_label_names(label_names, class_names, [record["label"] for record in training])
     good = _check_records(records, label_names, problems)
@@ -156,7 +167,7 @@ def load_emotion_dataset(
     empty = [split for split, indices in splits.items() if not indices]
     if empty or not splits:
         raise ValueError(f"no usable row is left in {data_dir or manifest or dataset_name} {' '.join(empty)}")
-    table = _to_dataset(records, audio_table)
+    table = _to_dataset(records, extra_columns, audio_table)
     order = [split for split in wanted if split in splits]
     return datasets.DatasetDict({split: table.select(splits[split]) for split in order}), label_names
 
@@ -165,6 +176,7 @@ def load_emotion_split(
     path: str | os.PathLike,
     *,
     columns: DataColumns | None = None,
+    extra_columns: Sequence[str] = (),
     label_names: Sequence[str] = DEFAULT_LABELS,
     allow_unknown: bool = True,
     on_bad_example: str = "error",
@@ -174,6 +186,7 @@ def load_emotion_split(
     Args:
         path: the folder or the file. A `split` column is ignored.
         columns: names of the columns.
+        extra_columns: more columns to keep, as in `load_emotion_dataset`.
         label_names: class names in the order of their ids.
         allow_unknown: open-set data: -1, "unknown" and every name that is not in `label_names` become -1, and so
             does every row if there is no label column. False: the rules of `load_emotion_dataset`.
@@ -194,12 +207,13 @@ def load_emotion_split(
     if table is None:
         raise ValueError(f"{path} has no metadata file: expected metadata.csv, metadata.tsv or metadata.jsonl")
     problems: list[str] = []
-    records = _table_records(table, columns or DataColumns(), problems, root=path.parent, unlabelled=allow_unknown)
+    columns = columns or DataColumns()
+    records = _table_records(table, columns, extra_columns, problems, root=path.parent, unlabelled=allow_unknown)
     good = _check_records(records, label_names, problems, allow_unknown)
     _report_problems(problems, on_bad_example)
     if not good:
         raise ValueError(f"no usable row is left in {path}")
-    return _to_dataset(records).select(good)
+    return _to_dataset(records, extra_columns).select(good)
 
 
 def _check_on_bad_example(on_bad_example: str) -> None:
@@ -262,12 +276,33 @@ def _find_columns(
     return found
 
 
-def _record(raw: dict, found: dict[str, str], row: str) -> dict[str, Any]:
+def _find_extra_columns(
+    available: Sequence[str], extra_columns: Sequence[str], found: dict[str, str], source: object
+) -> list[str]:
+    """Those of `extra_columns` that are not our own columns, which are there anyway; a missing one is an error."""
+    extra = [
+        name for name in dict.fromkeys(extra_columns) if name not in ((found.keys() - {"label"}) | {"labels", "row"})
+    ]
+    missing = [name for name in extra if name not in available]
+    if missing:
+        raise ValueError(f"{source} has no column {', '.join(map(repr, missing))}; its columns are {list(available)}")
+    switched_off = [name for name in extra if name in ("audio", "text")]
+    if switched_off:  # examples would be made of it all the same
+        raise ValueError(
+            f"{source}: {switched_off[0]!r} cannot be an extra column, as --{switched_off[0]}_column is none"
+        )
+    return extra
+
+
+def _string(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _record(raw: dict, found: dict[str, str], extra: Sequence[str], row: str) -> dict[str, Any]:
     """One row of any source under our own names; what is missing is `""`. Labels are still as they were written."""
-    record: dict[str, Any] = {"row": row}
-    for role in ("text", "speaker", "language", "corpus"):
-        value = raw.get(found[role]) if role in found else None
-        record[role] = "" if value is None else str(value).strip()
+    record: dict[str, Any] = {"row": row, "extra": {name: _string(raw.get(name)) for name in extra}}
+    for role in STRING_COLUMNS:
+        record[role] = _string(raw.get(found[role])) if role in found else ""
     record["audio"] = (raw.get(found["audio"]) or "") if "audio" in found else ""
     record["label"] = raw.get(found["label"]) if "label" in found else UNKNOWN_LABEL
     return record
@@ -329,6 +364,7 @@ def _read_csv(file: Iterable[str], delimiter: str, name: str, problems: list[str
 def _table_records(
     path: Path,
     columns: DataColumns,
+    extra_columns: Sequence[str],
     problems: list[str],
     *,
     root: Path | None = None,
@@ -345,6 +381,7 @@ def _table_records(
     if not rows:
         return []
     found = _find_columns(available, columns, path, unlabelled)
+    extra = _find_extra_columns(available, extra_columns, found, path)
     if wanted is not None and "split" in available:
         values = [str(raw.get("split") or "").strip().casefold() for _, raw in rows]
     else:
@@ -353,7 +390,7 @@ def _table_records(
     split_of = {value: split for split, value in picked.items()}
     records = []
     for (number, raw), value in zip(rows, values, strict=True):
-        record = _record(raw, found, f"{name} row {number}")
+        record = _record(raw, found, extra, f"{name} row {number}")
         record["split"] = split_of.get(value)
         if not isinstance(record["audio"], str):
             problems.append(f"{record['row']}: the audio must be a path, got {record['audio']!r:.60}")
@@ -366,7 +403,11 @@ def _table_records(
 
 
 def _folder_records(
-    folder: Path, wanted: dict[str, tuple[str, ...]], columns: DataColumns, problems: list[str]
+    folder: Path,
+    wanted: dict[str, tuple[str, ...]],
+    columns: DataColumns,
+    extra_columns: Sequence[str],
+    problems: list[str],
 ) -> list[dict[str, Any]]:
     """Records of a folder with one table per split, or one for all at the top."""
     if not folder.is_dir():
@@ -383,7 +424,7 @@ def _folder_records(
         records = []
         for split, name in _pick_splits(tables, wanted, folder).items():
             _only_one(tables[name])
-            records += _table_records(tables[name][0], columns, problems, root=folder, split=split)
+            records += _table_records(tables[name][0], columns, extra_columns, problems, root=folder, split=split)
         return records
     if top is None:
         content = sorted(entry.name for entry in folder.iterdir())[:10]
@@ -391,7 +432,7 @@ def _folder_records(
             f"{folder} has no metadata: expected metadata.csv (or .tsv, .jsonl) in train/, validation/ and test/, or "
             f"at the top, or train.csv; the folder has {content}"
         )
-    return _table_records(top, columns, problems, root=folder, wanted=wanted)
+    return _table_records(top, columns, extra_columns, problems, root=folder, wanted=wanted)
 
 
 def _hub_columns(
@@ -405,9 +446,17 @@ def _hub_columns(
     return _find_columns(available, columns, source)
 
 
-def _class_name(label: Any, class_names: Sequence[str] | None) -> Any:
-    """A label by its name, if its data set declares names: the ids mean nothing outside that data set."""
-    return class_names[label] if class_names and label is not None and label >= 0 else label
+def _class_names(features: datasets.Features | None) -> dict[str, list[str]]:
+    """The names that a Hub data set declares for the ids in its columns."""
+    return {
+        name: feature.names for name, feature in (features or {}).items() if isinstance(feature, datasets.ClassLabel)
+    }
+
+
+def _name_classes(raw: dict, class_names: dict[str, list[str]]) -> dict:
+    """A row with names for ids where its data set declares names: the ids mean nothing outside that data set."""
+    ids = {column: raw.get(column) for column in class_names}
+    return {**raw, **{column: class_names[column][i] for column, i in ids.items() if i is not None and i >= 0}}
 
 
 def _load_hub_dataset(name: str, config_name: str | None, **options) -> datasets.DatasetDict:
@@ -425,7 +474,11 @@ def _load_hub_dataset(name: str, config_name: str | None, **options) -> datasets
 
 
 def _hub_records(
-    name: str, config_name: str | None, wanted: dict[str, tuple[str, ...]], columns: DataColumns
+    name: str,
+    config_name: str | None,
+    wanted: dict[str, tuple[str, ...]],
+    columns: DataColumns,
+    extra_columns: Sequence[str],
 ) -> tuple[list[dict[str, Any]], datasets.Dataset | None, list[str] | None]:
     """Records of a Hub data set, its audio column (aligned with the records) if embedded, and its class names."""
     loaded = _load_hub_dataset(name, config_name)
@@ -435,9 +488,11 @@ def _hub_records(
     class_names = None
     for split, split_name in picked.items():
         dataset = loaded[split_name]
-        found = _hub_columns(dataset.features, dataset.column_names, columns, f"{name} {split_name}")
-        declared = getattr(dataset.features[found["label"]], "names", None)
-        class_names = class_names or declared
+        source = f"{name} {split_name}"
+        found = _hub_columns(dataset.features, dataset.column_names, columns, source)
+        extra = _find_extra_columns(dataset.column_names, extra_columns, found, source)
+        declared = _class_names(dataset.features)
+        class_names = class_names or declared.get(found["label"])
         audio_feature = dataset.features[found["audio"]] if "audio" in found else None
         embedded = isinstance(audio_feature, datasets.Audio | dict)
         if embedded:
@@ -447,9 +502,8 @@ def _hub_records(
         elif audio_feature is not None and getattr(audio_feature, "dtype", "") not in ("string", "large_string"):
             raise ValueError(f"{name}: column {found['audio']!r} must hold audio files or paths, not {audio_feature}")
         small = [column for role, column in found.items() if not (embedded and role == "audio")]
-        for index, raw in enumerate(dataset.select_columns(small)):
-            record = _record(raw, found, f"{name} {split_name} row {index}")
-            record["label"] = _class_name(record["label"], declared)
+        for index, raw in enumerate(dataset.select_columns(list(dict.fromkeys([*small, *extra])))):
+            record = _record(_name_classes(raw, declared), found, extra, f"{source} row {index}")
             record["split"] = split
             record["embedded"] = embedded
             records.append(record)
@@ -465,6 +519,7 @@ def _stream_hub(
     config_name: str | None,
     wanted: dict[str, tuple[str, ...]],
     columns: DataColumns,
+    extra_columns: Sequence[str],
     label_names: Sequence[str] | None,
     on_bad_example: str,
 ) -> tuple[datasets.IterableDatasetDict, list[str]]:
@@ -482,10 +537,12 @@ def _stream_hub(
             if isinstance(feature, datasets.Audio):
                 stream = stream.cast_column(column, datasets.Audio(decode=False))
         available = stream.column_names or list(next(iter(stream)))
-        found = _hub_columns(stream.features, available, columns, f"{name} {split_name}")
-        declared = getattr((stream.features or {}).get(found["label"]), "names", None)
-        label_names = _choose_label_names(label_names, declared)
-        normalise = _StreamNormaliser(found, f"{name} {split_name}", label_names, declared, on_bad_example)
+        source = f"{name} {split_name}"
+        found = _hub_columns(stream.features, available, columns, source)
+        extra = _find_extra_columns(available, extra_columns, found, source)
+        declared = _class_names(stream.features)
+        label_names = _choose_label_names(label_names, declared.get(found["label"]))
+        normalise = _StreamNormaliser(found, extra, source, label_names, declared, on_bad_example)
         streams[split] = stream.map(normalise, with_indices=True, remove_columns=available)
     return datasets.IterableDatasetDict(streams), list(label_names or ())
 
@@ -495,23 +552,24 @@ class _StreamNormaliser:
     """The row function of a stream; a class because it has to travel to worker processes."""
 
     found: dict[str, str]
+    extra: list[str]
     source: str
     label_names: list[str]
-    class_names: list[str] | None
+    class_names: dict[str, list[str]]
     on_bad_example: str
 
     def __call__(self, raw: dict, index: int) -> dict[str, Any]:
-        record = _record(raw, self.found, f"{self.source} row {index}")
+        raw = _name_classes(raw, self.class_names)
+        record = _record(raw, self.found, self.extra, f"{self.source} row {index}")
         record["labels"] = None
         try:
-            label = _class_name(record["label"], self.class_names)
-            record["labels"] = _label_id(label, self.label_names, record["row"])
+            record["labels"] = _label_id(record["label"], self.label_names, record["row"])
         except ValueError as error:
             if self.on_bad_example == "error":
                 raise
             logger.warning_once(f"skipped: {error}")
         kept = (self.found.keys() | {"row", "labels"}) - {"label"}
-        return {key: value for key, value in record.items() if key in kept}
+        return {**{key: value for key, value in record.items() if key in kept}, **record["extra"]}
 
 
 def _choose_label_names(
@@ -714,15 +772,17 @@ def _hold_out_per_label(labels: np.ndarray, fraction: float, seed: int) -> np.nd
     return mask
 
 
-def _to_dataset(records: list[dict[str, Any]], audio_table: datasets.Dataset | None = None) -> datasets.Dataset:
-    """All records as one table, without the columns that are empty everywhere."""
-    optional = [key for key in ("text", "speaker", "language", "corpus") if any(record[key] for record in records)]
-    if any(record["audio"] for record in records):
-        optional.insert(0, "audio")
-    types = {**dict.fromkeys(optional, datasets.Value("string")), "labels": datasets.Value("int64")}
-    types["row"] = datasets.Value("string")
+def _to_dataset(
+    records: list[dict[str, Any]], extra_columns: Sequence[str] = (), audio_table: datasets.Dataset | None = None
+) -> datasets.Dataset:
+    """All records as one table, without those of our own columns that are empty everywhere and were not asked for."""
+    asked = set(extra_columns) & set(STRING_COLUMNS)
+    kept = [key for key in ("audio", *STRING_COLUMNS) if key in asked or any(record[key] for record in records)]
+    kept += [*records[0]["extra"], "row"]
+    types = {**dict.fromkeys(kept, datasets.Value("string")), "labels": datasets.Value("int64")}
+    rows = [{**record, **record["extra"]} for record in records]
     table = datasets.Dataset.from_dict(
-        {key: [record[key] for record in records] for key in types}, features=datasets.Features(types)
+        {key: [row[key] for row in rows] for key in types}, features=datasets.Features(types)
     )
     return table if audio_table is None else datasets.concatenate_datasets([audio_table, table], axis=1)
 
@@ -885,10 +945,12 @@ class ExampleReader:
         if spare:
             start = int(rng.integers(spare + 1)) if self.training else spare // 2
             audio = audio[start : len(audio) - spare + start]
-        if self.training and self.augmenter is not None:
-            augmented = self.augmenter(audio, rng)[: self.max_samples]  # slowed down, it can be longer again
-            audio = augmented if len(augmented) >= self.min_samples else audio
-        return audio
+        return self.augment(audio, self.augmenter, rng) if self.training and self.augmenter is not None else audio
+
+    def augment(self, audio: np.ndarray, augmenter: Augmenter, rng: np.random.Generator) -> np.ndarray:
+        """Augment a waveform ([T] float32) within the limits of its length; one that gets too short stays as it is."""
+        augmented = augmenter(audio, rng)[: self.max_samples]  # slowed down, it can be longer again
+        return augmented if len(augmented) >= self.min_samples else audio
 
     def length(self, row: dict[str, Any]) -> int:
         """Samples of a row's clip without augmentation, from the file's header alone; 0 without audio."""
@@ -1002,6 +1064,67 @@ class EmotionDataset(torch.utils.data.Dataset):
                 raise
             logger.warning_once(f"no length: {error}")
             return 0
+
+
+class TestTimeAugmentation(torch.utils.data.Dataset):
+    """Every clip of a data set `num_passes` times in a row: as it is, then augmented, each time in another way.
+
+    Item i is pass `i % num_passes` of clip `i // num_passes`. What is random in it depends on the seed, the pass and
+    the clip alone. Clips without audio are the same in all passes. A clip that cannot be read raises, so leave such
+    clips out before, with `drop_unreadable`.
+
+    Args:
+        dataset: the clips, as they are for evaluation.
+        num_passes: passes over each clip, >= 1.
+        augmenter: makes passes 1, 2, ...; with a `probability` below 1 it leaves some of them as they are.
+        seed: seed of the augmentation.
+
+    Raises:
+        TypeError: for a stream, which has no clip i.
+        ValueError: if the data set is one for training, which is random itself, or `num_passes` is not positive.
+    """
+
+    __test__ = False  # pytest: the name only looks like that of a test
+
+    def __init__(self, dataset: EmotionDataset, num_passes: int, augmenter: Augmenter, seed: int = 42):
+        if not isinstance(dataset, EmotionDataset):
+            raise TypeError(f"test-time augmentation needs an EmotionDataset, got {type(dataset).__name__}")
+        if dataset.reader.training:
+            raise ValueError("test-time augmentation needs a data set for evaluation, got one with training=True")
+        if not isinstance(num_passes, int) or num_passes < 1:
+            raise ValueError(f"num_passes must be an integer of at least 1, got {num_passes!r}")
+        self.dataset = dataset
+        self.num_passes = num_passes
+        self.augmenter = augmenter
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.num_passes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The example (see `ExampleReader`) at `index`."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples at `indices`; each clip among them is decoded once."""
+        clips: dict[int, dict[str, Any]] = {}
+        examples = []
+        for index in indices:
+            clip, number = divmod(range(len(self))[index], self.num_passes)
+            rng = augmentation_generator(self.seed, number, clip)  # the pass in the place of the epoch
+            if clip not in clips:
+                clips[clip] = self.dataset.reader(self.dataset.dataset[clip], rng)  # not random: not for training
+            example = dict(clips[clip])
+            if number > 0 and example.get("audio") is not None:
+                example["audio"] = self.dataset.reader.augment(example["audio"], self.augmenter, rng)
+                example["length"] = len(example["audio"])
+            examples.append(example)
+        return examples
+
+    @property
+    def lengths(self) -> list[int]:
+        """[N * num_passes] samples of each clip before augmentation, as `EmotionDataset.lengths`."""
+        return [length for length in self.dataset.lengths for _ in range(self.num_passes)]
 
 
 def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **reader_options) -> datasets.Dataset:
@@ -1148,3 +1271,23 @@ def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) ->
     if labels.size and labels.max() >= num_labels:
         raise ValueError(f"label {labels.max()} is out of range; allowed: 0 to {num_labels - 1}")
     return np.bincount(labels[labels >= 0], minlength=num_labels).tolist()
+
+
+def duration_bands(seconds: Sequence[float] | np.ndarray) -> list[str]:
+    """The band of each clip's duration, to compare scores by; the names of the bands sort in their order.
+
+    Args:
+        seconds: [N] durations, >= 0.
+
+    Returns:
+        N names: "0-1 s", "1-2 s", "2-4 s", "4-8 s" or "8+ s". A band has its lower bound, but not its upper one.
+
+    Raises:
+        ValueError: for a negative or non-finite duration, naming the first.
+    """
+    names = ("0-1 s", "1-2 s", "2-4 s", "4-8 s", "8+ s")
+    durations = np.asarray(seconds, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(durations) | (durations < 0))
+    if bad.size:
+        raise ValueError(f"durations must be finite and >= 0, got {durations[bad[0]]} at index {bad[0]}")
+    return [names[band] for band in np.searchsorted([1, 2, 4, 8], durations, side="right")]

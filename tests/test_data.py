@@ -32,6 +32,7 @@ from data_mmser import (
     augmentation_generator,
     change_speed,
     class_counts,
+    duration_bands,
     load_emotion_dataset,
     load_emotion_split,
 )
@@ -112,7 +113,7 @@ def test_folder_with_a_table_per_split(tmp_path, suffix, validation):
     assert (row["text"], row["labels"], row["speaker"]) == ("text 2", 2, f"{validation}2")
     # the row number is the line of the file; line 1 of a CSV is its header
     assert row["row"] == f"{validation}/metadata{suffix} row {3 if suffix == '.jsonl' else 4}"
-    assert "language" not in row and "corpus" not in row
+    assert not {"language", "corpus", "sex"} & set(row)
 
 
 @pytest.mark.parametrize("as_manifest", [False, True])
@@ -204,6 +205,78 @@ def test_folder_without_metadata(tmp_path):
         load_emotion_dataset(manifest=tmp_path / "nowhere.csv")
     with pytest.raises(ValueError, match=r"expected a file ending in .csv, .tsv, .jsonl"):
         load_emotion_dataset(manifest=tmp_path / "nowhere.xlsx")
+
+
+# -------------------------------------------------------------------------------------------- columns for groups
+
+
+@pytest.mark.parametrize("name", ["sex", "gender"])
+@pytest.mark.parametrize("as_manifest", [False, True])
+def test_sex_is_kept_as_it_was_written(tmp_path, name, as_manifest):
+    rows = [{**row, name: sex} for row, sex in zip(clips(tmp_path), [" Female", "männlich ", "", "x"], strict=True)]
+    table = tmp_path / ("list.jsonl" if as_manifest else "metadata.csv")
+    write_table(table, [{**row, "split": "train"} for row in rows])
+    source = {"manifest": table} if as_manifest else {"data_dir": tmp_path}
+    data, _ = load_emotion_dataset(**source, validation_fraction=0, test_fraction=0)
+    for part in (data["train"], load_emotion_split(table)):
+        assert part["sex"][:] == ["Female", "männlich", "", "x"] and "gender" not in part.column_names
+    switched_off = load_emotion_split(table, columns=DataColumns(sex=None))
+    assert "sex" not in switched_off.column_names
+    with pytest.raises(ValueError, match=r"no sex column 'who'; its columns are .*--sex_column"):
+        load_emotion_split(table, columns=DataColumns(sex="who"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_extra_columns_are_strings_under_their_own_names(tmp_path, suffix):
+    rows = clips(tmp_path, corpus="A", gender="f")
+    for row, age, room in zip(rows, [30, 41, " 7 ", "" if suffix == ".csv" else None], "abcd", strict=True):
+        row.update(age=age, room=room, split="train", empty="")
+    write_table(tmp_path / f"metadata{suffix}", rows)
+    plain = load_emotion_split(tmp_path)
+    # columns of the table, our own names for columns, and columns that we have under another name as well
+    extra = ["age", "corpus", "label", "labels", "row", "split", "text", "gender", "sex", "age", "empty"]
+    part = load_emotion_split(tmp_path, extra_columns=extra)
+    assert set(part.column_names) - set(plain.column_names) == {"age", "label", "split", "gender", "empty"}
+    assert (
+        part["age"][:] == ["30", "41", "7", ""] and part["label"][:] == list("0123") and part["empty"][:] == [""] * 4
+    )
+    assert part["split"][:] == ["train"] * 4 and part["gender"][:] == part["sex"][:] == ["f"] * 4
+    assert part.select_columns(plain.column_names)[:] == plain[:]
+    data, _ = load_emotion_dataset(tmp_path, extra_columns=("room",), validation_fraction=0.25, test_fraction=0.25)
+    rooms = {text: room for part in data.values() for text, room in zip(part["text"], part["room"], strict=True)}
+    assert rooms == {"text 0": "a", "text 1": "b", "text 2": "c", "text 3": "d"} and len(data) == 3
+
+
+def test_extra_column_that_is_one_of_our_own_is_kept_when_empty(folder):
+    for split in ("train", "validation", "test"):
+        write_table(folder / split / "metadata.csv", clips(folder / split, speaker=split + "{}", corpus=""))
+    data, _ = load_emotion_dataset(folder)
+    assert "corpus" not in data["test"].column_names
+    data, _ = load_emotion_dataset(folder, extra_columns=["corpus"])
+    assert data["test"]["corpus"][:] == [""] * 4
+
+
+def test_missing_extra_column_lists_the_columns(folder):
+    columns = r"\['file_name', 'label', 'transcription', 'speaker', 'language'\]"
+    with pytest.raises(
+        ValueError, match=rf"train/metadata.csv has no column 'age', 'room'; its columns are {columns}"
+    ):
+        load_emotion_dataset(folder, extra_columns=["language", "age", "room"], on_bad_example="skip")
+    with pytest.raises(ValueError, match=rf"metadata.csv has no column 'sex'; its columns are {columns}"):
+        load_emotion_split(folder / "test", extra_columns=["sex"])
+    write_table(folder / "test" / "metadata.csv", [{**row, "text": "b"} for row in clips(folder / "test")])
+    with pytest.raises(ValueError, match="'text' cannot be an extra column, as --text_column is none"):
+        load_emotion_split(folder / "test", columns=DataColumns(text=None), extra_columns=["text"])
+
+
+def test_duration_bands_hold_their_lower_bound_and_sort():
+    seconds = [0, 0.999, 1, 1.999, 2, 3.999, 4, 7.999, 8, 3600]
+    expected = [band for band in ("0-1 s", "1-2 s", "2-4 s", "4-8 s", "8+ s") for _ in range(2)]
+    assert duration_bands(seconds) == duration_bands(np.float32(seconds)) == expected == sorted(expected)
+    assert duration_bands(seconds[::-1]) == expected[::-1] and duration_bands([]) == []
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"finite and >= 0, got {bad} at index 1"):
+            duration_bands([1.0, bad, -1.0])
 
 
 # ----------------------------------------------------------------------------------------------------- labels
@@ -468,6 +541,8 @@ def hub(tmp_path):
             "label": datasets.ClassLabel(names=["angry", "happy", "neutral"]),
             "sentence": datasets.Value("string"),
             "speaker": datasets.Value("int64"),
+            "gender": datasets.ClassLabel(names=["male", "female"]),
+            "age": datasets.Value("int64"),
         }
     )
     root = tmp_path / "hub"
@@ -481,6 +556,8 @@ def hub(tmp_path):
                 "label": [i % 3 for i in range(8)],
                 "sentence": [None if i == 0 else f"{split} {i}" for i in range(8)],
                 "speaker": [10 * number + i for i in range(8)],
+                "gender": [None if i == 3 else i % 2 for i in range(8)],
+                "age": [None if i == 0 else 20 + i for i in range(8)],
             },
             schema=features.arrow_schema,
         )
@@ -508,6 +585,22 @@ def test_hub_data_with_embedded_audio(hub, cache):
     train = EmotionDataset(data["train"])
     for example, speaker in zip((train[i] for i in range(6)), data["train"]["speaker"], strict=True):
         assert example["length"] == len(sine(0.05 + 0.01 * int(speaker)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_for_groups_from_the_hub(hub, cache, streaming):
+    plain, _ = load_emotion_dataset(dataset_name=str(hub), streaming=streaming)
+    extra = ["age", "label", "sentence", "audio", "sex"]
+    data, _ = load_emotion_dataset(dataset_name=str(hub), streaming=streaming, extra_columns=extra)
+    row = next(iter(data["test"]))
+    assert set(row) - set(next(iter(plain["test"]))) == {"age", "label", "sentence"} and row["audio"]["bytes"]
+    rows = list(data["test"])
+    assert [row["sex"] for row in rows][:5] == ["male", "female", "male", "", "male"]  # names, not ids
+    assert [row["age"] for row in rows][:3] == ["", "21", "22"]
+    assert [row["label"] for row in rows][:4] == ["angry", "happy", "neutral", "angry"]
+    assert all(row["sentence"] == row["text"] for row in rows) and rows[1]["text"] == "test 1"
+    with pytest.raises(ValueError, match=r"has no column 'room'; its columns are \['audio', 'label', 'sentence', "):
+        load_emotion_dataset(dataset_name=str(hub), streaming=streaming, extra_columns=["room"])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
