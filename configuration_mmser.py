@@ -17,6 +17,7 @@ DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 LOG_MEL_MODEL_TYPES = ("whisper",)
+OPENMAX_DISTANCES = ("centroid", "anchor")
 
 # Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
 # at the code beside it, also after it has been loaded from one repository and pushed to another.
@@ -62,10 +63,15 @@ class MMSERConfig(PreTrainedConfig):
         uncertainty_hidden_size (`int`): width of the uncertainty head.
         prototypes_per_class (`int`): prototypes kept for each class.
         use_openmax (`bool`): return open-set probabilities once OpenMax is fitted.
+        openmax_distance (`str`): "centroid", to the nearest of several centroids of a class among the fused vectors,
+            or "anchor", to the class anchor in anchor space, as published.
+        openmax_centroids_per_class (`int`): number of these centroids.
         openmax_alpha (`int`): number of top-ranked classes whose activation OpenMax revises.
         openmax_tail_size (`int`): number of largest distances per class that the Weibull is fitted on; at least 5.
-        openmax_threshold (`float` or `None`): a clip is rejected as unknown when "unknown" wins or its probability
-            exceeds this; `None` switches rejection off.
+        openmax_acceptance (`float` or `None`): share of the known held-out clips of each predicted class that the
+            fitted thresholds of rejection accept; `None` uses `openmax_threshold` instead.
+        openmax_threshold (`float` or `None`): without fitted thresholds, a clip is rejected when "unknown" wins or
+            its probability exceeds this; `None` switches rejection off.
         cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight,
         prototype_loss_weight, supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
             Weights of the parts of the loss; a part with weight 0 is not computed.
@@ -100,6 +106,7 @@ class MMSERConfig(PreTrainedConfig):
         "features",
         "fused",
         "open_set_probabilities",
+        "is_unknown",
         "hidden_states",
         "attentions",
     ]
@@ -128,8 +135,11 @@ class MMSERConfig(PreTrainedConfig):
     prototypes_per_class: int = 4
 
     use_openmax: bool = True
+    openmax_distance: str = "centroid"
+    openmax_centroids_per_class: int = 32
     openmax_alpha: int = 3
-    openmax_tail_size: int = 20
+    openmax_tail_size: int = 10
+    openmax_acceptance: float | None = 0.95
     openmax_threshold: float | int | None = 0.3
 
     cross_entropy_loss_weight: float | int = 1.0
@@ -191,7 +201,7 @@ class MMSERConfig(PreTrainedConfig):
             "feature_size",
         )
         positive += ("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class")
-        positive += ("openmax_alpha", "supervised_contrastive_temperature")
+        positive += ("openmax_alpha", "openmax_centroids_per_class", "supervised_contrastive_temperature")
         positive += ("distillation_temperature",)
         for name in positive:
             if getattr(self, name) <= 0:
@@ -213,6 +223,12 @@ class MMSERConfig(PreTrainedConfig):
             )
         if self.openmax_tail_size < 5:
             raise ValueError(f"`openmax_tail_size` must be at least 5, got {self.openmax_tail_size}.")
+        if self.openmax_distance not in OPENMAX_DISTANCES:
+            raise ValueError(
+                f"`openmax_distance` must be one of {', '.join(OPENMAX_DISTANCES)}, got {self.openmax_distance!r}."
+            )
+        if self.openmax_acceptance is not None and not 0 < self.openmax_acceptance < 1:
+            raise ValueError(f"`openmax_acceptance` must be None or in (0, 1), got {self.openmax_acceptance}.")
         if self.openmax_threshold is not None and not 0 <= self.openmax_threshold <= 1:
             raise ValueError(f"`openmax_threshold` must be None or in [0, 1], got {self.openmax_threshold}.")
         model_type = getattr(self.audio_config, "model_type", None)

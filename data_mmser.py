@@ -834,18 +834,18 @@ class Augmenter:
 
     Args:
         speed_range: lowest and highest speed factor, > 0.
-        snr_db_range: lowest and highest signal-to-noise ratio, in dB.
+        snr_db_range: lowest and highest signal-to-noise ratio, in dB; None adds no noise.
         probability: of each of the two, in [0, 1].
     """
 
     speed_range: tuple[float, float] = (0.9, 1.1)
-    snr_db_range: tuple[float, float] = (10.0, 20.0)
+    snr_db_range: tuple[float, float] | None = (10.0, 20.0)
     probability: float = 0.5
 
     def __post_init__(self):
         if not 0 < self.speed_range[0] <= self.speed_range[1]:
             raise ValueError(f"speed_range must be (low, high) with 0 < low <= high, got {self.speed_range}")
-        if not self.snr_db_range[0] <= self.snr_db_range[1]:
+        if self.snr_db_range is not None and not self.snr_db_range[0] <= self.snr_db_range[1]:
             raise ValueError(f"snr_db_range must be (low, high) with low <= high, got {self.snr_db_range}")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], got {self.probability}")
@@ -854,11 +854,10 @@ class Augmenter:
         """Return an augmented copy of `waveform` ([T] float32); all that is random comes from `rng`."""
         apply_speed, apply_noise = rng.random(2) < self.probability
         factor = rng.uniform(*self.speed_range)
-        snr_db = rng.uniform(*self.snr_db_range)
         if apply_speed:
             waveform = change_speed(waveform, factor)
-        if apply_noise:
-            waveform = add_noise(waveform, snr_db, rng)
+        if apply_noise and self.snr_db_range is not None:
+            waveform = add_noise(waveform, rng.uniform(*self.snr_db_range), rng)
         return waveform
 
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics, calibration, open-set scores, uncertainty and plots, on plain arrays (no model code).
+"""Metrics, calibration, open-set scores and uncertainty, on plain arrays (no model code, no plots).
 
 Every function takes lists, numpy arrays or torch tensors and computes in float64.
 A quantity that does not exist (AUROC with no unknown clip, ...) is `nan`; malformed input (empty, NaN,
 unequal lengths, label out of range) is a `ValueError` that names the argument and the first offending index.
-Read in this order: checks, classification, calibration, open set, uncertainty, report, plots.
+Read in this order: checks, classification, calibration, open set, uncertainty, test-time augmentation, report.
 """
 
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 import scipy.optimize
+import scipy.spatial
 import scipy.special
 import scipy.stats
 import sklearn.metrics
@@ -54,7 +54,7 @@ def _index(array: np.ndarray, bad: np.ndarray) -> Any:
     return position[0] if array.ndim == 1 else position
 
 
-def _floats(values: Any, name: str, num_dimensions: int = 1, allow_empty: bool = False) -> np.ndarray:
+def check_floats(values: Any, name: str, num_dimensions: int = 1, allow_empty: bool = False) -> np.ndarray:
     """`values` as a finite float64 array with `num_dimensions` axes."""
     array = _to_numpy(values, name)
     if array.dtype.kind not in "fiub":
@@ -92,7 +92,7 @@ def _labels(values: Any, name: str, num_labels: int) -> np.ndarray:
 
 def _flags(values: Any, name: str, allow_empty: bool = False) -> np.ndarray:
     """`values` (booleans, or numbers 0 and 1) as a boolean vector."""
-    array = _floats(values, name, allow_empty=allow_empty)
+    array = check_floats(values, name, allow_empty=allow_empty)
     bad = (array != 0) & (array != 1)
     if bad.any():
         index = _index(array, bad)
@@ -102,7 +102,7 @@ def _flags(values: Any, name: str, allow_empty: bool = False) -> np.ndarray:
 
 def _probabilities(values: Any, name: str = "probabilities") -> np.ndarray:
     """`values` as [N, C] rows of probabilities; the tolerance lets half-precision softmax outputs through."""
-    array = _floats(values, name, num_dimensions=2)
+    array = check_floats(values, name, num_dimensions=2)
     bad = (array < -1e-6) | (array > 1 + 1e-6) | (np.abs(array.sum(axis=1, keepdims=True) - 1) > 1e-2)
     if bad.any():
         row = int(np.argwhere(bad)[0][0])
@@ -119,7 +119,7 @@ def _check_same_length(**arrays: np.ndarray) -> None:
         raise ValueError(f"All arrays must have the same length, got {lengths}.")
 
 
-def _label_names(label_names: Sequence[str]) -> list[str]:
+def check_label_names(label_names: Sequence[str]) -> list[str]:
     if isinstance(label_names, str) or not len(label_names) or len(set(label_names)) != len(label_names):
         raise ValueError(f"`label_names` must be a non-empty list of distinct names, got {label_names!r}.")
     return [str(name) for name in label_names]
@@ -132,7 +132,7 @@ def _label_names(label_names: Sequence[str]) -> list[str]:
 
 def softmax(logits: Any) -> np.ndarray:
     """Row-wise softmax: float `logits` [N, C] -> probabilities [N, C], float64."""
-    return scipy.special.softmax(_floats(logits, "logits", num_dimensions=2), axis=1)
+    return scipy.special.softmax(check_floats(logits, "logits", num_dimensions=2), axis=1)
 
 
 def confusion_matrix(predictions: Any, references: Any, num_labels: int) -> np.ndarray:
@@ -171,22 +171,63 @@ def compute_classification_metrics(predictions: Any, references: Any, label_name
     Raises:
         ValueError: empty input, unequal lengths, or a label out of range.
     """
-    names = _label_names(label_names)
-    predictions = _labels(predictions, "predictions", len(names))
-    references = _labels(references, "references", len(names))
-    _check_same_length(predictions=predictions, references=references)
-    _, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
-        references, predictions, labels=np.arange(len(names)), zero_division=0
-    )
-    predicted = np.bincount(predictions, minlength=len(names))
-    metrics = {
-        "weighted_f1": np.average(f1, weights=support),
-        "accuracy": np.mean(predictions == references),
-        "unweighted_average_recall": recall[support > 0].mean(),
-        "macro_f1": f1[(support > 0) | (predicted > 0)].mean(),
+    names = check_label_names(label_names)
+    matrix = confusion_matrix(predictions, references, len(names))
+    metrics = {name: float(values[0]) for name, values in _matrix_metrics(matrix[None]).items()}
+    return {**metrics, **{f"f1_{name}": float(value) for name, value in zip(names, _matrix_f1(matrix), strict=True)}}
+
+
+def _matrix_f1(matrices: np.ndarray) -> np.ndarray:
+    """F1 of each class [..., C] of confusion matrices [..., C, C]; 0 for a class that occurs nowhere."""
+    hits = np.diagonal(matrices, axis1=-2, axis2=-1)
+    return 2 * hits / np.maximum(matrices.sum(-1) + matrices.sum(-2), 1)
+
+
+def _matrix_metrics(matrices: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of many confusion matrices [S, C, C] at once, each [S]; see `compute_classification_metrics`."""
+    hits, support, predicted = np.diagonal(matrices, axis1=1, axis2=2), matrices.sum(2), matrices.sum(1)
+    f1, total = _matrix_f1(matrices), matrices.sum((1, 2))
+    return {
+        "weighted_f1": (f1 * support).sum(1) / total,
+        "accuracy": hits.sum(1) / total,
+        "unweighted_average_recall": (hits / np.maximum(support, 1)).sum(1) / (support > 0).sum(1),
+        "macro_f1": f1.sum(1) / ((support > 0) | (predicted > 0)).sum(1),
     }
-    metrics.update({f"f1_{name}": value for name, value in zip(names, f1, strict=True)})
-    return {name: float(value) for name, value in metrics.items()}
+
+
+def bootstrap_classification(
+    predictions: Any,
+    references: Any,
+    label_names: Sequence[str],
+    num_samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals of `compute_classification_metrics`, all from the same resamples.
+
+    Clips drawn with replacement fall into the C x C cells of the confusion matrix as a multinomial draw with the
+    observed shares does, and the metrics depend on nothing else. So the matrices are drawn, not the clips: the same
+    distribution as `bootstrap_interval`, about a hundred times as fast.
+
+    Args:
+        predictions: int [N] predicted class indices.
+        references: int [N] true class indices.
+        label_names: C names; the position is the class index.
+        num_samples, level, seed: as in `bootstrap_interval`.
+
+    Returns:
+        Lower and upper bound of `weighted_f1`, `accuracy`, `unweighted_average_recall` and `macro_f1`.
+
+    Raises:
+        ValueError: as in `compute_classification_metrics` and `bootstrap_interval`.
+    """
+    _check_bootstrap(num_samples, level)
+    names = check_label_names(label_names)
+    matrix = confusion_matrix(predictions, references, len(names))
+    clips = int(matrix.sum())
+    drawn = np.random.default_rng(seed).multinomial(clips, matrix.ravel() / clips, size=num_samples)
+    metrics = _matrix_metrics(drawn.reshape(num_samples, *matrix.shape))
+    return {name: _percentiles(values, level) for name, values in metrics.items()}
 
 
 class MMSERMetric(evaluate.Metric):
@@ -200,7 +241,7 @@ class MMSERMetric(evaluate.Metric):
     """
 
     def __init__(self, label_names: Sequence[str] = DEFAULT_LABELS, **kwargs):
-        self.label_names = _label_names(label_names)
+        self.label_names = check_label_names(label_names)
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -232,11 +273,11 @@ def build_compute_metrics(label_names: Sequence[str]) -> Callable[[EvalPredictio
         A function of an `EvalPrediction` whose `predictions` are logits [N, C] or a tuple that starts with them, and
         whose `label_ids` are int [N].
     """
-    names = _label_names(label_names)
+    names = check_label_names(label_names)
 
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
         logits = evaluation.predictions
-        logits = _floats(logits[0] if isinstance(logits, tuple) else logits, "logits", num_dimensions=2)
+        logits = check_floats(logits[0] if isinstance(logits, tuple) else logits, "logits", num_dimensions=2)
         if logits.shape[1] != len(names):
             raise ValueError(f"`logits` must have {len(names)} columns ({', '.join(names)}), got {logits.shape[1]}.")
         predictions = logits.argmax(axis=1)
@@ -330,12 +371,16 @@ def negative_log_likelihood(logits: Any, labels: Any, temperature: float = 1.0) 
     Raises:
         ValueError: non-finite logits, label out of range, unequal lengths, or a temperature that is not positive.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}.")
-    logits = _floats(logits, "logits", num_dimensions=2)
+    _check_temperature(temperature)
+    logits = check_floats(logits, "logits", num_dimensions=2)
     labels = _labels(labels, "labels", logits.shape[1])
     _check_same_length(logits=logits, labels=labels)
     return _mean_nll(logits, labels, float(temperature))
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}.")
 
 
 def _mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
@@ -359,7 +404,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     Raises:
         ValueError: as in `negative_log_likelihood`.
     """
-    logits = _floats(logits, "logits", num_dimensions=2)
+    logits = check_floats(logits, "logits", num_dimensions=2)
     labels = _labels(labels, "labels", logits.shape[1])
     _check_same_length(logits=logits, labels=labels)
     search = scipy.optimize.minimize_scalar(
@@ -384,7 +429,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
 
 
 def _scores_and_flags(scores: Any, flags: Any, score_name: str, flag_name: str) -> tuple[np.ndarray, np.ndarray]:
-    scores, flags = _floats(scores, score_name), _flags(flags, flag_name)
+    scores, flags = check_floats(scores, score_name), _flags(flags, flag_name)
     _check_same_length(**{score_name: scores, flag_name: flags})
     return scores, flags
 
@@ -494,9 +539,9 @@ def oscr_curve(
     Raises:
         ValueError: no clip at all, unequal lengths, non-finite score, flag other than 0 / 1.
     """
-    known_scores = _floats(known_scores, "known_scores", allow_empty=True)
+    known_scores = check_floats(known_scores, "known_scores", allow_empty=True)
     known_correct = _flags(known_correct, "known_correct", allow_empty=True)
-    unknown_scores = _floats(unknown_scores, "unknown_scores", allow_empty=True)
+    unknown_scores = check_floats(unknown_scores, "unknown_scores", allow_empty=True)
     _check_same_length(known_scores=known_scores, known_correct=known_correct)
     if len(known_scores) + len(unknown_scores) == 0:
         raise ValueError("`known_scores` and `unknown_scores` are both empty; at least one example is needed.")
@@ -519,6 +564,65 @@ def oscr(known_scores: Any, known_correct: Any, unknown_scores: Any) -> float:
     return _trapezoid(false_positive_rate, correct_rate)
 
 
+def energy_score(logits: Any, temperature: float = 1.0) -> np.ndarray:
+    """Energy of a clip (Liu et al. 2020, equation 4): -T log(sum(exp(logits / T))); higher = more unknown.
+
+    Args:
+        logits: float [N, C], as the network gives them: not divided by a fitted temperature.
+        temperature: T, > 0.
+
+    Returns:
+        float64 [N].
+
+    Raises:
+        ValueError: non-finite logits, or a temperature that is not positive.
+    """
+    _check_temperature(temperature)
+    return -temperature * scipy.special.logsumexp(check_floats(logits, "logits", 2) / temperature, axis=1)
+
+
+def knn_distance(train_features: Any, features: Any, k: int = 10) -> np.ndarray:
+    """Distance to the k-th nearest training clip (Sun et al. 2022); higher = more unknown.
+
+    As in the paper, each row is divided by its Euclidean norm, and nothing else is done to it. With fewer than `k`
+    training clips it is the distance to the farthest of them.
+
+    Args:
+        train_features: float [M, D], of the training clips.
+        features: float [N, D].
+        k: which neighbour counts, at least 1.
+
+    Returns:
+        float64 [N], in [0, 2].
+
+    Raises:
+        ValueError: empty or non-finite features, unequal widths, or `k` < 1.
+    """
+    if not isinstance(k, numbers.Integral) or k < 1:
+        raise ValueError(f"`k` must be a positive integer, got {k!r}.")
+    train_features = check_floats(train_features, "train_features", 2)
+    features = check_floats(features, "features", 2)
+    if train_features.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"`train_features` and `features` must have the same width, got {train_features.shape[1]} and "
+            f"{features.shape[1]}."
+        )
+    train_features, features = _unit_rows(train_features), _unit_rows(features)
+    k = min(int(k), len(train_features))
+    distances = np.empty(len(features))
+    step = max(1, 10_000_000 // len(train_features))  # rows at a time, to bound the memory
+    for start in range(0, len(features), step):
+        block = scipy.spatial.distance.cdist(features[start : start + step], train_features)
+        distances[start : start + step] = np.partition(block, k - 1, axis=1)[:, k - 1]
+    return distances
+
+
+def _unit_rows(features: np.ndarray) -> np.ndarray:
+    """Each row divided by its norm; a row of zeros stays as it is."""
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.where(norms > 0, norms, 1.0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Uncertainty
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,6 +642,56 @@ def error_detection_auroc(uncertainty: Any, is_wrong: Any) -> float:
         ValueError: empty input, unequal lengths, non-finite uncertainty, flag other than 0 / 1.
     """
     return _rank_auroc(*_scores_and_flags(uncertainty, is_wrong, "uncertainty", "is_wrong"))
+
+
+def error_log_odds(doubt: Any, uncertainty: Any, weights: Sequence[float]) -> np.ndarray:
+    """Log-odds of an error [N]: weights[0] logit(doubt) + weights[1] logit(uncertainty) + weights[2].
+
+    Args:
+        doubt: float [N], one minus the largest class probability.
+        uncertainty: float [N], of the uncertainty head, in [0, 1].
+        weights: three numbers, as `fit_error_probability` gives them.
+    """
+    scores = [check_floats(doubt, "doubt"), check_floats(uncertainty, "uncertainty")]
+    log_odds = [scipy.special.logit(np.clip(values, 1e-6, 1 - 1e-6)) for values in scores]
+    return weights[0] * log_odds[0] + weights[1] * log_odds[1] + weights[2]
+
+
+def fit_error_probability(doubt: Any, uncertainty: Any, is_wrong: Any) -> np.ndarray:
+    """Logistic regression of "the prediction is wrong" on the log-odds of two scores (Platt 1999 has one).
+
+    The weights of the scores are at least 0, so that more doubt never means less probability of an error; a unit
+    Gaussian prior on them keeps few clips from extreme ones.
+
+    Args:
+        doubt: float [N], one minus the largest class probability, of held-out clips.
+        uncertainty: float [N], of the uncertainty head, in [0, 1].
+        is_wrong: bool [N], with both values present.
+
+    Returns:
+        Weights of the two log-odds and the constant, float64 [3]; see `error_log_odds`.
+
+    Raises:
+        ValueError: unequal lengths, a score outside [0, 1], or only right (or only wrong) predictions.
+    """
+    doubt, is_wrong = _scores_and_flags(doubt, is_wrong, "doubt", "is_wrong")
+    uncertainty = check_floats(uncertainty, "uncertainty")
+    _check_same_length(doubt=doubt, uncertainty=uncertainty)
+    for name, values in (("doubt", doubt), ("uncertainty", uncertainty)):
+        if (values < -1e-6).any() or (values > 1 + 1e-6).any():
+            raise ValueError(f"`{name}` must be in [0, 1], got values from {values.min()} to {values.max()}.")
+    if is_wrong.all() or not is_wrong.any():
+        raise ValueError("`is_wrong` must hold both right and wrong predictions.")
+    sign = np.where(is_wrong, 1.0, -1.0)
+    columns = np.stack([error_log_odds(doubt, uncertainty, row) for row in np.eye(3)], axis=1)  # [N, 3]
+
+    def loss(weights):
+        margin = sign * (columns @ weights)
+        gradient = -(sign * scipy.special.expit(-margin)) @ columns + weights * [1, 1, 0]
+        return np.logaddexp(0, -margin).sum() + (weights[:2] ** 2).sum() / 2, gradient
+
+    start, bounds = np.array([0.5, 0.5, 0.0]), [(0, None), (0, None), (None, None)]
+    return scipy.optimize.minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B").x
 
 
 def risk_coverage_curve(uncertainty: Any, is_wrong: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -572,6 +726,46 @@ def area_under_risk_coverage(uncertainty: Any, is_wrong: Any) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Test-time augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def average_passes(outputs: Mapping[str, Any], num_passes: int) -> dict[str, np.ndarray]:
+    """Average several passes over each clip: probabilities are averaged, not logits.
+
+    Args:
+        outputs: arrays whose rows are the passes, those of one clip together, as `TestTimeAugmentation` orders them:
+            `logits` [N * P, C] and any others with N * P rows.
+        num_passes: P.
+
+    Returns:
+        The same arrays with one row per clip: `logits` is the logarithm of the mean of softmax(logits), so that its
+        softmax is that mean; `labels` is that of the first pass; a flag (bool) is set where it is set in more than
+        half of the passes; everything else is the mean. With one pass, the same values.
+
+    Raises:
+        ValueError: `num_passes` < 1, or an array whose rows are not a multiple of it.
+    """
+    if not isinstance(num_passes, numbers.Integral) or num_passes < 1:
+        raise ValueError(f"`num_passes` must be a positive integer, got {num_passes!r}.")
+    averaged = {}
+    for name, values in outputs.items():
+        array = _to_numpy(values, name)
+        if array.ndim == 0 or len(array) % num_passes:
+            raise ValueError(f"`{name}` must have {num_passes} rows for each clip, got shape {array.shape}.")
+        array = array.reshape(len(array) // num_passes, num_passes, *array.shape[1:])
+        if num_passes == 1 or name == "labels":
+            averaged[name] = array[:, 0]
+        elif name == "logits":
+            log_probabilities = scipy.special.log_softmax(array.astype(np.float64), axis=2)
+            averaged[name] = scipy.special.logsumexp(log_probabilities, axis=1) - math.log(num_passes)
+        else:
+            mean = array.mean(axis=1, dtype=np.float64)
+            averaged[name] = mean > 0.5 if array.dtype == bool else mean
+    return averaged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Report: intervals, groups, tables
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -598,10 +792,7 @@ def bootstrap_interval(
     Raises:
         ValueError: no array, empty or unequal arrays, `num_samples` < 1, `level` outside (0, 1).
     """
-    if not isinstance(num_samples, numbers.Integral) or num_samples < 1:
-        raise ValueError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
-    if not 0 < level < 1:
-        raise ValueError(f"`level` must be between 0 and 1, got {level!r}.")
+    _check_bootstrap(num_samples, level)
     if not arrays:
         raise ValueError("`arrays` is empty: give at least one array to resample.")
     converted = [_to_numpy(array, f"arrays[{i}]") for i, array in enumerate(arrays)]
@@ -614,6 +805,18 @@ def bootstrap_interval(
     for sample in range(num_samples):
         rows = generator.integers(size, size=size)
         values[sample] = metric_function(*[array[rows] for array in converted])
+    return _percentiles(values, level)
+
+
+def _check_bootstrap(num_samples: int, level: float) -> None:
+    if not isinstance(num_samples, numbers.Integral) or num_samples < 1:
+        raise ValueError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must be between 0 and 1, got {level!r}.")
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The central interval that holds the share `level` of the values that are not nan."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return float("nan"), float("nan")
@@ -622,33 +825,83 @@ def bootstrap_interval(
 
 
 def grouped_metrics(
-    predictions: Any, references: Any, groups: Any, label_names: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """`compute_classification_metrics` and `count` for each group (language, corpus, speaker).
+    predictions: Any,
+    references: Any,
+    groups: Any,
+    label_names: Sequence[str],
+    probabilities: Any = None,
+    is_unknown: Any = None,
+    num_samples: int = 1000,
+) -> dict[str, dict[str, Any]]:
+    """What is said about each group of clips (language, corpus, sex, duration).
 
     Args:
         predictions: int [N] predicted class indices.
         references: int [N] true class indices.
         groups: N names (or anything that `str` turns into one).
         label_names: C names; the position is the class index.
+        probabilities: float [N, C], for the calibration within each group.
+        is_unknown: bool [N], whether the model rejects the clip.
+        num_samples: resamples for the interval.
 
     Returns:
-        Group name -> metrics, sorted by name.
+        Group name -> `count`, `compute_classification_metrics`, `weighted_f1_interval` (95 %, bootstrap) and, if the
+        arrays are given, `mean_confidence` and `expected_calibration_error`, and the share of clips `rejected`;
+        sorted by name.
 
     Raises:
         ValueError: empty input, unequal lengths, or a label out of range.
     """
-    names = _label_names(label_names)
+    names = check_label_names(label_names)
     predictions = _labels(predictions, "predictions", len(names))
     references = _labels(references, "references", len(names))
     groups = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     group_names = np.array([str(group) for group in groups])
-    _check_same_length(predictions=predictions, references=references, groups=group_names)
-    report: dict[str, dict[str, float]] = {}
+    arrays = {"predictions": predictions, "references": references, "groups": group_names}
+    if probabilities is not None:
+        arrays["probabilities"] = probabilities = _probabilities(probabilities)
+    if is_unknown is not None:
+        arrays["is_unknown"] = is_unknown = _flags(is_unknown, "is_unknown")
+    _check_same_length(**arrays)
+    report: dict[str, dict[str, Any]] = {}
     for group in np.unique(group_names).tolist():
         rows = group_names == group
-        metrics = compute_classification_metrics(predictions[rows], references[rows], names)
-        report[group] = {"count": int(rows.sum()), **metrics}
+        own = predictions[rows], references[rows]
+        values = {"count": int(rows.sum()), **compute_classification_metrics(*own, names)}
+        values["weighted_f1_interval"] = bootstrap_classification(*own, names, num_samples)["weighted_f1"]
+        if probabilities is not None:
+            values["mean_confidence"] = float(probabilities[rows].max(axis=1).mean())
+            values["expected_calibration_error"] = expected_calibration_error(probabilities[rows], references[rows])
+        if is_unknown is not None:
+            values["rejected"] = float(is_unknown[rows].mean())
+        report[group] = values
+    return report
+
+
+def group_gap(
+    groups: Mapping[str, Mapping[str, Any]],
+    metrics: Sequence[str] = ("weighted_f1", "unweighted_average_recall"),
+    min_count: int = 30,
+) -> dict[str, dict[str, Any]]:
+    """How far the best and the worst group are apart, among those with enough clips to say so.
+
+    Args:
+        groups: result of `grouped_metrics`.
+        metrics: names of the metrics to compare.
+        min_count: groups with fewer clips do not take part.
+
+    Returns:
+        Metric name -> `gap`, and the names of the groups with the `highest` and the `lowest` value (the first by name
+        among equals); empty if fewer than two groups have `min_count` clips.
+    """
+    large = {name: values for name, values in groups.items() if values["count"] >= min_count}
+    if len(large) < 2:
+        return {}
+    report = {}
+    for metric in metrics:
+        values = {name: group[metric] for name, group in large.items()}
+        highest, lowest = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
+        report[metric] = {"gap": values[highest] - values[lowest], "highest": highest, "lowest": lowest}
     return report
 
 
@@ -690,205 +943,3 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
     ]
     rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plots: each writes one PNG (folders are made) and returns its path
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Okabe & Ito (2008): distinguishable with every common form of colour blindness; the line styles survive grey print.
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-_LINES = [(BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, "-"), (SKY, "--")]
-_GREY = "#666666"
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """Empty matplotlib figure (inches) with its own Agg canvas: pyplot and the global backend stay untouched."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install .[report]`.") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _new_axes(width: float, height: float, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
-    figure = _new_figure(width, height)
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
-
-
-def _value(number: float) -> str:
-    return "undefined" if math.isnan(number) else f"{number:.3f}"
-
-
-def plot_confusion_matrix(matrix: Any, label_names: Sequence[str], path: str | Path) -> Path:
-    """Heat map of `confusion_matrix` counts [C, C]; colour and percentage are shares of the true class (recall)."""
-    names = _label_names(label_names)
-    counts = _floats(matrix, "matrix", num_dimensions=2)
-    if counts.shape != (len(names), len(names)) or (counts < 0).any():
-        raise ValueError(f"`matrix` must hold counts >= 0 in shape {(len(names),) * 2}, got shape {counts.shape}.")
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = max(4.0, 1.0 + 0.9 * len(names))
-    figure, axes = _new_axes(size + 0.9, size, "Confusion matrix", "predicted class", "true class")
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 4 else 0)
-    axes.set_yticks(range(len(names)), names)
-    axes.spines[:].set_visible(False)
-    for row in range(len(names)):
-        for column in range(len(names)):
-            share = shares[row, column]
-            colour = "black" if share > 0.45 else "white"
-            axes.text(column, row, f"{share:.0%}\n{counts[row, column]:.0f}", ha="center", va="center", color=colour)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.85)
-    return _save(figure, path)
-
-
-def plot_reliability(
-    probabilities_before: Any, probabilities_after: Any, labels: Any, path: str | Path, num_bins: int = 15
-) -> Path:
-    """Reliability diagram before and after temperature scaling, with the share of clips per confidence bin below.
-
-    `probabilities_before`, `probabilities_after`: float [N, C]; `labels`: int [N]. Bins as in `reliability_bins`.
-    """
-    figure = _new_figure(5.2, 6.2)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="perfect calibration")
-    series = [("before", probabilities_before, VERMILLION, "o--"), ("after", probabilities_after, BLUE, "s-")]
-    for position, (name, probabilities, colour, style) in enumerate(series):
-        bins = reliability_bins(probabilities, labels, num_bins)
-        error = expected_calibration_error(probabilities, labels, num_bins)
-        filled = bins.count > 0
-        label = f"{name} (ECE {error:.3f})"
-        top.plot(bins.confidence[filled], bins.accuracy[filled], style, color=colour, label=label, markersize=5)
-        width = 0.4 / num_bins
-        left = bins.edges[:-1] + (0.1 + 0.4 * position) / num_bins
-        bottom.bar(left, bins.count / bins.count.sum(), width=width, align="edge", color=colour)
-    top.set(title="Reliability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="share of clips")
-    top.legend(loc="upper left", frameon=False)
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
-
-
-def plot_risk_coverage(methods: Mapping[str, tuple[Any, Any]], path: str | Path) -> Path:
-    """Risk-coverage curves.
-
-    Args:
-        methods: name -> (uncertainty [N], is_wrong [N]), for example the uncertainty head and 1 - maximum softmax.
-        path: the PNG file to write.
-    """
-    figure, axes = _new_axes(5.6, 4.2, "Risk-coverage", "coverage (share of clips kept)", "error rate of kept clips")
-    highest = 0.0
-    for (name, (uncertainty, is_wrong)), (colour, style) in _with_lines(methods):
-        coverage, risk = risk_coverage_curve(uncertainty, is_wrong)
-        label = f"{name} (AURC {_value(float(risk.mean()))})"
-        axes.plot(coverage, risk, color=colour, linestyle=style, label=label)
-        axes.axhline(risk[-1], color=_GREY, linestyle=":", linewidth=1)
-        highest = max(highest, float(risk.max()))
-    axes.plot([], [], color=_GREY, linestyle=":", linewidth=1, label="error rate of all clips")
-    axes.set(xlim=(0, 1), ylim=(0, max(1.1 * highest, 0.05)))
-    figure.legend(loc="outside lower center", frameon=False)  # the curves may be anywhere inside the axes
-    return _save(figure, path)
-
-
-def plot_open_set_roc(methods: Mapping[str, tuple[Any, Any]], path: str | Path) -> Path:
-    """ROC curves of unknown detection, unknown = positive.
-
-    Args:
-        methods: name -> (scores [N], is_unknown [N]), higher = more unknown; for example OpenMax and 1 - max softmax.
-        path: the PNG file to write.
-    """
-    figure, axes = _new_axes(
-        5.2, 5.0, "Detection of unknown clips", "known clips flagged as unknown", "unknown clips caught"
-    )
-    axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1, label="chance")
-    axes.axhline(0.95, color=_GREY, linewidth=0.8)
-    axes.text(1.01, 0.95, "95%", color=_GREY, va="center")
-    for (name, (scores, is_unknown)), (colour, style) in _with_lines(methods):
-        false_positive_rate, true_positive_rate, _ = roc_curve(scores, is_unknown)
-        area, at_95 = auroc(scores, is_unknown), fpr_at_95_tpr(scores, is_unknown)
-        label = f"{name} (AUROC {_value(area)}, FPR95 {_value(at_95)})"
-        axes.plot(false_positive_rate, true_positive_rate, color=colour, linestyle=style, label=label)
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(loc="lower right", frameon=False)
-    return _save(figure, path)
-
-
-def plot_oscr(methods: Mapping[str, tuple[Any, Any, Any]], path: str | Path) -> Path:
-    """Open-set classification rate curves.
-
-    Args:
-        methods: name -> (known_scores [K], known_correct [K], unknown_scores [U]), higher = more known, as in `oscr`.
-        path: the PNG file to write.
-    """
-    figure, axes = _new_axes(
-        5.2, 5.0, "Open-set classification rate", "unknown clips accepted", "known clips accepted and correct"
-    )
-    for (name, arrays), (colour, style) in _with_lines(methods):
-        false_positive_rate, correct_rate, _ = oscr_curve(*arrays)
-        label = f"{name} (OSCR {_value(_trapezoid(false_positive_rate, correct_rate))})"
-        axes.plot(false_positive_rate, correct_rate, color=colour, linestyle=style, label=label)
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(loc="lower right", frameon=False)
-    return _save(figure, path)
-
-
-def _with_lines(methods: Mapping[str, Any]) -> list[tuple[tuple[str, Any], tuple[str, str]]]:
-    """Each method with its colour and line style."""
-    if not isinstance(methods, Mapping) or not 1 <= len(methods) <= len(_LINES):
-        raise ValueError(f"`methods` must map 1 to {len(_LINES)} names to their arrays, got {methods!r}.")
-    return list(zip(methods.items(), _LINES, strict=False))
-
-
-def plot_score_histograms(
-    known_scores: Any, unknown_scores: Any, path: str | Path, score_name: str = "unknown probability"
-) -> Path:
-    """Histograms of one score [K] for known and [U] for unknown clips, each as shares of its group."""
-    groups = [
-        ("known", _floats(known_scores, "known_scores", allow_empty=True), BLUE, ""),
-        ("unknown", _floats(unknown_scores, "unknown_scores", allow_empty=True), ORANGE, "///"),
-    ]
-    both = np.concatenate([scores for _, scores, _, _ in groups])
-    if len(both) == 0:
-        raise ValueError("`known_scores` and `unknown_scores` are both empty; at least one example is needed.")
-    edges = np.histogram_bin_edges(both, bins=30)
-    figure, axes = _new_axes(5.6, 4.0, "Known and unknown clips", score_name, "share of the group")
-    for name, scores, colour, hatch in groups:
-        shares = np.histogram(scores, edges)[0] / max(len(scores), 1)
-        label = f"{name} ({len(scores)} clips)"
-        style = {"facecolor": (colour, 0.3), "edgecolor": colour, "linewidth": 1.5, "hatch": hatch}
-        axes.stairs(shares, edges, fill=True, label=label, **style)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return _save(figure, path)
-
-
-def plot_group_bars(groups: Mapping[str, Mapping[str, float]], path: str | Path, metric: str = "weighted_f1") -> Path:
-    """Horizontal bars of one metric (in [0, 1]) per group, from the result of `grouped_metrics`."""
-    if not groups or any(metric not in values for values in groups.values()):
-        raise ValueError(f"`groups` must be a non-empty result of `grouped_metrics` that holds `{metric}`.")
-    heights = [values[metric] for values in groups.values()]
-    names = [f"{name} (n = {values['count']})" for name, values in groups.items()]
-    metric_name = metric.replace("_", " ").replace("f1", "F1")
-    figure, axes = _new_axes(5.6, 1.3 + 0.38 * len(names), f"{metric_name} per group", metric_name, "")
-    axes.barh(range(len(names)), heights, color=BLUE, height=0.65)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    for position, height in enumerate(heights):
-        axes.text(height + 0.01, position, _value(height), va="center")
-    axes.set_xlim(0, 1.12)
-    axes.set_xticks(np.linspace(0, 1, 6))
-    return _save(figure, path)

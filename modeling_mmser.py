@@ -16,7 +16,8 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import weibull_min
+from scipy.cluster.vq import kmeans2
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, WhisperModel
 from transformers import initialization as init
@@ -554,14 +555,33 @@ class ClassAnchorClustering(nn.Module):
 class UncertaintyHead(nn.Module):
     """Predicts how likely the classifier is to be wrong about a clip."""
 
+    error_calibration: Tensor
+
     def __init__(self, config: MMSERConfig):
         super().__init__()
         self.hidden = nn.Linear(config.feature_size, config.uncertainty_hidden_size)
         self.output = nn.Linear(config.uncertainty_hidden_size, 1)
+        # Weights of the classifier's doubt and of this head, and a constant; (0, 1, 0) until they are fitted
+        self.register_buffer("error_calibration", torch.tensor([0.0, 1.0, 0.0], dtype=torch.float32))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, feature_size] -> uncertainty [B, 1] in [0, 1]."""
         return torch.sigmoid(self.output(F.relu(self.hidden(features))))
+
+    def calibrated(self, uncertainty: Tensor, logits: Tensor) -> Tensor:
+        """
+        The probability of an error as held-out clips have it: a logistic regression on the log-odds of the largest
+        class probability being wrong and of this head's uncertainty (Platt 1999, on two scores).
+
+        Args:
+            uncertainty: of `forward`, [B, 1].
+            logits: divided by the temperature, [B, C].
+        Returns: [B, 1] in [0, 1]; the head's own uncertainty as long as nothing is fitted.
+        """
+        doubt = 1 - logits.float().softmax(dim=-1).amax(dim=-1, keepdim=True)
+        weights = self.error_calibration
+        log_odds = weights[0] * doubt.logit(eps=1e-6) + weights[1] * uncertainty.float().logit(eps=1e-6) + weights[2]
+        return torch.sigmoid(log_odds).to(uncertainty.dtype)
 
 
 class PrototypeMemory(nn.Module):
@@ -587,15 +607,19 @@ class PrototypeMemory(nn.Module):
 class OpenMax(nn.Module):
     """
     OpenMax (Bendale & Boult 2016, algorithms 1 and 2, with the rank weights of the authors' code): an extra class
-    "unknown" takes over activation from the
-    top-ranked classes as far as a clip lies in the tail of the distances that the class was trained with.
+    "unknown" takes over activation from the top-ranked classes as far as a clip lies in the tail of the distances
+    that members of the class have.
 
-    The distances are to the learned class anchors instead of mean activation vectors. Activations are shifted to be at
-    least 0 in each row, which the published rule presumes; so a larger distance can only mean more "unknown".
+    In place of the distance to a mean activation vector: the distance to the nearest of several centroids of the class
+    on the unit sphere of `centroids_per_class` k-means clusters, or (0) a distance that is given, as to the class
+    anchors. Activations are shifted to be at least 0 in each row, which the published rule presumes; so a larger
+    distance can only mean more "unknown".
 
     Args:
         num_labels: C.
         alpha: number of top-ranked classes to revise.
+        centroids_per_class: K; 0 keeps none.
+        embedding_size: D, width of the vectors that the centroids are of.
     """
 
     min_tail = 5  # a Weibull fitted on fewer distances says next to nothing
@@ -603,8 +627,10 @@ class OpenMax(nn.Module):
     weibull_scale: Tensor
     weibull_shift: Tensor
     fitted: Tensor
+    rejection_thresholds: Tensor
+    centroids: Tensor
 
-    def __init__(self, num_labels: int, alpha: int):
+    def __init__(self, num_labels: int, alpha: int, centroids_per_class: int = 0, embedding_size: int = 0):
         super().__init__()
         self.alpha = alpha
         for name in ("weibull_shape", "weibull_scale", "weibull_shift"):
@@ -612,18 +638,105 @@ class OpenMax(nn.Module):
         # A float: `_keep_in_fp32_modules_strict` would turn a bool into one. One for each class: loading with another
         # number of labels then leaves it out, like the fit that it stands for
         self.register_buffer("fitted", torch.zeros(num_labels, dtype=torch.float32))
-        self._is_fitted: bool | None = None
+        # Nothing exceeds 1: no clip is rejected
+        self.register_buffer("rejection_thresholds", torch.ones(num_labels, dtype=torch.float32))
+        if centroids_per_class:
+            shape = (num_labels, centroids_per_class, embedding_size)
+            self.register_buffer("centroids", torch.zeros(shape, dtype=torch.float32))
+        # What `fitted` holds after a fit: one on the other kind of distance does not count
+        self._fitted_mark = 2.0 if centroids_per_class else 1.0
+        self._known_fits: tuple[bool, bool] | None = None
+
+    @property
+    def has_centroids(self) -> bool:
+        """Whether distances are to centroids of the classes."""
+        return self._fitted_mark == 2.0
 
     @property
     def is_fitted(self) -> bool:
-        """Whether `fit` has run. Read from the buffer once, so that a forward pass does not wait for the device."""
-        if self._is_fitted is None:
-            self._is_fitted = bool(self.fitted.all())
-        return self._is_fitted
+        """Whether `fit` has run."""
+        return self._fits[0]
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether `fit_thresholds` has run and found some."""
+        return self._fits[1]
+
+    @property
+    def _fits(self) -> tuple[bool, bool]:
+        """Read from the buffers once, so that a forward pass neither waits for the device nor depends on data."""
+        if self._known_fits is None:
+            is_fitted = bool((self.fitted == self._fitted_mark).all())
+            if self.has_centroids:  # loading another number of them leaves them out
+                is_fitted = is_fitted and bool(self.centroids.any())
+            self._known_fits = is_fitted, bool((self.rejection_thresholds < 1).any())
+        return self._known_fits
+
+    def train(self, mode: bool = True):
+        """Also look whether there are fits: loading ends with `eval()`, and an export must not branch on data."""
+        self._known_fits = None
+        if not self.fitted.is_meta:
+            self._known_fits = self._fits
+        return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._is_fitted = None
+        self._known_fits = None
         super()._load_from_state_dict(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget every fit."""
+        for buffer in (self.weibull_shape, self.weibull_scale, self.weibull_shift, self.rejection_thresholds):
+            buffer.fill_(1.0)
+        self.fitted.fill_(0.0)
+        if self.has_centroids:
+            self.centroids.fill_(0.0)
+        self._known_fits = None
+
+    def fit_centroids(self, embeddings: np.ndarray | Tensor, labels: np.ndarray | Tensor, seed: int = 0) -> None:
+        """
+        Place the centroids of each class by k-means (k-means++ start) over its L2-normalised members.
+
+        A distinct centroid has on average at least four members, so that few clips are centroids of their own; where
+        that leaves fewer than K, they are repeated. A class without members takes those of all clips and is named.
+        Fits on other centroids are void.
+
+        Args:
+            embeddings: [N, D], of training clips.
+            labels: class ids, [N].
+            seed: of the k-means++ start.
+        Raises:
+            ValueError: shapes that do not match, no clip, or values that are not finite.
+        """
+        embeddings, labels = (_as_array(values) for values in (embeddings, labels))
+        num_labels, _, size = self.centroids.shape
+        if embeddings.ndim != 2 or embeddings.shape[1] != size or labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"`embeddings` must be [N, {size}] and `labels` [N]; got {embeddings.shape} and {labels.shape}."
+            )
+        if not len(labels) or not np.isfinite(embeddings).all():
+            raise ValueError("`embeddings` must hold at least one clip and finite values only.")
+        directions = _normalized(embeddings.astype(np.float64))
+        self.reset()
+        for label in range(num_labels):
+            members = directions[labels == label]
+            if not len(members):
+                logger.warning(f"OpenMax: class {label} has no training clips; the centroids of all clips stand in.")
+                members = directions
+            self.centroids[label] = torch.from_numpy(self._k_means(members, seed))
+
+    def _k_means(self, members: np.ndarray, seed: int) -> np.ndarray:
+        """Unit vectors [K, D]."""
+        members = np.unique(members, axis=0)
+        number = min(self.centroids.shape[1], max(1, len(members) // 4))
+        centroids, _ = kmeans2(members, number, minit="++", rng=seed)
+        return _normalized(np.resize(centroids, self.centroids.shape[1:]))
+
+    def distances(self, embeddings: Tensor) -> Tensor:
+        """Euclidean distance on the unit sphere, `embeddings` [B, D] to the nearest centroid of each class [B, C]."""
+        directions = F.normalize(embeddings.float(), dim=-1)
+        # Not by a matrix product: autocast would round the similarities to bfloat16
+        distances = torch.cdist(directions, self.centroids.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.unflatten(1, self.centroids.shape[:2]).amin(dim=-1)
 
     def fit(
         self,
@@ -633,23 +746,21 @@ class OpenMax(nn.Module):
         tail_size: int = 20,
     ) -> None:
         """
-        Fit one Weibull per class on the largest distances between correctly classified clips and their class anchor.
+        Fit one Weibull per class on the largest distances between correctly classified clips and their own class.
 
         As in libmr, a tail t is moved to t - min(t) + 1 before a maximum likelihood fit with location 0. A class with
         fewer than 5 correct clips, or without spread in its tail, takes the fit over the clips of all classes; a
-        warning names it.
+        warning names it. Thresholds of rejection that were fitted before are void.
 
         Args:
-            distances: to each class anchor, [N, C].
+            distances: to each class, [N, C].
             labels, predictions: class ids, [N].
             tail_size: number of largest distances used per class, at least 5.
         Raises:
             ValueError: shapes that do not match, values that are not finite, a tail below 5, or too few correct clips
                 over all classes.
         """
-        distances, labels, predictions = (
-            np.asarray(torch.as_tensor(values).detach().cpu()) for values in (distances, labels, predictions)
-        )
+        distances, labels, predictions = (_as_array(values) for values in (distances, labels, predictions))
         distances = distances.astype(np.float64)
         num_labels = len(self.weibull_shape)
         if distances.shape != (len(labels), num_labels) or labels.shape != predictions.shape or labels.ndim != 1:
@@ -663,42 +774,96 @@ class OpenMax(nn.Module):
             raise ValueError(f"`tail_size` must be at least {self.min_tail}, got {tail_size}.")
         correct = labels == predictions
         own_distance = distances[np.arange(len(labels))[correct], labels[correct]]
+        tails = [own_distance[labels[correct] == label] for label in range(num_labels)]
+        fits = [self._fit_tail(tail, tail_size) for tail in tails]
         pooled = self._fit_tail(own_distance, tail_size)
-        if pooled is None:
+        if pooled is None and None in fits:
             raise ValueError(
                 f"OpenMax needs at least {self.min_tail} correctly classified clips with different distances, "
                 f"got {len(own_distance)} correct of {len(labels)}."
             )
-        for label in range(num_labels):
-            tail = own_distance[labels[correct] == label]
-            fit = self._fit_tail(tail, tail_size)
+        for label, (tail, fit) in enumerate(zip(tails, fits, strict=True)):
             if fit is None:
                 logger.warning(
                     f"OpenMax: class {label} has {len(tail)} correctly classified clips, too few or too alike for a "
                     "Weibull of its own; the fit over all classes stands in."
                 )
-            shape, scale, shift = fit or pooled
+            shape, scale, shift = fit or cast(tuple[float, float, float], pooled)
             self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
-        self.fitted.fill_(1.0)
-        self._is_fitted = True
+        self.fitted.fill_(self._fitted_mark)
+        self.rejection_thresholds.fill_(1.0)
+        self.train(self.training)
 
     def _fit_tail(self, distances: np.ndarray, tail_size: int) -> tuple[float, float, float] | None:
         tail = np.sort(distances)[-tail_size:]
-        if len(tail) < self.min_tail or tail[-1] - tail[0] < 1e-6:
+        if len(tail) < self.min_tail or tail[-1] - tail[0] < 1e-4:
             return None
-        shape, _, scale = weibull_min.fit(tail - tail[0] + 1, floc=0)
+        logs = np.log1p(tail - tail[0])
+
+        def derivative(shape: float) -> float:
+            """Of the mean log-likelihood by the shape, at its best scale, negated: it crosses 0 once, upwards."""
+            weights = np.exp(shape * (logs - logs[-1]))
+            return float(weights @ logs / weights.sum() - logs.mean() - 1 / shape)
+
+        # A bracketed root: scipy's general `weibull_min.fit` stops far from the maximum on some ordinary tails
+        low = high = 1 / (logs[-1] - logs.mean())
+        while derivative(high) < 0:
+            high *= 2
+        shape = brentq(derivative, low, high)
+        scale = math.exp(logs[-1] + math.log(np.exp(shape * (logs - logs[-1])).mean()) / shape)
         return shape, scale, tail[0]
+
+    def fit_thresholds(
+        self, rejection_scores: np.ndarray | Tensor, predictions: np.ndarray | Tensor, acceptance: float = 0.95
+    ) -> None:
+        """
+        Choose for each predicted class the smallest threshold that accepts the share `acceptance` of known clips.
+
+        It is the ceil((n + 1) acceptance)-th smallest score of the n clips that are predicted to be of the class, as
+        in split conformal prediction (Vovk et al. 2005): a new known clip is then accepted with at least that
+        probability. Predicted classes with too few clips for it share a threshold over all clips.
+
+        Args:
+            rejection_scores: of held-out clips of the known classes, [N]; see `rejection_scores`.
+            predictions: their predicted class ids, [N].
+            acceptance: in (0, 1).
+        Raises:
+            ValueError: shapes that do not match, scores that are not finite, a share outside (0, 1).
+        """
+        scores, predictions = (_as_array(values) for values in (rejection_scores, predictions))
+        if scores.ndim != 1 or scores.shape != predictions.shape or not np.isfinite(scores).all():
+            raise ValueError(
+                f"`rejection_scores` and `predictions` must be [N], finite; got {scores.shape}, {predictions.shape}."
+            )
+        if not 0 < acceptance < 1:
+            raise ValueError(f"`acceptance` must be between 0 and 1, got {acceptance!r}.")
+        pooled = _conformal_threshold(scores, acceptance)
+        too_few = []
+        for label in range(len(self.rejection_thresholds)):
+            threshold = _conformal_threshold(scores[predictions == label], acceptance)
+            if threshold is None:
+                too_few.append(label)
+                threshold = 1.0 if pooled is None else pooled
+            self.rejection_thresholds[label] = threshold
+        if too_few:
+            logger.warning(
+                f"OpenMax: too few of the {len(scores)} held-out clips are predicted as class "
+                f"{', '.join(map(str, too_few))} for a rejection threshold of its own; "
+                f"{'`openmax_threshold` decides' if pooled is None else 'the one over all classes stands in'}."
+            )
+        self.train(self.training)
 
     def cdf(self, distances: Tensor) -> Tensor:
         """Probability that a member of each class lies nearer than `distances` [B, C]; 0 below the tail's support."""
-        moved = (distances.float() - self.weibull_shift + 1).clamp(min=0)
-        return -torch.expm1(-((moved / self.weibull_scale) ** self.weibull_shape))
+        # log1p keeps the digits of near distances that the large shapes of narrow tails ask for
+        log_moved = torch.log1p((distances.float() - self.weibull_shift).clamp(min=-1))
+        return -torch.expm1(-torch.exp(self.weibull_shape * (log_moved - self.weibull_scale.log())))
 
     def forward(self, logits: Tensor, distances: Tensor) -> Tensor:
         """
         Args:
             logits: [B, C].
-            distances: to each class anchor, [B, C].
+            distances: to each class, [B, C].
         Returns: probabilities of the C classes and of "unknown" (last), float32 [B, C + 1].
         Raises:
             ValueError: OpenMax is not fitted.
@@ -707,13 +872,51 @@ class OpenMax(nn.Module):
             raise ValueError(
                 "OpenMax is not fitted: call `model.fit_openmax(dataloader)` first, or pass `use_openmax=False`."
             )
-        activations = logits.float()
-        activations = activations - activations.amin(dim=-1, keepdim=True)
-        rank = activations.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the top class
+        logits = logits.float()
+        activations = logits - logits.amin(dim=-1, keepdim=True)
+        rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the top class
         omega = ((self.alpha - rank) / self.alpha).clamp(min=0)  # (alpha + 1 - r) / alpha with r = rank + 1
         taken = activations * omega * self.cdf(distances)
         revised = torch.cat([activations - taken, taken.sum(dim=-1, keepdim=True)], dim=-1)
         return F.softmax(revised, dim=-1)
+
+    def reject(self, probabilities: Tensor, predictions: Tensor, threshold: float, use_fitted: bool = True) -> Tensor:
+        """
+        Which clips are none of the classes.
+
+        Args:
+            probabilities: of `forward`, [B, C + 1].
+            predictions: predicted class ids, [B].
+            threshold: reject when "unknown" wins or is more probable than this; used without fitted thresholds.
+            use_fitted: use the thresholds of `fit_thresholds`, if there are any, on `rejection_scores`.
+        Returns: bool [B].
+        """
+        if use_fitted and self.has_thresholds:
+            return rejection_scores(probabilities) > self.rejection_thresholds[predictions]
+        wins = probabilities.argmax(dim=-1) == probabilities.shape[-1] - 1
+        return wins | (probabilities[:, -1] > threshold)
+
+
+def rejection_scores(open_set_probabilities: Tensor) -> Tensor:
+    """
+    One minus the largest probability that OpenMax leaves to a known class, [B, C + 1] -> [B]: high where a clip is far
+    from all classes and where it lies between them, the two reasons to reject of Bendale & Boult (2016, algorithm 2).
+    """
+    return 1 - open_set_probabilities[:, :-1].amax(dim=-1)
+
+
+def _as_array(values: np.ndarray | Tensor) -> np.ndarray:
+    return np.asarray(torch.as_tensor(values).detach().cpu())
+
+
+def _normalized(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _conformal_threshold(scores: np.ndarray, acceptance: float) -> float | None:
+    """The ceil((n + 1) acceptance)-th smallest of n scores; None where n is too small for it."""
+    rank = math.ceil((len(scores) + 1) * acceptance)
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else None
 
 
 # The models
@@ -748,7 +951,8 @@ class MMSEROutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`): weighted sum of the parts, if `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): calibrated by the temperature in eval mode.
-        uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): in [0, 1], high where a prediction may be wrong.
+        uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): in [0, 1], high where a prediction may be wrong;
+            once it is calibrated, in eval mode, the probability that it is.
         anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss; 0 without `labels` or weight.
         losses (`dict[str, torch.FloatTensor]`): the weighted parts by name, detached; they sum to `loss`.
         features (`torch.FloatTensor` of shape `(batch_size, feature_size)`): input of the output layer.
@@ -756,6 +960,8 @@ class MMSEROutput(ModelOutput):
         anchor_distances (`torch.FloatTensor` of shape `(batch_size, num_labels)`): distance to each class anchor.
         unknown_probability (`torch.FloatTensor` of shape `(batch_size, 1)`): of OpenMax, once it is fitted.
         open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): likewise, "unknown" last.
+        is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): likewise, which clips are rejected; None if
+            `config.openmax_threshold` is.
         hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
     """
 
@@ -769,6 +975,7 @@ class MMSEROutput(ModelOutput):
     anchor_distances: Tensor | None = None
     unknown_probability: Tensor | None = None
     open_set_probabilities: Tensor | None = None
+    is_unknown: Tensor | None = None
     hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -818,6 +1025,11 @@ class MMSERPreTrainedModel(PreTrainedModel):
             for buffer in (module.weibull_shape, module.weibull_scale, module.weibull_shift):
                 init.ones_(buffer)
             init.zeros_(module.fitted)
+            init.ones_(module.rejection_thresholds)
+            if module.has_centroids:
+                init.zeros_(module.centroids)
+        elif isinstance(module, UncertaintyHead):
+            init.copy_(module.error_calibration, torch.tensor([0.0, 1.0, 0.0]))
         elif isinstance(module, MMSERModel):
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
@@ -1156,7 +1368,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
     temperature: Tensor
-    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature")  # type: ignore[assignment]  # likewise
+    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature", "error_calibration")  # type: ignore[assignment]  # likewise
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -1167,7 +1379,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self.anchors = ClassAnchorClustering(config)
         self.uncertainty = UncertaintyHead(config)
         self.prototypes = PrototypeMemory(config)
-        self.openmax = OpenMax(config.num_labels, alpha=config.openmax_alpha)
+        centroids = config.openmax_centroids_per_class if config.openmax_distance == "centroid" else 0
+        self.openmax = OpenMax(config.num_labels, config.openmax_alpha, centroids, config.fusion_hidden_size)
         # Divides the logits outside training (Guo et al. 2017); 1 until it is fitted on held-out clips
         self.register_buffer("temperature", torch.ones((), dtype=torch.float32))
         self.post_init()
@@ -1210,9 +1423,13 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             return_dict=True,
         )
         raw_logits, features = self.classifier(outputs.pooler_output)
-        uncertainty = self.uncertainty(features)
+        raw_uncertainty = self.uncertainty(features)
         anchor_logits, anchor_distances = self.anchors(features)
-        logits = raw_logits if self.training else (raw_logits / self.temperature).to(raw_logits.dtype)
+        # What was calibrated on held-out clips is for use, not for training
+        logits, uncertainty = raw_logits, raw_uncertainty
+        if not self.training:
+            logits = (raw_logits / self.temperature).to(raw_logits.dtype)
+            uncertainty = self.uncertainty.calibrated(raw_uncertainty, logits)
 
         loss = losses = None
         anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
@@ -1220,13 +1437,18 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             self._check_labels(labels)
             if self.config.anchor_loss_weight:
                 anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
-            parts = self._weighted_losses(raw_logits, features, uncertainty, anchor_loss, labels, teacher_logits)
+            parts = self._weighted_losses(raw_logits, features, raw_uncertainty, anchor_loss, labels, teacher_logits)
             loss = cast(Tensor, sum(parts.values()))
             losses = {name: part.detach() for name, part in parts.items()}
 
-        open_set_probabilities = None
+        open_set_probabilities = is_unknown = None
         if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
-            open_set_probabilities = self.openmax(logits, anchor_distances)
+            distances = self.openmax_distances(outputs.pooler_output, anchor_distances)
+            open_set_probabilities = self.openmax(logits, distances)
+            threshold = self.config.openmax_threshold
+            if threshold is not None:
+                use_fitted = self.config.openmax_acceptance is not None
+                is_unknown = self.openmax.reject(open_set_probabilities, logits.argmax(-1), threshold, use_fitted)
         return MMSEROutput(
             loss=loss,
             logits=logits,
@@ -1238,9 +1460,14 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             anchor_distances=anchor_distances,
             unknown_probability=None if open_set_probabilities is None else open_set_probabilities[:, -1:],
             open_set_probabilities=open_set_probabilities,
+            is_unknown=is_unknown,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def openmax_distances(self, fused: Tensor, anchor_distances: Tensor) -> Tensor:
+        """The distances [B, C] that OpenMax goes by: to centroids of the fused vectors or to the class anchors."""
+        return self.openmax.distances(fused) if self.openmax.has_centroids else anchor_distances
 
     def _check_labels(self, labels: Tensor) -> None:
         num_labels = self.config.num_labels
@@ -1283,7 +1510,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     @torch.no_grad()
     def fit_openmax(self, dataloader: Iterable[dict], tail_size: int | None = None) -> None:
         """
-        Fit OpenMax in one pass over the training clips.
+        Fit OpenMax, centroids and Weibulls, in one pass over the training clips. (`MMSERTrainer.finalize` also uses
+        held-out clips, which lie farther from the classes than training clips do.)
 
         Args:
             dataloader: batches of this model's inputs with `labels`.
@@ -1291,21 +1519,23 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         """
         was_training = self.training
         self.eval()
-        distances, labels, predictions = [], [], []
+        outputs: dict[str, list[Tensor]] = {name: [] for name in ("logits", "fused", "anchor_distances", "labels")}
         try:
             for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
                 batch = {name: value.to(self.device) for name, value in batch.items()}
-                labels.append(batch.pop("labels").cpu())
-                outputs = self(**batch, use_openmax=False)
-                distances.append(outputs.anchor_distances.cpu())
-                predictions.append(outputs.logits.argmax(dim=-1).cpu())
+                outputs["labels"].append(batch.pop("labels"))
+                output = self(**batch, use_openmax=False)
+                for name in ("logits", "fused", "anchor_distances"):
+                    outputs[name].append(output[name].float())
         finally:
             self.train(was_training)
-        if not labels:
+        if not outputs["labels"]:
             raise ValueError("`dataloader` gave no batch.")
-        self.openmax.fit(
-            torch.cat(distances), torch.cat(labels), torch.cat(predictions), tail_size or self.config.openmax_tail_size
-        )
+        logits, fused, anchor_distances, labels = (torch.cat(values) for values in outputs.values())
+        if self.openmax.has_centroids:
+            self.openmax.fit_centroids(fused, labels)
+        distances = self.openmax_distances(fused, anchor_distances)
+        self.openmax.fit(distances, labels, logits.argmax(dim=-1), tail_size or self.config.openmax_tail_size)
 
 
 def register_auto_classes() -> None:

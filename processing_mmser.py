@@ -454,9 +454,10 @@ class MMSERPipeline(Pipeline):
             top_k (`int`): number of labels to return; all by default.
             allowed_labels (`list[str]`): keep only these labels; softmax scores then sum to one over them.
             return_uncertainty (`bool`): also give `uncertainty`, `unknown_probability` and `is_unknown` in each dict,
-                properties of the clip, the same for all of its labels. A clip `is_unknown` if OpenMax ranks "unknown"
-                first or its probability exceeds `config.openmax_threshold`; False if that is None. The last two are
-                None while OpenMax is not fitted.
+                properties of the clip, the same for all of its labels. A clip `is_unknown` if OpenMax leaves its
+                class less than the fitted threshold, which known clips seldom miss (`config.openmax_acceptance`);
+                without fitted ones, if "unknown" comes first or exceeds `config.openmax_threshold`; False if that is
+                None. The last two are None while OpenMax is not fitted.
             function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
             batch_size, num_workers (`int`): as in every pipeline; results do not depend on them.
 
@@ -556,7 +557,7 @@ class MMSERPipeline(Pipeline):
     def _forward(self, input_tensors, **forward_parameters):
         inputs = BatchFeature(input_tensors, tensor_type="pt").to(self.device, dtype=self.dtype)
         outputs = self.model(**inputs)
-        names = ("logits", "uncertainty", "unknown_probability", "open_set_probabilities")
+        names = ("logits", "uncertainty", "unknown_probability", "is_unknown")
         return {name: getattr(outputs, name, None) for name in names}
 
     def postprocess(
@@ -576,23 +577,13 @@ class MMSERPipeline(Pipeline):
         best = scores.argsort(descending=True)[:top_k].tolist()
         results = [{"label": labels[kept[index]], "score": scores[index].item()} for index in best]
         if return_uncertainty:
-            for name in ("uncertainty", "unknown_probability"):
-                value = model_outputs[name]
-                for result in results:
-                    result[name] = None if value is None else value.flatten()[0].item()
+            values = {name: model_outputs[name] for name in ("uncertainty", "unknown_probability", "is_unknown")}
+            values = {name: None if value is None else value.flatten()[0].item() for name, value in values.items()}
+            if values["unknown_probability"] is not None and values["is_unknown"] is None:
+                values["is_unknown"] = False  # rejection is switched off
             for result in results:
-                result["is_unknown"] = self._is_unknown(model_outputs["open_set_probabilities"])
+                result.update(values)
         return results
-
-    def _is_unknown(self, open_set_probabilities: torch.Tensor | None) -> bool | None:
-        """Whether OpenMax rejects the clip; `open_set_probabilities` is [1, C + 1] with "unknown" last."""
-        if open_set_probabilities is None:
-            return None
-        threshold = getattr(self.model.config, "openmax_threshold", None)
-        if threshold is None:
-            return False
-        probabilities = open_set_probabilities[0]
-        return bool(probabilities[-1] > threshold or probabilities.argmax() == len(probabilities) - 1)
 
 
 def _download(url: str) -> bytes:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trained model to its report: the scores of every split, the summary table, `eval_results.json` and the card.
+"""From a trained model to its scores, the summary table, `eval_results.json` and the model card.
 
-`evaluate_split` gives the rows (both modalities, one alone, a linear probe, the majority class), `evaluate_open_set`
-the rejection of clips that are none of the classes, `write_results` the files. All numbers are measured.
+`predict_rows` runs the model over a split (both modalities, each alone), `describe_rows` scores what it said, beside a
+linear probe and the majority class, `evaluate_open_set` and `describe_rejection` how well it tells that a clip is none
+of the classes, `write_results` writes the files. All numbers are measured.
 """
 
 import json
@@ -12,6 +13,7 @@ import re
 import shlex
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,29 +26,32 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers.utils import logging
 
+from data_mmser import Augmenter, EmotionDataset, TestTimeAugmentation
 from evaluation_mmser import (
     area_under_risk_coverage,
     auroc,
+    average_passes,
+    bootstrap_classification,
+    bootstrap_interval,
     compute_classification_metrics,
     confusion_matrix,
+    energy_score,
     error_detection_auroc,
     expected_calibration_error,
     format_table,
     fpr_at_95_tpr,
     grouped_metrics,
+    knn_distance,
     negative_log_likelihood,
     oscr,
     softmax,
 )
 from training_mmser import MMSERTrainer
 
-logger = logging.get_logger(__name__)
-
 CARD_NAME = "model_card.md"
 RESULTS_NAME = "eval_results.json"
-GROUPS = ("corpus", "language")
+GROUPS = ("corpus", "language", "sex")
 NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
 
 
@@ -79,8 +84,74 @@ def describe_data(
     return result
 
 
+def predict_clips(trainer: MMSERTrainer, dataset: torch.utils.data.Dataset, rows: list[str]) -> dict[str, np.ndarray]:
+    """
+    `trainer.predict_outputs`, checked: a number that is not finite is an error naming the clip.
+
+    Args:
+        trainer: with the model.
+        dataset: examples of which all can be read.
+        rows: where each of them comes from, for the message.
+    """
+    outputs = trainer.predict_outputs(dataset)
+    for name, values in outputs.items():
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"the model's `{name}` is not finite for {bad.sum()} of {len(bad)} clips, the first is "
+                f"{rows[int(bad.argmax())]}; if the precision is half, evaluate without --use_amp"
+            )
+    return outputs
+
+
+def predict_rows(
+    trainer: MMSERTrainer,
+    split: datasets.Dataset | datasets.IterableDataset,
+    make_dataset: Callable[..., torch.utils.data.Dataset],
+) -> dict[str, dict[str, np.ndarray]]:
+    """
+    Run the model over one split with what each clip has, and with each modality alone.
+
+    Args:
+        trainer: with the model.
+        split: a table of `load_emotion_dataset`; all of its clips must be readable (`drop_unreadable`).
+        make_dataset: makes examples of a table; takes `use_audio` and `use_text`.
+    Returns: row name -> outputs of `predict_outputs` and `index` [M], the position of each clip in the split; rows
+        `model`, and `audio_only` and `text_only` if the data have both, over the clips that have that one.
+    """
+    if not isinstance(split, datasets.Dataset):
+        outputs = trainer.predict_outputs(make_dataset(split))
+        return {"model": {**outputs, "index": np.arange(len(outputs["labels"]))}}
+    rows = {"model": {**predict_clips(trainer, make_dataset(split), split["row"]), "index": np.arange(len(split))}}
+    if {"audio", "text"} <= set(split.column_names):
+        for name, column, other in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
+            index = np.array([i for i, value in enumerate(split[column]) if value], dtype=np.int64)
+            if len(index):
+                table = split.select(index)
+                rows[name] = {
+                    **predict_clips(trainer, make_dataset(table, **{other: False}), table["row"]),
+                    "index": index,
+                }
+    return rows
+
+
+def describe_decisions(
+    predictions: np.ndarray, labels: np.ndarray, label_names: list[str], num_samples: int = 1000
+) -> dict[str, Any]:
+    """Closed-set metrics of class ids [N] against the true ones [N], with 95 % intervals as `<metric>_interval`."""
+    intervals = bootstrap_classification(predictions, labels, label_names, num_samples)
+    return {
+        "clips": len(labels),
+        **compute_classification_metrics(predictions, labels, label_names),
+        **{f"{name}_interval": interval for name, interval in intervals.items()},
+    }
+
+
 def describe_predictions(
-    outputs: Mapping[str, np.ndarray], label_names: list[str], groups: Mapping[str, list] | None = None
+    outputs: Mapping[str, np.ndarray],
+    label_names: list[str],
+    groups: Mapping[str, list] | None = None,
+    num_samples: int = 1000,
 ) -> dict[str, Any]:
     """
     Everything that is said about one pass over one split.
@@ -89,6 +160,7 @@ def describe_predictions(
         outputs: of `MMSERTrainer.predict_outputs`.
         label_names: C names, in the order of the class ids.
         groups: name of a grouping (`"corpus"`) -> the group of each clip, N names.
+        num_samples: resamples for the intervals.
     Returns: closed-set metrics, calibration, how well the uncertainty spots errors, the confusion matrix, and
         `by_<grouping>`.
     """
@@ -96,17 +168,19 @@ def describe_predictions(
     predictions, probabilities = logits.argmax(axis=1), softmax(logits)
     wrong = predictions != labels
     result = {
-        "clips": len(labels),
-        **compute_classification_metrics(predictions, labels, label_names),
+        **describe_decisions(predictions, labels, label_names, num_samples),
         "expected_calibration_error": expected_calibration_error(probabilities, labels),
         "negative_log_likelihood": negative_log_likelihood(logits, labels),
+        "mean_confidence": probabilities.max(axis=1).mean(),
         "error_auroc_of_uncertainty": error_detection_auroc(outputs["uncertainty"], wrong),
         "error_auroc_of_max_probability": error_detection_auroc(1 - probabilities.max(axis=1), wrong),
         "area_under_risk_coverage": area_under_risk_coverage(outputs["uncertainty"], wrong),
         "confusion_matrix": confusion_matrix(predictions, labels, len(label_names)).tolist(),
     }
     for name, values in (groups or {}).items():
-        result[f"by_{name}"] = grouped_metrics(predictions, labels, values, label_names)
+        result[f"by_{name}"] = grouped_metrics(
+            predictions, labels, values, label_names, probabilities, outputs.get("is_unknown"), num_samples
+        )
     return result
 
 
@@ -117,81 +191,175 @@ def linear_probe(train_outputs: Mapping[str, np.ndarray], outputs: Mapping[str, 
     return probe.predict(outputs["fused"])
 
 
-def evaluate_split(
-    trainer: MMSERTrainer,
-    split: datasets.Dataset | datasets.IterableDataset,
-    make_dataset: Callable[..., torch.utils.data.Dataset],
+def describe_rows(
+    rows: Mapping[str, Mapping[str, np.ndarray]],
     label_names: list[str],
+    groups: Mapping[str, list] | None = None,
+    train_outputs: Mapping[str, np.ndarray] | None = None,
+    class_counts: list[int] | None = None,
+    num_samples: int = 1000,
 ) -> dict[str, dict[str, Any]]:
     """
-    Score one split in every way that the data allow.
+    Score every row, and what the model has to beat on the same clips.
 
     Args:
-        trainer: with `train_outputs` from `finalize`.
-        split: a table of `load_emotion_dataset`; all of its clips must be readable (`drop_unreadable`).
-        make_dataset: makes examples of a table; takes `use_audio` and `use_text`.
+        rows: of `predict_rows`.
         label_names: in the order of the class ids.
-    Returns: row name -> metrics; rows `model`, `audio_only` and `text_only` (if the data have both), `linear_probe`,
-        `majority`.
+        groups: name of a grouping -> the group of each clip of the split.
+        train_outputs: of the training clips, for the row `linear_probe`, which is left out without them.
+        class_counts: training clips per class, for the row `majority`; by default those of `train_outputs`.
+        num_samples: resamples for the intervals.
+    Returns: row name -> metrics.
     """
-    outputs = trainer.predict_outputs(make_dataset(split))
-    rows = {"model": describe_predictions(outputs, label_names, _groups(split))}
-    columns = split.column_names or []
-    if isinstance(split, datasets.Dataset) and {"audio", "text"} <= set(columns):
-        for name, column, other in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
-            present = split.select([i for i, value in enumerate(split[column]) if value])
-            if len(present):
-                alone = make_dataset(present, **{other: False})
-                rows[name] = describe_predictions(trainer.predict_outputs(alone), label_names, _groups(present))
-    train_outputs = trainer.train_outputs
-    majority = np.full(len(outputs["labels"]), np.bincount(train_outputs["labels"]).argmax())
-    references = {"majority": majority}
-    if len(np.unique(train_outputs["labels"])) > 1:
-        references = {"linear_probe": linear_probe(train_outputs, outputs), **references}
-    for name, predictions in references.items():
-        rows[name] = {
-            "clips": len(predictions),
-            **compute_classification_metrics(predictions, outputs["labels"], label_names),
-        }
-    return rows
+    described = {}
+    for name, outputs in rows.items():
+        own = {key: [values[i] for i in outputs["index"]] for key, values in (groups or {}).items()}
+        described[name] = describe_predictions(outputs, label_names, own, num_samples)
+    outputs = rows["model"]
+    if train_outputs is not None:
+        if len(np.unique(train_outputs["labels"])) > 1:
+            predictions = linear_probe(train_outputs, outputs)
+            described["linear_probe"] = describe_decisions(predictions, outputs["labels"], label_names, num_samples)
+        class_counts = class_counts or np.bincount(train_outputs["labels"], minlength=len(label_names)).tolist()
+    if class_counts:
+        majority = np.full(len(outputs["labels"]), np.argmax(class_counts))
+        described["majority"] = describe_decisions(majority, outputs["labels"], label_names, num_samples)
+    return described
 
 
-def _groups(split: datasets.Dataset | datasets.IterableDataset) -> dict[str, list[str]]:
-    """The groupings that the data have."""
+def split_groups(
+    split: datasets.Dataset | datasets.IterableDataset, names: Iterable[str] = GROUPS
+) -> dict[str, list[str]]:
+    """The group of each clip, for those of the columns `names` that the data have; empty cells are "unknown"."""
     if not isinstance(split, datasets.Dataset):
         return {}
-    return {name: [value or "unknown" for value in split[name]] for name in GROUPS if name in split.column_names}
+    return {
+        name: ["unknown" if value in ("", None) else str(value) for value in split[name]]
+        for name in names
+        if name in split.column_names
+    }
+
+
+def open_set_scores(
+    outputs: Mapping[str, np.ndarray], train_outputs: Mapping[str, np.ndarray] | None = None, temperature: float = 1.0
+) -> dict[str, np.ndarray]:
+    """
+    All scores [N] of how unknown a clip is (higher = more) that the outputs allow, the model's own first.
+
+    Args:
+        outputs: of `predict_outputs`.
+        train_outputs: of the training clips, for `knn` (on the fused vectors) and `knn_features`.
+        temperature: that the model divides its logits by; the energy is that of the logits as they were before.
+    Returns: `openmax` if it is fitted, `max_softmax`, `energy`, `knn`, `knn_features`, `uncertainty`.
+    """
+    scores = {}
+    if "open_set_probabilities" in outputs:
+        scores["openmax"] = 1 - outputs["open_set_probabilities"][:, :-1].max(axis=1)
+    logits = outputs["logits"].astype(np.float64)
+    scores["max_softmax"] = 1 - softmax(logits).max(axis=1)
+    scores["energy"] = energy_score(logits * temperature)
+    for name, key in (("knn", "fused"), ("knn_features", "features")):
+        if train_outputs is not None and key in train_outputs and key in outputs:
+            scores[name] = knn_distance(train_outputs[key], outputs[key])
+    return {**scores, "uncertainty": outputs["uncertainty"]}
 
 
 def evaluate_open_set(
-    trainer: MMSERTrainer,
-    known: datasets.Dataset,
-    unknown: datasets.Dataset,
-    make_dataset: Callable[..., torch.utils.data.Dataset],
-) -> dict[str, dict[str, float]]:
+    known: Mapping[str, np.ndarray],
+    unknown_sets: Mapping[str, Mapping[str, np.ndarray]],
+    train_outputs: Mapping[str, np.ndarray] | None = None,
+    temperature: float = 1.0,
+    num_samples: int = 1000,
+) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    How well clips that are none of the classes are told apart, unknown being the positive class: OpenMax, if it is
-    fitted, against one minus the largest probability of the same model.
+    How well clips that are none of the classes are told apart, unknown being the positive class.
 
-    Returns: score name -> `auroc`, `fpr_at_95_tpr` and `oscr`.
+    Args:
+        known: outputs of `predict_outputs` for the known clips.
+        unknown_sets: likewise for each set of unknown ones, by name.
+        train_outputs, temperature: see `open_set_scores`.
+        num_samples: resamples for the intervals.
+    Returns: set name -> score name -> `clips`, `auroc`, `auroc_interval`, `fpr_at_95_tpr` and `oscr`; with more than
+        one set also `mean`, over the sets.
     """
-    known_outputs = trainer.predict_outputs(make_dataset(known))
-    unknown_outputs = trainer.predict_outputs(make_dataset(unknown))
-    scores = {"max_softmax": [1 - softmax(o["logits"]).max(axis=1) for o in (known_outputs, unknown_outputs)]}
-    if "unknown_probability" in known_outputs:
-        scores["openmax"] = [o["unknown_probability"] for o in (known_outputs, unknown_outputs)]
-    correct = known_outputs["logits"].argmax(axis=1) == known_outputs["labels"]
-    rows = {}
-    for name, (known_scores, unknown_scores) in scores.items():
-        both = np.concatenate([known_scores, unknown_scores])
-        is_unknown = np.arange(len(both)) >= len(known_scores)
-        rows[name] = {
-            "clips": len(both),
-            "auroc": auroc(both, is_unknown),
-            "fpr_at_95_tpr": fpr_at_95_tpr(both, is_unknown),
-            "oscr": oscr(-known_scores, correct, -unknown_scores),
+    correct = known["logits"].argmax(axis=1) == known["labels"]
+    known_scores = open_set_scores(known, train_outputs, temperature)
+    report: dict[str, dict[str, dict[str, Any]]] = {}
+    for set_name, outputs in unknown_sets.items():
+        report[set_name] = {}
+        for name, scores in open_set_scores(outputs, train_outputs, temperature).items():
+            both = np.concatenate([known_scores[name], scores])
+            is_unknown = np.arange(len(both)) >= len(correct)
+            report[set_name][name] = {
+                "clips": len(both),
+                "auroc": auroc(both, is_unknown),
+                "auroc_interval": bootstrap_interval(auroc, both, is_unknown, num_samples=num_samples),
+                "fpr_at_95_tpr": fpr_at_95_tpr(both, is_unknown),
+                "oscr": oscr(-known_scores[name], correct, -scores),
+            }
+    if len(report) > 1:
+        metrics = ("auroc", "fpr_at_95_tpr", "oscr")
+        report["mean"] = {
+            name: {metric: float(np.mean([rows[name][metric] for rows in report.values()])) for metric in metrics}
+            for name in known_scores
         }
-    return rows
+    return report
+
+
+def describe_rejection(
+    known: Mapping[str, np.ndarray], unknown_sets: Mapping[str, Mapping[str, np.ndarray]], label_names: list[str]
+) -> dict[str, Any] | None:
+    """
+    What the model's own rule does: which clips it accepts as one of the classes and which it rejects.
+
+    Args:
+        known, unknown_sets: as for `evaluate_open_set`.
+        label_names: in the order of the class ids.
+    Returns: shares `known_accepted`, `accepted_by_class` (nan for a class without clips), `accuracy` of all known
+        clips and `accuracy_of_accepted`, and `unknown_rejected` by set; None for a model that rejects nothing.
+    """
+    if "is_unknown" not in known:
+        return None
+    accepted, labels = ~known["is_unknown"].astype(bool), known["labels"]
+    correct = known["logits"].argmax(axis=1) == labels
+    return {
+        "known_accepted": accepted.mean(),
+        "accepted_by_class": {
+            name: accepted[labels == label].mean() if (labels == label).any() else math.nan
+            for label, name in enumerate(label_names)
+        },
+        "accuracy": correct.mean(),
+        "accuracy_of_accepted": correct[accepted].mean() if accepted.any() else math.nan,
+        "unknown_rejected": {
+            name: outputs["is_unknown"].astype(bool).mean() for name, outputs in unknown_sets.items()
+        },
+    }
+
+
+def evaluate_augmentation(
+    trainer: MMSERTrainer, dataset: EmotionDataset, num_passes: Iterable[int], label_names: list[str], seed: int = 42
+) -> list[dict[str, Any]]:
+    """
+    Score test-time augmentation: the mean over several passes of the same clip, all but the first at another speed.
+
+    Args:
+        trainer: with the model.
+        dataset: the clips, as they are for evaluation.
+        num_passes: numbers of passes to try; 1 is the clip as it is.
+        label_names: in the order of the class ids.
+        seed: of the augmentation.
+    Returns: for each number `passes`, `seconds` (decoding included), and the metrics of `describe_predictions`.
+    """
+    report = []
+    for passes in num_passes:
+        # Speed alone: averaging over noisy copies as well did worse on held-out real speech
+        several = TestTimeAugmentation(dataset, passes, Augmenter(snr_db_range=None, probability=1.0), seed)
+        rows = [row for row in dataset.dataset["row"] for _ in range(passes)]
+        start = time.perf_counter()
+        outputs = average_passes(predict_clips(trainer, several, rows), passes)
+        seconds = time.perf_counter() - start
+        report.append({"passes": passes, "seconds": seconds, **describe_predictions(outputs, label_names)})
+    return report
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
@@ -216,8 +384,8 @@ def format_results(results: Mapping[str, Any]) -> dict[str, str]:
     """
     Tables of `results` in Markdown.
 
-    Returns: `summary`, `classes`, `confusion`, `open_set`, `parameters`, `corpus` and `language`; a table without rows
-        is an empty string.
+    Returns: `summary`, `classes`, `confusion`, `open_set`, `parameters`, `corpus`, `language` and `sex`; a table
+        without rows is an empty string.
     """
     names = results["label_names"]
     split = "test" if "test" in results else "validation"
@@ -265,8 +433,7 @@ def write_results(
     """
     folder = Path(output_dir)
     results = {**results, "environment": environment(device), "command": shlex.join(command or sys.argv)}
-    text = json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
+    (folder / RESULTS_NAME).write_text(strict_json(results), encoding="utf-8")
     write_model_card(results, folder)
     tables = format_results(results)
     titles = {
@@ -275,10 +442,16 @@ def write_results(
         "confusion": "Confusion matrix",
         "corpus": "By corpus",
         "language": "By language",
+        "sex": "By sex",
         "open_set": "Clips that are none of the classes",
     }
     parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
     return "\n\n".join([*parts, f"Checkpoint, eval_results.json and README.md (the model card): {folder}"])
+
+
+def strict_json(value: Any) -> str:
+    """JSON text of numbers, names, lists and mappings; what is not finite (a score that is not defined) is null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -46,13 +46,23 @@ from data_mmser import (
     load_emotion_split,
 )
 from evaluation_mmser import format_table
-from modeling_mmser import MMSERForAudioClassification
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
-from reporting_mmser import describe_data, earlier_training, evaluate_open_set, evaluate_split, write_results
+from reporting_mmser import (
+    describe_data,
+    describe_rows,
+    earlier_training,
+    evaluate_open_set,
+    predict_clips,
+    predict_rows,
+    split_groups,
+    write_results,
+)
 from training_mmser import MMSERTrainer, MMSERTrainingArguments, last_complete_checkpoint, parameter_table
 
 logger = logging.get_logger("train_hf")
-OWN_LOGGERS = ("train_hf", *(f"{name}_mmser" for name in ("data", "evaluation", "modeling", "processing", "training")))
+OWN_LOGGERS = ("train_hf", "eval_hf")
+OWN_LOGGERS += tuple(f"{name}_mmser" for name in ("data", "evaluation", "modeling", "processing", "training"))
 
 STREAM_BUFFER = 1000  # clips held to shuffle a stream
 STREAM_SAMPLE = 2000  # clips of a stream that OpenMax is fitted on
@@ -112,8 +122,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which data to train and evaluate on. Give one of data_dir, manifest and dataset_name."""
+class SourceArguments:
+    """Where the clips come from. Give one of data_dir, manifest and dataset_name."""
 
     data_dir: str | None = field(
         default=None, metadata={"help": "Folder with train/, validation/, test/, each with metadata.csv or .jsonl."}
@@ -121,10 +131,6 @@ class DataArguments:
     manifest: str | None = field(default=None, metadata={"help": "One CSV or JSONL file that lists all clips."})
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    streaming: bool = field(default=False, metadata={"help": "Read the Hub data set while training; set --max_steps."})
-    ood_dir: str | None = field(
-        default=None, metadata={"help": "Folder of clips that are none of the classes, for the open-set check."}
-    )
     train_split: str | None = field(default=None, metadata={"help": "Name of the training split in the source."})
     validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
     test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
@@ -134,9 +140,7 @@ class DataArguments:
     speaker_column: str = field(default="speaker", metadata={"help": "Column with the speaker."})
     language_column: str = field(default="language", metadata={"help": "Column with the language."})
     corpus_column: str = field(default="corpus", metadata={"help": "Column with the corpus."})
-    labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
-    validation_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
-    test_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
+    sex_column: str = field(default="sex", metadata={"help": "Column with the speaker's sex."})
     allow_speaker_overlap: bool = field(
         default=False, metadata={"help": "Accept speakers that are in two splits. The scores will be too good."}
     )
@@ -144,11 +148,42 @@ class DataArguments:
         default="error", metadata={"help": "error, or skip: leave out bad rows and count them."}
     )
     max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are cropped, at random in training."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on that many clips, drawn at random."}
-    )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate each split on that many clips, drawn at random."}
+    )
+
+    @property
+    def columns(self) -> DataColumns:
+        names = [column.name for column in dataclasses.fields(DataColumns)]
+        given = {name: getattr(self, f"{name}_column") for name in names}
+        return DataColumns(**{name: None if column.lower() == "none" else column for name, column in given.items()})
+
+    @property
+    def source(self) -> dict:
+        """The same as keyword arguments of `load_emotion_dataset`."""
+        names = ("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split")
+        names += ("test_split", "allow_speaker_overlap", "on_bad_example", "columns")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def name(self) -> str:
+        """What the source is called."""
+        return self.data_dir or self.manifest or self.dataset_name
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Which data to train and evaluate on."""
+
+    streaming: bool = field(default=False, metadata={"help": "Read the Hub data set while training; set --max_steps."})
+    ood_dir: str | None = field(
+        default=None, metadata={"help": "Folder of clips that are none of the classes, for the open-set check."}
+    )
+    labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
+    validation_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
+    test_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on that many clips, drawn at random."}
     )
     standardize_clips: int = field(
         default=500,
@@ -160,12 +195,6 @@ class DataArguments:
     augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
     text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
     audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
-
-    @property
-    def columns(self) -> DataColumns:
-        names = [column.name for column in dataclasses.fields(DataColumns)]
-        given = {name: getattr(self, f"{name}_column") for name in names}
-        return DataColumns(**{name: None if column.lower() == "none" else column for name, column in given.items()})
 
 
 def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, MMSERTrainingArguments]:
@@ -200,6 +229,7 @@ def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedCon
 def load_processor(arguments: ModelArguments) -> MMSERProcessor:
     """The processor of the checkpoint, or one joined from the feature extractor and tokenizer of the two encoders."""
     if arguments.model_name_or_path:
+        register_auto_classes()  # else loading the tokenizer asks whether to run the code in the checkpoint
         return MMSERProcessor.from_pretrained(arguments.model_name_or_path)
     name = arguments.audio_model_name_or_path
     if arguments.random_audio_encoder and name == ModelArguments.audio_model_name_or_path:
@@ -260,29 +290,16 @@ def encoder_name(arguments: ModelArguments, kind: str) -> str:
 def load_data(arguments: DataArguments, seed: int):
     """The splits, the label names, and the open-set clips if there are any."""
     splits, label_names = load_emotion_dataset(
-        arguments.data_dir,
-        arguments.manifest,
-        arguments.dataset_name,
-        arguments.dataset_config_name,
-        train_split=arguments.train_split,
-        validation_split=arguments.validation_split,
-        test_split=arguments.test_split,
-        columns=arguments.columns,
+        **arguments.source,
         label_names=arguments.labels,
         streaming=arguments.streaming,
         validation_fraction=arguments.validation_fraction,
         test_fraction=arguments.test_fraction,
         seed=seed,
-        allow_speaker_overlap=arguments.allow_speaker_overlap,
-        on_bad_example=arguments.on_bad_example,
     )
     for name in splits:
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        if limit is not None:
-            shuffled = splits[name].shuffle(seed=seed)
-            splits[name] = (
-                shuffled.take(limit) if arguments.streaming else shuffled.select(range(min(limit, len(shuffled))))
-            )
+        splits[name] = draw_clips(splits[name], limit, seed)
     unknown = None
     if arguments.ood_dir:
         unknown = load_emotion_split(
@@ -292,6 +309,16 @@ def load_data(arguments: DataArguments, seed: int):
             on_bad_example=arguments.on_bad_example,
         )
     return splits, label_names, unknown
+
+
+def draw_clips(split, limit: int | None, seed: int):
+    """At most `limit` clips, drawn at random; all of them by default."""
+    if limit is None:
+        return split
+    shuffled = split.shuffle(seed=seed)
+    if isinstance(split, datasets.IterableDataset):
+        return shuffled.take(limit)
+    return shuffled.select(range(min(limit, len(shuffled))))
 
 
 def some_clips(split, number: int):
@@ -402,11 +429,7 @@ def main(arguments: list[str] | None = None) -> dict:
         },
         "openmax_threshold": model.config.openmax_threshold,
         "parameters": parameters,
-        "data": describe_data(
-            data_arguments.data_dir or data_arguments.manifest or data_arguments.dataset_name,
-            splits,
-            is_hub=data_arguments.dataset_name is not None,
-        ),
+        "data": describe_data(data_arguments.name, splits, is_hub=data_arguments.dataset_name is not None),
         "license": model_arguments.license,
     }
 
@@ -427,12 +450,16 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     trainer.save_model()
     trainer.save_state()
+    known = None
     for name in ("validation", "test"):
         if name in splits:
-            results[name] = evaluate_split(trainer, splits[name], evaluation_dataset, label_names)
-    known = splits.get("test", held_out)
+            rows = predict_rows(trainer, splits[name], evaluation_dataset)
+            results[name] = describe_rows(rows, label_names, split_groups(splits[name]), trainer.train_outputs)
+            known = rows["model"]
     if unknown is not None and known is not None:
-        results["open_set"] = evaluate_open_set(trainer, known, unknown, evaluation_dataset)
+        sets = {"unknown": predict_clips(trainer, evaluation_dataset(unknown), unknown["row"])}
+        temperature = model.temperature.item()
+        results["open_set"] = evaluate_open_set(known, sets, trainer.train_outputs, temperature)["unknown"]
     if trainer.is_world_process_zero():
         token = training_arguments.hub_token  # what is written here is for everyone to read
         command = [argument.replace(token, "...") if token else argument for argument in command]

@@ -25,12 +25,15 @@ from transformers.utils import PushInProgress, logging
 from data_mmser import EmotionDataset, class_counts
 from evaluation_mmser import (
     build_compute_metrics,
+    error_detection_auroc,
+    error_log_odds,
     expected_calibration_error,
+    fit_error_probability,
     fit_temperature,
     negative_log_likelihood,
     softmax,
 )
-from modeling_mmser import MMSERForAudioClassification, MMSEROutput, OpenMax, check_finite_losses
+from modeling_mmser import MMSERForAudioClassification, MMSEROutput, check_finite_losses, rejection_scores
 
 logger = logging.get_logger(__name__)
 
@@ -300,13 +303,16 @@ class MMSERTrainer(Trainer):
         """
         Run the model over a data set, on all processes.
 
-        Returns: `logits` [N, C], `uncertainty` [N], `fused` [N, D], `anchor_distances` [N, C], `labels` [N] and, once
-            OpenMax is fitted, `unknown_probability` [N], all in the order of the data set.
+        Returns: `logits` [N, C], `uncertainty` [N], `features` [N, F], `fused` [N, D], `anchor_distances` [N, C],
+            `labels` [N] and, once OpenMax is fitted, `unknown_probability` [N], `open_set_probabilities` [N, C + 1]
+            and, if it rejects, `is_unknown` [N], all in the order of the data set.
         """
         model = self.accelerator.unwrap_model(self.model)
-        wanted = ["logits", "uncertainty", "fused", "anchor_distances"]
+        wanted = ["logits", "uncertainty", "features", "fused", "anchor_distances"]
         if model.openmax.is_fitted and model.config.use_openmax:
-            wanted.append("unknown_probability")
+            wanted += ["unknown_probability", "open_set_probabilities"]
+            if model.config.openmax_threshold is not None:
+                wanted.append("is_unknown")
         ignored = [output.name for output in fields(MMSEROutput) if output.name not in wanted]
         compute_metrics, self.compute_metrics, self._is_predicting = self.compute_metrics, None, True
         try:
@@ -332,42 +338,102 @@ class MMSERTrainer(Trainer):
 
     def finalize(self, train_dataset, calibration_dataset=None) -> dict[str, float]:
         """
-        Make the trained model ready for use: temperature from held-out clips, OpenMax from the training clips.
+        Make the trained model ready for use: OpenMax from the training clips, the rest from held-out ones.
 
         The training clips' outputs are kept in `train_outputs`, for a linear probe on the same features.
 
         Args:
             train_dataset: the training clips without augmentation.
-            calibration_dataset: held-out clips (never the test split); without it the temperature stays 1.
-        Returns: the temperature and, on the held-out clips, NLL and expected calibration error before and after.
+            calibration_dataset: held-out clips (never the test split); without them the temperature stays 1, the
+                uncertainty is the head's own, and OpenMax knows only how far training clips lie from their class.
+        Returns: as `calibrate`.
         """
         model = self.accelerator.unwrap_model(self.model)
         # What another training left in them, if the model comes from a finished checkpoint, is void
-        model.temperature.fill_(1.0)
-        model.openmax.load_state_dict(OpenMax(model.config.num_labels, model.openmax.alpha).state_dict())
-        report = {"temperature": 1.0}
+        self._reset_calibration()
+        model.openmax.reset()
+        self.train_outputs = self.predict_outputs(train_dataset)
+        if model.openmax.has_centroids:
+            model.openmax.fit_centroids(self.train_outputs["fused"], self.train_outputs["labels"])
         if calibration_dataset is not None:
-            outputs = self.predict_outputs(calibration_dataset)
-            logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
-            if (logits.argmax(axis=1) == labels).all():
-                # The likelihood then only grows with confidence: such clips cannot say when to doubt
-                logger.warning("All held-out clips are classified correctly: the temperature stays 1.")
-                temperature = 1.0
-            else:
-                temperature = fit_temperature(logits, labels)
-            model.temperature.fill_(temperature)
-            report["temperature"] = temperature
-            for name, divisor in (("before", 1.0), ("after", temperature)):
-                report[f"nll_{name}"] = negative_log_likelihood(logits, labels, divisor)
-                report[f"ece_{name}"] = expected_calibration_error(softmax(logits / divisor), labels)
-        self.train_outputs = outputs = self.predict_outputs(train_dataset)
-        predictions = outputs["logits"].argmax(axis=1)
-        if (predictions == outputs["labels"]).sum() < model.openmax.min_tail * model.config.num_labels:
-            logger.warning("OpenMax is left unfitted: the model classifies too few of its training clips correctly.")
-        else:
-            tail_size = model.config.openmax_tail_size
-            model.openmax.fit(outputs["anchor_distances"], outputs["labels"], predictions, tail_size)
+            return self.calibrate(calibration_dataset)
+        self._fit_openmax(self.train_outputs, None, 1.0)
+        return {"temperature": 1.0}
+
+    def calibrate(self, calibration_dataset) -> dict[str, float]:
+        """
+        Fit to held-out clips what says how far to trust an answer: the temperature, the probability of an error, the
+        distances at which OpenMax begins to doubt, and the thresholds of rejection.
+
+        Args:
+            calibration_dataset: clips that were not trained on, and are not those of the final evaluation.
+        Returns: the temperature; NLL and expected calibration error before and after on these clips; the AUROC with
+            which the uncertainty tells wrong answers from right ones, before and after.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        self._reset_calibration()
+        outputs = self.predict_outputs(calibration_dataset)
+        logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
+        wrong = logits.argmax(axis=1) != labels
+        temperature = 1.0
+        if wrong.any():
+            temperature = fit_temperature(logits, labels)
+        else:  # the likelihood then only grows with confidence: such clips cannot say when to doubt
+            logger.warning("All held-out clips are classified correctly: the temperature stays 1.")
+        model.temperature.fill_(temperature)
+        report = {"temperature": temperature}
+        for name, divisor in (("before", 1.0), ("after", temperature)):
+            report[f"nll_{name}"] = negative_log_likelihood(logits, labels, divisor)
+            report[f"ece_{name}"] = expected_calibration_error(softmax(logits / divisor), labels)
+        if wrong.any() and not wrong.all():
+            doubt = 1 - softmax(logits / temperature).max(axis=1)
+            weights = fit_error_probability(doubt, outputs["uncertainty"], wrong)
+            model.uncertainty.error_calibration.copy_(torch.from_numpy(weights))
+            combined = error_log_odds(doubt, outputs["uncertainty"], weights)
+            report["error_auroc_before"] = error_detection_auroc(outputs["uncertainty"], wrong)
+            report["error_auroc_after"] = error_detection_auroc(combined, wrong)
+        self._fit_openmax(self.train_outputs, outputs, temperature)
         return report
+
+    def _reset_calibration(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        model.temperature.fill_(1.0)
+        model.uncertainty.error_calibration.copy_(torch.tensor([0.0, 1.0, 0.0]))
+
+    def _fit_openmax(
+        self, train: dict[str, np.ndarray] | None, held_out: dict[str, np.ndarray] | None, temperature: float
+    ) -> None:
+        """
+        Weibulls and thresholds from outputs that were made at temperature 1.
+
+        Training clips lie nearer to the centroids, which are means of them, than any clip to come: the Weibulls are
+        fitted on held-out clips where there are enough. With anchors it is the training clips, as published.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        openmax, config = model.openmax, model.config
+        if openmax.has_centroids and not openmax.centroids.any():
+            logger.warning("OpenMax is left unfitted: it has no centroids, which come from the training clips.")
+            return
+
+        def num_correct(outputs):
+            return 0 if outputs is None else int((outputs["logits"].argmax(axis=1) == outputs["labels"]).sum())
+
+        def distances(outputs):
+            tensors = [torch.from_numpy(outputs[name]).float() for name in ("fused", "anchor_distances")]
+            return model.openmax_distances(*(tensor.to(model.device) for tensor in tensors))
+
+        enough = openmax.min_tail * config.num_labels
+        sources = [held_out, train] if openmax.has_centroids else [train]
+        source = next((outputs for outputs in sources if num_correct(outputs) >= enough), None)
+        if source is not None:
+            predictions = source["logits"].argmax(axis=1)
+            openmax.fit(distances(source), source["labels"], predictions, config.openmax_tail_size)
+        elif not openmax.is_fitted:
+            logger.warning("OpenMax is left unfitted: the model classifies too few clips correctly.")
+        if openmax.is_fitted and held_out is not None and config.openmax_acceptance is not None:
+            logits = torch.from_numpy(held_out["logits"]).float().to(model.device) / temperature
+            scores = rejection_scores(openmax(logits, distances(held_out)))
+            openmax.fit_thresholds(scores, logits.argmax(dim=-1), config.openmax_acceptance)
 
 
 def parameter_groups(

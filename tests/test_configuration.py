@@ -29,7 +29,9 @@ def test_defaults_are_the_design():
     assert (config.uncertainty_loss_weight, config.prototype_loss_weight) == (0.05, 0.01)
     assert (config.supervised_contrastive_loss_weight, config.distillation_loss_weight) == (0, 0)
     assert (config.label_smoothing, config.class_balanced_beta, config.focal_gamma) == (0.1, 0.9999, 2)
-    assert (config.openmax_tail_size, config.openmax_threshold) == (20, 0.3)
+    assert (config.openmax_distance, config.openmax_centroids_per_class) == ("centroid", 32)
+    assert (config.openmax_alpha, config.openmax_tail_size) == (3, 10)
+    assert (config.openmax_acceptance, config.openmax_threshold) == (0.95, 0.3)
     assert not config.uses_log_mel
 
 
@@ -65,6 +67,10 @@ def test_labels(given, expected):
         ({"feature_size": "wide"}, "feature_size"),
         ({"anchor_temperature": 0.0}, "`anchor_temperature` must be greater than 0"),
         ({"openmax_alpha": 0}, "`openmax_alpha` must be greater than 0"),
+        ({"openmax_centroids_per_class": 0}, "`openmax_centroids_per_class` must be greater than 0, got 0"),
+        ({"openmax_distance": "mean"}, "`openmax_distance` must be one of centroid, anchor, got 'mean'"),
+        ({"openmax_acceptance": 1.0}, r"`openmax_acceptance` must be None or in \(0, 1\), got 1.0"),
+        ({"openmax_acceptance": 0.0}, r"`openmax_acceptance` must be None or in \(0, 1\), got 0.0"),
         ({"openmax_tail_size": 4}, "`openmax_tail_size` must be at least 5, got 4"),
         ({"classifier_num_layers": -1}, "`classifier_num_layers` must be 0 or more, got -1"),
         ({"classifier_checkpoint_interval": 0}, "classifier_checkpoint_interval"),
@@ -91,15 +97,16 @@ def test_a_bad_value_set_later_is_refused_when_saving(tmp_path):
 
 
 def test_switching_parts_off_is_allowed():
-    config = tiny_config(
-        classifier_num_layers=0, openmax_threshold=None, class_counts=[1, 0, 3, 4], focal_loss_weight=0
-    )
-    assert config.openmax_threshold is None and config.class_counts == [1, 0, 3, 4]
+    off = {"openmax_threshold": None, "openmax_acceptance": None}
+    config = tiny_config(classifier_num_layers=0, class_counts=[1, 0, 3, 4], focal_loss_weight=0, **off)
+    assert config.openmax_threshold is None and config.openmax_acceptance is None
+    assert config.class_counts == [1, 0, 3, 4]
 
 
 @pytest.mark.parametrize("kind", AUDIO_CONFIGS)
 def test_round_trip_keeps_every_value(kind, tmp_path):
-    config = tiny_config(kind, feature_size=24, openmax_threshold=None, class_counts=[1, 2, 3], num_labels=3)
+    openmax = {"openmax_threshold": None, "openmax_acceptance": None, "openmax_distance": "anchor"}
+    config = tiny_config(kind, feature_size=24, class_counts=[1, 2, 3], num_labels=3, **openmax)
     config.save_pretrained(tmp_path)
     for again in (
         MMSERConfig.from_pretrained(tmp_path),
@@ -107,7 +114,8 @@ def test_round_trip_keeps_every_value(kind, tmp_path):
         MMSERConfig.from_dict(json.loads(config.to_json_string(use_diff=False))),
     ):
         assert type(again.audio_config) is type(config.audio_config)
-        assert again.feature_size == 24 and again.openmax_threshold is None and again.class_counts == [1, 2, 3]
+        assert again.feature_size == 24 and again.class_counts == [1, 2, 3]
+        assert {name: getattr(again, name) for name in openmax} == openmax
         ignored = {"_name_or_path", "transformers_version"}
         old, new = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config, again))
         assert new == old

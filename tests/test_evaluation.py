@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `evaluation_mmser`: each number against an independent reference (scikit-learn, torchmetrics, plain loops).
 
-Order: classification, calibration, open set, uncertainty, report, bad input, plots.
+Order: classification, calibration, open set, uncertainty, test-time augmentation, report, bad input.
 """
 
 import itertools
 import math
-import sys
 
 import evaluate
 import numpy as np
 import pytest
+import scipy.special
+import sklearn.linear_model
 import sklearn.metrics
+import sklearn.neighbors
+import sklearn.preprocessing
 import torch
 import torchmetrics.functional.classification
 from hypothesis import given, settings
@@ -159,6 +162,36 @@ def test_compute_metrics_detects_collapse(monkeypatch):
     assert len(messages) == 1
     with pytest.raises(ValueError, match=r"4 columns .* got 3"):
         compute_metrics(EvalPrediction(logits[:, :3], np.zeros(5, dtype=int)))
+
+
+def test_bootstrap_of_matrices_is_the_bootstrap_of_clips():
+    """Against resampling the clips themselves, with scikit-learn's metrics: the same intervals up to chance."""
+    logits, labels = random_predictions(11, size=120)
+    predictions = logits.argmax(1)
+    intervals = evaluation.bootstrap_classification(predictions, labels, LABEL_NAMES, num_samples=4000)
+    metrics = {
+        "weighted_f1": lambda p, r: sklearn.metrics.f1_score(r, p, average="weighted"),
+        "macro_f1": lambda p, r: sklearn.metrics.f1_score(r, p, average="macro"),
+        "accuracy": lambda p, r: sklearn.metrics.accuracy_score(r, p),
+        "unweighted_average_recall": lambda p, r: sklearn.metrics.balanced_accuracy_score(r, p),
+    }
+    assert list(intervals) == ["weighted_f1", "accuracy", "unweighted_average_recall", "macro_f1"]
+    for name, metric in metrics.items():
+        expected = evaluation.bootstrap_interval(metric, predictions, labels, num_samples=600, seed=3)
+        np.testing.assert_allclose(intervals[name], expected, atol=0.025, err_msg=name)
+    exact = scipy.stats.binom(120, np.mean(predictions == labels)).ppf([0.025, 0.975]) / 120
+    np.testing.assert_allclose(intervals["accuracy"], exact, atol=0.0101)  # the count of right clips is binomial
+
+
+def test_bootstrap_of_missing_classes_and_single_clips():
+    assert set(evaluation.bootstrap_classification([0, 1, 1], [0, 1, 1], LABEL_NAMES).values()) == {(1.0, 1.0)}
+    assert set(evaluation.bootstrap_classification([2], [3], LABEL_NAMES).values()) == {(0.0, 0.0)}
+    rows = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 0]
+    first, second = (evaluation.bootstrap_classification(*rows, LABEL_NAMES, seed=seed) for seed in (1, 1))
+    assert first == second != evaluation.bootstrap_classification(*rows, LABEL_NAMES, seed=2)
+    narrow = evaluation.bootstrap_classification(*rows, LABEL_NAMES, level=0.5)["accuracy"]
+    low, high = evaluation.bootstrap_classification(*rows, LABEL_NAMES)["accuracy"]
+    assert 0 <= low <= narrow[0] <= narrow[1] <= high <= 1
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------
@@ -396,6 +429,37 @@ def test_undefined_open_set_metrics_are_nan():
     assert evaluation.area_under_risk_coverage([0.1, 0.2], [False, False]) == 0
 
 
+def test_energy_score_is_that_of_the_paper():
+    logits, _ = random_predictions(12, size=50)
+    for temperature in (1.0, 0.5, 3.0):
+        expected = -temperature * np.log(np.sum(np.exp(logits / temperature), axis=1))
+        np.testing.assert_allclose(evaluation.energy_score(logits, temperature), expected, rtol=1e-12)
+    assert evaluation.energy_score([[1000.0, 0.0]]).tolist() == [-1000.0]  # no overflow
+    confident, flat = evaluation.energy_score([[9.0, 0.0], [0.1, 0.0]])
+    assert flat > confident
+
+
+def test_knn_distance_matches_scikit_learn():
+    generator = np.random.default_rng(13)
+    train, features = generator.normal(size=(60, 5)), generator.normal(size=(20, 5))
+    neighbours = sklearn.neighbors.NearestNeighbors().fit(sklearn.preprocessing.normalize(train))
+    for k in (1, 7, 60):
+        expected = neighbours.kneighbors(sklearn.preprocessing.normalize(features), k)[0][:, -1]
+        np.testing.assert_allclose(evaluation.knn_distance(train, features, k), expected, atol=TOLERANCE)
+    # length does not matter, only direction; a training clip is at distance 0 from itself
+    np.testing.assert_allclose(
+        evaluation.knn_distance(3 * train, 7 * features), evaluation.knn_distance(train, features), atol=TOLERANCE
+    )
+    np.testing.assert_allclose(evaluation.knn_distance(train, train, 1), 0, atol=TOLERANCE)
+
+
+def test_knn_distance_of_few_clips_and_zeros():
+    train = [[1.0, 0.0], [0.0, 1.0]]
+    np.testing.assert_allclose(evaluation.knn_distance(train, [[2.0, 0.0]]), [math.sqrt(2)])  # the farthest of two
+    np.testing.assert_allclose(evaluation.knn_distance(train, [[0.0, 0.0]], k=1), [1.0])
+    np.testing.assert_allclose(evaluation.knn_distance([[1.0, 0.0]], [[-1.0, 0.0]], k=1), [2.0])
+
+
 # --- uncertainty -----------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +484,114 @@ def test_uncertainty_by_hand():
     # a constant uncertainty keeps random clips: the risk is the error rate at every coverage
     np.testing.assert_allclose(evaluation.risk_coverage_curve([0.5] * 4, is_wrong)[1], 0.5)
     assert evaluation.area_under_risk_coverage([0.1, 0.2, 0.3, 0.4], is_wrong) == pytest.approx((1 / 3 + 1 / 2) / 4)
+
+
+def error_scores(seed, size=300, informative=(1.0, 1.0), constant=-1.0):
+    """Two scores in (0, 1), and errors drawn with log-odds that depend on them as `informative` says."""
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(size=(size, 2)) * [1.5, 0.7] - 1
+    log_odds = scores @ np.array(informative) + constant
+    doubt, uncertainty = scipy.special.expit(scores).T
+    return doubt, uncertainty, generator.random(size) < scipy.special.expit(log_odds)
+
+
+def logits_of(*scores):
+    return np.stack([np.log(score / (1 - score)) for score in scores], axis=1)
+
+
+@pytest.mark.parametrize(("seed", "size"), [(0, 30), (1, 30), (0, 60), (1, 2000)])
+def test_error_probability_is_a_logistic_regression(seed, size):
+    """Of scikit-learn, whose C = 1 is the same penalty and whose intercept is free."""
+    doubt, uncertainty, is_wrong = error_scores(seed, size, (0.9, 0.6))
+    weights = evaluation.fit_error_probability(doubt, uncertainty, is_wrong)
+    reference = sklearn.linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)
+    reference.fit(logits_of(doubt, uncertainty), is_wrong)
+    expected = [*reference.coef_[0], *reference.intercept_]
+    assert min(expected[:2]) > 0  # else the bounds would tell them apart
+    np.testing.assert_allclose(weights, expected, atol=2e-3)
+    probabilities = scipy.special.expit(evaluation.error_log_odds(doubt, uncertainty, weights))
+    expected = reference.predict_proba(logits_of(doubt, uncertainty))[:, 1]
+    np.testing.assert_allclose(probabilities, expected, atol=2e-3)
+    assert probabilities.mean() == pytest.approx(is_wrong.mean(), abs=1e-3)
+    order = np.random.default_rng(0).permutation(size)
+    again = evaluation.fit_error_probability(torch.tensor(doubt[order]), uncertainty[order].tolist(), is_wrong[order])
+    np.testing.assert_allclose(again, weights, atol=1e-3)
+
+
+def test_a_score_that_misleads_gets_no_weight():
+    for column in (0, 1):
+        informative = [1.5, 1.5]
+        informative[column] = -1.5
+        scores = error_scores(3, 400, informative)
+        weights = evaluation.fit_error_probability(*scores)
+        assert weights[column] == 0 and weights[1 - column] > 0.3
+        reference = sklearn.linear_model.LogisticRegression(C=1.0, tol=1e-10)
+        reference.fit(logits_of(scores[1 - column]), scores[2])
+        expected = [reference.coef_[0][0], reference.intercept_[0]]
+        np.testing.assert_allclose(weights[[1 - column, 2]], expected, atol=2e-3)
+
+
+@properties
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans()), min_size=1, max_size=20),
+    st.tuples(st.floats(0, 3), st.floats(0, 3), st.floats(-5, 5)),
+)
+def test_no_other_weights_explain_the_errors_better(rows, other):
+    """Also with certain scores (0 and 1), ties and single errors: finite weights, at least 0, of the least loss."""
+    doubt, uncertainty, is_wrong = (
+        np.array([*column]) for column in zip(*rows, (0.5, 0.5, 0), (0.5, 0.5, 1), strict=True)
+    )
+
+    def loss(weights):
+        log_odds = evaluation.error_log_odds(doubt, uncertainty, weights)
+        return np.logaddexp(0, np.where(is_wrong, -log_odds, log_odds)).sum() + (np.square(weights[:2])).sum() / 2
+
+    weights = evaluation.fit_error_probability(doubt, uncertainty, is_wrong)
+    assert np.isfinite(weights).all() and (weights[:2] >= 0).all()
+    assert all(loss(weights) <= loss(candidate) + 1e-6 for candidate in (other, (0, 1, 0), (1, 0, 0), (0, 0, 0)))
+
+
+def test_error_log_odds_by_hand():
+    log_odds = evaluation.error_log_odds([0.2, 0.5, 0.0], [0.5, 0.75, 1.0], [2.0, 3.0, -1.0])
+    limit = math.log((1 - 1e-6) / 1e-6)
+    expected = [2 * math.log(0.25) - 1, 3 * math.log(3) - 1, -2 * limit + 3 * limit - 1]
+    np.testing.assert_allclose(log_odds, expected, rtol=1e-9)
+
+
+# --- test-time augmentation ------------------------------------------------------------------------------------------
+
+
+def test_average_passes_averages_probabilities():
+    generator = np.random.default_rng(14)
+    outputs = {
+        "logits": 5 * generator.normal(size=(12, 4)).astype(np.float32),
+        "labels": np.repeat([3, 0, -1, 2], 3),
+        "uncertainty": generator.random(12).astype(np.float32),
+        "features": generator.normal(size=(12, 6)).astype(np.float32),
+        "is_unknown": np.array([1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1], dtype=bool),
+    }
+    averaged = evaluation.average_passes(outputs, 3)
+    for clip in range(4):
+        rows = slice(3 * clip, 3 * clip + 3)
+        expected = torch.softmax(torch.tensor(outputs["logits"][rows]).double(), dim=1).mean(0)
+        np.testing.assert_allclose(scipy.special.softmax(averaged["logits"][clip]), expected, atol=TOLERANCE)
+        np.testing.assert_allclose(np.exp(averaged["logits"][clip]), expected, atol=TOLERANCE)
+        assert averaged["uncertainty"][clip] == pytest.approx(outputs["uncertainty"][rows].mean(), abs=TOLERANCE)
+        np.testing.assert_allclose(averaged["features"][clip], outputs["features"][rows].mean(0), atol=TOLERANCE)
+    assert averaged["labels"].tolist() == [3, 0, -1, 2]
+    assert averaged["is_unknown"].tolist() == [True, False, False, True] and averaged["is_unknown"].dtype == bool
+
+
+def test_average_of_one_pass_and_of_certain_passes():
+    outputs = {
+        "logits": np.float32([[1, 2], [3, -4]]),
+        "labels": np.array([1, 0]),
+        "is_unknown": np.array([True, False]),
+    }
+    same = evaluation.average_passes(outputs, 1)
+    assert all(np.array_equal(same[name], values) for name, values in outputs.items())
+    certain = evaluation.average_passes({"logits": np.array([[2000.0, 0.0], [2000.0, 0.0]])}, 2)["logits"]
+    assert np.isfinite(certain).all()  # the logarithm of a probability that is 0 in floating point
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -461,8 +633,45 @@ def test_grouped_metrics():
         expected = sklearn.metrics.f1_score(labels[rows], predictions[rows], average="weighted")
         assert metrics["weighted_f1"] == pytest.approx(expected, abs=TOLERANCE)
         assert metrics["count"] == rows.sum()
+        expected = evaluation.bootstrap_classification(predictions[rows], labels[rows], LABEL_NAMES)["weighted_f1"]
+        assert metrics["weighted_f1_interval"] == expected
+        assert "rejected" not in metrics and "mean_confidence" not in metrics
     assert list(evaluation.grouped_metrics([0, 0], [0, 1], [None, 3], LABEL_NAMES)) == ["3", "None"]
     assert list(evaluation.grouped_metrics([0, 0], [0, 1], torch.tensor([2, 1]), LABEL_NAMES)) == ["1", "2"]
+
+
+def test_grouped_metrics_of_scores_and_rejection():
+    logits, labels = random_predictions(15)
+    probabilities, predictions = evaluation.softmax(logits), logits.argmax(1)
+    is_unknown = np.random.default_rng(15).random(len(labels)) < 0.2
+    groups = np.arange(len(labels)) % 3
+    report = evaluation.grouped_metrics(predictions, labels, groups, LABEL_NAMES, probabilities, is_unknown)
+    for group, metrics in report.items():
+        rows = groups == int(group)
+        assert metrics["mean_confidence"] == pytest.approx(probabilities[rows].max(1).mean())
+        expected = evaluation.expected_calibration_error(probabilities[rows], labels[rows])
+        assert metrics["expected_calibration_error"] == pytest.approx(expected)
+        assert metrics["rejected"] == pytest.approx(is_unknown[rows].mean())
+    one = evaluation.grouped_metrics([1], [1], ["x"], ["a", "b"], [[0.2, 0.8]], [False])["x"]
+    assert (one["count"], one["weighted_f1"], one["rejected"], one["mean_confidence"]) == (1, 1.0, 0.0, 0.8)
+
+
+def test_group_gap_compares_large_groups():
+    def group(count, f1, recall):
+        return {"count": count, "weighted_f1": f1, "unweighted_average_recall": recall}
+
+    groups = {
+        "de": group(30, 0.5, 0.6),
+        "en": group(90, 0.75, 0.6),
+        "fr": group(29, 0.1, 0.1),
+        "tr": group(40, 0.7, 0.4),
+    }
+    gap = evaluation.group_gap(groups)
+    assert gap["weighted_f1"] == {"gap": 0.25, "highest": "en", "lowest": "de"}
+    assert gap["unweighted_average_recall"]["lowest"] == "tr"
+    assert gap["unweighted_average_recall"]["gap"] == pytest.approx(0.2)
+    assert evaluation.group_gap(groups, ["weighted_f1"], min_count=1)["weighted_f1"]["lowest"] == "fr"
+    assert evaluation.group_gap({"en": groups["en"], "fr": groups["fr"]}) == {}
 
 
 def test_format_table():
@@ -525,6 +734,28 @@ BAD_CALLS = [
     (lambda: evaluation.bootstrap_interval(np.mean, [1], level=95), r"`level` must be between 0 and 1, got 95"),
     (lambda: evaluation.bootstrap_interval(np.mean, [1], num_samples=0), r"`num_samples`"),
     (lambda: evaluation.format_table([], []), r"`columns`"),
+    (lambda: evaluation.energy_score([[1.0, float("nan")]]), r"`logits` must be finite, got nan at index \(0, 1\)"),
+    (lambda: evaluation.energy_score([[1.0, 2.0]], 0.0), r"`temperature` must be positive"),
+    (lambda: evaluation.knn_distance(GOOD, [[1.0]]), r"same width, got 2 and 1"),
+    (lambda: evaluation.knn_distance(np.zeros((0, 2)), GOOD), r"`train_features` is empty"),
+    (lambda: evaluation.knn_distance(GOOD, GOOD, 0), r"`k` must be a positive integer, got 0"),
+    (lambda: evaluation.average_passes({"logits": GOOD}, 0), r"`num_passes` must be a positive integer, got 0"),
+    (lambda: evaluation.average_passes({"logits": np.zeros((5, 2))}, 2), r"`logits` must have 2 rows for each clip"),
+    (lambda: evaluation.bootstrap_classification([], [], ["a", "b"]), r"`predictions` is empty"),
+    (lambda: evaluation.bootstrap_classification([0], [0], ["a"], num_samples=0), r"`num_samples`"),
+    (lambda: evaluation.bootstrap_classification([0], [0], ["a"], level=1), r"`level` must be between 0 and 1"),
+    (lambda: evaluation.grouped_metrics([0], [0], ["x"], ["a"], [[1.0], [1.0]]), r"`probabilities` 2"),
+    (lambda: evaluation.grouped_metrics([0], [0], ["x"], ["a"], None, [2]), r"`is_unknown` must hold True/False"),
+    (lambda: evaluation.fit_error_probability([0.1, 0.2], [0.1], [0, 1]), r"`doubt` 2, `uncertainty` 1"),
+    (
+        lambda: evaluation.fit_error_probability([0.1, 1.2], [0.1, 0.1], [0, 1]),
+        r"`doubt` must be in \[0, 1\].*1\.2",
+    ),
+    (lambda: evaluation.fit_error_probability([0.1, 0.2], [-1, 0.1], [0, 1]), r"`uncertainty` must be in \[0, 1\]"),
+    (lambda: evaluation.fit_error_probability([0.1, 0.2], [0.3, 0.1], [0, 0]), r"both right and wrong predictions"),
+    (lambda: evaluation.fit_error_probability([0.1, 0.2], [0.3, 0.1], [1, 1]), r"both right and wrong predictions"),
+    (lambda: evaluation.fit_error_probability([0.1, float("nan")], [0.3, 0.1], [1, 0]), r"`doubt` must be finite"),
+    (lambda: evaluation.fit_error_probability([], [], []), r"`doubt` is empty"),
 ]
 
 
@@ -544,82 +775,3 @@ def test_tensors_of_any_type_are_accepted(dtype):
     expected = evaluation.expected_calibration_error(evaluation.softmax(exact), labels)
     assert evaluation.expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-2)
     assert evaluation.auroc(logits[:, 0], labels == 0) == 1
-
-
-# --- plots -----------------------------------------------------------------------------------------------------------
-
-
-def draw_all(folder):
-    """Every plot, with sample data; returns the written paths."""
-    logits, labels = random_predictions(6)
-    before, after = evaluation.softmax(logits), evaluation.softmax(logits / 3)
-    predictions = logits.argmax(1)
-    is_wrong = predictions != labels
-    known, unknown = after.max(1), evaluation.softmax(random_predictions(7)[0] / 5).max(1)
-    scores, is_unknown = -np.concatenate([known, unknown]), np.repeat([0, 1], [len(known), len(unknown)])
-    groups = evaluation.grouped_metrics(predictions, labels, np.arange(len(labels)) % 3, LABEL_NAMES)
-    matrix = evaluation.confusion_matrix(predictions, labels, 4)
-    return [
-        evaluation.plot_confusion_matrix(matrix, LABEL_NAMES, folder / "matrix.png"),
-        evaluation.plot_reliability(before, after, labels, folder / "reliability.png"),
-        evaluation.plot_risk_coverage({"max softmax": (-known, is_wrong)}, str(folder / "risk_coverage.png")),
-        evaluation.plot_open_set_roc(
-            {"max softmax": (scores, is_unknown), "chance": (scores * 0, is_unknown)}, folder / "roc.png"
-        ),
-        evaluation.plot_oscr({"max softmax": (known, ~is_wrong, unknown)}, folder / "oscr.png"),
-        evaluation.plot_score_histograms(-known, -unknown, folder / "histograms.png"),
-        evaluation.plot_group_bars(groups, folder / "groups.png"),
-    ]
-
-
-def read_png(path):
-    image = pytest.importorskip("PIL.Image")
-    with image.open(path) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB"))
-
-
-def test_plots_are_pictures_and_leave_matplotlib_alone(tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    settings_before, pyplot_before = matplotlib.rcParams.copy(), "matplotlib.pyplot" in sys.modules
-    paths = draw_all(tmp_path / "new" / "folder")
-    assert matplotlib.rcParams.copy() == settings_before
-    assert ("matplotlib.pyplot" in sys.modules) == pyplot_before
-    assert len({path.name for path in paths}) == 7
-    for path in paths:
-        pixels = read_png(path)
-        assert min(pixels.shape[:2]) >= 250, path.name
-        # ink, and more than one colour: neither blank nor only axes
-        colours = np.unique(pixels[::2, ::2].reshape(-1, 3), axis=0)
-        saturated = (colours.max(1).astype(int) - colours.min(1)) > 60
-        assert pixels.std() > 10 and saturated.any(), path.name
-
-
-def test_plots_of_undefined_curves(tmp_path):
-    pytest.importorskip("matplotlib")
-    scores, right = [0.1, 0.4, 0.4], [1, 0, 1]
-    names = [
-        evaluation.plot_oscr({"OpenMax": (scores, right, [])}, tmp_path / "oscr.png"),
-        evaluation.plot_open_set_roc({"OpenMax": (scores, [0, 0, 0])}, tmp_path / "roc.png"),
-        evaluation.plot_score_histograms(scores, [], tmp_path / "histograms.png"),
-        evaluation.plot_risk_coverage({"uncertainty": ([0.5], [0])}, tmp_path / "risk.png"),
-        evaluation.plot_confusion_matrix([[0, 0], [1, 2]], ["a", "b"], tmp_path / "matrix.png"),
-        evaluation.plot_reliability([[0.9, 0.1]], [[0.8, 0.2]], [0], tmp_path / "reliability.png"),
-    ]
-    for path in names:
-        assert read_png(path).std() > 5
-
-
-def test_plot_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"`matrix` must hold counts"):
-        evaluation.plot_confusion_matrix([[1, 2]], ["a", "b"], tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"`methods` must map"):
-        evaluation.plot_oscr([0.1, 0.2], tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"holds `recall`"):
-        evaluation.plot_group_bars({"en": {"count": 1}}, tmp_path / "x.png", metric="recall")
-    with pytest.raises(ValueError, match="both empty"):
-        evaluation.plot_score_histograms([], [], tmp_path / "x.png")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install \.\[report\]"):
-        evaluation.plot_confusion_matrix([[1]], ["a"], tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()

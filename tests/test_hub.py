@@ -72,15 +72,16 @@ def observe(model, processor, classifier, wav):
     """Everything that must survive the way over the Hub, as plain numbers."""
     import torch
 
-    names = ("logits", "uncertainty", "anchor_distances", "features", "unknown_probability")
+    names = ("logits", "uncertainty", "anchor_distances", "features", "unknown_probability", "is_unknown")
     numbers = {}
     for kind, audio, text in (("both", wav, "all is well"), ("audio", wav, None), ("text", None, "watch out now")):
         with torch.no_grad():
             outputs = model(**processor(audio, text))
         numbers[kind] = {name: outputs[name].tolist() for name in names}
-    buffers = ("temperature", "openmax.fitted", "openmax.weibull_shape", "openmax.weibull_scale")
     state = model.state_dict()
-    numbers["state"] = {name: state[name].tolist() for name in (*buffers, "openmax.weibull_shift", "anchors.anchors")}
+    names = [name for name in state if name.startswith("openmax.")]
+    names += ["temperature", "uncertainty.error_calibration", "anchors.anchors"]
+    numbers["state"] = {name: state[name].tolist() for name in names}
     numbers["pipeline"] = {
         "path": classifier(wav),
         "path and text": classifier({"path": wav, "text": "all is well"}, return_uncertainty=True),

@@ -589,8 +589,9 @@ def test_a_constant_added_to_the_logits_changes_nothing(alpha, logits, distances
     torch.testing.assert_close(openmax(logits + constant, distances), openmax(logits, distances), rtol=0, atol=1e-4)
 
 
-def test_unfitted_openmax(batch):
-    model = tiny_model()
+@pytest.mark.parametrize("distance", ["centroid", "anchor"])
+def test_unfitted_openmax(batch, distance):
+    model = tiny_model(openmax_distance=distance)
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "teacher_logits")}
     outputs = model(**inputs)
     assert outputs.unknown_probability is None and outputs.open_set_probabilities is None
@@ -600,7 +601,11 @@ def test_unfitted_openmax(batch):
     outputs = model(**inputs)
     assert outputs.open_set_probabilities.shape == (6, 5)
     assert torch.equal(outputs.unknown_probability, outputs.open_set_probabilities[:, 4:])
-    expected = slow_openmax(model.openmax, outputs.logits, outputs.anchor_distances)
+    distances = outputs.anchor_distances
+    if distance == "centroid":  # to the nearest of each class, between unit vectors
+        fused = F.normalize(outputs.fused.double(), dim=-1)[:, None, None]
+        distances = (fused - model.openmax.centroids.double()).norm(dim=-1).amin(dim=-1)
+    expected = slow_openmax(model.openmax, outputs.logits, distances)
     np.testing.assert_allclose(outputs.open_set_probabilities.detach().numpy(), expected, rtol=0, atol=2e-6)
     assert model(**inputs, use_openmax=False).unknown_probability is None
     model.config.use_openmax = False

@@ -39,12 +39,17 @@ from modeling_mmser import (
     MMSERForAudioClassification,
     MMSERModel,
     OpenMax,
+    UncertaintyHead,
     time_mask,
 )
 
 AUDIO_LENGTHS = {"waveform": [16000, 9001, 3205, 0], "whisper": [100, 57, 20, 0]}
 TEXT_LENGTHS = [9, 4, 0, 6]
-OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "open_set_probabilities", "unknown_probability")
+OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "fused")
+OUTPUTS += ("open_set_probabilities", "unknown_probability", "is_unknown")
+FITTED = ("temperature", "uncertainty.error_calibration")
+FITTED += tuple(f"openmax.{name}" for name in ("weibull_shape", "weibull_scale", "weibull_shift"))
+FITTED += ("openmax.fitted", "openmax.centroids", "openmax.rejection_thresholds")
 
 
 def lengths_for(kind):
@@ -98,7 +103,7 @@ def test_a_clip_alone_equals_the_clip_in_a_padded_batch(models, kind, longer):
     for row in range(4):
         single = models[kind](**alone(batch, row))
         for name in OUTPUTS:
-            assert difference(single[name][0], together[name][row]) <= 1e-4, (name, row)
+            assert difference(single[name][0].float(), together[name][row].float()) <= 1e-4, (name, row)
         assert difference(single.logits[0], together.logits[row]) <= 2e-5
     assert together.logits.std(dim=0).mean() > 0.1  # the clips do differ
 
@@ -739,7 +744,9 @@ def test_loss_is_a_mean_and_the_trainer_is_told():
 def distinct(model):
     """Give every piece of fitted or learned state a value that no initialisation gives."""
     fit_openmax_by_chance(model, seed=3)
+    model.openmax.fit_thresholds(torch.linspace(0.3, 0.8, 80), torch.arange(80) % 4)
     model.temperature.fill_(1.7)
+    model.uncertainty.error_calibration.copy_(torch.tensor([0.6, 0.9, -0.4]))
     with torch.no_grad():
         model.anchors.log_temperature.fill_(-1.3)
     return model
@@ -756,8 +763,8 @@ def test_saving_and_loading_is_bit_exact(kind, tmp_path):
     state, expected = loaded.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
-    for name in ("temperature", "anchors.anchors", "prototypes.prototypes", "openmax.weibull_shape", "openmax.fitted"):
-        assert name in state
+    assert {"anchors.anchors", "prototypes.prototypes", *FITTED} <= set(state)
+    assert loaded.openmax.has_thresholds
     batch = tiny_batch(model, lengths_for(kind), TEXT_LENGTHS)
     outputs, reference = loaded(**batch), model(**batch)
     for name in OUTPUTS:
@@ -793,11 +800,10 @@ def test_bfloat16(kind, tmp_path):
         for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
             if not tensor.is_floating_point():
                 continue
-            fitted = name.startswith("openmax.") or name in ("temperature", "anchors.log_temperature")
+            fitted = name in FITTED or name == "anchors.log_temperature"
             assert tensor.dtype == (torch.float32 if fitted else torch.bfloat16), name
-        for name in ("temperature", "weibull_shape", "weibull_scale", "weibull_shift", "fitted"):
-            owner = "" if name == "temperature" else "openmax."
-            assert torch.equal(loaded.get_buffer(owner + name), model.get_buffer(owner + name))
+        for name in FITTED:
+            assert torch.equal(loaded.get_buffer(name), model.get_buffer(name)), name
     for name in OUTPUTS:
         assert outputs[name].isfinite().all(), name
         assert torch.equal(again(**batch)[name], outputs[name]), name
@@ -833,7 +839,9 @@ def test_a_new_head_beside_a_loaded_base_model_is_initialised(tmp_path):
     model = MMSERForAudioClassification.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), model.mmser.parameters(), strict=True))
     assert model.temperature.item() == 1 and not model.openmax.is_fitted
-    assert all((buffer == 1).all() for name, buffer in model.openmax.named_buffers() if name != "fitted")
+    for name, buffer in model.openmax.named_buffers():
+        assert (buffer == (0 if name in ("fitted", "centroids") else 1)).all(), name
+    assert model.uncertainty.error_calibration.tolist() == [0, 1, 0]
     assert model.anchors.log_temperature.item() == pytest.approx(math.log(0.1))
     torch.testing.assert_close(model.anchors.anchors @ model.anchors.anchors.T, torch.eye(4), rtol=0, atol=1e-5)
     assert 0.5 < model.prototypes.prototypes.std() < 1.5
@@ -969,9 +977,49 @@ def test_temperature_is_not_in_the_loss(batch):
         assert torch.equal(model(**batch, labels=labels).loss, before)
 
 
+@torch.no_grad()
+def test_calibrated_uncertainty(batch):
+    """The head's own value until it is fitted; then a logistic regression in eval mode, and never in the loss."""
+    model, labels = tiny_model(**NO_DROPOUT), torch.tensor([0, 1, 2, 3])
+    model.temperature.fill_(1.5)
+    before = model(**batch, labels=labels)
+    head = model.uncertainty(before.features)
+    torch.testing.assert_close(before.uncertainty, head, rtol=0, atol=1e-6)
+    model.uncertainty.error_calibration.copy_(torch.tensor([0.8, 0.3, -0.7]))
+    after = model(**batch, labels=labels)
+    assert difference(after.uncertainty, before.uncertainty) > 0.01
+    for logits, own, value in zip(after.logits.double(), head.double(), after.uncertainty, strict=True):
+        confidence = logits.softmax(dim=-1).max().item()
+        odds = ((1 - confidence) / confidence) ** 0.8 * (own / (1 - own)).item() ** 0.3 * math.exp(-0.7)
+        assert value.item() == pytest.approx(odds / (1 + odds), abs=1e-6)
+    assert after.losses["uncertainty"] == before.losses["uncertainty"] and after.loss == before.loss
+    model.train()
+    model.mmser.eval()
+    assert torch.equal(model(**batch).uncertainty, head)
+
+
+@torch.no_grad()
+def test_calibrated_uncertainty_grows_with_both_scores_and_is_finite():
+    head = UncertaintyHead(tiny_config())
+    steps = torch.linspace(0, 1, 41)[:, None]
+    torch.testing.assert_close(head.calibrated(steps, torch.randn(41, 4)), steps, rtol=0, atol=1.1e-6)
+    half = steps.to(torch.bfloat16)
+    assert torch.equal(head.calibrated(half, torch.randn(41, 4).bfloat16())[1:-1], half[1:-1])
+    head.error_calibration.copy_(torch.tensor([0.5, 0.7, 0.1]))
+    certain = torch.tensor([[200.0, 0.0, 0.0, 0.0]])
+    for extreme in (certain, 0 * certain):
+        values = head.calibrated(steps, extreme.expand(41, 4))
+        assert values.isfinite().all() and (values.diff(dim=0) > 0).all()
+    logits = torch.linspace(6, 0, 41)[:, None] * torch.tensor([1.0, 0.0, 0.0, 0.0])
+    for own in (0.0, 0.2, 1.0):
+        values = head.calibrated(torch.full((41, 1), own), logits)
+        assert values.isfinite().all() and (values.diff(dim=0) > 0).all()
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_fit_openmax_makes_the_whole_pass(training):
-    model = tiny_model()
+@pytest.mark.parametrize("distance", ["centroid", "anchor"])
+def test_fit_openmax_makes_the_whole_pass(training, distance):
+    model = tiny_model(openmax_distance=distance, openmax_centroids_per_class=2)
     loader = [tiny_batch(model, [2000 + 50 * i] * 8, [3] * 8, seed=i) for i in range(5)]
     with torch.no_grad():
         passed = [model(**batch) for batch in loader]
@@ -984,10 +1032,18 @@ def test_fit_openmax_makes_the_whole_pass(training):
     model.fit_openmax(loader, tail_size=10)
     assert model.training is training and model.mmser.audio_encoder.training is training
     assert [set(batch) for batch in loader] == names
-    expected = OpenMax(4, alpha=3)
-    expected.fit(torch.cat([outputs.anchor_distances for outputs in passed]), labels, predictions, tail_size=10)
+    distances = torch.cat([outputs.anchor_distances for outputs in passed])
+    if distance == "centroid":  # of all clips of a class, also those that the model gets wrong
+        fused = torch.cat([outputs.fused for outputs in passed])
+        expected = OpenMax(4, 3, centroids_per_class=2, embedding_size=32)
+        expected.fit_centroids(fused, labels)
+        distances = expected.distances(fused)
+    else:
+        expected = OpenMax(4, alpha=3)
+    expected.fit(distances, labels, predictions, tail_size=10)
+    assert {name for name, _ in expected.named_buffers()} == {name for name, _ in model.openmax.named_buffers()}
     for name, buffer in expected.named_buffers():
-        assert torch.equal(model.openmax.get_buffer(name), buffer), name
+        torch.testing.assert_close(model.openmax.get_buffer(name), buffer, rtol=1e-5, atol=1e-5, msg=name)
     assert model.eval()(**tiny_batch(model, [2000], [3])).unknown_probability.shape == (1, 1)
 
 
@@ -1004,9 +1060,10 @@ def test_fit_openmax_restores_the_mode_when_a_batch_is_bad(model):
 
 
 @torch.no_grad()
-def test_export_of_the_eval_forward(models):
-    """No branch on data: one graph for every batch size, with masks, equal to the model."""
-    model = models["wav2vec2"]
+def test_export_of_the_eval_forward(tmp_path):
+    """No branch on data: one graph for every batch size, with masks, equal to the model, which was only loaded."""
+    distinct(tiny_model()).save_pretrained(tmp_path)
+    model = MMSERForAudioClassification.from_pretrained(tmp_path)
     batch = tiny_batch(model, [3000, 2100, 2500], [4, 3, 2])
     dynamic = {name: {0: torch.export.Dim("batch", max=64)} for name in batch}
     program = torch.export.export(model, (), batch, dynamic_shapes=dynamic).module()

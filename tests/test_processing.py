@@ -422,6 +422,7 @@ class StandIn(PreTrainedModel):
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.tensor([[2.0, -3.0, 0.2, 0.9], [0.3, 0.1, -0.4, 0.2]]))
         self.openmax_fitted = False
+        self.rejects = True
         self.batch_sizes = []
         self.post_init()
 
@@ -453,7 +454,7 @@ class StandIn(PreTrainedModel):
             logits=logits,
             uncertainty=logits[:, :1].sigmoid(),
             unknown_probability=unknown,
-            open_set_probabilities=unknown if unknown is None else torch.cat([logits.softmax(-1), unknown], dim=-1),
+            is_unknown=unknown[:, 0] > 0.3 if self.openmax_fitted and self.rejects else None,
             hidden_states=(features, features),
         )
 
@@ -576,20 +577,25 @@ class TestPipeline:
         assert all(0 < entry["unknown_probability"] < 1 for entries in result for entry in entries)
         json.dumps(result)  # plain numbers
 
-    def test_rejection_follows_the_threshold(self, classifier):
+    def test_rejection_is_the_model_s(self, classifier):
         def is_unknown():
-            return classifier({"text": "no"}, return_uncertainty=True)[0]["is_unknown"]
+            inputs = [{"text": "no"}, {"raw": noise(8000), "sampling_rate": RATE}]
+            results = classifier(inputs, return_uncertainty=True, batch_size=2, top_k=2)
+            assert all(one["is_unknown"] is other["is_unknown"] for one, other in results)
+            return [entries[0]["is_unknown"] for entries in results]
 
+        assert is_unknown() == [None, None]  # OpenMax is not fitted
         classifier.model.openmax_fitted = True
-        classifier.model.config.openmax_threshold = 1.0
-        assert is_unknown() is True  # unknown wins: more probable than any label
+        answers = is_unknown()
+        assert sorted(answers) == [False, True] and all(type(answer) is bool for answer in answers)
         with torch.no_grad():
-            classifier.model.weight[:, 1] = -0.1
-        assert is_unknown() is False
-        classifier.model.config.openmax_threshold = 0.0
-        assert is_unknown() is True
-        classifier.model.config.openmax_threshold = None
-        assert is_unknown() is False
+            classifier.model.weight[:, 1] = -100.0
+        assert is_unknown() == [False, False]
+        with torch.no_grad():
+            classifier.model.weight[:, 1] = 100.0
+        assert is_unknown() == [True, True]
+        classifier.model.rejects = False  # rejection is switched off
+        assert is_unknown() == [False, False]
 
     def test_function_to_apply(self, classifier):
         def scores(**options):

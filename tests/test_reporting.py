@@ -19,11 +19,18 @@ import reporting_mmser
 from reporting_mmser import (
     describe_data,
     describe_predictions,
+    describe_rejection,
+    describe_rows,
+    evaluate_augmentation,
     evaluate_open_set,
-    evaluate_split,
     format_results,
     linear_probe,
     model_card_template,
+    open_set_scores,
+    predict_clips,
+    predict_rows,
+    split_groups,
+    strict_json,
     write_results,
 )
 
@@ -43,7 +50,8 @@ def fake_outputs(labels, seed=0, accuracy=0.7, fitted=True):
         "labels": labels,
     }
     if fitted:
-        outputs["unknown_probability"] = rng.random(len(labels)).astype(np.float32)
+        probabilities = rng.dirichlet(np.ones(5), len(labels)).astype(np.float32)
+        outputs |= {"open_set_probabilities": probabilities, "unknown_probability": probabilities[:, 4]}
     return outputs
 
 
@@ -135,64 +143,163 @@ def test_a_split_is_scored_in_every_way_that_its_data_allow():
     text = [f"word {index}" if index % 2 else "" for index in range(20)]
     trainer = StandIn()
     split = table(audio=audio, text=text, language=["en", ""] * 10)
-    rows = evaluate_split(trainer, split, make_dataset, NAMES)
+    outputs = predict_rows(trainer, split, make_dataset)
+    rows = describe_rows(outputs, NAMES, split_groups(split), trainer.train_outputs)
     assert list(rows) == ["model", "audio_only", "text_only", "linear_probe", "majority"]
-    with_audio = [f"row {index}" for index in range(20) if index % 5]
-    with_text = [f"row {index}" for index in range(20) if index % 2]
+    with_audio = [index for index in range(20) if index % 5]
+    with_text = [index for index in range(20) if index % 2]
     assert trainer.asked == [
         ([f"row {index}" for index in range(20)], {}),
-        (with_audio, {"use_text": False}),
-        (with_text, {"use_audio": False}),
+        ([f"row {index}" for index in with_audio], {"use_text": False}),
+        ([f"row {index}" for index in with_text], {"use_audio": False}),
     ]
+    assert outputs["audio_only"]["index"].tolist() == with_audio
     assert [row["clips"] for row in rows.values()] == [20, len(with_audio), len(with_text), 20, 20]
     assert rows["majority"]["accuracy"] == 0.25 and rows["majority"]["f1_sad"] > 0 == rows["majority"]["f1_neutral"]
     assert rows["linear_probe"]["accuracy"] == 1.0
     assert set(rows["model"]["by_language"]) == {"en", "unknown"}
+    assert rows["audio_only"]["by_language"]["en"]["count"] == sum(index % 2 == 0 for index in with_audio)
     assert "by_corpus" not in rows["model"]
+    for row in rows.values():
+        for name in ("weighted_f1", "accuracy", "unweighted_average_recall", "macro_f1"):
+            low, high = row[f"{name}_interval"]
+            assert 0 <= low <= row[name] <= high <= 1, name
 
 
 @pytest.mark.parametrize("columns", [{"audio": ["a.wav"] * 20}, {"text": ["word"] * 20}])
 def test_a_split_with_one_modality_has_no_rows_for_the_other(columns):
-    assert set(evaluate_split(StandIn(), table(**columns), make_dataset, NAMES)) == {
-        "model",
-        "linear_probe",
-        "majority",
-    }
+    outputs = predict_rows(StandIn(), table(**columns), make_dataset)
+    assert set(outputs) == {"model"}
+    assert set(describe_rows(outputs, NAMES)) == {"model"}  # without training clips, nothing to compare with
+    assert set(describe_rows(outputs, NAMES, class_counts=[1, 2, 3, 0])) == {"model", "majority"}
+
+
+def test_a_linear_probe_needs_two_classes():
+    outputs = predict_rows(StandIn(), table(), make_dataset)
+    rows = describe_rows(outputs, NAMES, train_outputs=fake_outputs([2, 2, 2]))
+    assert set(rows) == {"model", "majority"} and rows["majority"]["accuracy"] == 0.25
+
+
+def test_one_clip_and_a_missing_class_are_scored():
+    row = describe_rows({"model": {**fake_outputs([3], accuracy=1.0), "index": np.arange(1)}}, NAMES, {"sex": ["f"]})
+    assert row["model"]["weighted_f1"] == 1.0 and row["model"]["weighted_f1_interval"] == (1.0, 1.0)
+    assert math.isnan(row["model"]["error_auroc_of_uncertainty"])
+    assert row["model"]["by_sex"]["f"]["count"] == 1 and row["model"]["f1_sad"] == 0
+
+
+def test_a_number_that_is_not_finite_names_the_clip():
+    class Broken(StandIn):
+        def predict_outputs(self, dataset):
+            outputs = super().predict_outputs(dataset)
+            outputs["logits"][[7, 9], 2] = np.nan
+            return outputs
+
+    with pytest.raises(ValueError, match=r"`logits` is not finite for 2 of 20 clips, the first is row 7"):
+        predict_rows(Broken(), table(), make_dataset)
+    with pytest.raises(ValueError, match=r"the first is row 7"):
+        predict_clips(Broken(), make_dataset(table()), table()["row"])
+
+
+def test_groups_have_names():
+    split = table(4, language=["en", "", None, "de"], speaker=["", "", "", "a"])
+    assert split_groups(split) == {"language": ["en", "unknown", "unknown", "de"]}
+    assert split_groups(split, ["labels"]) == {"labels": ["0", "1", "2", "3"]}
+    assert split_groups(split.to_iterable_dataset()) == {}
 
 
 @pytest.mark.parametrize("fitted", [True, False])
 def test_open_set_scores_have_the_unknown_as_the_positive_class(fitted):
-    trainer = StandIn(fitted)
-    known, unknown = table(40), table(15, labels=[-1] * 15)
-    rows = evaluate_open_set(trainer, known, unknown, make_dataset)
-    assert set(rows) == ({"max_softmax", "openmax"} if fitted else {"max_softmax"})
-    known_outputs, unknown_outputs = (
-        fake_outputs(labels, seed, fitted=fitted) for labels, seed in ((known["labels"], 1), ([0] * 15, 2))
-    )
+    known, unknown = fake_outputs(np.arange(40) % 4, 1, fitted=fitted), fake_outputs([0] * 15, 2, fitted=fitted)
+    train = fake_outputs(np.arange(60) % 4, 3)
+    rows = evaluate_open_set(known, {"noise": unknown}, train, temperature=2.0, num_samples=50)
+    assert set(rows) == {"noise"}
+    assert next(iter(rows["noise"])) == ("openmax" if fitted else "max_softmax")
     is_unknown = [0] * 40 + [1] * 15
-    logits = torch.tensor(np.concatenate([known_outputs["logits"], unknown_outputs["logits"]])).double()
-    scores = {"max_softmax": 1 - logits.softmax(-1).max(-1).values.numpy()}
+    logits = torch.tensor(np.concatenate([known["logits"], unknown["logits"]])).double()
+    unit = torch.nn.functional.normalize
+    fused = torch.tensor(np.concatenate([known["fused"], unknown["fused"]])).double()
+    distances = torch.cdist(unit(fused), unit(torch.tensor(train["fused"]).double())).sort(dim=1).values
+    scores = {
+        "max_softmax": 1 - logits.softmax(-1).max(-1).values.numpy(),
+        "energy": -torch.logsumexp(2 * logits, dim=1).numpy(),  # of the logits before the temperature divided them
+        "knn": distances[:, 9].numpy(),
+        "uncertainty": np.concatenate([known["uncertainty"], unknown["uncertainty"]]),
+    }
     if fitted:
-        scores["openmax"] = np.concatenate([o["unknown_probability"] for o in (known_outputs, unknown_outputs)])
-    for name, row in rows.items():
+        scores["openmax"] = [1 - max(row[:4]) for o in (known, unknown) for row in o["open_set_probabilities"]]
+    assert set(rows["noise"]) == set(scores)
+    for name, row in rows["noise"].items():
         assert row["clips"] == 55
         assert row["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(is_unknown, scores[name]))
         false_alarms, hits, _ = sklearn.metrics.roc_curve(is_unknown, scores[name], drop_intermediate=False)
         assert row["fpr_at_95_tpr"] == pytest.approx(false_alarms[hits >= 0.95].min())
-        assert 0 <= row["oscr"] <= (known_outputs["logits"].argmax(1) == known["labels"]).mean() + 1e-9
+        assert 0 <= row["oscr"] <= (known["logits"].argmax(1) == known["labels"]).mean() + 1e-9
+        low, high = row["auroc_interval"]
+        assert low <= row["auroc"] <= high
+
+
+def test_the_mean_over_sets_and_the_scores_that_need_training_clips():
+    known, sets = fake_outputs(np.arange(40) % 4), {"a": fake_outputs([0] * 9, 1), "b": fake_outputs([1] * 30, 2)}
+    rows = evaluate_open_set(known, sets, num_samples=5)
+    assert list(rows) == ["a", "b", "mean"] and "knn" not in rows["mean"]
+    for name, row in rows["mean"].items():
+        for metric, value in row.items():
+            assert value == pytest.approx((rows["a"][name][metric] + rows["b"][name][metric]) / 2)
+    assert evaluate_open_set(known, {}) == {}
+    both = {**known, "features": known["fused"]}
+    assert {"knn", "knn_features"} <= set(open_set_scores(both, both))
+    assert "knn_features" not in open_set_scores(both, known)
 
 
 def test_a_perfect_detector_of_the_unknown():
-    class Perfect(StandIn):
-        def predict_outputs(self, dataset):
-            is_unknown = dataset[0]["labels"][0] < 0
-            outputs = super().predict_outputs(dataset)
-            return {**outputs, "unknown_probability": np.full(len(outputs["labels"]), float(is_unknown))}
-
-    row = evaluate_open_set(Perfect(), table(40), table(15, labels=[-1] * 15), make_dataset)["openmax"]
-    known = fake_outputs(table(40)["labels"], seed=1)
+    known, unknown = fake_outputs(np.arange(40) % 4, 1), fake_outputs([0] * 15, 2)
+    known["open_set_probabilities"][:] = [0, 0.5, 0.1, 0, 0.4]
+    unknown["open_set_probabilities"][:] = [0.4, 0, 0.3, 0.3, 0]  # between the classes
+    row = evaluate_open_set(known, {"noise": unknown})["noise"]["openmax"]
     accuracy = (known["logits"].argmax(1) == known["labels"]).mean()
-    assert row == {"clips": 55, "auroc": 1.0, "fpr_at_95_tpr": 0.0, "oscr": pytest.approx(accuracy)}
+    assert (row["auroc"], row["auroc_interval"], row["fpr_at_95_tpr"]) == (1.0, (1.0, 1.0), 0.0)
+    assert row["oscr"] == pytest.approx(accuracy)
+
+
+def test_rejection_is_counted():
+    assert describe_rejection(fake_outputs([0, 1]), {}, NAMES) is None
+    known = {
+        "logits": np.eye(4)[[0, 0, 1, 2, 2]],
+        "labels": np.array([0, 0, 0, 2, 2]),
+        "is_unknown": np.array([False, False, True, True, False]),
+    }
+    report = describe_rejection(known, {"noise": {"is_unknown": np.array([True, True, False, True])}}, NAMES)
+    assert report["known_accepted"] == 0.6 and report["unknown_rejected"] == {"noise": 0.75}
+    assert report["accuracy"] == 0.8 and report["accuracy_of_accepted"] == 1.0
+    assert report["accepted_by_class"]["neutral"] == pytest.approx(2 / 3)
+    assert report["accepted_by_class"]["sad"] == 0.5 and math.isnan(report["accepted_by_class"]["happy"])
+    known["is_unknown"][:] = True
+    assert math.isnan(describe_rejection(known, {}, NAMES)["accuracy_of_accepted"])
+
+
+def test_test_time_augmentation_is_averaged_by_clip(monkeypatch):
+    """With a stand-in for the data set: pass 0 is right, the two others are wrong about clip 1."""
+    labels = np.array([0, 1, 2])
+
+    class Passes:
+        def __init__(self, dataset, num_passes, augmenter, seed):
+            self.size = (dataset.dataset.num_rows, num_passes, seed)
+
+    class Trainer:
+        def predict_outputs(self, dataset):
+            clips, passes, seed = dataset.size
+            assert (clips, seed) == (3, 7)
+            logits = 4 * np.eye(4)[np.repeat(labels, passes)]
+            for number in range(1, passes):
+                logits[passes + number] = 4 * np.eye(4)[3]
+            return {"logits": logits, "uncertainty": np.zeros(clips * passes), "labels": np.repeat(labels, passes)}
+
+    monkeypatch.setattr(reporting_mmser, "TestTimeAugmentation", Passes)
+    clips = type("Clips", (), {"dataset": table(3)})()
+    report = evaluate_augmentation(Trainer(), clips, [1, 3], NAMES, seed=7)
+    assert [(row["passes"], row["clips"]) for row in report] == [(1, 3), (3, 3)]
+    assert [row["accuracy"] for row in report] == [1.0, pytest.approx(2 / 3)]
+    assert all(row["seconds"] > 0 for row in report)
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -201,7 +308,10 @@ def test_a_perfect_detector_of_the_unknown():
 def make_results(scored=("validation", "test"), languages=("en", "de"), label_names=NAMES, **more):
     """Results as `train_hf.main` collects them."""
     split = table(audio=["a.wav"] * 20, text=["word"] * 20, language=list(languages) * (20 // len(languages)))
-    rows = evaluate_split(StandIn(), split, make_dataset, label_names)
+    trainer = StandIn()
+    rows = describe_rows(
+        predict_rows(trainer, split, make_dataset), list(label_names), split_groups(split), trainer.train_outputs
+    )
     return {
         "model_name": "tiny",
         "license": "mit",
@@ -343,6 +453,12 @@ def test_other_labels_and_a_stream(tmp_path):
     assert written["label_names"] == names
     assert "one of calm / joy|glad / überrascht / angry: very" in card.text
     assert "streamed clips for training" in card.text
+
+
+def test_strict_json_has_no_nan():
+    value = {"a": np.float32(0.5), 1: (math.nan, np.int64(3)), "b": [np.inf, None, True], "ü": {"c": np.bool_(False)}}
+    read_back = json.loads(strict_json(value), parse_constant=refuse_constant)
+    assert read_back == {"a": 0.5, "1": [None, 3], "b": [None, None, True], "ü": {"c": False}}
 
 
 def test_tables_without_rows_are_empty():

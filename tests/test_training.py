@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import concatenate_datasets
 from scipy.optimize import minimize_scalar
+from sklearn.metrics import roc_auc_score
+from tiny import fit_openmax_by_chance
 from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, write_corpus
 from torch import nn
 
 from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, drop_unreadable, load_emotion_dataset
 from evaluation_mmser import build_compute_metrics
-from modeling_mmser import MMSERForAudioClassification
+from modeling_mmser import MMSERForAudioClassification, OpenMax
 from training_mmser import (
     PARAMETER_GROUPS,
     MMSERTrainer,
@@ -581,47 +584,180 @@ def mean_nll(logits, labels, temperature):
     return nn.functional.cross_entropy(torch.tensor(logits / temperature).double(), torch.tensor(labels)).item()
 
 
-def test_finalize_calibrates_on_held_out_clips_and_fits_openmax_on_training_clips(trained, splits, tmp_path):
-    # Held-out clips of which some are labelled wrongly, so that the best temperature is well inside its bounds
-    labels = np.array(splits["test"]["labels"])
-    labels[::5] = (labels[::5] + 1) % 4
-    held_out = splits["test"].remove_columns("labels").add_column("labels", labels)
-    training = EmotionDataset(splits["train"])
-    trained.model.temperature.fill_(1.0)
-    logits = trained.predict_outputs(EmotionDataset(held_out))["logits"]
+@pytest.fixture
+def training(splits):
+    return EmotionDataset(splits["train"])
 
-    report = trained.finalize(training, EmotionDataset(held_out))
+
+@pytest.fixture
+def held_out(splits):
+    """24 clips that were not trained on, of which three are labelled wrongly: the best temperature is not a bound."""
+    table = concatenate_datasets([splits["test"], splits["validation"]])
+    labels = np.array(table["labels"])
+    labels[[0, 5, 10]] = (labels[[0, 5, 10]] + 1) % 4
+    return EmotionDataset(table.remove_columns("labels").add_column("labels", labels))
+
+
+@pytest.fixture(params=["centroid", "anchor"])
+def either(request, trained, splits, tmp_path):
+    """A trainer of the trained model with either kind of distance; 70 % acceptance is to be had from six clips."""
+    options = {"openmax_acceptance": 0.7, "openmax_centroids_per_class": 2, "openmax_distance": request.param}
+    model = tiny_model(class_counts=trained.model.config.class_counts, **options)
+    fitted = ("openmax.", "temperature", "uncertainty.error_calibration")  # maybe by another test
+    weights = {name: value for name, value in trained.model.state_dict().items() if not name.startswith(fitted)}
+    assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    return make_trainer(model, splits, tmp_path)
+
+
+def assert_tails(model, outputs):
+    """The Weibulls are fitted on these clips: as in libmr the smallest distance of the tail is the shift."""
+    labels, distances = outputs["labels"], outputs["anchor_distances"]
+    if model.config.openmax_distance == "centroid":
+        fused = outputs["fused"] / np.linalg.norm(outputs["fused"], axis=1, keepdims=True)
+        distances = np.linalg.norm(fused[:, None, None] - model.openmax.centroids.numpy(), axis=-1).min(axis=-1)
+    right = outputs["logits"].argmax(axis=1) == labels
+    for label in range(4):
+        tail = np.sort(distances[right & (labels == label), label])[-10:]
+        assert len(tail) >= 5
+        assert model.openmax.weibull_shift[label].item() == pytest.approx(tail[0], abs=1e-5)
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(model, state):
+    assert model.state_dict().keys() == state.keys()
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
+
+
+def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_path):
+    model = either.model
+    raw = either.predict_outputs(held_out)
+    logits, labels = raw["logits"], raw["labels"]
+    assert (logits.argmax(axis=1) != labels).sum() == 3
+
+    report = either.finalize(training, held_out)
     best = minimize_scalar(lambda log_t: mean_nll(logits, labels, math.exp(log_t)), bounds=(-3, 3), method="bounded")
     assert report["temperature"] == pytest.approx(math.exp(best.x), rel=1e-2)
-    assert trained.model.temperature.item() == pytest.approx(report["temperature"])
+    assert model.temperature.item() == pytest.approx(report["temperature"])
     assert report["nll_before"] == pytest.approx(mean_nll(logits, labels, 1.0), abs=1e-5)
     assert report["nll_after"] == pytest.approx(mean_nll(logits, labels, report["temperature"]), abs=1e-5)
     assert report["nll_after"] < report["nll_before"]
 
-    outputs = trained.train_outputs
-    np.testing.assert_array_equal(outputs["labels"], splits["train"]["labels"])
-    correct = outputs["logits"].argmax(1) == outputs["labels"]
-    assert correct.mean() > 0.9
-    model = trained.model
-    assert model.openmax.is_fitted
-    for label in range(4):  # as in libmr the smallest distance of the tail is the shift
-        own = np.sort(outputs["anchor_distances"][correct & (outputs["labels"] == label), label])
-        assert model.openmax.weibull_shift[label].item() == pytest.approx(own[-20:][0], abs=1e-5)
-    assert "unknown_probability" in trained.predict_outputs(EmotionDataset(splits["test"]))
+    # Centroids from the training clips, Weibulls from the held-out ones; with anchors, as published, from the former
+    outputs = either.train_outputs
+    np.testing.assert_array_equal(outputs["labels"], training.dataset["labels"])
+    if model.config.openmax_distance == "centroid":
+        expected = OpenMax(4, 3, centroids_per_class=2, embedding_size=16)
+        expected.fit_centroids(outputs["fused"], outputs["labels"])
+        assert torch.equal(model.openmax.centroids, expected.centroids)
+    assert_tails(model, raw if model.config.openmax_distance == "centroid" else outputs)
+    assert model.openmax.is_fitted and model.openmax.has_thresholds
 
-    trained.save_model(str(tmp_path))
-    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
-    assert loaded.openmax.is_fitted
-    for name in ("temperature", "openmax.weibull_shape", "openmax.weibull_scale", "openmax.weibull_shift"):
-        assert torch.equal(loaded.get_buffer(name), model.get_buffer(name)), name
-    again = trained.finalize(training, EmotionDataset(held_out))
-    assert again == pytest.approx(report)  # what is there already does not count
+    state = state_of(model)
+    either.save_model(str(tmp_path))
+    assert not changed(MMSERForAudioClassification.from_pretrained(tmp_path), state)
+    assert either.finalize(training, held_out) == pytest.approx(report)  # what is there already does not count
+    assert not changed(model, state)
 
 
-def test_without_held_out_clips_the_temperature_is_one(trained, splits):
-    trained.model.temperature.fill_(3.0)
-    assert trained.finalize(EmotionDataset(splits["train"])) == {"temperature": 1.0}
-    assert trained.model.temperature.item() == 1.0
+def test_the_calibrated_model_says_what_was_fitted(either, training, held_out):
+    """Temperature, probability of an error and rejection, in the outputs of the model, against their definitions."""
+    raw = either.predict_outputs(held_out)
+    assert not {"open_set_probabilities", "unknown_probability", "is_unknown"} & set(raw)
+    report = either.finalize(training, held_out)
+    model, outputs = either.model, either.predict_outputs(held_out)
+    np.testing.assert_allclose(outputs["logits"], raw["logits"] / report["temperature"], atol=1e-5)
+    for name in ("features", "fused", "anchor_distances", "labels"):
+        np.testing.assert_allclose(outputs[name], raw[name], atol=1e-6)
+    assert outputs["features"].shape == (24, 16) and outputs["open_set_probabilities"].shape == (24, 5)
+    np.testing.assert_array_equal(outputs["unknown_probability"], outputs["open_set_probabilities"][:, 4])
+
+    predictions = outputs["logits"].argmax(axis=1)
+    wrong = predictions != outputs["labels"]
+    confidence = torch.tensor(outputs["logits"]).double().softmax(dim=-1).numpy().max(axis=1)
+    doubt, own = (np.log(score / (1 - score)) for score in (1 - confidence, raw["uncertainty"].astype(np.float64)))
+    weights = model.uncertainty.error_calibration.tolist()
+    expected = 1 / (1 + np.exp(-(weights[0] * doubt + weights[1] * own + weights[2])))
+    np.testing.assert_allclose(outputs["uncertainty"], expected, atol=1e-5)
+    assert outputs["uncertainty"].mean() == pytest.approx(wrong.mean(), abs=1e-3)
+    assert report["error_auroc_before"] == pytest.approx(roc_auc_score(wrong, raw["uncertainty"]))
+    assert report["error_auroc_after"] == pytest.approx(roc_auc_score(wrong, expected))
+
+    scores = 1 - outputs["open_set_probabilities"][:, :4].max(axis=1)
+    thresholds = model.openmax.rejection_thresholds.numpy()
+    clear = np.abs(scores - thresholds[predictions]) > 1e-6  # on each threshold lies a clip
+    np.testing.assert_array_equal(outputs["is_unknown"][clear], (scores > thresholds[predictions])[clear])
+    for label in range(4):
+        own = np.sort(scores[predictions == label])
+        assert thresholds[label] == pytest.approx(own[math.ceil((len(own) + 1) * 0.7) - 1], abs=1e-5)
+        assert (own <= thresholds[label] + 1e-6).mean() >= 0.7
+    assert 0 < outputs["is_unknown"].sum() <= 0.3 * 24
+
+
+def test_calibrating_again_changes_nothing(either, training, held_out, splits, tmp_path):
+    """On the same clips, in the same trainer and from the checkpoint alone."""
+    report = either.finalize(training, held_out)
+    model, state = either.model, state_of(either.model)
+    for _ in range(2):
+        assert either.calibrate(held_out) == report
+        assert not changed(model, state)
+    model.save_pretrained(tmp_path / "saved")
+    later = make_trainer(MMSERForAudioClassification.from_pretrained(tmp_path / "saved"), splits, tmp_path)
+    assert later.train_outputs is None
+    assert later.calibrate(held_out) == report
+    assert not changed(later.model, state)
+
+
+def test_calibrating_on_other_clips_leaves_what_was_learned(either, training, held_out):
+    either.finalize(training, held_out)
+    model, state = either.model, state_of(either.model)
+    report = either.calibrate(EmotionDataset(held_out.dataset.select(range(2, 24))))
+    assert report["nll_after"] <= report["nll_before"]
+    fitted = {"temperature", "uncertainty.error_calibration", "openmax.rejection_thresholds"}
+    weibulls = {f"openmax.weibull_{name}" for name in ("shape", "scale", "shift")}
+    assert changed(model, state) == (fitted | weibulls if model.openmax.has_centroids else fitted)
+
+
+def test_few_held_out_clips_leave_the_weibulls_to_the_training_clips(either, training, held_out, log):
+    few, config, openmax = (
+        EmotionDataset(held_out.dataset.select(range(16))),
+        either.model.config,
+        either.model.openmax,
+    )
+    either.finalize(training, few)
+    assert openmax.is_fitted and openmax.has_thresholds
+    assert_tails(either.model, either.train_outputs)
+    config.openmax_acceptance = 0.95
+    either.finalize(training, few)
+    assert openmax.is_fitted and not openmax.has_thresholds  # 19 clips is the smallest number for 95 %
+    assert "`openmax_threshold` decides" in log.text
+    config.openmax_acceptance = None
+    either.finalize(training, held_out)
+    assert openmax.is_fitted and not openmax.has_thresholds
+
+
+def test_without_training_clips_openmax_is_left_unfitted(splits, held_out, tmp_path, log):
+    """`calibrate` on a model that was never finalized still fits what does not need them."""
+    for distance in ("centroid", "anchor"):
+        log.clear()
+        trainer = make_trainer(tiny_model(openmax_distance=distance), splits, tmp_path)
+        report = trainer.calibrate(held_out)
+        assert report["nll_after"] <= report["nll_before"]
+        assert trainer.model.temperature.item() == pytest.approx(report["temperature"]) and report["temperature"] != 1
+        assert trainer.model.uncertainty.error_calibration.tolist() != [0, 1, 0]
+        assert not trainer.model.openmax.is_fitted and "OpenMax is left unfitted" in log.text
+
+
+def test_without_held_out_clips_nothing_is_calibrated(either, training):
+    either.model.temperature.fill_(3.0)
+    either.model.uncertainty.error_calibration.fill_(3.0)
+    assert either.finalize(training) == {"temperature": 1.0}
+    assert either.model.temperature.item() == 1.0
+    assert either.model.uncertainty.error_calibration.tolist() == [0, 1, 0]
+    assert_tails(either.model, either.train_outputs)
+    assert either.model.openmax.is_fitted and not either.model.openmax.has_thresholds
 
 
 def test_held_out_clips_that_are_all_right_leave_the_temperature_at_one(trained, splits, log):
@@ -632,13 +768,15 @@ def test_held_out_clips_that_are_all_right_leave_the_temperature_at_one(trained,
     assert len(right) > 4
     report = trained.finalize(EmotionDataset(splits["train"]), EmotionDataset(splits["test"].select(right)))
     assert report["temperature"] == trained.model.temperature.item() == 1.0
+    assert trained.model.uncertainty.error_calibration.tolist() == [0, 1, 0]
+    assert trained.model.openmax.is_fitted
     assert "the temperature stays 1" in log.text
 
 
 def test_openmax_is_left_unfitted_with_a_warning_if_too_few_clips_are_right(splits, tmp_path, log):
     model = tiny_model()
-    distances = np.random.default_rng(0).uniform(size=(40, 4))
-    model.openmax.fit(distances, np.arange(40) % 4, np.arange(40) % 4)  # from an earlier training
+    fit_openmax_by_chance(model)  # from an earlier training
+    assert model.openmax.is_fitted
     with torch.no_grad():
         model.classifier.output.weight.zero_()
         model.classifier.output.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))

@@ -144,7 +144,9 @@ def alone(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 def fit_openmax_by_chance(model: MMSERForAudioClassification, seed: int = 0) -> None:
-    """Fit OpenMax on random distances in the range of those on the unit sphere."""
+    """Fit OpenMax on random centroids and on random distances in the range of those on the unit sphere."""
     rng, num_labels = np.random.default_rng(seed), model.config.num_labels
     labels = np.arange(30 * num_labels) % num_labels
+    if model.openmax.has_centroids:
+        model.openmax.fit_centroids(rng.normal(size=(len(labels), model.config.fusion_hidden_size)), labels)
     model.openmax.fit(rng.uniform(0.2, 1.6, (len(labels), num_labels)), labels, labels)

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a report: each function writes one PNG (folders are made) and returns its path.
+
+Needs matplotlib (`pip install .[report]`); pyplot and the global settings stay untouched. The arrays are those of
+`evaluation_mmser`, which also checks them. Colours are those of Okabe & Ito (2008), distinguishable with every common
+form of colour blindness; line styles, hatches and numbers say the same again for grey print.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation_mmser import (
+    auroc,
+    check_floats,
+    check_label_names,
+    expected_calibration_error,
+    fpr_at_95_tpr,
+    oscr,
+    oscr_curve,
+    reliability_bins,
+    risk_coverage_curve,
+    roc_curve,
+)
+
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+LINES = [
+    (BLUE, "-"),
+    (VERMILLION, "--"),
+    (GREEN, "-."),
+    (PURPLE, ":"),
+    (ORANGE, (0, (6, 1, 1, 1))),
+    (SKY, (0, (3, 1))),
+]
+GREY, PALE = "#666666", "#CCCCCC"
+FEW_CLIPS = 30  # a group with fewer is drawn pale: its numbers say little
+
+
+def check_matplotlib() -> None:
+    """Raise an ImportError that says how to install matplotlib, where it is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install .[report]`.") from error
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """Empty matplotlib figure (inches) with its own Agg canvas: pyplot and the global backend stay untouched."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _new_axes(width: float, height: float, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    figure = _new_figure(width, height)
+    axes = figure.add_subplot()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cut to what is drawn: the layout engine alone leaves labels outside where the axes have a fixed shape
+    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.12)
+    return path
+
+
+def _say_undefined(axes: Any, *curves: np.ndarray) -> None:
+    """Say in the middle of the axes why there is no curve in them."""
+    if any(np.isnan(curve).any() for curve in curves):
+        text = "undefined: it takes\nknown and unknown clips"
+        axes.text(
+            0.5, 0.5, text, ha="center", va="center", color=GREY, bbox={"facecolor": "white", "edgecolor": "none"}
+        )
+
+
+def _value(number: float) -> str:
+    return "undefined" if math.isnan(number) else f"{number:.3f}"
+
+
+def _with_lines(methods: Mapping[str, Any]) -> list[tuple[tuple[str, Any], dict[str, Any]]]:
+    """Each method with its colour and line style."""
+    if not isinstance(methods, Mapping) or not 1 <= len(methods) <= len(LINES):
+        raise ValueError(f"`methods` must map 1 to {len(LINES)} names to their arrays, got {methods!r}.")
+    styles = [{"color": colour, "linestyle": style, "linewidth": 1.8} for colour, style in LINES]
+    return list(zip(methods.items(), styles, strict=False))
+
+
+def plot_confusion_matrix(matrix: Any, label_names: Sequence[str], path: str | Path) -> Path:
+    """Heat map of `confusion_matrix` counts [C, C]; colour and percentage are shares of the true class (recall)."""
+    names = check_label_names(label_names)
+    counts = check_floats(matrix, "matrix", num_dimensions=2)
+    if counts.shape != (len(names), len(names)) or (counts < 0).any():
+        raise ValueError(f"`matrix` must hold counts >= 0 in shape {(len(names),) * 2}, got shape {counts.shape}.")
+    support = counts.sum(axis=1)
+    shares = counts / np.maximum(support, 1)[:, None]
+    size = max(3.4, 0.85 * len(names))
+    figure, axes = _new_axes(size + 2.0, size + 0.9, "Confusion matrix", "predicted class", "true class")
+    # Cells of a class without clips are left white: there is no share to show
+    image = axes.imshow(np.where(support[:, None] > 0, shares, np.nan), cmap="cividis", vmin=0, vmax=1)
+    is_wide = len(names) > 4 or max(map(len, names)) > 9
+    axes.set_xticks(
+        range(len(names)),
+        names,
+        rotation=35 if is_wide else 0,
+        ha="right" if is_wide else "center",
+        rotation_mode="anchor",
+    )
+    axes.set_yticks(
+        range(len(names)), [f"{name}\n({total:.0f} clips)" for name, total in zip(names, support, strict=True)]
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for row, column in np.ndindex(counts.shape):
+        share, count = shares[row, column], counts[row, column]
+        colour = GREY if support[row] == 0 else "black" if share > 0.45 else "white"
+        text = f"{share:.0%}\n{count:.0f}" if support[row] else "-"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9, linespacing=1.1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.85)
+    return _save(figure, path)
+
+
+def plot_reliability(methods: Mapping[str, Any], labels: Any, path: str | Path, num_bins: int = 15) -> Path:
+    """Reliability diagram, with the share of clips in each confidence bin below; bins as in `reliability_bins`.
+
+    Args:
+        methods: name -> probabilities [N, C], for example before and after temperature scaling; at most 3.
+        labels: int [N] true class indices.
+        path: the PNG file to write.
+        num_bins: number of bins of [0, 1].
+    """
+    figure = _new_figure(5.2, 6.4)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    top.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="perfect: the score is the share of right answers")
+    series = zip(_with_lines(methods), "osD", strict=False)
+    for position, (((name, probabilities), style), marker) in enumerate(series):
+        bins = reliability_bins(probabilities, labels, num_bins)
+        error = expected_calibration_error(probabilities, labels, num_bins)
+        filled = bins.count > 0
+        share = bins.count / bins.count.sum()
+        confidence, accuracy = bins.confidence[filled], bins.accuracy[filled]
+        top.plot(confidence, accuracy, **{**style, "linewidth": 1}, alpha=0.5)
+        # The size of a point says how many clips are behind it
+        top.scatter(
+            confidence,
+            accuracy,
+            s=12 + 160 * share[filled],
+            color=style["color"],
+            marker=marker,
+            zorder=3,
+            clip_on=False,
+        )
+        top.plot([], [], **style, marker=marker, label=f"{name} (ECE {error:.3f})")
+        width = 0.8 / (num_bins * len(methods))
+        left = bins.edges[:-1] + 0.1 / num_bins + position * width
+        bottom.bar(left, share, width=width, align="edge", color=style["color"])
+    top.set(ylabel="share of right answers", xlim=(0, 1.02), ylim=(-0.02, 1.04))
+    top.set_title("Reliability", loc="left", fontweight="bold")
+    bottom.set(xlabel="score of the answer (probability of its class)", ylabel="share of clips")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    return _save(figure, path)
+
+
+def plot_risk_coverage(methods: Mapping[str, tuple[Any, Any]], path: str | Path) -> Path:
+    """Risk-coverage curves.
+
+    Args:
+        methods: name -> (uncertainty [N], is_wrong [N]), for example the uncertainty head and 1 - maximum softmax.
+        path: the PNG file to write.
+    """
+    figure, axes = _new_axes(
+        5.6, 4.6, "Risk and coverage", "share of clips kept, the surest first", "error rate of the kept clips"
+    )
+    highest = 0.0
+    for (name, (uncertainty, is_wrong)), style in _with_lines(methods):
+        coverage, risk = risk_coverage_curve(uncertainty, is_wrong)
+        label = f"{name} (mean {_value(float(risk.mean()))})"
+        axes.plot(coverage, risk, **style, marker="o" if len(risk) == 1 else None, clip_on=False, label=label)
+        axes.axhline(risk[-1], color=GREY, linestyle=":", linewidth=1)
+        highest = max(highest, float(risk.max()))
+    axes.plot([], [], color=GREY, linestyle=":", linewidth=1, label="all clips kept")
+    axes.set(xlim=(0, 1.01), ylim=(0, max(1.1 * highest, 0.05)))
+    figure.legend(loc="outside lower center", frameon=False)  # the curves may be anywhere inside the axes
+    return _save(figure, path)
+
+
+def _square_axes(num_entries: int, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    """Axes of the unit square, with room for a legend below."""
+    figure, axes = _new_axes(5.2, 5.5 + 0.22 * num_entries, title, x_label, y_label)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), box_aspect=1)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_yticks(np.linspace(0, 1, 6))
+    return figure, axes
+
+
+def plot_open_set_roc(
+    methods: Mapping[str, tuple[Any, Any]], path: str | Path, title: str = "Detection of unknown clips"
+) -> Path:
+    """ROC curves of unknown detection, unknown = positive.
+
+    Args:
+        methods: name -> (scores [N], is_unknown [N]), higher = more unknown; for example OpenMax and 1 - max softmax.
+        path: the PNG file to write.
+        title: of the picture.
+    """
+    labels = "known clips flagged as unknown", "unknown clips flagged as unknown"
+    figure, axes = _square_axes(len(methods) + 1, title, *labels)
+    for (name, (scores, is_unknown)), style in _with_lines(methods):
+        false_positive_rate, true_positive_rate, _ = roc_curve(scores, is_unknown)
+        area, at_95 = auroc(scores, is_unknown), fpr_at_95_tpr(scores, is_unknown)
+        label = f"{name} (AUROC {_value(area)}, FPR95 {_value(at_95)})"
+        axes.plot(false_positive_rate, true_positive_rate, **style, label=label)
+        _say_undefined(axes, false_positive_rate, true_positive_rate)
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="chance")
+    axes.axhline(0.95, color=GREY, linewidth=0.8, zorder=0)
+    axes.text(1.02, 0.95, "95%", color=GREY, va="center")
+    figure.legend(loc="outside lower center", frameon=False)
+    return _save(figure, path)
+
+
+def plot_oscr(
+    methods: Mapping[str, tuple[Any, Any, Any]], path: str | Path, title: str = "Right and accepted, against unknown"
+) -> Path:
+    """Open-set classification rate curves.
+
+    Args:
+        methods: name -> (known_scores [K], known_correct [K], unknown_scores [U]), higher = more known, as in `oscr`.
+        path: the PNG file to write.
+        title: of the picture.
+    """
+    figure, axes = _square_axes(len(methods), title, "unknown clips accepted", "known clips accepted and right")
+    for (name, arrays), style in _with_lines(methods):
+        false_positive_rate, correct_rate, _ = oscr_curve(*arrays)
+        axes.plot(false_positive_rate, correct_rate, **style, label=f"{name} (OSCR {_value(oscr(*arrays))})")
+        _say_undefined(axes, false_positive_rate, correct_rate)
+    figure.legend(loc="outside lower center", frameon=False)
+    return _save(figure, path)
+
+
+def plot_score_histograms(
+    known_scores: Any,
+    unknown_scores: Any,
+    path: str | Path,
+    score_name: str = "unknown probability",
+    title: str = "Known and unknown clips",
+) -> Path:
+    """Histograms of one score [K] for known and [U] for unknown clips, each as shares of its group."""
+    groups = [
+        ("known", check_floats(known_scores, "known_scores", allow_empty=True), BLUE, ""),
+        ("unknown", check_floats(unknown_scores, "unknown_scores", allow_empty=True), VERMILLION, "///"),
+    ]
+    both = np.concatenate([scores for _, scores, _, _ in groups])
+    if len(both) == 0:
+        raise ValueError("`known_scores` and `unknown_scores` are both empty; at least one example is needed.")
+    edges = np.histogram_bin_edges(both, bins=30)
+    figure, axes = _new_axes(5.6, 4.2, title, score_name, "share of the group")
+    for name, scores, colour, hatch in groups:
+        shares = np.histogram(scores, edges)[0] / max(len(scores), 1)
+        style = {"facecolor": (colour, 0.25), "edgecolor": colour, "linewidth": 1.5, "hatch": hatch}
+        axes.stairs(shares, edges, fill=True, label=f"{name} ({len(scores)} clips)", **style)
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", frameon=False, ncols=2)
+    return _save(figure, path)
+
+
+def plot_group_bars(
+    groups: Mapping[str, Mapping[str, Any]],
+    path: str | Path,
+    metric: str = "weighted_f1",
+    title: str | None = None,
+    overall: float | None = None,
+) -> Path:
+    """Horizontal bars of one metric (in [0, 1]) per group, as `grouped_metrics` gives them.
+
+    Args:
+        groups: name -> `count`, the metric and, for error bars, `<metric>_interval` (low, high). Groups of fewer than
+            30 clips are drawn pale.
+        path: the PNG file to write.
+        metric: which one.
+        title: of the picture; by default the name of the metric.
+        overall: the metric over all clips, drawn as a line.
+    """
+    if not groups or any(metric not in values for values in groups.values()):
+        raise ValueError(f"`groups` must be a non-empty result of `grouped_metrics` that holds `{metric}`.")
+    metric_name = metric.replace("_", " ").replace("f1", "F1")
+    names = [f"{name} (n = {values['count']})" for name, values in groups.items()]
+    height = 1.35 + 0.36 * len(names) + (0.25 if overall is not None else 0)
+    figure, axes = _new_axes(
+        6.0, height, title or f"{metric_name[0].upper()}{metric_name[1:]} per group", metric_name, ""
+    )
+    for position, values in enumerate(groups.values()):
+        value, (low, high) = values[metric], values.get(f"{metric}_interval", (math.nan, math.nan))
+        is_small = values["count"] < FEW_CLIPS
+        axes.barh(position, value, color=PALE if is_small else SKY, height=0.66)
+        if not (math.isnan(value) or math.isnan(low)):
+            axes.plot([low, high], [position] * 2, color="black", linewidth=1.4, marker="|", markersize=6)
+        axes.text(1.03, position, "n/a" if math.isnan(value) else f"{value:.2f}", va="center")
+    if overall is not None and not math.isnan(overall):
+        axes.axvline(overall, color=VERMILLION, linestyle="--", linewidth=1.4, label=f"all clips ({overall:.2f})")
+        figure.legend(loc="outside lower center", frameon=False)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1))
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.tick_params(axis="y", length=0)
+    return _save(figure, path)

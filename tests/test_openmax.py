@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of what MMSER adds to OpenMax: centroids, distances to them, thresholds of rejection, what counts as a fit.
+
+References are derived here with numpy and exact fractions. The Weibull fit and the revised probabilities have
+`test_losses.py` and `test_properties.py`.
+"""
+
+import copy
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import fit_openmax_by_chance, tiny_batch, tiny_config, tiny_model
+
+import modeling_mmser
+from modeling_mmser import MMSERForAudioClassification, OpenMax, rejection_scores
+
+SIZE = 6  # width of the vectors
+properties = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(modeling_mmser.logger, "warning", messages.append)
+    return messages
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def with_centroids(embeddings, labels, num_labels=3, centroids_per_class=8, **options):
+    openmax = OpenMax(num_labels, 2, centroids_per_class, embedding_size=np.shape(embeddings)[1])
+    openmax.fit_centroids(embeddings, labels, **options)
+    return openmax
+
+
+def distinct(centroids):
+    """The different rows of one class [K, D]."""
+    return np.unique(np.asarray(centroids, dtype=np.float32), axis=0)
+
+
+# --- centroids -------------------------------------------------------------------------------------------------------
+
+
+def test_centroids_are_unit_vectors_one_for_four_clips_at_most(rng):
+    sizes = {0: 1, 1: 3, 2: 7, 3: 8, 4: 31, 5: 32, 6: 300}
+    labels = rng.permutation(np.repeat(list(sizes), list(sizes.values())))
+    openmax = with_centroids(rng.normal(2, 5, (len(labels), SIZE)), labels, num_labels=7)
+    assert openmax.centroids.shape == (7, 8, SIZE) and openmax.centroids.dtype == torch.float32
+    torch.testing.assert_close(openmax.centroids.norm(dim=-1), torch.ones(7, 8), rtol=0, atol=1e-6)
+    assert [len(distinct(centroids)) for centroids in openmax.centroids] == [1, 1, 1, 2, 7, 8, 8]
+    for centroids in openmax.centroids:  # repeated in turn
+        assert torch.equal(centroids, centroids[torch.arange(8) % len(distinct(centroids))])
+
+
+def test_a_class_with_few_clips_has_its_mean_direction(rng):
+    embeddings = rng.normal(size=(7, SIZE)) * rng.uniform(0.1, 50, (7, 1))
+    openmax = with_centroids(embeddings, [0, 0, 0, 1, 2, 2, 2])
+    for label, rows in enumerate(([0, 1, 2], [3], [4, 5, 6])):
+        expected = unit(unit(embeddings[rows]).mean(axis=0))  # each clip counts the same, however long its vector
+        np.testing.assert_allclose(openmax.centroids[label], np.tile(expected, (8, 1)), atol=1e-6)
+
+
+def test_each_group_of_a_class_has_a_centroid_that_is_its_mean(rng):
+    """Groups far from each other are found whatever their sizes; a centroid is the mean of those nearest to it."""
+    directions = np.eye(SIZE)[[0, 1, 2, 3, 4, 5]]
+    groups = np.repeat(np.arange(6), [4, 5, 9, 12, 20, 4])  # the first three of class 0, the others of class 1
+    embeddings = directions[groups] + 0.05 * rng.normal(size=(len(groups), SIZE))
+    openmax = with_centroids(embeddings, (groups > 2).astype(int), num_labels=2, centroids_per_class=3)
+    for label in (0, 1):
+        expected = [unit(unit(embeddings[groups == group]).mean(axis=0)) for group in range(3 * label, 3 * label + 3)]
+        order = np.argmax(openmax.centroids[label].numpy() @ np.array(expected).T, axis=1)
+        assert sorted(order) == [0, 1, 2]
+        np.testing.assert_allclose(openmax.centroids[label], np.array(expected)[order], atol=1e-6)
+
+
+def test_centroids_repeat_and_do_not_depend_on_order_length_or_copies(rng):
+    embeddings, labels = rng.normal(size=(120, SIZE)).astype(np.float32), np.arange(120) % 3
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    expected = with_centroids(embeddings, labels).centroids
+    assert torch.equal(with_centroids(torch.tensor(embeddings), torch.tensor(labels)).centroids, expected)
+    assert torch.equal(torch_state, torch.get_rng_state()) and np.random.get_state()[1].tolist() == numpy_state
+    order = rng.permutation(np.repeat(np.arange(120), rng.integers(1, 4, 120)))
+    assert torch.equal(with_centroids(embeddings[order], labels[order]).centroids, expected)
+    assert torch.equal(with_centroids(embeddings * 4, labels).centroids, expected)
+    assert not torch.equal(with_centroids(embeddings, labels, seed=1).centroids, expected)
+    copies = with_centroids(np.repeat(embeddings[:3], 20, axis=0), np.repeat(labels[:3], 20))
+    assert [len(distinct(centroids)) for centroids in copies.centroids] == [1, 1, 1]
+
+
+def test_a_class_without_clips_takes_those_of_all_and_is_named(rng, warnings):
+    embeddings, labels = rng.normal(size=(50, SIZE)), np.arange(50) % 2 * 2
+    openmax = with_centroids(embeddings, labels)
+    assert len(warnings) == 1 and "class 1 has no training clips" in warnings[0]
+    assert torch.equal(openmax.centroids[1], with_centroids(embeddings, np.ones(50, dtype=int)).centroids[1])
+    assert len(distinct(openmax.centroids[1])) == 8 and not torch.equal(openmax.centroids[0], openmax.centroids[1])
+
+
+def test_new_centroids_void_the_fits_on_the_old_ones_and_bad_input_does_not(rng):
+    embeddings, labels = rng.normal(size=(90, SIZE)), np.arange(90) % 3
+    openmax = with_centroids(embeddings, labels)
+    assert not openmax.is_fitted
+    openmax.fit(openmax.distances(torch.tensor(embeddings)), labels, labels)
+    openmax.fit_thresholds(rng.random(90), labels)
+    assert openmax.is_fitted and openmax.has_thresholds
+    before = copy.deepcopy(openmax.state_dict())
+    for bad, message in (
+        ((embeddings[:, 1:], labels), r"must be \[N, 6\] and `labels` \[N\]; got \(90, 5\) and \(90,\)"),
+        ((embeddings, labels[1:]), r"got \(90, 6\) and \(89,\)"),
+        ((embeddings[0], labels), r"got \(6,\)"),
+        ((np.where(np.arange(SIZE) == 2, np.nan, embeddings), labels), "finite values only"),
+        ((embeddings[:0], labels[:0]), "at least one clip"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            openmax.fit_centroids(*bad)
+    assert openmax.is_fitted and all(torch.equal(before[name], value) for name, value in openmax.state_dict().items())
+    openmax.fit_centroids(-embeddings, labels)
+    assert not openmax.is_fitted and not openmax.has_thresholds and (openmax.weibull_shape == 1).all()
+    assert (openmax.rejection_thresholds == 1).all()
+
+
+# --- distances -------------------------------------------------------------------------------------------------------
+
+
+def test_distances_are_to_the_nearest_centroid_of_each_class(rng):
+    openmax = with_centroids(rng.normal(size=(200, SIZE)), rng.integers(0, 3, 200))
+    clips = rng.normal(size=(20, SIZE)) * rng.uniform(0.01, 100, (20, 1))
+    clips[0], clips[1] = 7 * openmax.centroids[2, 5].numpy(), -openmax.centroids[2, 5].numpy()
+    distances = openmax.distances(torch.tensor(clips))
+    assert distances.dtype == torch.float32 and ((distances >= 0) & (distances <= 2)).all()
+    for clip, row in zip(clips, distances, strict=True):
+        for centroids, distance in zip(openmax.centroids.double().numpy(), row, strict=True):
+            expected = min(math.dist(clip / np.linalg.norm(clip), centroid) for centroid in centroids)
+            assert distance.item() == pytest.approx(expected, abs=2e-6)
+    assert distances[0, 2] < 1e-3
+
+
+@properties
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
+def test_distances_depend_on_the_direction_of_the_clip_alone(num_clips, seed, scale):
+    """Not on its length, the other clips of the batch, or the order of a class's centroids; nearer means less."""
+    rng = np.random.default_rng(seed)
+    openmax = with_centroids(rng.normal(size=(60, SIZE)), np.arange(60) % 3, centroids_per_class=4)
+    clips = torch.tensor(rng.normal(size=(num_clips, SIZE)), dtype=torch.float32)
+    expected = openmax.distances(clips)
+    for index, clip in enumerate(clips):
+        torch.testing.assert_close(openmax.distances(clip[None]), expected[index : index + 1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(openmax.distances(scale * clips), expected, rtol=0, atol=1e-5)
+    directions = torch.nn.functional.normalize(clips, dim=-1)
+    best = torch.einsum("bd,ckd->bck", directions, openmax.centroids).argmax(dim=-1)
+    label = int(rng.integers(3))
+    nearer = openmax.distances(directions + openmax.centroids[label, best[:, label]])[:, label]
+    assert (nearer <= expected[:, label] + 1e-6).all()
+    openmax.centroids.copy_(openmax.centroids[:, rng.permutation(4)])
+    assert torch.equal(openmax.distances(clips), expected)
+
+
+def test_distances_keep_their_digits_under_autocast(rng):
+    openmax = with_centroids(rng.normal(size=(60, SIZE)), np.arange(60) % 3)
+    clips = openmax.centroids[0] + 0.02 * torch.randn(8, SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        distances = openmax.distances(clips)
+    assert distances.dtype == torch.float32 and torch.equal(distances, openmax.distances(clips))
+
+
+# --- thresholds ------------------------------------------------------------------------------------------------------
+
+
+def conformal_threshold(scores, acceptance):
+    """The smallest score that at least (n + 1) * acceptance of the n scores do not exceed, None if there is none."""
+    wanted = (len(scores) + 1) * Fraction(str(acceptance))
+    return next((t for t in sorted(scores) if sum(score <= t for score in scores) >= wanted), None)
+
+
+# 64ths, so that ties are common and float32 holds every score
+scored = st.lists(st.tuples(st.integers(0, 63).map(lambda x: x / 64), st.integers(0, 2)), min_size=1, max_size=70)
+ACCEPTANCE = st.sampled_from([0.1, 0.5, 0.75, 0.8, 0.9, 0.95])
+
+
+@properties
+@given(scored, ACCEPTANCE)
+def test_thresholds_accept_at_least_the_share_of_each_predicted_class(rows, acceptance):
+    scores, predictions = (np.array(values) for values in zip(*rows, strict=True))
+    openmax = OpenMax(3, alpha=2)
+    openmax.fit_thresholds(torch.tensor(scores), torch.tensor(predictions), acceptance)
+    pooled = conformal_threshold(scores.tolist(), acceptance)
+    for label in range(3):
+        own = scores[predictions == label]
+        expected = conformal_threshold(own.tolist(), acceptance)
+        threshold = openmax.rejection_thresholds[label].item()
+        assert threshold == (expected if expected is not None else 1.0 if pooled is None else pooled)
+        if expected is not None:
+            accepted = Fraction(int((own <= threshold).sum()), len(own))
+            assert accepted >= Fraction(str(acceptance))
+    assert openmax.has_thresholds == (pooled is not None)
+    order = np.random.default_rng(0).permutation(len(scores))
+    other = OpenMax(3, alpha=2)
+    other.fit_thresholds(scores[order], predictions[order], acceptance)
+    assert torch.equal(other.rejection_thresholds, openmax.rejection_thresholds)
+
+
+@pytest.mark.parametrize(("size", "acceptance"), [(30, 0.9), (25, 0.95), (7, 0.5)])
+def test_new_clips_are_accepted_with_at_least_the_share(rng, size, acceptance):
+    """Split conformal prediction: ceil((n + 1) a) / (n + 1) on average, whatever the scores' distribution."""
+    openmax, accepted = OpenMax(2, alpha=1), []
+    predictions = np.repeat([0, 1], size)
+    for _ in range(400):
+        held_out, new = (np.stack([rng.beta(0.5, 3, n), rng.random(n) ** 4]) for n in (size, 200))
+        openmax.fit_thresholds(held_out.ravel(), predictions, acceptance)
+        accepted.append((new <= openmax.rejection_thresholds[:, None].numpy()).mean(axis=1))
+    expected = math.ceil((size + 1) * acceptance) / (size + 1)
+    assert expected >= acceptance
+    np.testing.assert_allclose(np.mean(accepted, axis=0), expected, atol=0.015)
+
+
+def test_predicted_classes_with_too_few_clips_share_a_threshold_and_are_named(warnings):
+    scores, predictions = np.linspace(0.01, 0.5, 50), np.repeat([0, 1], [40, 10])
+    openmax = OpenMax(3, alpha=2)
+    openmax.fit_thresholds(scores, predictions, 0.95)
+    # ceil(41 * 0.95) = 39th of 40 and ceil(51 * 0.95) = 49th of 50
+    np.testing.assert_allclose(openmax.rejection_thresholds, [0.39, 0.49, 0.49], rtol=1e-6)
+    assert len(warnings) == 1 and "predicted as class 1, 2 for" in warnings[0] and "over all classes" in warnings[0]
+    openmax.fit_thresholds(scores[:18], predictions[:18], 0.95)
+    assert (openmax.rejection_thresholds == 1).all() and not openmax.has_thresholds
+    assert "class 0, 1, 2 for" in warnings[1] and "`openmax_threshold` decides" in warnings[1]
+    openmax.fit_thresholds(scores[:19], predictions[:19], 0.95)  # 19 is the smallest number for 95 %
+    assert openmax.has_thresholds and openmax.rejection_thresholds[0].item() == pytest.approx(0.19)
+    openmax.fit_thresholds(np.zeros(30), np.zeros(30, dtype=int), 0.95)
+    assert (openmax.rejection_thresholds == 0).all() and "over all classes" in warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "predictions", "acceptance", "message"),
+    [
+        ([0.1, 0.2], [0], 0.9, r"must be \[N\], finite; got \(2,\), \(1,\)"),
+        ([[0.1], [0.2]], [[0], [1]], 0.9, r"must be \[N\], finite; got \(2, 1\), \(2, 1\)"),
+        ([0.1, math.nan], [0, 1], 0.9, "finite"),
+        ([0.1, math.inf], [0, 1], 0.9, "finite"),
+        ([0.1, 0.2], [0, 1], 1.0, "`acceptance` must be between 0 and 1, got 1.0"),
+        ([0.1, 0.2], [0, 1], 0, "`acceptance` must be between 0 and 1, got 0"),
+        ([0.1, 0.2], [0, 1], math.nan, "`acceptance` must be between 0 and 1, got nan"),
+    ],
+)
+def test_thresholds_refuse_what_they_cannot_use(scores, predictions, acceptance, message):
+    openmax = OpenMax(2, alpha=1)
+    with pytest.raises(ValueError, match=message):
+        openmax.fit_thresholds(torch.tensor(scores), torch.tensor(predictions), acceptance)
+    assert not openmax.has_thresholds and (openmax.rejection_thresholds == 1).all()
+
+
+def test_a_new_fit_voids_the_thresholds(rng):
+    distances, labels = rng.uniform(0, 2, (60, 3)), np.arange(60) % 3
+    openmax = OpenMax(3, alpha=2)
+    openmax.fit(distances, labels, labels)
+    openmax.fit_thresholds(rng.random(60), labels, 0.5)
+    assert openmax.has_thresholds
+    openmax.fit(distances / 2, labels, labels)
+    assert not openmax.has_thresholds and (openmax.rejection_thresholds == 1).all()
+
+
+# --- rejection -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def rejection_inputs(draw):
+    """Open-set probabilities [B, C + 1] in 32nds, with ties, and predicted classes that need not be the largest."""
+    num_rows, num_labels = draw(st.integers(1, 8)), draw(st.integers(2, 4))
+    rows = []
+    for _ in range(num_rows):
+        cuts = draw(st.lists(st.integers(0, 32), min_size=num_labels, max_size=num_labels).map(sorted))
+        rows.append([(b - a) / 32 for a, b in zip([0, *cuts], [*cuts, 32], strict=True)])
+    predictions = st.lists(st.integers(0, num_labels - 1), min_size=num_rows, max_size=num_rows)
+    thresholds = st.lists(st.integers(0, 32), min_size=num_labels, max_size=num_labels)
+    return rows, draw(predictions), [x / 32 for x in draw(thresholds)]
+
+
+@properties
+@given(rejection_inputs(), st.integers(0, 32))
+def test_rejection_follows_its_rule(inputs, threshold):
+    rows, predictions, fitted = inputs
+    openmax = OpenMax(len(fitted), alpha=1)
+    probabilities, threshold = torch.tensor(rows), threshold / 32
+    published = [row[-1] > max(row[:-1]) or row[-1] > threshold for row in rows]
+    assert openmax.reject(probabilities, torch.tensor(predictions), threshold).tolist() == published
+    assert rejection_scores(probabilities).tolist() == [1 - max(row[:-1]) for row in rows]
+    openmax.rejection_thresholds.copy_(torch.tensor(fitted))
+    openmax.train()
+    assert openmax.has_thresholds == (min(fitted) < 1)
+    expected = [1 - max(row[:-1]) > fitted[label] for row, label in zip(rows, predictions, strict=True)]
+    if openmax.has_thresholds:
+        assert openmax.reject(probabilities, torch.tensor(predictions), threshold).tolist() == expected
+    assert openmax.reject(probabilities, torch.tensor(predictions), threshold, False).tolist() == published
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("distance", ["centroid", "anchor"])
+def test_the_model_says_which_clips_it_rejects(distance):
+    model = tiny_model(openmax_distance=distance, openmax_threshold=0.2)
+    batch = tiny_batch(model, [800] * 12, [3] * 12)
+    assert model(**batch).is_unknown is None  # not fitted
+    fit_openmax_by_chance(model)
+    outputs = model(**batch)
+    published = [row[-1] > max(row[:-1]) or row[-1] > 0.2 for row in outputs.open_set_probabilities.tolist()]
+    assert outputs.is_unknown.dtype == torch.bool and outputs.is_unknown.tolist() == published
+    scores, predictions = rejection_scores(outputs.open_set_probabilities), outputs.logits.argmax(dim=-1)
+    middle = scores.median().item()
+    model.openmax.fit_thresholds(np.tile([middle, 0.0], 8), np.repeat(np.arange(4), 4), 0.7)
+    assert model.openmax.rejection_thresholds.tolist() == pytest.approx([middle] * 4)
+    fitted = (scores > model.openmax.rejection_thresholds[predictions]).tolist()
+    assert model(**batch).is_unknown.tolist() == fitted != published and 4 < sum(fitted) < 8
+    assert model(**batch, use_openmax=False).is_unknown is None
+    model.config.openmax_acceptance = None  # the published rule
+    assert model(**batch).is_unknown.tolist() == published
+    model.config.openmax_acceptance, model.config.openmax_threshold = 0.9, None
+    outputs = model(**batch)
+    assert outputs.is_unknown is None and outputs.unknown_probability is not None
+
+
+# --- what counts as a fit --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["centroid", "anchor"])
+def saved(request, tmp_path_factory):
+    """A checkpoint whose OpenMax is fitted, thresholds and all, on one kind of distance."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny_model(openmax_distance=request.param)
+    fit_openmax_by_chance(model)
+    model.openmax.fit_thresholds(np.linspace(0.2, 0.6, 80), np.arange(80) % 4)
+    model.save_pretrained(folder)
+    return request.param, folder, model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wanted", ["centroid", "anchor"])
+def test_a_fit_on_the_other_distance_does_not_count(saved, wanted):
+    distance, folder, model = saved
+    batch = tiny_batch(model, [800] * 3, [3] * 3)
+    loaded = MMSERForAudioClassification.from_pretrained(folder, openmax_distance=wanted)
+    assert loaded.openmax.has_centroids == (wanted == "centroid")
+    if distance == wanted:
+        assert loaded.openmax.is_fitted and loaded.openmax.has_thresholds
+        for name, buffer in model.openmax.named_buffers():
+            assert torch.equal(loaded.openmax.get_buffer(name), buffer), name
+        assert torch.equal(loaded(**batch).open_set_probabilities, model(**batch).open_set_probabilities)
+        assert torch.equal(loaded(**batch).is_unknown, model(**batch).is_unknown)
+        return
+    assert not loaded.openmax.is_fitted
+    outputs = loaded(**batch)
+    assert outputs.unknown_probability is None and outputs.is_unknown is None
+    assert torch.equal(outputs.logits, model(**batch).logits)
+    with pytest.raises(ValueError, match="OpenMax is not fitted"):
+        loaded(**batch, use_openmax=True)
+    fit_openmax_by_chance(loaded)  # and the old thresholds do not come back with a new fit
+    assert loaded.openmax.is_fitted and not loaded.openmax.has_thresholds
+
+
+@pytest.mark.parametrize("other", [{"num_labels": 3}, {"openmax_centroids_per_class": 5}])
+def test_a_fit_of_other_shapes_does_not_count(saved, other):
+    distance, folder, _ = saved
+    loaded = MMSERForAudioClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **other)
+    if distance == "anchor" and "num_labels" not in other:  # there are no centroids
+        assert loaded.openmax.is_fitted and loaded.openmax.has_thresholds
+        return
+    assert not loaded.openmax.is_fitted
+    if distance == "centroid":
+        assert (loaded.openmax.centroids == 0).all()
+    if "num_labels" in other:
+        assert not loaded.openmax.has_thresholds and (loaded.openmax.rejection_thresholds == 1).all()
+    fit_openmax_by_chance(loaded)
+    assert loaded.openmax.is_fitted and not loaded.openmax.has_thresholds
+
+
+def test_weibulls_without_centroids_are_no_fit(rng):
+    """As in a checkpoint of a version without centroids, whose `fitted` is 1, and after `fit` alone."""
+    openmax = OpenMax(3, 2, centroids_per_class=4, embedding_size=SIZE)
+    labels = np.arange(60) % 3
+    older = OpenMax(3, alpha=2)
+    older.fit(rng.uniform(0, 2, (60, 3)), labels, labels)
+    content = older.state_dict()
+    del content["rejection_thresholds"]
+    openmax.load_state_dict(content, strict=False)
+    assert older.is_fitted and not openmax.is_fitted
+    openmax.fit(rng.uniform(0, 2, (60, 3)), labels, labels)
+    assert not openmax.is_fitted
+    openmax.fit_centroids(rng.normal(size=(60, SIZE)), labels)
+    openmax.fit(rng.uniform(0, 2, (60, 3)), labels, labels)
+    assert openmax.is_fitted and copy.deepcopy(openmax).is_fitted
+    openmax.reset()
+    assert not openmax.is_fitted and (openmax.centroids == 0).all() and (openmax.fitted == 0).all()
+
+
+def test_the_shapes_follow_the_configuration():
+    model = MMSERForAudioClassification(tiny_config(openmax_centroids_per_class=5, fusion_hidden_size=24))
+    assert model.openmax.centroids.shape == (4, 5, 24)
+    assert "openmax.centroids" not in MMSERForAudioClassification(tiny_config(openmax_distance="anchor")).state_dict()
