@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of eval_hf: `main` as the command line calls it, on a tiny corpus with a tiny checkpoint.
+
+Order: what a run leaves behind, calibration, kinds of data, errors before the model runs.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import logging as python_logging
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import sklearn.metrics
+import soundfile
+import torch
+from tiny import fit_openmax_by_chance
+from tiny_corpus import NAMES, tiny_model, tiny_processor, write_corpus, write_table
+from transformers.utils import logging
+
+import eval_hf
+import train_hf
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The tiny corpus with the speakers' sex, and a second set of unknown clips."""
+    folder = write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+    for split in ("train", "validation", "test"):
+        rows = read_rows(folder, split)
+        for row in rows:
+            row["sex"] = "female" if int(row["speaker"][-1]) % 2 else "male"
+            row["file_name"] = Path(row["file_name"]).name
+            del row["split"]
+        write_table(folder / split / "metadata.csv", rows)
+    shutil.copytree(folder / "ood", folder / "hiss")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    model = tiny_model(dropout=False, class_counts=[8, 9, 7, 8])
+    model.temperature.fill_(0.5)
+    fit_openmax_by_chance(model)
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """`main` sets levels of logging; leave them as they were."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    for name in train_hf.OWN_LOGGERS:
+        python_logging.getLogger(name).setLevel(python_logging.NOTSET)
+
+
+def flags(**given):
+    """Arguments of `eval_hf.main`; a list gives a flag several values, None leaves it out."""
+    given = {"use_cpu": True, "dataloader_num_workers": 0, "batch_size": 32, "bootstrap_samples": 20, **given}
+    arguments = []
+    for name, value in given.items():
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+@pytest.fixture
+def run(corpus, checkpoint, tmp_path, monkeypatch):
+    """Run `main` on the tiny corpus into `tmp_path / "out"`, without the pictures: drawing takes longest by far."""
+    monkeypatch.setattr(eval_hf, "draw", lambda *arguments: defaultdict(str))
+
+    def call(**given):
+        given = {"checkpoint": checkpoint, "data_dir": corpus, "output_dir": tmp_path / "out", **given}
+        return eval_hf.main(flags(**given))
+
+    return call
+
+
+def read_rows(corpus, *splits):
+    """Rows of the corpus with the path of each clip and its split."""
+    rows = []
+    for split in splits:
+        with open(corpus / split / "metadata.csv", newline="", encoding="utf-8") as file:
+            rows += [
+                {**row, "file_name": str(corpus / split / row["file_name"]), "split": split}
+                for row in csv.DictReader(file)
+            ]
+    return rows
+
+
+def read_json(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+# --- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, checkpoint, tmp_path_factory):
+    """A run with everything but calibration: its folder and what `main` returned."""
+    folder = tmp_path_factory.mktemp("evaluation") / "report"
+    before = digests(checkpoint)
+    ood = [corpus / "ood", corpus / "hiss"]
+    report = eval_hf.main(
+        flags(model_name_or_path=checkpoint, data_dir=corpus, save_dir=folder, ood_dir=ood, tta=[1, 3], seed=1)
+    )
+    assert digests(checkpoint) == before  # nothing is stored without --calibrate
+    return folder, report
+
+
+def test_main_returns_what_it_writes(finished):
+    folder, report = finished
+    written = read_json(folder)
+    assert set(written) == {*report, "verdict"}
+    assert set(written["rows"]) == {"model", "audio_only", "text_only", "linear_probe", "majority"}
+    for name, row in report["rows"].items():
+        assert written["rows"][name]["weighted_f1"] == row["weighted_f1"]
+        assert written["rows"][name]["weighted_f1_interval"] == list(row["weighted_f1_interval"])
+    assert written["split"] == "test" and written["model_name"] == "tiny" and written["label_names"] == NAMES
+    assert written["unknown_clips"] == {"ood": 6, "hiss": 6}
+    assert set(written["open_set"]) == {"ood", "hiss", "mean"}
+    for scores in written["open_set"].values():
+        assert {"openmax", "max_softmax", "energy", "knn", "uncertainty"} <= set(scores)
+    assert [row["passes"] for row in written["test_time_augmentation"]] == [1, 3]
+    assert written["test_time_augmentation"][0]["weighted_f1"] == written["rows"]["model"]["weighted_f1"]
+    # durations are all of one band
+    assert [name for name in written["rows"]["model"] if name.startswith("by_")] == [
+        "by_sex",
+        "by_language",
+        "by_corpus",
+    ]
+    assert written["rows"]["model"]["by_sex"]["female"]["count"] == 8
+    assert written["temperature"] == 0.5 and set(written["calibration"]) == {"before", "after"}
+
+
+def test_the_scores_are_those_of_the_model(finished, corpus, checkpoint):
+    """Against the model itself, one clip at a time."""
+    _, report = finished
+    model, processor = (
+        MMSERForAudioClassification.from_pretrained(checkpoint),
+        MMSERProcessor.from_pretrained(checkpoint),
+    )
+    rows, logits, rejected = read_rows(corpus, "test"), [], []
+    for row in rows:
+        audio = soundfile.read(row["file_name"], dtype="float32")[0]
+        with torch.no_grad():
+            outputs = model.eval()(**processor(audio, row["transcription"], sampling_rate=16_000))
+        logits.append(outputs.logits[0])
+        rejected.append(outputs.is_unknown.item())
+    labels = np.array([NAMES.index(row["label"]) for row in rows])
+    logits = torch.stack(logits)
+    predictions = logits.argmax(-1).numpy()
+    described = report["rows"]["model"]
+    expected = sklearn.metrics.f1_score(labels, predictions, average="weighted")
+    assert described["weighted_f1"] == pytest.approx(expected)
+    assert described["confusion_matrix"] == sklearn.metrics.confusion_matrix(labels, predictions).tolist()
+    for name, factor in (("after", 1.0), ("before", 0.5)):
+        expected = torch.nn.functional.cross_entropy(logits * factor, torch.tensor(labels)).item()
+        assert report["calibration"][name]["negative_log_likelihood"] == pytest.approx(expected, abs=1e-4)
+    assert report["rejection"]["known_accepted"] == pytest.approx(1 - np.mean(rejected))
+    german = [row["language"] == "en" for row in rows]
+    accuracy = (predictions == labels)[german].mean()
+    assert described["by_language"]["en"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_the_report_shows_its_pictures(finished):
+    folder, _ = finished
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    pictures = sorted(path.name for path in (folder / "plots").iterdir())
+    kinds = ["rows", "confusion_matrix", "reliability", "risk_coverage", "by_sex", "by_language", "by_corpus"]
+    kinds += [f"{kind}_{name}" for kind in ("roc", "oscr", "scores") for name in ("ood", "hiss")]
+    assert pictures == sorted(f"{kind}.png" for kind in kinds)
+    for name in pictures:
+        assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG") and f"(plots/{name})" in text
+    assert text.startswith("# How well does tiny judge?\n\n`tiny` on corpus (split: test): 16 clips")
+    assert "python eval_hf.py --use_cpu" in text and "nan" not in text.split()
+
+
+def test_the_same_command_gives_the_same_numbers(run, corpus):
+    first = run(tta=[2], ood_dir=corpus / "ood", max_eval_samples=6, max_train_samples=9)
+    second = run(tta=[2], ood_dir=corpus / "ood", max_eval_samples=6, max_train_samples=9, batch_size=3)
+    assert first["rows"]["model"]["clips"] == 6 and first["unknown_clips"] == {"ood": 6}
+    assert first["data"]["clips"] == {"test": 6, "train": 9}
+    for report in (first, second):
+        del report["test_time_augmentation"][0]["seconds"], report["command"]
+    assert json.dumps(first["rows"]["model"]["confusion_matrix"]) == json.dumps(
+        second["rows"]["model"]["confusion_matrix"]
+    )
+    for name in ("negative_log_likelihood", "mean_confidence"):  # whatever the batches are
+        values = [report["test_time_augmentation"][0][name] for report in (first, second)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_the_console_shows_the_verdict_and_the_way_to_the_report(run, corpus, capsys, tmp_path):
+    run(ood_dir=corpus / "ood", tta=[1])
+    printed = capsys.readouterr().out
+    for said in ("Is it right? For", "Scores\n| row", "Unknown clips\n| set", "Test-time augmentation\n| passes"):
+        assert said in printed, said
+    assert printed.rstrip().endswith(f"The report with its plots: {tmp_path / 'out' / 'report.md'}")
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_stored_in_the_checkpoint(run, checkpoint, tmp_path):
+    copy = tmp_path / "tiny"
+    shutil.copytree(checkpoint, copy)
+    files = set(digests(copy))
+    before = safetensors.torch.load_file(copy / "model.safetensors")
+    report = run(checkpoint=copy, calibrate=True, output_dir=None)
+    fitted = report["fitted_calibration"]
+    assert fitted["split"] == "validation" and fitted["stored_in"] == str(copy)
+    assert fitted["nll_after"] <= fitted["nll_before"] + 1e-9
+    assert {path.name for path in copy.iterdir()} == {*files, "evaluation"}  # and no temporary file
+    assert {path.name for path in (copy / "evaluation").iterdir()} == {"report.md", "report.json"}
+    after = safetensors.torch.load_file(copy / "model.safetensors")
+    assert after["temperature"].item() == pytest.approx(fitted["temperature"]) != before["temperature"].item()
+    assert after["uncertainty.error_calibration"].tolist() != [0, 1, 0]
+    parameters = dict(MMSERForAudioClassification.from_pretrained(copy).named_parameters())
+    for name in (*parameters, "openmax.centroids"):
+        assert torch.equal(before[name], after[name]), name
+    # the numbers are those of the calibrated model: evaluated again without calibrating, they are the same
+    again = run(checkpoint=copy)
+    assert again["temperature"] == pytest.approx(fitted["temperature"])
+    assert again["rows"]["model"]["negative_log_likelihood"] == report["rows"]["model"]["negative_log_likelihood"]
+
+
+def test_a_checkpoint_from_the_hub_is_stored_in_the_output_folder(checkpoint, tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    model.temperature.fill_(3.0)
+    arguments = eval_hf.EvaluationArguments("someone/model", output_dir=str(tmp_path / "out"))
+    folder = eval_hf.store_calibration(model, processor, arguments)
+    assert folder == tmp_path / "out" / "checkpoint"
+    assert MMSERForAudioClassification.from_pretrained(folder).temperature.item() == 3.0
+    assert MMSERProcessor.from_pretrained(folder).tokenizer.model_max_length
+    assert eval_hf.EvaluationArguments("someone/model").output_dir == "runs/eval"
+
+
+# --- kinds of data ---------------------------------------------------------------------------------------------------
+
+
+def test_a_flat_folder_of_undivided_clips(run, corpus):
+    report = run(data_dir=corpus / "test")
+    assert report["split"] == "all" and report["rows"]["model"]["clips"] == 16
+    assert set(report["rows"]) == {"model", "audio_only", "text_only", "majority"}  # of the checkpoint's class counts
+    assert report["rows"]["majority"]["f1_happy"] > 0
+    notes = " ".join(report["notes"])
+    assert "no linear probe" in notes and "trained on clips among these" in notes
+    assert report["open_set"] == {}
+
+
+def test_a_manifest_with_a_class_missing_and_other_columns(run, corpus, tmp_path):
+    rows = [row for row in read_rows(corpus, "train", "test") if row["label"] not in ("sad", "angry")]
+    for number, row in enumerate(rows):
+        row["room"] = ("kitchen", "hall", "")[number % 3]
+        row["emotion_"] = row.pop("label").upper()
+    write_table(tmp_path / "all.csv", rows)
+    given = {"data_dir": None, "manifest": tmp_path / "all.csv", "label_column": "emotion_"}
+    report = run(**given, group_by=["room", "duration", "speaker"])
+    model = report["rows"]["model"]
+    assert [name for name in model if name.startswith("by_")] == ["by_room", "by_duration", "by_speaker"]
+    assert set(model["by_room"]) == {"kitchen", "hall", "unknown"} and set(model["by_duration"]) == {"0-1 s"}
+    assert sum(row["count"] for row in model["by_room"].values()) == model["clips"] == 8
+    assert model["f1_angry"] == 0 and 0 <= model["unweighted_average_recall"] <= 1
+
+
+def test_one_clip(run, corpus, tmp_path):
+    write_table(tmp_path / "one.csv", read_rows(corpus, "test")[:1])
+    report = run(data_dir=None, manifest=tmp_path / "one.csv", ood_dir=corpus / "ood", tta=[2], use_amp=True)
+    assert report["rows"]["model"]["clips"] == 1
+    assert read_json(tmp_path / "out")["rows"]["model"]["error_auroc_of_uncertainty"] is None
+
+
+def test_text_alone(run, corpus, tmp_path):
+    rows = [
+        {key: row[key] for key in ("transcription", "label", "speaker", "split")} for row in read_rows(corpus, "test")
+    ]
+    write_table(tmp_path / "all.csv", rows)
+    given = {"data_dir": None, "manifest": tmp_path / "all.csv", "audio_column": "none", "split": "test"}
+    report = run(**given)
+    assert set(report["rows"]) == {"model", "majority"} and report["gaps"] == {}
+    with pytest.raises(ValueError, match="--group_by duration needs audio"):
+        run(**given, group_by=["duration"])
+
+
+def test_the_validation_split_stands_in_for_the_test_split(run, corpus, tmp_path):
+    write_table(tmp_path / "all.csv", read_rows(corpus, "train", "validation"))
+    report = run(data_dir=None, manifest=tmp_path / "all.csv")
+    assert report["split"] == "validation" and "no test split" in " ".join(report["notes"])
+    report = run(data_dir=None, manifest=tmp_path / "all.csv", split="train")
+    assert report["split"] == "train" and "linear_probe" not in report["rows"]
+
+
+def test_unreadable_clips_are_skipped(run, corpus, tmp_path):
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus, broken)
+    for name in ("test/5_0.wav", "train/0_1.wav", "ood/0.wav"):
+        (broken / name).write_bytes(b"not a sound")
+    with pytest.raises(ValueError, match=r"test/metadata.csv row 2: cannot read .*5_0.wav"):
+        run(data_dir=broken)
+    report = run(data_dir=broken, ood_dir=broken / "ood", on_bad_example="skip")
+    assert report["data"]["clips"] == {"test": 15, "train": 31} and report["unknown_clips"] == {"ood": 5}
+
+
+def test_known_clips_among_the_unknown_are_left_out(run, corpus, tmp_path, caplog):
+    clips = str(corpus / "test" / "5_0.wav"), str(corpus / "ood" / "0.wav")
+    rows = [{"file_name": clips[0], "label": "happy"}, {"file_name": clips[1], "label": "fear"}]
+    write_table(tmp_path / "a" / "ood" / "metadata.csv", rows)
+    report = run(ood_dir=[tmp_path / "a" / "ood", corpus / "ood"])
+    assert report["unknown_clips"] == {"a/ood": 1, "corpus/ood": 6}
+    assert "left out 1 clips that have one of the classes" in caplog.text
+
+
+# --- errors before the model runs ------------------------------------------------------------------------------------
+
+
+def test_errors_come_before_the_model_runs(run, corpus, checkpoint, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(MMSERForAudioClassification, "from_pretrained", refuse)
+
+    def error_of(message, **given):
+        with pytest.raises(ValueError, match=message):
+            run(**given)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "wav2vec2"}')
+    error_of(r"other is not an MMSER checkpoint: it has model type 'wav2vec2'", checkpoint=other)
+    error_of("give exactly one source of data", data_dir=None)
+    error_of("has no validation split .--split.; it has: train", data_dir=corpus / "test", split="validation")
+    error_of("has no validation split .--calibration_split.; it has: all", data_dir=corpus / "test", calibrate=True)
+    error_of("both are the validation split", calibrate=True, split="validation")
+    error_of("no column 'room'", group_by=["room"])
+    error_of("--ood_dir .*nowhere does not exist", ood_dir=[corpus / "ood", tmp_path / "nowhere"])
+    error_of("all of its clips have one of the classes neutral, happy, sad, angry", ood_dir=corpus / "test")
+    error_of("names two sets 'corpus/ood'", ood_dir=[corpus / "ood", corpus / "ood"])
+    error_of(r"at least 1, got \[1, 0\]", tta=[1, 0])
+    error_of("--bootstrap_samples must be at least 1, got 0", bootstrap_samples=0)
+    rows = read_rows(corpus, "test")
+    write_table(tmp_path / "all.csv", [{**rows[0], "label": "bored"}, *rows[1:]])
+    error_of("row 2: unknown label 'bored'; allowed: neutral, happy", data_dir=None, manifest=tmp_path / "all.csv")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install \.\[report\]"):
+        run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_gives_nan_is_an_error(run, corpus, checkpoint, tmp_path):
+    copy = tmp_path / "tiny"
+    shutil.copytree(checkpoint, copy)
+    weights = safetensors.torch.load_file(copy / "model.safetensors")
+    weights["uncertainty.output.bias"].fill_(torch.nan)
+    safetensors.torch.save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"`uncertainty` is not finite for 16 of 16 clips, the first is test/metadata.csv row 2"
+    ):
+        run(checkpoint=copy)
+
+
+def test_help_and_shared_flags(capsys):
+    with pytest.raises(SystemExit) as finished:
+        eval_hf.main(["--help"])
+    assert finished.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--checkpoint", "--ood_dir", "--calibrate", "--tta", "--group_by", "--save_dir", "--sex_column"):
+        assert flag in shown, flag
+    assert "95 % intervals" in shown
+    own = {field.name for field in dataclasses.fields(train_hf.SourceArguments)}
+    assert own < {field.name for field in dataclasses.fields(train_hf.DataArguments)}
