@@ -10,12 +10,17 @@ TORCH ?= torch==2.13.0
 .PHONY: demo test lint clean
 
 # One thread computes (the tensors are small) while the data are decoded on the other cores
-demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer
+demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer $(DEMO)/non_speech
 	OMP_NUM_THREADS=1 $(BIN)/python train_hf.py recipes/demo.json
+	OMP_NUM_THREADS=1 $(BIN)/python eval_hf.py --checkpoint $(DEMO)/model --data_dir $(DEMO)/corpus \
+		--ood_dir $(DEMO)/corpus/ood $(DEMO)/non_speech --output_dir $(DEMO)/report
 	$(BIN)/python demo/classify.py $(DEMO)/model $(DEMO)/corpus
 
 $(DEMO)/corpus: | $(VENV)/installed
 	$(BIN)/python demo/synthesize_corpus.py $@
+
+$(DEMO)/non_speech: | $(VENV)/installed
+	$(BIN)/python demo/synthesize_non_speech.py $@
 
 $(DEMO)/tokenizer: | $(VENV)/installed $(DEMO)/corpus
 	$(BIN)/python demo/train_tokenizer.py $(DEMO)/corpus $@

@@ -33,6 +33,7 @@ from transformers import (
     Wav2Vec2ForPreTraining,
 )
 
+import eval_hf
 import train_hf
 from data_mmser import load_emotion_dataset
 
@@ -129,12 +130,14 @@ def start_blocks(hub, folder):
     return start(hub, folder, "-c", script, str(README), json.dumps(blocks("python") + loading))
 
 
-def start_training(hub, folder):
-    """Run the training command word by word, beside `my_data`."""
-    (command,) = (words for words in shell_commands() if words[0] == "python")
+def start_commands(hub, folder):
+    """Run the commands that train and judge, word by word and one after the other, beside `my_data`."""
+    commands = [words[1:] for words in shell_commands() if words[0] == "python"]
     write_corpus(folder / "my_data")
-    (folder / command[1]).symlink_to(ROOT / command[1])
-    return start(hub, folder, *command[1:])
+    for script in {Path(words[0]).parts[0] for words in commands}:
+        (folder / script).symlink_to(ROOT / script)
+    run = "import subprocess, sys\nfor words in {}: subprocess.run([sys.executable, *words], check=True)"
+    return start(hub, folder, "-c", run.format(commands))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +146,7 @@ def story(tmp_path_factory):
     used, trained, encoders = (tmp_path_factory.mktemp(name) for name in ("used", "trained", "encoders"))
     with HubServer() as hub:
         serve_encoders(hub, encoders)
-        processes = {used: start_blocks(hub, used), trained: start_training(hub, trained)}
+        processes = {used: start_blocks(hub, used), trained: start_commands(hub, trained)}
         try:
             for folder, process in processes.items():
                 assert process.wait(timeout=300) == 0, (folder / "errors.txt").read_text()[-5000:]
@@ -244,7 +247,7 @@ def test_every_shell_command_is_known():
         if words[0] == "make":
             assert words[1:] and set(words[1:]) <= set(targets), words
         else:
-            assert words[:2] == ["python", "train_hf.py"], words
+            assert words[0] == "python" and (ROOT / words[1]).is_file(), words
 
 
 def test_the_training_command_leaves_what_the_readme_says(story):
@@ -260,6 +263,16 @@ def test_the_training_command_leaves_what_the_readme_says(story):
     assert arguments["bf16"] or arguments["fp16"]
     card = (folder / "README.md").read_text()
     assert SPEECH in card and WORDS in card
+
+
+def test_the_evaluation_command_leaves_what_the_readme_says(story):
+    folder = story.trained / "runs" / "mine" / "evaluation"
+    assert {"report.md", "report.json", "plots"} <= {path.name for path in folder.iterdir()}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["unknown_clips"] == {"noise_and_music": 150}
+    assert [row["passes"] for row in report["test_time_augmentation"]] == [1, 5]
+    assert {"model", "audio_only", "text_only", "linear_probe", "majority"} <= report["rows"].keys()
+    assert report["fitted_calibration"]["temperature"] > 0
 
 
 def test_everything_went_through_the_hub(story):
@@ -294,16 +307,18 @@ def test_the_metadata_example_is_read_as_it_looks(tmp_path):
             assert (read["speaker"], read["language"]) == (row["speaker"], row["language"])
 
 
-def test_every_flag_is_one_of_train_hf():
-    parser = HfArgumentParser((train_hf.ModelArguments, train_hf.DataArguments, train_hf.MMSERTrainingArguments))
+def test_every_flag_is_one_of_the_command_lines():
+    training = (train_hf.ModelArguments, train_hf.DataArguments, train_hf.MMSERTrainingArguments)
+    evaluation = (eval_hf.EvaluationArguments, train_hf.SourceArguments)
+    known = {flag for classes in (training, evaluation) for flag in HfArgumentParser(classes)._option_string_actions}
     flags = set(re.findall(r"(?<![\w-])--\w+", TEXT_OF_README))
     assert flags
-    assert flags <= set(parser._option_string_actions)
+    assert flags <= known
 
 
 def test_arguments_in_the_prose_are_parsed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    spans = [span.split() for _, span in code_spans() if re.match(r"--\w+ |train_hf\.py ", span)]
+    spans = [shlex.split(span) for _, span in code_spans() if re.match(r"--\w+ |train_hf\.py ", span)]
     assert spans
     for words in spans:
         train_hf.parse_arguments(words[1:] if words[0] == "train_hf.py" else words)
