@@ -18,6 +18,7 @@ DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 LOG_MEL_MODEL_TYPES = ("whisper",)
 OPENMAX_DISTANCES = ("centroid", "anchor")
+OPENMAX_LEVELS = ("probability", "activation")
 
 # Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
 # at the code beside it, also after it has been loaded from one repository and pushed to another.
@@ -66,7 +67,9 @@ class MMSERConfig(PreTrainedConfig):
         openmax_distance (`str`): "centroid", to the nearest of several centroids of a class among the fused vectors,
             or "anchor", to the class anchor in anchor space, as published.
         openmax_centroids_per_class (`int`): number of these centroids.
-        openmax_alpha (`int`): number of top-ranked classes whose activation OpenMax revises.
+        openmax_level (`str`): "probability", where "unknown" takes over probability after the softmax, or
+            "activation", where it takes over activation before the softmax, as published.
+        openmax_alpha (`int`): number of top-ranked classes that are revised at the level of activations.
         openmax_tail_size (`int`): number of largest distances per class that the Weibull is fitted on; at least 5.
         openmax_acceptance (`float` or `None`): share of the known held-out clips of each predicted class that the
             fitted thresholds of rejection accept; `None` uses `openmax_threshold` instead.
@@ -106,6 +109,7 @@ class MMSERConfig(PreTrainedConfig):
         "features",
         "fused",
         "open_set_probabilities",
+        "rejection_score",
         "is_unknown",
         "hidden_states",
         "attentions",
@@ -137,8 +141,9 @@ class MMSERConfig(PreTrainedConfig):
     use_openmax: bool = True
     openmax_distance: str = "centroid"
     openmax_centroids_per_class: int = 32
+    openmax_level: str = "probability"
     openmax_alpha: int = 3
-    openmax_tail_size: int = 10
+    openmax_tail_size: int = 20
     openmax_acceptance: float | None = 0.95
     openmax_threshold: float | int | None = 0.3
 
@@ -223,10 +228,9 @@ class MMSERConfig(PreTrainedConfig):
             )
         if self.openmax_tail_size < 5:
             raise ValueError(f"`openmax_tail_size` must be at least 5, got {self.openmax_tail_size}.")
-        if self.openmax_distance not in OPENMAX_DISTANCES:
-            raise ValueError(
-                f"`openmax_distance` must be one of {', '.join(OPENMAX_DISTANCES)}, got {self.openmax_distance!r}."
-            )
+        for name, allowed in (("openmax_distance", OPENMAX_DISTANCES), ("openmax_level", OPENMAX_LEVELS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.openmax_acceptance is not None and not 0 < self.openmax_acceptance < 1:
             raise ValueError(f"`openmax_acceptance` must be None or in (0, 1), got {self.openmax_acceptance}.")
         if self.openmax_threshold is not None and not 0 <= self.openmax_threshold <= 1:

@@ -171,7 +171,10 @@ def _draw_open_set(measured: Measured, name: str, folder: Path) -> dict[str, Pat
     flags = np.arange(len(correct) + len(unknown["energy"])) >= len(correct)
     roc = {SCORE_NAMES[key]: (np.concatenate([known[key], unknown[key]]), flags) for key in known}
     accepted = {SCORE_NAMES[key]: (-known[key], correct, -unknown[key]) for key in known}
-    own = next(iter(known))  # OpenMax, if it is fitted
+    own, title = next((key, SCORE_NAMES[key]) for key in known)  # OpenMax, if it is fitted
+    if own == "openmax":  # a logarithm without bounds; as a probability it can be drawn
+        title = "1 - largest class probability after OpenMax"
+        known, unknown = ({own: 1 - np.exp(-scores[own])} for scores in (known, unknown))
     return {
         f"roc_{name}": plot_open_set_roc(roc, folder / f"roc_{file_name}.png", f"Detection of the unknown: {name}"),
         f"oscr_{name}": plot_oscr(accepted, folder / f"oscr_{file_name}.png", f"Right and accepted: {name}"),
@@ -179,7 +182,7 @@ def _draw_open_set(measured: Measured, name: str, folder: Path) -> dict[str, Pat
             known[own],
             unknown[own],
             folder / f"scores_{file_name}.png",
-            SCORE_NAMES[own],
+            title,
             f"Known and unknown: {name}",
         ),
     }

@@ -606,23 +606,30 @@ class PrototypeMemory(nn.Module):
 
 class OpenMax(nn.Module):
     """
-    OpenMax (Bendale & Boult 2016, algorithms 1 and 2, with the rank weights of the authors' code): an extra class
-    "unknown" takes over activation from the top-ranked classes as far as a clip lies in the tail of the distances
-    that members of the class have.
+    OpenMax (Bendale & Boult 2016): an extra class "unknown" takes over from the others as far as a clip lies in the
+    tail of the distances that members of the class have, w_c being the share of members that lie nearer.
+
+    At the level of activations it is as published (algorithms 1 and 2, with the rank weights of the authors' code):
+    "unknown" takes omega_r w_c of the activation of the class of rank r, before the softmax. Activations are shifted
+    to be at least 0 in each row, which the published rule presumes. At the level of probabilities "unknown" takes
+    w_c of the probability of each class, after the softmax: a confident classifier then cannot outvote distance.
+    Either way a larger distance can only mean more "unknown".
 
     In place of the distance to a mean activation vector: the distance to the nearest of several centroids of the class
     on the unit sphere of `centroids_per_class` k-means clusters, or (0) a distance that is given, as to the class
-    anchors. Activations are shifted to be at least 0 in each row, which the published rule presumes; so a larger
-    distance can only mean more "unknown".
+    anchors.
 
     Args:
         num_labels: C.
-        alpha: number of top-ranked classes to revise.
+        alpha: number of top-ranked classes to revise, at the level of activations.
+        level: "activation" or "probability".
         centroids_per_class: K; 0 keeps none.
         embedding_size: D, width of the vectors that the centroids are of.
     """
 
     min_tail = 5  # a Weibull fitted on fewer distances says next to nothing
+    # No score exceeds it, so that no clip is rejected. Finite: tools that compare checkpoints subtract the weights
+    no_threshold = torch.finfo(torch.float32).max
     weibull_shape: Tensor
     weibull_scale: Tensor
     weibull_shift: Tensor
@@ -630,27 +637,35 @@ class OpenMax(nn.Module):
     rejection_thresholds: Tensor
     centroids: Tensor
 
-    def __init__(self, num_labels: int, alpha: int, centroids_per_class: int = 0, embedding_size: int = 0):
+    def __init__(
+        self,
+        num_labels: int,
+        alpha: int,
+        level: str = "activation",
+        centroids_per_class: int = 0,
+        embedding_size: int = 0,
+    ):
         super().__init__()
         self.alpha = alpha
+        self.level = level
         for name in ("weibull_shape", "weibull_scale", "weibull_shift"):
             self.register_buffer(name, torch.ones(num_labels, dtype=torch.float32))
         # A float: `_keep_in_fp32_modules_strict` would turn a bool into one. One for each class: loading with another
         # number of labels then leaves it out, like the fit that it stands for
         self.register_buffer("fitted", torch.zeros(num_labels, dtype=torch.float32))
-        # Nothing exceeds 1: no clip is rejected
-        self.register_buffer("rejection_thresholds", torch.ones(num_labels, dtype=torch.float32))
+        thresholds = torch.full((num_labels,), self.no_threshold, dtype=torch.float32)
+        self.register_buffer("rejection_thresholds", thresholds)
         if centroids_per_class:
             shape = (num_labels, centroids_per_class, embedding_size)
             self.register_buffer("centroids", torch.zeros(shape, dtype=torch.float32))
-        # What `fitted` holds after a fit: one on the other kind of distance does not count
-        self._fitted_mark = 2.0 if centroids_per_class else 1.0
+        # What `fitted` holds after a fit: one for the other kind of distance or the other level does not count
+        self._fitted_mark = 1.0 + bool(centroids_per_class) + 2 * (level == "probability")
         self._known_fits: tuple[bool, bool] | None = None
 
     @property
     def has_centroids(self) -> bool:
         """Whether distances are to centroids of the classes."""
-        return self._fitted_mark == 2.0
+        return hasattr(self, "centroids")
 
     @property
     def is_fitted(self) -> bool:
@@ -669,7 +684,7 @@ class OpenMax(nn.Module):
             is_fitted = bool((self.fitted == self._fitted_mark).all())
             if self.has_centroids:  # loading another number of them leaves them out
                 is_fitted = is_fitted and bool(self.centroids.any())
-            self._known_fits = is_fitted, bool((self.rejection_thresholds < 1).any())
+            self._known_fits = is_fitted, bool((self.rejection_thresholds < self.no_threshold).any())
         return self._known_fits
 
     def train(self, mode: bool = True):
@@ -685,8 +700,9 @@ class OpenMax(nn.Module):
 
     def reset(self) -> None:
         """Forget every fit."""
-        for buffer in (self.weibull_shape, self.weibull_scale, self.weibull_shift, self.rejection_thresholds):
+        for buffer in (self.weibull_shape, self.weibull_scale, self.weibull_shift):
             buffer.fill_(1.0)
+        self.rejection_thresholds.fill_(self.no_threshold)
         self.fitted.fill_(0.0)
         if self.has_centroids:
             self.centroids.fill_(0.0)
@@ -791,7 +807,7 @@ class OpenMax(nn.Module):
             shape, scale, shift = fit or cast(tuple[float, float, float], pooled)
             self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
         self.fitted.fill_(self._fitted_mark)
-        self.rejection_thresholds.fill_(1.0)
+        self.rejection_thresholds.fill_(self.no_threshold)
         self.train(self.training)
 
     def _fit_tail(self, distances: np.ndarray, tail_size: int) -> tuple[float, float, float] | None:
@@ -843,7 +859,7 @@ class OpenMax(nn.Module):
             threshold = _conformal_threshold(scores[predictions == label], acceptance)
             if threshold is None:
                 too_few.append(label)
-                threshold = 1.0 if pooled is None else pooled
+                threshold = self.no_threshold if pooled is None else pooled
             self.rejection_thresholds[label] = threshold
         if too_few:
             logger.warning(
@@ -853,11 +869,15 @@ class OpenMax(nn.Module):
             )
         self.train(self.training)
 
-    def cdf(self, distances: Tensor) -> Tensor:
-        """Probability that a member of each class lies nearer than `distances` [B, C]; 0 below the tail's support."""
+    def hazard(self, distances: Tensor) -> Tensor:
+        """-log of the share of members of each class that lie farther than `distances` [B, C]; 0 below the tail."""
         # log1p keeps the digits of near distances that the large shapes of narrow tails ask for
         log_moved = torch.log1p((distances.float() - self.weibull_shift).clamp(min=-1))
-        return -torch.expm1(-torch.exp(self.weibull_shape * (log_moved - self.weibull_scale.log())))
+        return torch.exp((self.weibull_shape * (log_moved - self.weibull_scale.log())).clamp(max=69))  # up to 1e30
+
+    def cdf(self, distances: Tensor) -> Tensor:
+        """Share of the members of each class that lie nearer than `distances` [B, C]; 0 below the tail's support."""
+        return -torch.expm1(-self.hazard(distances))
 
     def forward(self, logits: Tensor, distances: Tensor) -> Tensor:
         """
@@ -868,41 +888,51 @@ class OpenMax(nn.Module):
         Raises:
             ValueError: OpenMax is not fitted.
         """
+        return self._log_probabilities(logits, distances).exp()
+
+    def _log_probabilities(self, logits: Tensor, distances: Tensor) -> Tensor:
+        """The logarithm of `forward`; for the classes it keeps its digits where the probability is next to 0."""
         if not self.is_fitted:
             raise ValueError(
                 "OpenMax is not fitted: call `model.fit_openmax(dataloader)` first, or pass `use_openmax=False`."
             )
-        logits = logits.float()
+        logits, hazard = logits.float(), self.hazard(distances)
+        taken_share = -torch.expm1(-hazard)
+        if self.level == "probability":
+            known = F.log_softmax(logits, dim=-1)
+            unknown = (known.exp() * taken_share).sum(dim=-1, keepdim=True)
+            return torch.cat([known - hazard, unknown.clamp(min=1e-38).log()], dim=-1)
         activations = logits - logits.amin(dim=-1, keepdim=True)
         rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the top class
         omega = ((self.alpha - rank) / self.alpha).clamp(min=0)  # (alpha + 1 - r) / alpha with r = rank + 1
-        taken = activations * omega * self.cdf(distances)
-        revised = torch.cat([activations - taken, taken.sum(dim=-1, keepdim=True)], dim=-1)
-        return F.softmax(revised, dim=-1)
+        taken = activations * omega * taken_share
+        return F.log_softmax(torch.cat([activations - taken, taken.sum(dim=-1, keepdim=True)], dim=-1), dim=-1)
 
-    def reject(self, probabilities: Tensor, predictions: Tensor, threshold: float, use_fitted: bool = True) -> Tensor:
+    def rejection_scores(self, logits: Tensor, distances: Tensor) -> Tensor:
+        """
+        -log of the largest probability that is left to a class, [B] from [B, C] and [B, C]: high where a clip is far
+        from all classes and where it lies between them, the two reasons to reject of Bendale & Boult (2016).
+        """
+        return -self._log_probabilities(logits, distances)[:, :-1].amax(dim=-1)
+
+    def reject(
+        self, scores: Tensor, probabilities: Tensor, predictions: Tensor, threshold: float, use_fitted: bool = True
+    ) -> Tensor:
         """
         Which clips are none of the classes.
 
         Args:
+            scores: of `rejection_scores`, [B].
             probabilities: of `forward`, [B, C + 1].
             predictions: predicted class ids, [B].
             threshold: reject when "unknown" wins or is more probable than this; used without fitted thresholds.
-            use_fitted: use the thresholds of `fit_thresholds`, if there are any, on `rejection_scores`.
+            use_fitted: go by the scores and the thresholds of `fit_thresholds`, if there are any.
         Returns: bool [B].
         """
         if use_fitted and self.has_thresholds:
-            return rejection_scores(probabilities) > self.rejection_thresholds[predictions]
+            return scores > self.rejection_thresholds[predictions]
         wins = probabilities.argmax(dim=-1) == probabilities.shape[-1] - 1
         return wins | (probabilities[:, -1] > threshold)
-
-
-def rejection_scores(open_set_probabilities: Tensor) -> Tensor:
-    """
-    One minus the largest probability that OpenMax leaves to a known class, [B, C + 1] -> [B]: high where a clip is far
-    from all classes and where it lies between them, the two reasons to reject of Bendale & Boult (2016, algorithm 2).
-    """
-    return 1 - open_set_probabilities[:, :-1].amax(dim=-1)
 
 
 def _as_array(values: np.ndarray | Tensor) -> np.ndarray:
@@ -960,6 +990,8 @@ class MMSEROutput(ModelOutput):
         anchor_distances (`torch.FloatTensor` of shape `(batch_size, num_labels)`): distance to each class anchor.
         unknown_probability (`torch.FloatTensor` of shape `(batch_size, 1)`): of OpenMax, once it is fitted.
         open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): likewise, "unknown" last.
+        rejection_score (`torch.FloatTensor` of shape `(batch_size, 1)`): likewise, what rejection goes by: -log of the
+            largest probability that OpenMax leaves to a class.
         is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): likewise, which clips are rejected; None if
             `config.openmax_threshold` is.
         hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
@@ -975,6 +1007,7 @@ class MMSEROutput(ModelOutput):
     anchor_distances: Tensor | None = None
     unknown_probability: Tensor | None = None
     open_set_probabilities: Tensor | None = None
+    rejection_score: Tensor | None = None
     is_unknown: Tensor | None = None
     hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -1025,7 +1058,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
             for buffer in (module.weibull_shape, module.weibull_scale, module.weibull_shift):
                 init.ones_(buffer)
             init.zeros_(module.fitted)
-            init.ones_(module.rejection_thresholds)
+            init.constant_(module.rejection_thresholds, module.no_threshold)
             if module.has_centroids:
                 init.zeros_(module.centroids)
         elif isinstance(module, UncertaintyHead):
@@ -1380,7 +1413,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self.uncertainty = UncertaintyHead(config)
         self.prototypes = PrototypeMemory(config)
         centroids = config.openmax_centroids_per_class if config.openmax_distance == "centroid" else 0
-        self.openmax = OpenMax(config.num_labels, config.openmax_alpha, centroids, config.fusion_hidden_size)
+        self.openmax = OpenMax(
+            config.num_labels, config.openmax_alpha, config.openmax_level, centroids, config.fusion_hidden_size
+        )
         # Divides the logits outside training (Guo et al. 2017); 1 until it is fitted on held-out clips
         self.register_buffer("temperature", torch.ones((), dtype=torch.float32))
         self.post_init()
@@ -1441,14 +1476,17 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             loss = cast(Tensor, sum(parts.values()))
             losses = {name: part.detach() for name, part in parts.items()}
 
-        open_set_probabilities = is_unknown = None
+        open_set_probabilities = rejection_score = is_unknown = None
         if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
             distances = self.openmax_distances(outputs.pooler_output, anchor_distances)
             open_set_probabilities = self.openmax(logits, distances)
+            rejection_score = self.openmax.rejection_scores(logits, distances)
             threshold = self.config.openmax_threshold
             if threshold is not None:
                 use_fitted = self.config.openmax_acceptance is not None
-                is_unknown = self.openmax.reject(open_set_probabilities, logits.argmax(-1), threshold, use_fitted)
+                is_unknown = self.openmax.reject(
+                    rejection_score, open_set_probabilities, logits.argmax(dim=-1), threshold, use_fitted
+                )
         return MMSEROutput(
             loss=loss,
             logits=logits,
@@ -1460,6 +1498,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             anchor_distances=anchor_distances,
             unknown_probability=None if open_set_probabilities is None else open_set_probabilities[:, -1:],
             open_set_probabilities=open_set_probabilities,
+            rejection_score=None if rejection_score is None else rejection_score[:, None],
             is_unknown=is_unknown,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

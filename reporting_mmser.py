@@ -252,9 +252,7 @@ def open_set_scores(
         temperature: that the model divides its logits by; the energy is that of the logits as they were before.
     Returns: `openmax` if it is fitted, `max_softmax`, `energy`, `knn`, `knn_features`, `uncertainty`.
     """
-    scores = {}
-    if "open_set_probabilities" in outputs:
-        scores["openmax"] = 1 - outputs["open_set_probabilities"][:, :-1].max(axis=1)
+    scores = {"openmax": outputs["rejection_score"]} if "rejection_score" in outputs else {}
     logits = outputs["logits"].astype(np.float64)
     scores["max_softmax"] = 1 - softmax(logits).max(axis=1)
     scores["energy"] = energy_score(logits * temperature)

@@ -33,7 +33,7 @@ from evaluation_mmser import (
     negative_log_likelihood,
     softmax,
 )
-from modeling_mmser import MMSERForAudioClassification, MMSEROutput, check_finite_losses, rejection_scores
+from modeling_mmser import MMSERForAudioClassification, MMSEROutput, check_finite_losses
 
 logger = logging.get_logger(__name__)
 
@@ -304,13 +304,13 @@ class MMSERTrainer(Trainer):
         Run the model over a data set, on all processes.
 
         Returns: `logits` [N, C], `uncertainty` [N], `features` [N, F], `fused` [N, D], `anchor_distances` [N, C],
-            `labels` [N] and, once OpenMax is fitted, `unknown_probability` [N], `open_set_probabilities` [N, C + 1]
-            and, if it rejects, `is_unknown` [N], all in the order of the data set.
+            `labels` [N] and, once OpenMax is fitted, `unknown_probability` [N], `rejection_score` [N] and, if it
+            rejects, `is_unknown` [N], all in the order of the data set.
         """
         model = self.accelerator.unwrap_model(self.model)
         wanted = ["logits", "uncertainty", "features", "fused", "anchor_distances"]
         if model.openmax.is_fitted and model.config.use_openmax:
-            wanted += ["unknown_probability", "open_set_probabilities"]
+            wanted += ["unknown_probability", "rejection_score"]
             if model.config.openmax_threshold is not None:
                 wanted.append("is_unknown")
         ignored = [output.name for output in fields(MMSEROutput) if output.name not in wanted]
@@ -320,7 +320,7 @@ class MMSERTrainer(Trainer):
         finally:
             self.compute_metrics, self._is_predicting = compute_metrics, False
         outputs = dict(zip(wanted, prediction.predictions, strict=True))
-        for name in ("uncertainty", "unknown_probability"):
+        for name in ("uncertainty", "unknown_probability", "rejection_score"):
             if name in outputs:
                 outputs[name] = outputs[name][:, 0]
         outputs["labels"] = prediction.label_ids
@@ -432,7 +432,7 @@ class MMSERTrainer(Trainer):
             logger.warning("OpenMax is left unfitted: the model classifies too few clips correctly.")
         if openmax.is_fitted and held_out is not None and config.openmax_acceptance is not None:
             logits = torch.from_numpy(held_out["logits"]).float().to(model.device) / temperature
-            scores = rejection_scores(openmax(logits, distances(held_out)))
+            scores = openmax.rejection_scores(logits, distances(held_out))
             openmax.fit_thresholds(scores, logits.argmax(dim=-1), config.openmax_acceptance)
 
 

@@ -26,19 +26,19 @@ from sklearn.model_selection import GroupKFold
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from configuration_mmser import MMSERConfig
+from configuration_mmser import OPENMAX_LEVELS, MMSERConfig
 from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset, load_emotion_split
 from demo import synthesize_non_speech
 from eval_hf import load_label_names
 from evaluation_mmser import auroc, format_table, fpr_at_95_tpr, knn_distance, oscr
-from modeling_mmser import MMSERForAudioClassification, OpenMax, register_auto_classes, rejection_scores
+from modeling_mmser import MMSERForAudioClassification, OpenMax, register_auto_classes
 from processing_mmser import MMSERProcessor
 from reporting_mmser import environment, open_set_scores, predict_clips, strict_json
 from training_mmser import MMSERTrainer, MMSERTrainingArguments
 
 Outputs = dict[str, np.ndarray]
 
-METRICS = ("auroc", "fpr_at_95_tpr", "oscr")
+METRICS = ("auroc", "fpr95", "oscr")
 CHOOSING = ("emotions, validation speakers", "non-speech, seed 1")
 FINAL = ("emotions, other speakers", "non-speech, seed 0")
 WHOLE = ("emotions, all", FINAL[1])  # as issues and papers name it; its validation speakers took part in the choice
@@ -47,11 +47,12 @@ NUM_FOLDS = 4
 # name: the rows of `evaluate` whose mean it is, emotions first
 PURPOSES = {"validation": [0, 1], "cross_fitted": [5, 6], "test": [2, 3], "test_whole": [4, 3]}
 
-UNKNOWN_PROBABILITY, NOT_KNOWN = "unknown probability", "1 - largest known"
+UNKNOWN_PROBABILITY, REJECTION_SCORE = "unknown probability", "rejection score"
 # The defaults of the configuration are always among them
 CENTROIDS = sorted({1, 8, 16, 32, 64, MMSERConfig.openmax_centroids_per_class})
 TAIL_SIZES = sorted({5, 10, 20, 50, MMSERConfig.openmax_tail_size})
 ALPHAS = sorted({1, 3, 4, MMSERConfig.openmax_alpha})
+FORMS = [("probability", None), *(("activation", alpha) for alpha in ALPHAS)]
 SEEDS = (0, 1, 2)  # of k-means
 
 
@@ -62,17 +63,18 @@ class Method(NamedTuple):
     centroids: int | None = None
     fitted_on: str = ""
     tail_size: int | None = None
-    alpha: int | None = None
+    level: str = ""
+    alpha: int | None = None  # at the level of activations
     score: str = ""
     combined_with: str = ""
 
     def __str__(self) -> str:
         if not self.fitted_on:
             return self.name
-        centroids = "" if self.centroids is None else f" K={self.centroids}"
-        combined = f" & {self.combined_with}" if self.combined_with else ""
-        settings = f"{self.fitted_on}, tail {self.tail_size}, alpha {self.alpha}, {self.score}"
-        return f"OpenMax: {self.name}{centroids}, {settings}{combined}"
+        distance = self.name if self.centroids is None else f"{self.centroids} centroids of {self.name}"
+        alpha = "" if self.alpha is None else f" alpha {self.alpha}"
+        score = f"{self.score} & {self.combined_with}" if self.combined_with else self.score
+        return f"OpenMax: {distance}, {self.fitted_on}, tail {self.tail_size}, {self.level}{alpha}, {score}"
 
 
 # A scorer gives the scores [N] of clips by several methods (higher = more unknown); a family makes one of held-out
@@ -80,16 +82,17 @@ class Method(NamedTuple):
 Scorer = Callable[[Outputs], dict[Method, np.ndarray]]
 Family = Callable[[Outputs], Scorer]
 
-PUBLISHED = Method("anchor", None, "training", 20, 3, UNKNOWN_PROBABILITY)
+PUBLISHED = Method("anchor", None, "training", 20, "activation", 3, UNKNOWN_PROBABILITY)
 AS_STORED = Method("OpenMax as the checkpoint has it")
 
 
-def shipped_default() -> Method:
-    """What `MMSERConfig` and `MMSERTrainer.finalize` do unless told otherwise."""
+def shipped_default(level: str = MMSERConfig.openmax_level) -> Method:
+    """What `MMSERConfig` and `MMSERTrainer.finalize` do unless told otherwise, or the same at another level."""
     config = MMSERConfig
     centroids = config.openmax_centroids_per_class if config.openmax_distance == "centroid" else None
-    name, fitted_on = ("anchor", "training") if centroids is None else ("centroids of fused", "held-out")
-    return Method(name, centroids, fitted_on, config.openmax_tail_size, config.openmax_alpha, NOT_KNOWN)
+    name, fitted_on = ("anchor", "training") if centroids is None else ("fused", "held-out")
+    alpha = config.openmax_alpha if level == "activation" else None
+    return Method(name, centroids, fitted_on, config.openmax_tail_size, level, alpha, REJECTION_SCORE)
 
 
 # ---- predictions
@@ -224,7 +227,7 @@ def baseline_family(train: Outputs, temperature: float) -> Family:
 
 
 def class_distances(train: Outputs) -> Iterator[tuple[str, int | None, Callable[[Outputs], np.ndarray]]]:
-    """Name, number of centroids, and function to the distances [N, C] of clips to each class; once for each seed."""
+    """Name, number of centroids, and function to distances [N, C] of clips to each class; once for each seed."""
     yield "anchor", None, lambda outputs: outputs["anchor_distances"]
     num_labels = train["logits"].shape[1]
     correct = train["logits"].argmax(axis=1) == train["labels"]
@@ -234,14 +237,13 @@ def class_distances(train: Outputs) -> Iterator[tuple[str, int | None, Callable[
     for space in ("features", "fused"):
         for number in CENTROIDS:
             for seed in SEEDS[:1] if number == 1 else SEEDS:
-                openmax = OpenMax(num_labels, 1, number, train[space].shape[1])
+                openmax = OpenMax(num_labels, 1, centroids_per_class=number, embedding_size=train[space].shape[1])
                 openmax.fit_centroids(train[space], train["labels"], seed)
-                name = f"centroids of {space}"
-                yield name, number, lambda o, s=space, m=openmax: m.distances(torch.from_numpy(o[s])).numpy()
+                yield space, number, lambda o, s=space, m=openmax: m.distances(torch.from_numpy(o[s])).numpy()
 
 
 def openmax_family(train: Outputs, method: Method) -> Family:
-    """OpenMax on `distances` among the outputs, with the tail and source of `method`, all alphas and both scores."""
+    """OpenMax on `distances` among the outputs, with tail and source of `method`, in all `FORMS`, with both scores."""
 
     def fit(held_out: Outputs) -> Scorer:
         source = train if method.fitted_on == "training" else held_out
@@ -249,14 +251,13 @@ def openmax_family(train: Outputs, method: Method) -> Family:
         openmax.fit(source["distances"], source["labels"], source["logits"].argmax(axis=1), method.tail_size)
 
         def score(outputs: Outputs) -> dict[Method, np.ndarray]:
-            logits, distances = (torch.from_numpy(outputs[name]) for name in ("logits", "distances"))
+            inputs = [torch.from_numpy(outputs[name]) for name in ("logits", "distances")]
             scores = {}
-            for alpha in ALPHAS:
-                openmax.alpha = alpha
-                probabilities = openmax(logits, distances)
-                own = method._replace(alpha=alpha)
-                scores[own._replace(score=UNKNOWN_PROBABILITY)] = probabilities[:, -1].double().numpy()
-                scores[own._replace(score=NOT_KNOWN)] = rejection_scores(probabilities).double().numpy()
+            for level, alpha in FORMS:
+                openmax.level, openmax.alpha = level, alpha  # the fit is the same for all of them
+                own = method._replace(level=level, alpha=alpha)
+                scores[own._replace(score=UNKNOWN_PROBABILITY)] = openmax(*inputs)[:, -1].double().numpy()
+                scores[own._replace(score=REJECTION_SCORE)] = openmax.rejection_scores(*inputs).double().numpy()
             return scores
 
         return score
@@ -270,30 +271,35 @@ def rank_among(scores: np.ndarray, known: np.ndarray) -> np.ndarray:
     return (np.searchsorted(known, scores, "left") + np.searchsorted(known, scores, "right")) / (2 * len(known))
 
 
-def combined_family(family: Family, temperature: float) -> Family:
-    """Each score of `family` with each of max-softmax, energy and uncertainty: mean of ranks, and the noisy or."""
+def with_combinations(family: Family, temperature: float) -> Family:
+    """The scores of `family`, also with each of three others: mean of ranks among known clips, and noisy or."""
 
     def partners(outputs: Outputs) -> dict[str, np.ndarray]:
         scores = open_set_scores(outputs, temperature=temperature)
-        return {name: scores[name] for name in ("max_softmax", "energy", "uncertainty")}
+        return {name: scores[name].astype(np.float64) for name in ("max_softmax", "energy", "uncertainty")}
+
+    def minus_log(probabilities: np.ndarray) -> np.ndarray:
+        return -np.log(np.maximum(probabilities, 1e-12))
 
     def fit(held_out: Outputs) -> Scorer:
         scorer = family(held_out)
         known, known_partners = scorer(held_out), partners(held_out)
 
         def score(outputs: Outputs) -> dict[Method, np.ndarray]:
-            scores = {}
-            others = partners(outputs)
+            scores, others = scorer(outputs), partners(outputs)
             other_ranks = {name: rank_among(values, known_partners[name]) for name, values in others.items()}
-            for method, values in scorer(outputs).items():
+            others["energy"] = other_ranks["energy"]  # for the noisy or: energy is no probability
+            combined = {}
+            for method, values in scores.items():
                 ranks = rank_among(values, known[method])
+                surprise = values if method.score == REJECTION_SCORE else minus_log(1 - values)
                 for name, other in others.items():
-                    mean = method._replace(combined_with=f"{name}, mean of ranks")
-                    scores[mean] = (ranks + other_ranks[name]) / 2
-                    probability = other_ranks[name] if name == "energy" else other
-                    noisy_or = method._replace(combined_with=f"{name}, 1-(1-a)(1-b)")
-                    scores[noisy_or] = 1 - (1 - values) * (1 - probability)
-            return scores
+                    both = (ranks + other_ranks[name]) / 2
+                    combined[method._replace(combined_with=f"{name}, mean of ranks")] = both
+                    # -log((1 - a)(1 - b)) has the order of 1 - (1 - a)(1 - b), and keeps its digits next to 1
+                    noisy_or = surprise + minus_log(1 - other)
+                    combined[method._replace(combined_with=f"{name}, noisy or")] = noisy_or
+            return {**scores, **combined}
 
         return score
 
@@ -366,15 +372,13 @@ def evaluate_all(clips: dict[str, Outputs], temperature: float) -> dict[Method, 
         if method == AS_STORED:
             values[PURPOSES["cross_fitted"]] = np.nan  # its fit is there, and saw all held-out clips
         results[method].append(values)
-    count = 2 + 2 * sum(1 if number == 1 else len(SEEDS) for number in CENTROIDS)
-    for name, number, distance in logging.tqdm(class_distances(clips["train"]), desc="distances", total=count):
+    for name, number, distance in logging.tqdm(list(class_distances(clips["train"])), desc="distances"):
         measured = with_distances(clips, distance)
         for fitted_on in ("training", "held-out"):
             for tail_size in TAIL_SIZES:
                 family = openmax_family(measured["train"], Method(name, number, fitted_on, tail_size))
-                for one in (family, combined_family(family, temperature)):
-                    for method, values in evaluate(one, measured).items():
-                        results[method].append(values)
+                for method, values in evaluate(with_combinations(family, temperature), measured).items():
+                    results[method].append(values)
     return {method: np.stack(values) for method, values in results.items()}
 
 
@@ -391,144 +395,117 @@ def quality(metrics: np.ndarray) -> np.ndarray:
     return (metrics[..., 0] + 1 - metrics[..., 1] + metrics[..., 2]) / 3
 
 
-def qualities(results: Mapping[Method, np.ndarray], purpose: str) -> dict[Method, float]:
-    """The quality of each method, mean over the seeds."""
-    return {method: quality(means(values)[purpose]).mean() for method, values in results.items()}
-
-
-def best(methods: Iterable[Method], scores: Mapping[Method, float]) -> list[Method]:
-    return sorted(methods, key=lambda method: -scores[method])
-
-
-def describe(values: np.ndarray) -> dict[str, Any]:
-    """By purpose: `quality`, its `spread` (highest minus lowest of the seeds) and the metrics of the mean and sets."""
-    row = {}
+def describe(method: Method, values: np.ndarray) -> dict[str, Any]:
+    """By purpose: quality, its spread (highest minus lowest of the seeds), metrics of the mean and of each set."""
+    row = {"method": str(method), "seeds": len(values)}
     for purpose, metrics in means(values).items():
-        sets = {"mean": metrics} | {
-            name: values[:, index] for name, index in zip(("emotions", "non_speech"), PURPOSES[purpose], strict=True)
-        }
-        row[purpose] = {"quality": quality(metrics).mean(), "spread": np.ptp(quality(metrics))}
-        row[purpose] |= {
-            name: dict(zip(METRICS, own.mean(axis=0).tolist(), strict=True)) for name, own in sets.items()
-        }
+        row |= {purpose: quality(metrics).mean(), f"{purpose} spread": np.ptp(quality(metrics))}
+        emotions, non_speech = (values[:, index] for index in PURPOSES[purpose])
+        for name, own in {"mean": metrics, "emotions": emotions, "non-speech": non_speech}.items():
+            row |= {f"{purpose} {name} {m}": v for m, v in zip(METRICS, own.mean(axis=0), strict=True)}
     return row
 
 
-def final_scores(family: Family, clips: Mapping[str, Outputs], methods: list[Method]) -> dict[Method, list]:
-    """Scores of the test clips and of each set of `FINAL`, fitted to all held-out clips."""
-    scorer = family(clips["validation"])
-    scored = [scorer(clips[name]) for name in ("test", *FINAL)]
-    return {method: [scores[method] for scores in scored] for method in methods}
+def best(methods: Iterable[Method], rows: Mapping[Method, dict], purpose: str) -> list[Method]:
+    return sorted(methods, key=lambda method: -rows[method][purpose])
 
 
-def compare(ours: list[np.ndarray], other: list[np.ndarray], correct: np.ndarray, num_samples: int = 500) -> dict:
+def compare(scores: Mapping[Method, list[np.ndarray]], correct: np.ndarray, num_samples: int = 500) -> dict:
     """
-    By how much `ours` is better than `other` on the mean of the final sets, in each metric (positive = better).
+    By how much the first method is better than each other on the mean of the final sets (positive = better).
 
     Args:
-        ours, other: scores of the known clips, and of each unknown set.
+        scores: of each method, those of the known clips and of each unknown set.
         correct: whether a known clip is classified right.
-        num_samples: resamples of the clips of each set, the same for both, for the 95 % percentile interval.
+        num_samples: resamples of the clips of each set, the same for all methods, for the 95 % percentile interval.
+    Returns: for each other method the gain in each metric, and the ends of its interval, [3, 3].
     """
     rng = np.random.default_rng(0)
+    first, *others = scores
+    sizes = [len(values) for values in scores[first]]
 
-    def gain(rows: list[np.ndarray]) -> np.ndarray:
-        both = []
-        for scores in (ours, other):
-            known, *unknown = (values[chosen] for values, chosen in zip(scores, rows, strict=True))
-            both.append(np.mean([measure(known, correct[rows[0]], own) for own in unknown], axis=0))
-        return (both[0] - both[1]) * (1, -1, 1)
+    def metrics(rows: list[np.ndarray]) -> np.ndarray:
+        """[M, 3], on these rows of each set."""
+        drawn = [[values[own] for values, own in zip(sets, rows, strict=True)] for sets in scores.values()]
+        hits = correct[rows[0]]
+        return np.stack([np.mean([measure(known, hits, own) for own in unknown], axis=0) for known, *unknown in drawn])
 
-    sizes = [len(values) for values in ours]
-    observed = gain([np.arange(size) for size in sizes])
-    drawn = [gain([rng.integers(size, size=size) for size in sizes]) for _ in range(num_samples)]
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    return {name: {"gain": observed[i], "interval": [low[i], high[i]]} for i, name in enumerate(METRICS)}
+    samples = [[rng.integers(size, size=size) for size in sizes] for _ in range(num_samples)]
+    measured = np.stack([metrics(rows) for rows in ([np.arange(size) for size in sizes], *samples)])
+    gains = (measured[:, :1] - measured[:, 1:]) * (1, -1, 1)
+    low, high = np.percentile(gains[1:], [2.5, 97.5], axis=0)
+    return dict(zip(others, np.stack([gains[0], low, high], axis=-1), strict=True))
 
 
-def compare_shipped(clips: dict[str, Outputs], temperature: float, rivals: list[Method]) -> dict[str, dict]:
-    """`compare` for the shipped default (first seed) and each baseline."""
+def compare_shipped(clips: dict[str, Outputs], temperature: float, rivals: list[Method]) -> dict[Method, np.ndarray]:
+    """`compare` for the shipped default (first seed) and each of the `rivals`, which are baselines."""
     ours = shipped_default()
-    baselines = final_scores(baseline_family(clips["train"], temperature), clips, rivals)
     distance = next(d for name, number, d in class_distances(clips["train"]) if (name, number) == ours[:2])
-    measured = with_distances(clips, distance)
-    family = openmax_family(measured["train"], ours._replace(alpha=None, score=""))
-    scores = final_scores(family, measured, [ours])[ours]
-    correct = is_correct(clips["test"])
-    return {
-        str(method): compare(scores, baselines[method], correct)
-        for method in logging.tqdm(rivals, desc="bootstrap against the baselines")
-    }
+    clips = with_distances(clips, distance)
+    train, held_out = clips["train"], clips["validation"]
+    scorers = [openmax_family(train, ours)(held_out), baseline_family(train, temperature)(held_out)]
+    scored = [{**scorers[0](clips[name]), **scorers[1](clips[name])} for name in ("test", *FINAL)]
+    return compare({m: [scores[m] for scores in scored] for m in (ours, *rivals)}, is_correct(clips["test"]))
 
 
-def verdict(results: dict[Method, np.ndarray], grid: list[Method], rivals: list[Method], gains: dict) -> list[str]:
+def verdict(rows: Mapping[Method, dict], grid: list[Method], combined: list[Method], gains: dict) -> list[str]:
     """What the numbers say, in sentences."""
-    ours = shipped_default()
-    score = {purpose: qualities(results, purpose) for purpose in PURPOSES}
-    spread = describe(results[ours])["validation"]["spread"]
-    lines = [f"Shipped default: {ours}. Quality on validation {score['validation'][ours]:.4f} (spread {spread:.4f})."]
+    ours, rivals = shipped_default(), list(gains)
+    own = rows[ours]
+    qualities = ", ".join(
+        f"{purpose} {own[purpose]:.4f} (spread {own[f'{purpose} spread']:.4f})" for purpose in PURPOSES
+    )
+    lines = [f"Shipped default: {ours}. Quality: {qualities}."]
     for purpose in ("validation", "cross_fitted"):
-        ranked = best(grid, score[purpose])
-        first, behind = ranked[0], score[purpose][ranked[0]] - score[purpose][ours]
-        place = "the best" if behind == 0 else f"number {ranked.index(ours) + 1}, {behind:.4f} behind the best,"
+        ranked = best(grid, rows, purpose)
+        first = rows[ranked[0]]
         lines.append(
-            f"{purpose}: it is {place} of {len(grid)} forms of OpenMax; the best is {first}, on test "
-            f"{score['test'][first] - score['test'][ours]:+.4f} from the default."
+            f"{purpose}: it is number {ranked.index(ours) + 1} of {len(grid)} forms of OpenMax; the best is "
+            f"{first['method']}, from the default {first[purpose] - own[purpose]:+.4f}, on test "
+            f"{first['test'] - own['test']:+.4f}."
         )
+    other_level = next(level for level in OPENMAX_LEVELS if level != ours.level)
     alternatives = {
         "Fitted on training clips instead": ours._replace(fitted_on="training"),
-        "The best combination on validation": best((m for m in results if m.combined_with), score["validation"])[0],
+        "At the other level": shipped_default(other_level),
+        "The best combination on validation": combined[0],
     }
     for title, method in alternatives.items():
-        changes = [f"{purpose} {score[purpose][method] - score[purpose][ours]:+.4f}" for purpose in PURPOSES]
+        changes = [f"{purpose} {rows[method][purpose] - own[purpose]:+.4f}" for purpose in PURPOSES]
         lines.append(f"{title} ({method}), from the default: {', '.join(changes)}.")
-    for purpose in ("test", "test_whole"):
-        strongest = best(rivals, score[purpose])[0]
-        word = "at least as good as" if score[purpose][ours] >= score[purpose][strongest] else "worse than"
+    for column in ("test", "test_whole", "test emotions auroc", "test non-speech auroc"):
+        strongest = max(rivals, key=lambda rival: rows[rival][column])
+        word = "at least as good as" if own[column] >= rows[strongest][column] else "worse than"
         lines.append(
-            f"{purpose}: it is {word} the best of max-softmax, energy and kNN ({strongest}): quality "
-            f"{score[purpose][ours]:.4f} against {score[purpose][strongest]:.4f}."
+            f"{column}: the default is {word} the best baseline ({strongest}): {own[column]:.4f} against "
+            f"{rows[strongest][column]:.4f}."
         )
-    rows = {method: describe(results[method])["test"] for method in (ours, *rivals)}
-    for name in ("emotions", "non_speech"):
-        strongest = max(rivals, key=lambda rival: rows[rival][name]["auroc"])
-        lines.append(
-            f"test, {name} alone: AUROC {rows[ours][name]['auroc']:.4f} against {rows[strongest][name]['auroc']:.4f} "
-            f"of the best of them there ({strongest})."
-        )
-    for rival in rivals:
-        own = gains[str(rival)]
-        texts = [
-            f"{m} {own[m]['gain']:+.3f} [{own[m]['interval'][0]:+.3f}, {own[m]['interval'][1]:+.3f}]" for m in own
-        ]
+    for rival, gain in gains.items():
+        texts = [f"{m} {v:+.3f} [{low:+.3f}, {high:+.3f}]" for m, (v, low, high) in zip(METRICS, gain, strict=True)]
         lines.append(f"test: with the first seed better than {rival} by (95 % interval): {', '.join(texts)}.")
     return lines
 
 
 def make_table(rows: list[dict[str, Any]], purpose: str) -> str:
-    """The qualities on validation and for `purpose`, and the metrics of its mean and sets."""
-    lines = []
-    for row in rows:
-        line = {"method": row["method"]}
-        line |= {name: row[name]["quality"] for name in ("validation", "cross_fitted", purpose)}
-        for own in ("mean", "emotions", "non_speech"):
-            line |= {f"{own} {name.split('_')[0]}": value for name, value in row[purpose][own].items()}
-        lines.append(line)
-    return format_table(lines, list(lines[0]))
+    """The qualities, and for `purpose` the metrics of the mean and the sets."""
+    columns = ["method", "validation", "cross_fitted", purpose]
+    columns += [f"{purpose} {name} {metric}" for name in ("mean", "emotions", "non-speech") for metric in METRICS]
+    short = {column: column.removeprefix(f"{purpose} ") for column in columns}
+    return format_table([{short[column]: row[column] for column in columns} for row in rows], list(short.values()))
 
 
-def write(report: dict[str, Any], results: dict[Method, np.ndarray], methods: list[Method], path: Path) -> None:
-    """Write JSON; of the many `methods` the means alone, one a line and to four decimals."""
-    names = ("quality", "spread", *METRICS)
-    columns = [*Method._fields, "seeds", *(f"{purpose}_{name}" for purpose in PURPOSES for name in names)]
-    lines = []
-    for method in methods:
-        row = describe(results[method])
-        numbers = [{**row[purpose], **row[purpose]["mean"]}[name] for purpose in PURPOSES for name in names]
-        lines.append(json.dumps([*method, len(results[method]), *(round(float(number), 4) for number in numbers)]))
-    text = strict_json({**report, "grid_columns": columns}).removesuffix("\n}\n")
+def write(report: dict[str, Any], tables: dict[str, list[list]], path: Path) -> None:
+    """Write JSON; in the `tables` a row is a line, and numbers have four decimals."""
+
+    def plain(value: Any) -> Any:
+        return value if not isinstance(value, float) else round(float(value), 4) if np.isfinite(value) else None
+
+    text = strict_json(report).removesuffix("\n}\n")
+    for name, rows in tables.items():
+        lines = [json.dumps([plain(value) for value in row], separators=(",", ":")) for row in rows]
+        text += f',\n"{name}": [\n' + ",\n".join(lines) + "\n]"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + ',\n  "grid": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n", encoding="utf-8")
+    path.write_text(text + "\n}\n", encoding="utf-8")
 
 
 def describe_sizes(clips: Mapping[str, Outputs]) -> dict[str, Any]:
@@ -559,25 +536,19 @@ def main() -> None:
     made_with = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
     temperature = made_with["temperature"]
     start = time.perf_counter()
-    results = evaluate_all(clips, temperature)
-
-    on_validation = qualities(results, "validation")
-    grid = best((method for method in results if method.fitted_on and not method.combined_with), on_validation)
-    combined = best((method for method in results if method.combined_with), on_validation)
-    baselines = [method for method in results if not method.fitted_on]
-    rivals = [m for m in baselines if m.name in ("max_softmax", "energy") or m.name.startswith("kNN")]
-    cross_fitted = best(grid, qualities(results, "cross_fitted"))[0]
-    shown = {*baselines, PUBLISHED, shipped_default(), grid[0], cross_fitted, combined[0]}
-    rows = [
-        {"method": str(method), "seeds": len(results[method]), **describe(results[method])}
-        for method in best(shown, on_validation)
-    ]
+    rows = {method: describe(method, values) for method, values in evaluate_all(clips, temperature).items()}
+    grid = best((m for m in rows if m.fitted_on and not m.combined_with), rows, "validation")
+    combined = best((m for m in rows if m.combined_with), rows, "validation")
+    baselines = [method for method in rows if not method.fitted_on]
     gains = compare_shipped(clips, temperature, [method for method in baselines if method != AS_STORED])
-    sentences = verdict(results, grid, rivals, gains)
+    sentences = verdict(rows, grid, combined, gains)
+    cross_fitted = best(grid, rows, "cross_fitted")[0]
+    shown = {*baselines, PUBLISHED, shipped_default(), grid[0], cross_fitted, combined[0]}
+    table = [rows[method] for method in best(shown, rows, "validation")]
     print("Final table: test clips against unknown emotions of other than the validation speakers, and non-speech\n")
-    print(make_table(rows, "test"))
+    print(make_table(table, "test"))
     print("\nThe same with all unknown emotions, of which those of validation speakers took part in the choice\n")
-    print(make_table(rows, "test_whole"))
+    print(make_table(table, "test_whole"))
     print("\n" + "\n".join(sentences))
 
     report = {
@@ -592,14 +563,20 @@ def main() -> None:
             "validation": "held-out clips, also those that a method is fitted to",
             "cross_fitted": f"{NUM_FOLDS} folds by speaker: each is scored by what was fitted to the others",
             "test_whole": "all unknown emotions, of which those of validation speakers took part in the choice",
-            "grid": f"by quality on validation; of {len(combined)} combinations the best 50",
+            "grid": f"by quality on validation, the mean over the seeds; of {len(combined)} combinations the best 20",
         },
         "sizes": describe_sizes(clips),
         "verdict": sentences,
-        "shipped_default_against": gains,
-        "table": rows,
     }
-    write(report, results, grid + combined[:50], arguments.output)
+    numbers = [*PURPOSES, "validation spread", *(f"test mean {metric}" for metric in METRICS)]
+    tables = {
+        "shipped_default_against": [["method", *(f"{m} {end}" for m in METRICS for end in ("gain", "low", "high"))]]
+        + [[str(rival), *gain.ravel()] for rival, gain in gains.items()],
+        "table": [list(table[0]), *(list(row.values()) for row in table)],
+        "grid": [[*Method._fields, *numbers]]
+        + [[*method, *(rows[method][name] for name in numbers)] for method in grid + combined[:20]],
+    }
+    write(report, tables, arguments.output)
 
 
 if __name__ == "__main__":

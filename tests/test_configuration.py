@@ -30,7 +30,7 @@ def test_defaults_are_the_design():
     assert (config.supervised_contrastive_loss_weight, config.distillation_loss_weight) == (0, 0)
     assert (config.label_smoothing, config.class_balanced_beta, config.focal_gamma) == (0.1, 0.9999, 2)
     assert (config.openmax_distance, config.openmax_centroids_per_class) == ("centroid", 32)
-    assert (config.openmax_alpha, config.openmax_tail_size) == (3, 10)
+    assert (config.openmax_level, config.openmax_alpha, config.openmax_tail_size) == ("probability", 3, 20)
     assert (config.openmax_acceptance, config.openmax_threshold) == (0.95, 0.3)
     assert not config.uses_log_mel
 
@@ -69,6 +69,7 @@ def test_labels(given, expected):
         ({"openmax_alpha": 0}, "`openmax_alpha` must be greater than 0"),
         ({"openmax_centroids_per_class": 0}, "`openmax_centroids_per_class` must be greater than 0, got 0"),
         ({"openmax_distance": "mean"}, "`openmax_distance` must be one of centroid, anchor, got 'mean'"),
+        ({"openmax_level": "logit"}, "`openmax_level` must be one of probability, activation, got 'logit'"),
         ({"openmax_acceptance": 1.0}, r"`openmax_acceptance` must be None or in \(0, 1\), got 1.0"),
         ({"openmax_acceptance": 0.0}, r"`openmax_acceptance` must be None or in \(0, 1\), got 0.0"),
         ({"openmax_tail_size": 4}, "`openmax_tail_size` must be at least 5, got 4"),
@@ -105,7 +106,8 @@ def test_switching_parts_off_is_allowed():
 
 @pytest.mark.parametrize("kind", AUDIO_CONFIGS)
 def test_round_trip_keeps_every_value(kind, tmp_path):
-    openmax = {"openmax_threshold": None, "openmax_acceptance": None, "openmax_distance": "anchor"}
+    openmax = {"openmax_threshold": None, "openmax_acceptance": None}
+    openmax |= {"openmax_distance": "anchor", "openmax_level": "activation"}  # as published
     config = tiny_config(kind, feature_size=24, class_counts=[1, 2, 3], num_labels=3, **openmax)
     config.save_pretrained(tmp_path)
     for again in (

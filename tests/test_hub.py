@@ -78,6 +78,7 @@ def observe(model, processor, classifier, wav):
         with torch.no_grad():
             outputs = model(**processor(audio, text))
         numbers[kind] = {name: outputs[name].tolist() for name in names}
+        numbers[kind]["log_rejection_score"] = outputs.rejection_score.log1p().tolist()  # it goes up to 1e30
     state = model.state_dict()
     names = [name for name in state if name.startswith("openmax.")]
     names += ["temperature", "uncertainty.error_calibration", "anchors.anchors"]

@@ -30,6 +30,8 @@ def make_outputs(labels, seed=0, accuracy=0.7, fitted=True, shift=0.0):
     if fitted:
         outputs["unknown_probability"] = np.clip(0.4 * generator.random(len(labels)) + shift, 0, 1)
         outputs["is_unknown"] = outputs["unknown_probability"] > 0.38
+        outputs["rejection_score"] = 3 * outputs["unknown_probability"]
+        outputs["rejection_score"][0] = 1e30  # there is no upper limit
     return outputs
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import rel_entr, softmax
 from scipy.stats import weibull_min
-from tiny import fit_openmax_by_chance, tiny_batch, tiny_config, tiny_model
+from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch, tiny_config, tiny_model
 
 import modeling_mmser
 from modeling_mmser import (
@@ -371,7 +371,7 @@ def test_values_that_are_not_finite_stay_so(model, batch):
     broken.classifier.output.bias[1] = math.nan
     outputs = broken(**batch)
     assert outputs.logits[:, 1].isnan().all()
-    assert outputs.open_set_probabilities.isnan().all()
+    assert outputs.open_set_probabilities.isnan().all() and outputs.rejection_score.isnan().all()
     assert outputs.loss.isnan()
     with pytest.raises(FloatingPointError, match=r"cross_entropy=nan.*focal=nan"):
         check_finite_losses(outputs.losses)
@@ -414,6 +414,9 @@ def test_a_clip_on_its_anchor_has_a_finite_gradient():
 
 
 # OpenMax
+
+
+LEVELS = ("probability", "activation")
 
 
 def hand_made_distances(rng, per_class=60):
@@ -506,48 +509,63 @@ def test_fit_refuses_what_it_cannot_use(rng):
     assert all((openmax.get_buffer(f"weibull_{name}") == 1).all() for name in ("shape", "scale", "shift"))
 
 
-def fitted_openmax(alpha=2, shape=(2.0, 5.0, 20.0, 0.7), scale=(1.2, 1.5, 1.1, 2.0), shift=(0.2, 0.5, 0.9, 0.0)):
-    openmax = OpenMax(len(shape), alpha=alpha)
+def fitted_openmax(
+    alpha=2,
+    level="activation",
+    shape=(2.0, 5.0, 20.0, 0.7),
+    scale=(1.2, 1.5, 1.1, 2.0),
+    shift=(0.2, 0.5, 0.9, 0.0),
+):
+    openmax = OpenMax(len(shape), alpha, level)
     for name, values in (("shape", shape), ("scale", scale), ("shift", shift)):
         openmax.get_buffer(f"weibull_{name}").copy_(torch.tensor(values))
-    openmax.fitted.fill_(1.0)
+    openmax.fitted.fill_({"activation": 1.0, "probability": 3.0}[level])
     return openmax
 
 
-def slow_openmax(openmax, logits, distances):
-    """Bendale & Boult 2016, algorithm 2, one clip and one rank at a time in float64."""
-    alpha, rows = openmax.alpha, []
-    parameters = [openmax.get_buffer(f"weibull_{name}").tolist() for name in ("shape", "scale", "shift")]
-    for row, distance in zip(logits.tolist(), distances.tolist(), strict=True):
-        v = [x - min(row) for x in row]
-        unknown, revised = 0.0, list(v)
-        ranked = sorted(range(len(v)), key=lambda c, v=v: -v[c])
-        for r, c in enumerate(ranked[:alpha], start=1):
-            shape, scale, shift = (values[c] for values in parameters)
-            x = distance[c] - shift + 1
-            w = 1 - math.exp(-((x / scale) ** shape)) if x > 0 else 0.0
-            omega = (alpha + 1 - r) / alpha
-            revised[c] = v[c] * (1 - omega * w)
-            unknown += v[c] * omega * w
-        rows.append(softmax([*revised, unknown]))
-    return np.array(rows)
-
-
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("alpha", [1, 2, 3, 4])
-def test_forward_equals_the_algorithm(rng, alpha):
+def test_forward_equals_the_algorithm(rng, alpha, level):
     logits = torch.from_numpy(rng.normal(0, 2, (50, 4))).float()
     distances = torch.from_numpy(rng.uniform(0, 2, (50, 4))).float()
-    openmax = fitted_openmax(alpha)
-    probabilities = openmax(logits, distances)
+    openmax = fitted_openmax(alpha, level)
+    probabilities, scores = openmax(logits, distances), openmax.rejection_scores(logits, distances)
     assert probabilities.shape == (50, 5) and probabilities.dtype == torch.float32
-    np.testing.assert_allclose(probabilities.numpy(), slow_openmax(openmax, logits, distances), rtol=0, atol=1e-6)
+    assert scores.shape == (50,) and scores.dtype == torch.float32
+    expected, expected_scores = slow_openmax(openmax, logits, distances)
+    np.testing.assert_allclose(probabilities.numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores.numpy(), expected_scores, rtol=1e-5, atol=1e-5)
 
 
-def test_forward_on_ties_and_below_the_support():
-    openmax = fitted_openmax(alpha=2)
+def test_at_the_level_of_probabilities_unknown_takes_what_lies_nearer():
+    """By hand: w is 0, 1/2, 3/4 and 1 of probabilities 1/2, 1/4, 1/8 and 1/8; `alpha` plays no part."""
+    logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]]).log() + 7
+    for alpha in (1, 3):
+        openmax = fitted_openmax(alpha, "probability", (1.0,) * 4, (1.0,) * 4, (1.0,) * 4)  # w = 1 - exp(-distance)
+        distances = torch.tensor([[-5.0, math.log(2), math.log(4), 50.0]])
+        expected = torch.tensor([[1 / 2, 1 / 8, 1 / 32, 0, 1 / 8 + 3 / 32 + 1 / 8]])
+        torch.testing.assert_close(openmax(logits, distances), expected, rtol=0, atol=1e-6)
+        assert openmax.rejection_scores(logits, distances).item() == pytest.approx(math.log(2))
+
+
+def test_a_confident_classifier_outvotes_distance_only_as_published():
+    """Sure of a class of whose members 3 in 10 lie nearer: "unknown" has that share, or next to nothing."""
+    logits, distances = torch.tensor([[12.0, 0.0, 0.0, 0.0]]), torch.full((1, 4), -math.log(0.7))
+    unknown = {}
+    for level in LEVELS:
+        openmax = fitted_openmax(3, level, (1.0,) * 4, (1.0,) * 4, (1.0,) * 4)
+        unknown[level] = openmax(logits, distances)[0, -1].item()
+    assert unknown["probability"] == pytest.approx(0.3, abs=1e-6)
+    assert unknown["activation"] == pytest.approx(math.exp(3.6) / (math.exp(3.6) + math.exp(8.4) + 3), abs=1e-6)
+    assert unknown["activation"] < 0.01
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_forward_on_ties_and_below_the_support(level):
+    openmax = fitted_openmax(2, level)
     logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [3.0, 1.0, 0.0, -1.0]])
     distances = torch.tensor([[0.3, 1.9, 0.1, 0.1], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    expected = slow_openmax(openmax, logits, distances)
+    expected, _ = slow_openmax(openmax, logits, distances)
     np.testing.assert_allclose(openmax(logits, distances).numpy(), expected, rtol=0, atol=1e-6)
     below = fitted_openmax(shift=(1.5, 1.5, 1.5, 1.5))  # the support starts at shift - 1
     assert (below.cdf(torch.full((1, 4), 0.4)) == 0).all() and (below.cdf(torch.full((1, 4), 0.6)) > 0).all()
@@ -555,14 +573,14 @@ def test_forward_on_ties_and_below_the_support():
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4)
 DISTANCES = st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4)
-ALPHA = st.integers(1, 4)
+ALPHA, LEVEL = st.integers(1, 4), st.sampled_from(LEVELS)
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 @PROPERTY
-@given(ALPHA, st.lists(st.tuples(LOGITS, DISTANCES), min_size=1, max_size=6))
-def test_probabilities_sum_to_one_and_rows_are_independent(alpha, rows):
-    openmax = fitted_openmax(alpha)
+@given(ALPHA, LEVEL, st.lists(st.tuples(LOGITS, DISTANCES), min_size=1, max_size=6))
+def test_probabilities_sum_to_one_and_rows_are_independent(alpha, level, rows):
+    openmax = fitted_openmax(alpha, level)
     logits, distances = (torch.tensor(values) for values in zip(*rows, strict=True))
     probabilities = openmax(logits, distances)
     assert (probabilities >= 0).all()
@@ -572,10 +590,10 @@ def test_probabilities_sum_to_one_and_rows_are_independent(alpha, rows):
 
 
 @PROPERTY
-@given(ALPHA, LOGITS, DISTANCES, st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4))
-def test_more_distance_never_means_less_unknown(alpha, logits, distances, growth):
+@given(ALPHA, LEVEL, LOGITS, DISTANCES, st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4))
+def test_more_distance_never_means_less_unknown(alpha, level, logits, distances, growth):
     """Neither for all distances together nor for any one of them."""
-    openmax, logits, distances = fitted_openmax(alpha), torch.tensor([logits]), torch.tensor([distances])
+    openmax, logits, distances = fitted_openmax(alpha, level), torch.tensor([logits]), torch.tensor([distances])
     before = openmax(logits, distances)[0, -1]
     steps = torch.diag(torch.tensor(growth))
     for step in (*steps, steps.sum(dim=0)):
@@ -583,18 +601,21 @@ def test_more_distance_never_means_less_unknown(alpha, logits, distances, growth
 
 
 @PROPERTY
-@given(ALPHA, LOGITS, DISTANCES, st.floats(-50, 50))
-def test_a_constant_added_to_the_logits_changes_nothing(alpha, logits, distances, constant):
-    openmax, logits, distances = fitted_openmax(alpha), torch.tensor([logits]), torch.tensor([distances])
+@given(ALPHA, LEVEL, LOGITS, DISTANCES, st.floats(-50, 50))
+def test_a_constant_added_to_the_logits_changes_nothing(alpha, level, logits, distances, constant):
+    openmax, logits, distances = fitted_openmax(alpha, level), torch.tensor([logits]), torch.tensor([distances])
     torch.testing.assert_close(openmax(logits + constant, distances), openmax(logits, distances), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("distance", ["centroid", "anchor"])
-def test_unfitted_openmax(batch, distance):
-    model = tiny_model(openmax_distance=distance)
+def test_unfitted_openmax(batch, distance, level):
+    """Each distance with each level; "anchor" and "activation" are the published form."""
+    model = tiny_model(openmax_distance=distance, openmax_level=level)
+    openmax_outputs = ("unknown_probability", "open_set_probabilities", "rejection_score", "is_unknown")
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "teacher_logits")}
     outputs = model(**inputs)
-    assert outputs.unknown_probability is None and outputs.open_set_probabilities is None
+    assert all(getattr(outputs, name) is None for name in openmax_outputs)
     with pytest.raises(ValueError, match="OpenMax is not fitted"):
         model(**inputs, use_openmax=True)
     fit_openmax_by_chance(model)
@@ -605,9 +626,12 @@ def test_unfitted_openmax(batch, distance):
     if distance == "centroid":  # to the nearest of each class, between unit vectors
         fused = F.normalize(outputs.fused.double(), dim=-1)[:, None, None]
         distances = (fused - model.openmax.centroids.double()).norm(dim=-1).amin(dim=-1)
-    expected = slow_openmax(model.openmax, outputs.logits, distances)
+    expected, scores = slow_openmax(model.openmax, outputs.logits, distances)
     np.testing.assert_allclose(outputs.open_set_probabilities.detach().numpy(), expected, rtol=0, atol=2e-6)
-    assert model(**inputs, use_openmax=False).unknown_probability is None
+    assert outputs.rejection_score.shape == (6, 1)
+    np.testing.assert_allclose(outputs.rejection_score[:, 0].detach().numpy(), scores, rtol=2e-5, atol=2e-6)
+    without = model(**inputs, use_openmax=False)
+    assert all(getattr(without, name) is None for name in openmax_outputs)
     model.config.use_openmax = False
     assert model(**inputs).unknown_probability is None
     assert model(**inputs, use_openmax=True).unknown_probability is not None

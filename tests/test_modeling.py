@@ -46,10 +46,11 @@ from modeling_mmser import (
 AUDIO_LENGTHS = {"waveform": [16000, 9001, 3205, 0], "whisper": [100, 57, 20, 0]}
 TEXT_LENGTHS = [9, 4, 0, 6]
 OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "fused")
-OUTPUTS += ("open_set_probabilities", "unknown_probability", "is_unknown")
+OUTPUTS += ("open_set_probabilities", "unknown_probability", "rejection_score", "is_unknown")
 FITTED = ("temperature", "uncertainty.error_calibration")
 FITTED += tuple(f"openmax.{name}" for name in ("weibull_shape", "weibull_scale", "weibull_shift"))
 FITTED += ("openmax.fitted", "openmax.centroids", "openmax.rejection_thresholds")
+NO_THRESHOLD = torch.finfo(torch.float32).max
 
 
 def lengths_for(kind):
@@ -840,12 +841,16 @@ def test_a_new_head_beside_a_loaded_base_model_is_initialised(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), model.mmser.parameters(), strict=True))
     assert model.temperature.item() == 1 and not model.openmax.is_fitted
     for name, buffer in model.openmax.named_buffers():
-        assert (buffer == (0 if name in ("fitted", "centroids") else 1)).all(), name
+        expected = {"fitted": 0, "centroids": 0, "rejection_thresholds": NO_THRESHOLD}.get(name, 1)
+        assert (buffer == expected).all(), name
     assert model.uncertainty.error_calibration.tolist() == [0, 1, 0]
     assert model.anchors.log_temperature.item() == pytest.approx(math.log(0.1))
     torch.testing.assert_close(model.anchors.anchors @ model.anchors.anchors.T, torch.eye(4), rtol=0, atol=1e-5)
     assert 0.5 < model.prototypes.prototypes.std() < 1.5
-    assert all(tensor.isfinite().all() and tensor.abs().max() < 10 for tensor in model.state_dict().values())
+    assert not model.openmax.has_thresholds
+    state = model.state_dict()
+    assert (state.pop("openmax.rejection_thresholds") == NO_THRESHOLD).all()
+    assert all(tensor.isfinite().all() and tensor.abs().max() < 10 for tensor in state.values())
     assert isinstance(MMSERModel.from_pretrained(tmp_path), MMSERModel)
 
 
@@ -1017,9 +1022,11 @@ def test_calibrated_uncertainty_grows_with_both_scores_and_is_finite():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("distance", ["centroid", "anchor"])
-def test_fit_openmax_makes_the_whole_pass(training, distance):
-    model = tiny_model(openmax_distance=distance, openmax_centroids_per_class=2)
+@pytest.mark.parametrize(
+    ("distance", "level"), [("centroid", "probability"), ("centroid", "activation"), ("anchor", "activation")]
+)
+def test_fit_openmax_makes_the_whole_pass(training, distance, level):
+    model = tiny_model(openmax_distance=distance, openmax_level=level, openmax_centroids_per_class=2)
     loader = [tiny_batch(model, [2000 + 50 * i] * 8, [3] * 8, seed=i) for i in range(5)]
     with torch.no_grad():
         passed = [model(**batch) for batch in loader]
@@ -1035,11 +1042,11 @@ def test_fit_openmax_makes_the_whole_pass(training, distance):
     distances = torch.cat([outputs.anchor_distances for outputs in passed])
     if distance == "centroid":  # of all clips of a class, also those that the model gets wrong
         fused = torch.cat([outputs.fused for outputs in passed])
-        expected = OpenMax(4, 3, centroids_per_class=2, embedding_size=32)
+        expected = OpenMax(4, 3, level, centroids_per_class=2, embedding_size=32)
         expected.fit_centroids(fused, labels)
         distances = expected.distances(fused)
     else:
-        expected = OpenMax(4, alpha=3)
+        expected = OpenMax(4, 3, level)
     expected.fit(distances, labels, predictions, tail_size=10)
     assert {name for name, _ in expected.named_buffers()} == {name for name, _ in model.openmax.named_buffers()}
     for name, buffer in expected.named_buffers():

@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import fit_openmax_by_chance, tiny_batch, tiny_config, tiny_model
+from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch, tiny_config, tiny_model
 
 import modeling_mmser
-from modeling_mmser import MMSERForAudioClassification, OpenMax, rejection_scores
+from modeling_mmser import MMSERForAudioClassification, OpenMax
 
 SIZE = 6  # width of the vectors
+LEVELS = ("activation", "probability")
+NO_THRESHOLD = torch.finfo(torch.float32).max  # nothing exceeds it
 properties = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
@@ -49,7 +51,7 @@ def unit(vectors):
 
 
 def with_centroids(embeddings, labels, num_labels=3, centroids_per_class=8, **options):
-    openmax = OpenMax(num_labels, 2, centroids_per_class, embedding_size=np.shape(embeddings)[1])
+    openmax = OpenMax(num_labels, 2, centroids_per_class=centroids_per_class, embedding_size=np.shape(embeddings)[1])
     openmax.fit_centroids(embeddings, labels, **options)
     return openmax
 
@@ -136,7 +138,7 @@ def test_new_centroids_void_the_fits_on_the_old_ones_and_bad_input_does_not(rng)
     assert openmax.is_fitted and all(torch.equal(before[name], value) for name, value in openmax.state_dict().items())
     openmax.fit_centroids(-embeddings, labels)
     assert not openmax.is_fitted and not openmax.has_thresholds and (openmax.weibull_shape == 1).all()
-    assert (openmax.rejection_thresholds == 1).all()
+    assert (openmax.rejection_thresholds == NO_THRESHOLD).all()
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def test_thresholds_accept_at_least_the_share_of_each_predicted_class(rows, acce
         own = scores[predictions == label]
         expected = conformal_threshold(own.tolist(), acceptance)
         threshold = openmax.rejection_thresholds[label].item()
-        assert threshold == (expected if expected is not None else 1.0 if pooled is None else pooled)
+        assert threshold == (expected if expected is not None else NO_THRESHOLD if pooled is None else pooled)
         if expected is not None:
             accepted = Fraction(int((own <= threshold).sum()), len(own))
             assert accepted >= Fraction(str(acceptance))
@@ -241,7 +243,7 @@ def test_predicted_classes_with_too_few_clips_share_a_threshold_and_are_named(wa
     np.testing.assert_allclose(openmax.rejection_thresholds, [0.39, 0.49, 0.49], rtol=1e-6)
     assert len(warnings) == 1 and "predicted as class 1, 2 for" in warnings[0] and "over all classes" in warnings[0]
     openmax.fit_thresholds(scores[:18], predictions[:18], 0.95)
-    assert (openmax.rejection_thresholds == 1).all() and not openmax.has_thresholds
+    assert (openmax.rejection_thresholds == NO_THRESHOLD).all() and not openmax.has_thresholds
     assert "class 0, 1, 2 for" in warnings[1] and "`openmax_threshold` decides" in warnings[1]
     openmax.fit_thresholds(scores[:19], predictions[:19], 0.95)  # 19 is the smallest number for 95 %
     assert openmax.has_thresholds and openmax.rejection_thresholds[0].item() == pytest.approx(0.19)
@@ -265,7 +267,7 @@ def test_thresholds_refuse_what_they_cannot_use(scores, predictions, acceptance,
     openmax = OpenMax(2, alpha=1)
     with pytest.raises(ValueError, match=message):
         openmax.fit_thresholds(torch.tensor(scores), torch.tensor(predictions), acceptance)
-    assert not openmax.has_thresholds and (openmax.rejection_thresholds == 1).all()
+    assert not openmax.has_thresholds and (openmax.rejection_thresholds == NO_THRESHOLD).all()
 
 
 def test_a_new_fit_voids_the_thresholds(rng):
@@ -275,7 +277,7 @@ def test_a_new_fit_voids_the_thresholds(rng):
     openmax.fit_thresholds(rng.random(60), labels, 0.5)
     assert openmax.has_thresholds
     openmax.fit(distances / 2, labels, labels)
-    assert not openmax.has_thresholds and (openmax.rejection_thresholds == 1).all()
+    assert not openmax.has_thresholds and (openmax.rejection_thresholds == NO_THRESHOLD).all()
 
 
 # --- rejection -------------------------------------------------------------------------------------------------------
@@ -283,46 +285,65 @@ def test_a_new_fit_voids_the_thresholds(rng):
 
 @st.composite
 def rejection_inputs(draw):
-    """Open-set probabilities [B, C + 1] in 32nds, with ties, and predicted classes that need not be the largest."""
+    """
+    Open-set probabilities [B, C + 1] in 32nds, with ties; scores, which go beyond them; predicted classes that need
+    not be the likeliest; thresholds, of which some classes may have none.
+    """
     num_rows, num_labels = draw(st.integers(1, 8)), draw(st.integers(2, 4))
     rows = []
     for _ in range(num_rows):
         cuts = draw(st.lists(st.integers(0, 32), min_size=num_labels, max_size=num_labels).map(sorted))
         rows.append([(b - a) / 32 for a, b in zip([0, *cuts], [*cuts, 32], strict=True)])
+    score = st.one_of(st.integers(0, 32).map(lambda x: x / 4), st.sampled_from([1e4, 2.0**99]))
+    scores = st.lists(score, min_size=num_rows, max_size=num_rows)
     predictions = st.lists(st.integers(0, num_labels - 1), min_size=num_rows, max_size=num_rows)
-    thresholds = st.lists(st.integers(0, 32), min_size=num_labels, max_size=num_labels)
-    return rows, draw(predictions), [x / 32 for x in draw(thresholds)]
+    thresholds = st.lists(st.one_of(score, st.just(NO_THRESHOLD)), min_size=num_labels, max_size=num_labels)
+    return rows, draw(scores), draw(predictions), draw(thresholds)
 
 
 @properties
 @given(rejection_inputs(), st.integers(0, 32))
 def test_rejection_follows_its_rule(inputs, threshold):
-    rows, predictions, fitted = inputs
-    openmax = OpenMax(len(fitted), alpha=1)
-    probabilities, threshold = torch.tensor(rows), threshold / 32
+    rows, scores, predictions, fitted = inputs
+    openmax, threshold = OpenMax(len(fitted), alpha=1), threshold / 32
+    clips = torch.tensor(scores), torch.tensor(rows), torch.tensor(predictions)
     published = [row[-1] > max(row[:-1]) or row[-1] > threshold for row in rows]
-    assert openmax.reject(probabilities, torch.tensor(predictions), threshold).tolist() == published
-    assert rejection_scores(probabilities).tolist() == [1 - max(row[:-1]) for row in rows]
+    assert openmax.reject(*clips, threshold).tolist() == published
     openmax.rejection_thresholds.copy_(torch.tensor(fitted))
     openmax.train()
-    assert openmax.has_thresholds == (min(fitted) < 1)
-    expected = [1 - max(row[:-1]) > fitted[label] for row, label in zip(rows, predictions, strict=True)]
+    assert openmax.has_thresholds == (min(fitted) < NO_THRESHOLD)
+    expected = [score > fitted[label] for score, label in zip(scores, predictions, strict=True)]
     if openmax.has_thresholds:
-        assert openmax.reject(probabilities, torch.tensor(predictions), threshold).tolist() == expected
-    assert openmax.reject(probabilities, torch.tensor(predictions), threshold, False).tolist() == published
+        assert openmax.reject(*clips, threshold).tolist() == expected
+    assert openmax.reject(*clips, threshold, use_fitted=False).tolist() == published
+
+
+def test_thresholds_reach_scores_beyond_every_probability(rng):
+    """Clips so far off that no probability is left still have an order, and the share is accepted by it."""
+    openmax = OpenMax(2, 2, "probability")
+    openmax.fit(rng.uniform(0.1, 0.2, (60, 2)), np.arange(60) % 2, np.arange(60) % 2)
+    logits, distances = torch.randn(400, 2), torch.from_numpy(rng.uniform(1, 2, (400, 2))).float()
+    scores, probabilities = openmax.rejection_scores(logits, distances), openmax(logits, distances)
+    assert (probabilities[:, :-1] == 0).all() and scores.isfinite().all() and len(scores.unique()) > 390
+    openmax.fit_thresholds(scores, logits.argmax(dim=-1), 0.9)
+    rejected = openmax.reject(scores, probabilities, logits.argmax(dim=-1), 0.3)
+    assert 0.08 < rejected.float().mean() <= 0.1
+    assert openmax.reject(scores, probabilities, logits.argmax(dim=-1), 0.3, use_fitted=False).all()
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("distance", ["centroid", "anchor"])
-def test_the_model_says_which_clips_it_rejects(distance):
-    model = tiny_model(openmax_distance=distance, openmax_threshold=0.2)
+def test_the_model_says_which_clips_it_rejects(distance, level):
+    model = tiny_model(openmax_distance=distance, openmax_level=level, openmax_threshold=0.45)
     batch = tiny_batch(model, [800] * 12, [3] * 12)
     assert model(**batch).is_unknown is None  # not fitted
     fit_openmax_by_chance(model)
     outputs = model(**batch)
-    published = [row[-1] > max(row[:-1]) or row[-1] > 0.2 for row in outputs.open_set_probabilities.tolist()]
+    published = [row[-1] > max(row[:-1]) or row[-1] > 0.45 for row in outputs.open_set_probabilities.tolist()]
     assert outputs.is_unknown.dtype == torch.bool and outputs.is_unknown.tolist() == published
-    scores, predictions = rejection_scores(outputs.open_set_probabilities), outputs.logits.argmax(dim=-1)
+    assert outputs.rejection_score.shape == (12, 1)
+    scores, predictions = outputs.rejection_score[:, 0], outputs.logits.argmax(dim=-1)
     middle = scores.median().item()
     model.openmax.fit_thresholds(np.tile([middle, 0.0], 8), np.repeat(np.arange(4), 4), 0.7)
     assert model.openmax.rejection_thresholds.tolist() == pytest.approx([middle] * 4)
@@ -338,12 +359,15 @@ def test_the_model_says_which_clips_it_rejects(distance):
 
 # --- what counts as a fit --------------------------------------------------------------------------------------------
 
+KINDS = [(distance, level) for distance in ("centroid", "anchor") for level in LEVELS]
 
-@pytest.fixture(scope="module", params=["centroid", "anchor"])
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def saved(request, tmp_path_factory):
-    """A checkpoint whose OpenMax is fitted, thresholds and all, on one kind of distance."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model = tiny_model(openmax_distance=request.param)
+    """A checkpoint whose OpenMax is fitted, thresholds and all, on one kind of distance and for one level."""
+    distance, level = request.param
+    folder = tmp_path_factory.mktemp(distance)
+    model = tiny_model(openmax_distance=distance, openmax_level=level)
     fit_openmax_by_chance(model)
     model.openmax.fit_thresholds(np.linspace(0.2, 0.6, 80), np.arange(80) % 4)
     model.save_pretrained(folder)
@@ -351,22 +375,23 @@ def saved(request, tmp_path_factory):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("wanted", ["centroid", "anchor"])
-def test_a_fit_on_the_other_distance_does_not_count(saved, wanted):
-    distance, folder, model = saved
+@pytest.mark.parametrize("wanted", KINDS, ids="-".join)
+def test_a_fit_of_another_kind_does_not_count(saved, wanted):
+    kind, folder, model = saved
     batch = tiny_batch(model, [800] * 3, [3] * 3)
-    loaded = MMSERForAudioClassification.from_pretrained(folder, openmax_distance=wanted)
-    assert loaded.openmax.has_centroids == (wanted == "centroid")
-    if distance == wanted:
+    loaded = MMSERForAudioClassification.from_pretrained(folder, openmax_distance=wanted[0], openmax_level=wanted[1])
+    assert loaded.openmax.has_centroids == (wanted[0] == "centroid") and loaded.openmax.level == wanted[1]
+    if kind == wanted:
         assert loaded.openmax.is_fitted and loaded.openmax.has_thresholds
         for name, buffer in model.openmax.named_buffers():
             assert torch.equal(loaded.openmax.get_buffer(name), buffer), name
-        assert torch.equal(loaded(**batch).open_set_probabilities, model(**batch).open_set_probabilities)
-        assert torch.equal(loaded(**batch).is_unknown, model(**batch).is_unknown)
+        outputs, expected = loaded(**batch), model(**batch)
+        for name in ("open_set_probabilities", "rejection_score", "is_unknown"):
+            assert torch.equal(outputs[name], expected[name]), name
         return
     assert not loaded.openmax.is_fitted
     outputs = loaded(**batch)
-    assert outputs.unknown_probability is None and outputs.is_unknown is None
+    assert outputs.unknown_probability is None and outputs.rejection_score is None and outputs.is_unknown is None
     assert torch.equal(outputs.logits, model(**batch).logits)
     with pytest.raises(ValueError, match="OpenMax is not fitted"):
         loaded(**batch, use_openmax=True)
@@ -374,9 +399,61 @@ def test_a_fit_on_the_other_distance_does_not_count(saved, wanted):
     assert loaded.openmax.is_fitted and not loaded.openmax.has_thresholds
 
 
+def test_a_fit_counts_for_its_own_kind_alone(rng):
+    """As `state_dict`s, too; the marks that tell the kinds apart stay what checkpoints hold."""
+    embeddings, labels, modules = rng.normal(size=(60, SIZE)), np.arange(60) % 3, []
+    for distance, level in KINDS:
+        centroids = {"centroids_per_class": 4, "embedding_size": SIZE} if distance == "centroid" else {}
+        modules.append(OpenMax(3, 2, level, **centroids))
+        if centroids:
+            modules[-1].fit_centroids(embeddings, labels)
+        modules[-1].fit(rng.uniform(0, 2, (60, 3)), labels, labels)
+    assert [openmax.fitted.tolist() for openmax in modules] == [[mark] * 3 for mark in (2.0, 4.0, 1.0, 3.0)]
+    for i, source in enumerate(modules):
+        for j, target in enumerate(copy.deepcopy(modules)):
+            target.load_state_dict(source.state_dict(), strict=False)
+            assert target.is_fitted == (i == j), (KINDS[i], KINDS[j])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_fit_without_thresholds_survives_saving(level, tmp_path):
+    """None is a number that is finite and that every format keeps; also where fp16 makes infinity of it."""
+    model = tiny_model(openmax_level=level, openmax_threshold=0.45)
+    fit_openmax_by_chance(model)
+    batch = tiny_batch(model, [800] * 6, [3] * 6)
+    expected = model(**batch)
+    model.save_pretrained(tmp_path)
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
+    assert loaded.openmax.is_fitted and not loaded.openmax.has_thresholds
+    assert (loaded.openmax.rejection_thresholds == NO_THRESHOLD).all()
+    assert torch.equal(loaded(**batch).is_unknown, expected.is_unknown)
+    half = copy.deepcopy(loaded.openmax).half()
+    half.eval()
+    assert not half.has_thresholds and half.is_fitted
+
+
+@torch.no_grad()
+def test_the_published_form_is_a_matter_of_the_configuration(tmp_path):
+    """Distance to the anchors, activations revised, "unknown" wins or exceeds the threshold; also once saved."""
+    published = {"openmax_distance": "anchor", "openmax_level": "activation", "openmax_acceptance": None}
+    model = tiny_model(**published, openmax_threshold=0.45, openmax_alpha=2)
+    fit_openmax_by_chance(model)
+    model.save_pretrained(tmp_path)
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
+    outputs = loaded(**tiny_batch(model, [800] * 12, [3] * 12))
+    openmax = OpenMax(4, 2)  # published by default
+    assert openmax.level == "activation" and not openmax.has_centroids
+    openmax.load_state_dict(loaded.openmax.state_dict())
+    expected, _ = slow_openmax(openmax, outputs.logits, outputs.anchor_distances)
+    np.testing.assert_allclose(outputs.open_set_probabilities, expected, rtol=0, atol=2e-6)
+    rejected = [row[-1] > max(row[:-1]) or row[-1] > 0.45 for row in outputs.open_set_probabilities.tolist()]
+    assert outputs.is_unknown.tolist() == rejected and 0 < sum(rejected) < 12
+
+
 @pytest.mark.parametrize("other", [{"num_labels": 3}, {"openmax_centroids_per_class": 5}])
 def test_a_fit_of_other_shapes_does_not_count(saved, other):
-    distance, folder, _ = saved
+    (distance, _), folder, _ = saved
     loaded = MMSERForAudioClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **other)
     if distance == "anchor" and "num_labels" not in other:  # there are no centroids
         assert loaded.openmax.is_fitted and loaded.openmax.has_thresholds
@@ -385,7 +462,7 @@ def test_a_fit_of_other_shapes_does_not_count(saved, other):
     if distance == "centroid":
         assert (loaded.openmax.centroids == 0).all()
     if "num_labels" in other:
-        assert not loaded.openmax.has_thresholds and (loaded.openmax.rejection_thresholds == 1).all()
+        assert not loaded.openmax.has_thresholds and (loaded.openmax.rejection_thresholds == NO_THRESHOLD).all()
     fit_openmax_by_chance(loaded)
     assert loaded.openmax.is_fitted and not loaded.openmax.has_thresholds
 

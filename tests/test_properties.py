@@ -46,6 +46,7 @@ properties = settings(
 )
 SEEDS = st.integers(0, 2**32 - 1)
 PARAMETERS = ("shape", "scale", "shift")
+MARKS = {"activation": 1.0, "probability": 3.0}  # what `fitted` holds, by level
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -282,27 +283,44 @@ EXTREME = {"shape": st.floats(0.0625, 1e4, width=32), "scale": st.floats(2**-9, 
 
 
 @st.composite
-def openmax_inputs(draw, ranges, logits, distances, max_rows=5):
+def openmax_inputs(draw, ranges, logits, distances, max_rows=5, levels=tuple(MARKS)):
     """A fitted OpenMax of 2 to 6 classes with parameters in `ranges`, any alpha, and logits and distances for it."""
     num_labels, num_rows = draw(st.integers(2, 6)), draw(st.integers(1, max_rows))
-    openmax = OpenMax(num_labels, alpha=draw(st.integers(1, 7)))
+    openmax = OpenMax(num_labels, alpha=draw(st.integers(1, 7)), level=draw(st.sampled_from(levels)))
     for name in PARAMETERS:
         values = st.lists(ranges[name], min_size=num_labels, max_size=num_labels)
         openmax.get_buffer(f"weibull_{name}").copy_(torch.tensor(draw(values)))
-    openmax.fitted.fill_(1.0)
+    openmax.fitted.fill_(MARKS[openmax.level])
     rows = [matrix(draw, elements, num_rows, num_labels) for elements in (logits, distances)]
     return openmax, *(torch.tensor(values, dtype=torch.float32) for values in rows)
 
 
 moderate_inputs = openmax_inputs(MODERATE, grid(-4, 4, 64), grid(0, 2, 1024))
-extreme_inputs = openmax_inputs(EXTREME, st.floats(-1e4, 1e4, width=32), st.floats(0, 1e6, width=32))
+EXTREME_VALUES = st.floats(-1e4, 1e4, width=32), st.floats(0, 1e6, width=32)
+extreme_inputs = openmax_inputs(EXTREME, *EXTREME_VALUES)
+any_inputs = st.one_of(moderate_inputs, extreme_inputs)
+any_of_probabilities = st.one_of(
+    openmax_inputs(MODERATE, grid(-4, 4, 64), grid(0, 2, 1024), levels=("probability",)),
+    openmax_inputs(EXTREME, *EXTREME_VALUES, levels=("probability",)),
+)
 
 
 def loop_openmax(openmax, logits, distances):
-    """Bendale & Boult 2016, algorithm 2 with omega_r = (alpha + 1 - r) / alpha, on v - min(v)."""
+    """
+    Bendale & Boult 2016, algorithm 2 with omega_r = (alpha + 1 - r) / alpha, on v - min(v); or, at the level of
+    probabilities, P_c (1 - w_c) and the sum of P_c w_c.
+    """
     weibulls = parameters(openmax).T
     probabilities = []
     for row, distance in zip(logits.tolist(), distances.tolist(), strict=True):
+        if openmax.level == "probability":
+            shares = [
+                weibull_min.cdf(d, k, loc=t - 1, scale=s) for d, (k, s, t) in zip(distance, weibulls, strict=True)
+            ]
+            taken = [p * w for p, w in zip(softmax(row), shares, strict=True)]
+            left = [p * (1 - w) for p, w in zip(softmax(row), shares, strict=True)]
+            probabilities.append([*left, math.fsum(taken)])
+            continue
         revised, unknown = [x - min(row) for x in row], 0.0
         by_activation = sorted(range(len(row)), key=lambda label, row=row: (-row[label], label))
         for r, label in enumerate(by_activation[: openmax.alpha], start=1):
@@ -334,7 +352,7 @@ def test_weibull_cdf_is_that_of_scipy(inputs):
 
 
 @properties
-@given(st.one_of(moderate_inputs, extreme_inputs), SEEDS)
+@given(any_inputs, SEEDS)
 def test_openmax_rows_are_probabilities_and_do_not_see_each_other(inputs, seed):
     openmax, logits, distances = inputs
     probabilities = openmax(logits, distances)
@@ -342,10 +360,12 @@ def test_openmax_rows_are_probabilities_and_do_not_see_each_other(inputs, seed):
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(logits)), rtol=0, atol=1e-6)
     rows = torch.from_numpy(np.random.default_rng(seed).integers(0, len(logits), 2 * len(logits)))
     torch.testing.assert_close(openmax(logits[rows], distances[rows]), probabilities[rows], rtol=0, atol=1e-6)
+    scores = openmax.rejection_scores(logits, distances)
+    torch.testing.assert_close(openmax.rejection_scores(logits[rows], distances[rows]), scores[rows])
 
 
 @properties
-@given(st.one_of(moderate_inputs, extreme_inputs), st.data())
+@given(any_inputs, st.data())
 def test_a_longer_distance_makes_unknown_likelier_and_the_own_class_less_likely(inputs, choice):
     openmax, logits, distances = inputs
     label = choice.draw(st.integers(0, logits.shape[1] - 1))
@@ -370,6 +390,72 @@ def test_openmax_follows_the_order_of_the_classes(inputs, seed):
         buffer = openmax.get_buffer(f"weibull_{name}")
         buffer.copy_(buffer[order])
     torch.testing.assert_close(openmax(logits[:, order], distances[:, order]), expected, rtol=0, atol=1e-6)
+
+
+# --- OpenMax: the score of rejection ---------------------------------------------------------------------------------
+
+
+def log_survival(openmax, logits, distances):
+    """log(P_c (1 - w_c)) [N][C] by the Weibull's log survival function in scipy, which does not underflow."""
+    rows = []
+    for row, distance in zip(logits.tolist(), distances.tolist(), strict=True):
+        weibulls = zip(log_softmax(row), distance, parameters(openmax).T, strict=True)
+        rows.append([p + weibull_min.logsf(d, k, loc=t - 1, scale=s) for p, d, (k, s, t) in weibulls])
+    return rows
+
+
+@properties
+@given(openmax_inputs(MODERATE, grid(-4, 4, 64), grid(0, 40, 64), levels=("probability",)))
+def test_the_score_is_the_least_that_speaks_against_a_class(inputs):
+    """-log P_c and the Weibull's cumulative hazard together, also where exp(-score) is 0 in any float."""
+    openmax, logits, distances = inputs
+    expected = [-max(row) for row in log_survival(*inputs)]
+    # Up to 1e30, as float32 says it with an error of up to `shape * log(...)` units in the last place
+    expected = np.minimum(expected, math.exp(69))
+    np.testing.assert_allclose(openmax.rejection_scores(logits, distances).numpy(), expected, rtol=5e-5, atol=1e-5)
+
+
+@properties
+@given(any_inputs)
+def test_the_score_is_finite_and_says_what_the_probabilities_say_where_they_can(inputs):
+    openmax, logits, distances = inputs
+    scores, left = openmax.rejection_scores(logits, distances), openmax(logits, distances)[:, :-1].amax(dim=1)
+    assert scores.isfinite().all() and (scores >= -1e-6).all() and (scores <= 1.1e30).all()
+    held = left > 1e-30
+    torch.testing.assert_close(scores[held], -left[held].double().log().float(), rtol=1e-5, atol=1e-5)
+    assert (scores[~held] > 69).all()  # -log(1e-30)
+
+
+@properties
+@given(any_of_probabilities, st.data())
+def test_a_longer_distance_never_lowers_the_score(inputs, choice):
+    """To any one class and to all; the published form does not promise this."""
+    openmax, logits, distances = inputs
+    num_labels = logits.shape[1]
+    step = choice.draw(st.sampled_from([1e-6, 1e-3, 0.1, 1, 100, 1e6]))
+    before = openmax.rejection_scores(logits, distances)
+    for moved in (*torch.eye(num_labels), torch.ones(num_labels)):
+        after = openmax.rejection_scores(logits, distances + step * moved)
+        assert (after >= before - 1e-6 - 1e-6 * before).all()
+
+
+@properties
+@given(SEEDS, st.floats(1, 20), st.floats(0.5, 2))
+def test_the_score_keeps_the_order_where_no_probability_is_left(seed, shape, scale):
+    """Ever farther clips, from where float32 still has a probability to where float64 has none, all in order."""
+    openmax = OpenMax(3, alpha=3, level="probability")
+    for name, value in zip(PARAMETERS, (shape, scale, 0.5), strict=True):
+        openmax.get_buffer(f"weibull_{name}").fill_(value)
+    openmax.fitted.fill_(MARKS["probability"])
+    hazards = torch.logspace(0, 29, 30, dtype=torch.float64)
+    distances = (scale * hazards ** (1 / shape) - 0.5).float()[:, None].expand(30, 3)
+    logits = torch.from_numpy(np.random.default_rng(seed).normal(0, 3, (1, 3))).float().expand(30, 3)
+    probabilities, scores = openmax(logits, distances), openmax.rejection_scores(logits, distances)
+    assert (probabilities[-10:, :-1] == 0).all()
+    torch.testing.assert_close(probabilities[-10:, -1], torch.ones(10), rtol=0, atol=1e-6)
+    assert (scores.diff() > 0).all()
+    own = -log_softmax(logits[0].tolist())[int(logits[0].argmax())]
+    np.testing.assert_allclose(scores, own + hazards.numpy(), rtol=1e-3)
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------

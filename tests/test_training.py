@@ -20,7 +20,7 @@ import torch
 from datasets import concatenate_datasets
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
-from tiny import fit_openmax_by_chance
+from tiny import fit_openmax_by_chance, slow_openmax
 from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, write_corpus
 from torch import nn
 
@@ -598,10 +598,12 @@ def held_out(splits):
     return EmotionDataset(table.remove_columns("labels").add_column("labels", labels))
 
 
-@pytest.fixture(params=["centroid", "anchor"])
+@pytest.fixture(params=[("centroid", "probability"), ("anchor", "activation")], ids=["default", "published"])
 def either(request, trained, splits, tmp_path):
-    """A trainer of the trained model with either kind of distance; 70 % acceptance is to be had from six clips."""
-    options = {"openmax_acceptance": 0.7, "openmax_centroids_per_class": 2, "openmax_distance": request.param}
+    """A trainer of the trained model with either kind of OpenMax; 70 % acceptance is to be had from six clips."""
+    distance, level = request.param
+    options = {"openmax_distance": distance, "openmax_level": level, "openmax_centroids_per_class": 2}
+    options |= {"openmax_acceptance": 0.7, "openmax_tail_size": 10}
     model = tiny_model(class_counts=trained.model.config.class_counts, **options)
     fitted = ("openmax.", "temperature", "uncertainty.error_calibration")  # maybe by another test
     weights = {name: value for name, value in trained.model.state_dict().items() if not name.startswith(fitted)}
@@ -609,12 +611,16 @@ def either(request, trained, splits, tmp_path):
     return make_trainer(model, splits, tmp_path)
 
 
+def distances_of(model, outputs):
+    if model.config.openmax_distance == "anchor":
+        return outputs["anchor_distances"]
+    fused = outputs["fused"] / np.linalg.norm(outputs["fused"], axis=1, keepdims=True)
+    return np.linalg.norm(fused[:, None, None] - model.openmax.centroids.numpy(), axis=-1).min(axis=-1)
+
+
 def assert_tails(model, outputs):
     """The Weibulls are fitted on these clips: as in libmr the smallest distance of the tail is the shift."""
-    labels, distances = outputs["labels"], outputs["anchor_distances"]
-    if model.config.openmax_distance == "centroid":
-        fused = outputs["fused"] / np.linalg.norm(outputs["fused"], axis=1, keepdims=True)
-        distances = np.linalg.norm(fused[:, None, None] - model.openmax.centroids.numpy(), axis=-1).min(axis=-1)
+    labels, distances = outputs["labels"], distances_of(model, outputs)
     right = outputs["logits"].argmax(axis=1) == labels
     for label in range(4):
         tail = np.sort(distances[right & (labels == label), label])[-10:]
@@ -665,14 +671,17 @@ def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_p
 def test_the_calibrated_model_says_what_was_fitted(either, training, held_out):
     """Temperature, probability of an error and rejection, in the outputs of the model, against their definitions."""
     raw = either.predict_outputs(held_out)
-    assert not {"open_set_probabilities", "unknown_probability", "is_unknown"} & set(raw)
+    assert not {"unknown_probability", "rejection_score", "is_unknown"} & set(raw)
     report = either.finalize(training, held_out)
     model, outputs = either.model, either.predict_outputs(held_out)
     np.testing.assert_allclose(outputs["logits"], raw["logits"] / report["temperature"], atol=1e-5)
     for name in ("features", "fused", "anchor_distances", "labels"):
         np.testing.assert_allclose(outputs[name], raw[name], atol=1e-6)
-    assert outputs["features"].shape == (24, 16) and outputs["open_set_probabilities"].shape == (24, 5)
-    np.testing.assert_array_equal(outputs["unknown_probability"], outputs["open_set_probabilities"][:, 4])
+    assert outputs["features"].shape == (24, 16)
+    assert all(outputs[name].shape == (24,) for name in ("unknown_probability", "rejection_score", "is_unknown"))
+    probabilities, scores = slow_openmax(model.openmax, outputs["logits"], distances_of(model, outputs))
+    np.testing.assert_allclose(outputs["unknown_probability"], probabilities[:, 4], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(outputs["rejection_score"], scores, rtol=1e-3, atol=1e-5)
 
     predictions = outputs["logits"].argmax(axis=1)
     wrong = predictions != outputs["labels"]
@@ -685,7 +694,7 @@ def test_the_calibrated_model_says_what_was_fitted(either, training, held_out):
     assert report["error_auroc_before"] == pytest.approx(roc_auc_score(wrong, raw["uncertainty"]))
     assert report["error_auroc_after"] == pytest.approx(roc_auc_score(wrong, expected))
 
-    scores = 1 - outputs["open_set_probabilities"][:, :4].max(axis=1)
+    scores = outputs["rejection_score"]
     thresholds = model.openmax.rejection_thresholds.numpy()
     clear = np.abs(scores - thresholds[predictions]) > 1e-6  # on each threshold lies a clip
     np.testing.assert_array_equal(outputs["is_unknown"][clear], (scores > thresholds[predictions])[clear])

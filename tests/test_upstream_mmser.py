@@ -145,13 +145,18 @@ class MMSERModelTest(judge.ModelTesterMixin, unittest.TestCase):
             with self.assertRaises(RuntimeError):
                 MMSERForAudioClassification.from_pretrained(folder, num_labels=42)
             new = MMSERForAudioClassification.from_pretrained(folder, num_labels=42, ignore_mismatched_sizes=True)
-        new_state = new.state_dict()
+        new_state, fresh_buffers = new.state_dict(), dict(MMSERForAudioClassification(new.config).named_buffers())
         for name, tensor in old.state_dict().items():
             if tensor.shape == new_state[name].shape:
                 torch.testing.assert_close(tensor, new_state[name], msg=f"{name} was not kept")
             else:
                 self.assertEqual(new_state[name].shape, (42, *tensor.shape[1:]), name)
-                self.assertLess(new_state[name].abs().max(), 10, f"{name} was not started again")
+                started_again = (
+                    torch.equal(new_state[name], fresh_buffers[name])
+                    if name in fresh_buffers
+                    else new_state[name].abs().max() < 10
+                )
+                self.assertTrue(started_again, f"{name} was not started again")
         self.assertEqual(new.config.num_labels, 42)
 
 

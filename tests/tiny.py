@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny MMSER configurations, models and batches that several tests share: `tiny_config`, `tiny_model`, `tiny_batch`.
+"""Tiny MMSER configurations, models and batches that several tests share: `tiny_config`, `tiny_model`, `tiny_batch`;
+and `slow_openmax`, what OpenMax has to give.
 
 The weights are drawn wide enough that every layer matters: with the library's narrow initialisation most mistakes
 would stay below any tolerance.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -150,3 +153,40 @@ def fit_openmax_by_chance(model: MMSERForAudioClassification, seed: int = 0) -> 
     if model.openmax.has_centroids:
         model.openmax.fit_centroids(rng.normal(size=(len(labels), model.config.fusion_hidden_size)), labels)
     model.openmax.fit(rng.uniform(0.2, 1.6, (len(labels), num_labels)), labels, labels)
+
+
+def slow_openmax(openmax, logits, distances) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Probabilities [N, C + 1] and rejection scores [N] of a fitted OpenMax, one clip and one class at a time in float64.
+
+    "activation" is Bendale & Boult 2016, algorithm 2. At the level of probabilities P_c (1 - w_c) is left to class c,
+    where 1 - w_c = exp(-hazard_c) by the definition of the Weibull distribution.
+    """
+    parameters = [openmax.get_buffer(f"weibull_{name}").tolist() for name in ("shape", "scale", "shift")]
+    rows, scores = [], []
+    for row, distance in zip(logits.tolist(), distances.tolist(), strict=True):
+        moved = [d - shift + 1 for d, shift in zip(distance, parameters[2], strict=True)]
+        hazards = [
+            (x / scale) ** shape if x > 0 else 0.0
+            for x, shape, scale in zip(moved, parameters[0], parameters[1], strict=True)
+        ]
+        if openmax.level == "probability":
+            known = [x - log_sum_exp(row) for x in row]
+            left = [x - hazard for x, hazard in zip(known, hazards, strict=True)]
+            unknown = sum(math.exp(x) * -math.expm1(-hazard) for x, hazard in zip(known, hazards, strict=True))
+            rows.append([*map(math.exp, left), unknown])
+        else:
+            revised, unknown = [x - min(row) for x in row], 0.0
+            ranked = sorted(range(len(row)), key=lambda c, row=row: -row[c])
+            for rank, c in enumerate(ranked[: openmax.alpha], start=1):
+                taken = revised[c] * (openmax.alpha + 1 - rank) / openmax.alpha * -math.expm1(-hazards[c])
+                revised[c] -= taken
+                unknown += taken
+            left = [x - log_sum_exp([*revised, unknown]) for x in revised]
+            rows.append([math.exp(x) for x in (*left, unknown - log_sum_exp([*revised, unknown]))])
+        scores.append(-max(left))
+    return np.array(rows), np.array(scores)
+
+
+def log_sum_exp(values: list[float]) -> float:
+    return max(values) + math.log(math.fsum(math.exp(x - max(values)) for x in values))
