@@ -53,6 +53,7 @@ logger = logging.get_logger("eval_hf")
 GROUPS = ("sex", "language", "corpus", "duration")
 SPLITS = ("test", "validation", "train")  # the first that is there is evaluated
 ALL = "all"  # what the only split of undivided data is called here
+MIN_CALIBRATION_CLIPS = 19  # with fewer there is no threshold that accepts 95 % of the clips to come
 
 
 def _same_flag(name: str, *aliases: str):
@@ -118,8 +119,9 @@ class EvaluationArguments:
             self.output_dir = str(checkpoint / "evaluation") if checkpoint.is_dir() else "runs/eval"
         if min(self.tta or [1]) < 1:
             raise ValueError(f"--tta takes numbers of passes of at least 1, got {self.tta}.")
-        if self.bootstrap_samples < 1:
-            raise ValueError(f"--bootstrap_samples must be at least 1, got {self.bootstrap_samples}.")
+        for name in ("bootstrap_samples", "max_train_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass
@@ -167,6 +169,11 @@ def load_clips(source: SourceArguments, arguments: EvaluationArguments, label_na
                 f"--calibrate must not use the clips that are evaluated, and both are the {split} split: choose "
                 "another one with --split or --calibration_split."
             )
+        if len(calibration) < MIN_CALIBRATION_CLIPS:
+            raise ValueError(
+                f"--calibrate needs {MIN_CALIBRATION_CLIPS} clips or more; the {arguments.calibration_split} split of "
+                f"{source.name} has {len(calibration)}."
+            )
     train = splits.get("train") if split != "train" else None
     unknown = load_unknown(arguments.ood_dir or [], source, label_names)
     return Clips(
@@ -187,8 +194,8 @@ def load_unknown(folders: list[str], source: SourceArguments, label_names: list[
             raise ValueError(f"--ood_dir {path} does not exist.")
         is_alone = sum(other.name == path.name for other in paths) == 1
         name = path.name if is_alone else "/".join(path.parts[-2:])
-        if name in tables:
-            raise ValueError(f"--ood_dir names two sets {name!r}: {', '.join(folders)}. Each needs a name of its own.")
+        if name in tables or name == "mean":  # the report has a row of that name
+            raise ValueError(f"--ood_dir {path}: another set is called {name!r}; rename the folder.")
         table = load_emotion_split(
             path, columns=source.columns, label_names=label_names, on_bad_example=source.on_bad_example
         )
@@ -237,18 +244,21 @@ def store_calibration(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return folder
-    # Never half a file: each takes its place whole, the weights (with the calibration) last
+    # Never half a file: each takes its place whole, the weights (with the calibration) last. The code too, as older
+    # code might read the calibration in another way
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         model.save_pretrained(temporary)
         weights = sorted(Path(temporary).glob("model*.safetensors*"))
-        for file in (Path(temporary) / "config.json", *weights):
+        for file in (*sorted(Path(temporary).glob("*.py")), Path(temporary) / "config.json", *weights):
             os.replace(file, folder / file.name)
     return folder
 
 
-def notes_on(clips: Clips, source: SourceArguments) -> list[str]:
+def notes_on(clips: Clips, source: SourceArguments, arguments: EvaluationArguments) -> list[str]:
     """What a reader must know to understand the numbers."""
     notes = []
+    if arguments.calibrate and arguments.calibration_split == "train":
+        notes.append("Calibrated on the train split: if the model was trained on it, it is now too sure of itself.")
     if clips.split == "validation":
         notes.append("There is no test split here: the validation clips may have chosen the checkpoint.")
     if clips.split in ("train", ALL):
@@ -320,25 +330,31 @@ def main(arguments: list[str] | None = None) -> dict:
     if clips.calibration is not None:
         logger.info(f"Calibrating on {len(clips.calibration)} clips: {arguments.calibration_split}")
         fitted = {"split": arguments.calibration_split, **trainer.calibrate(make_dataset(clips.calibration))}
-        if trainer.is_world_process_zero():
-            fitted["stored_in"] = str(store_calibration(model, processor, arguments))
-            logger.info(f"The calibrated checkpoint is in {fitted['stored_in']}")
     measured = measure(trainer, clips, make_dataset, groups, label_names)
     augmented = []
     if arguments.tta:
         logger.info(f"Test-time augmentation, passes: {', '.join(map(str, arguments.tta))}")
-        augmented = evaluate_augmentation(trainer, evaluated, arguments.tta, label_names, arguments.seed)
+        augmented = evaluate_augmentation(
+            trainer, evaluated, arguments.tta, label_names, arguments.seed, arguments.bootstrap_samples
+        )
+
+    if fitted is not None and trainer.is_world_process_zero():  # not before everything has worked with it
+        fitted["stored_in"] = str(store_calibration(model, processor, arguments))
+        logger.info(f"The calibrated checkpoint is in {fitted['stored_in']}")
 
     tables = {clips.split: clips.evaluated, **({} if clips.train is None else {"train": clips.train})}
     report = {
         "model_name": Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint,
-        "data": describe_data(source.name, tables, is_hub=source.dataset_name is not None),
+        "data": {
+            **describe_data(source.name, tables, is_hub=source.dataset_name is not None),
+            "languages": describe_data(source.name, {clips.split: clips.evaluated})["languages"],
+        },
         "split": clips.split,
         "unknown_clips": {name: len(table) for name, table in clips.unknown.items()},
         **judge(measured, arguments.bootstrap_samples),
         "fitted_calibration": fitted,
         "test_time_augmentation": augmented,
-        "notes": notes_on(clips, source),
+        "notes": notes_on(clips, source, arguments),
         "command": reproducible(["python", "eval_hf.py", *command]),
         "environment": environment(training_arguments.device),
     }

@@ -615,9 +615,8 @@ class OpenMax(nn.Module):
     w_c of the probability of each class, after the softmax: a confident classifier then cannot outvote distance.
     Either way a larger distance can only mean more "unknown".
 
-    In place of the distance to a mean activation vector: the distance to the nearest of several centroids of the class
-    on the unit sphere of `centroids_per_class` k-means clusters, or (0) a distance that is given, as to the class
-    anchors.
+    The distance is not to one mean activation vector but to the nearest of `centroids_per_class` k-means centroids of
+    the class on the unit sphere, or (0) any distance that is given, such as that to the class anchors.
 
     Args:
         num_labels: C.
@@ -684,15 +683,23 @@ class OpenMax(nn.Module):
             is_fitted = bool((self.fitted == self._fitted_mark).all())
             if self.has_centroids:  # loading another number of them leaves them out
                 is_fitted = is_fitted and bool(self.centroids.any())
+            if not is_fitted and bool(self.fitted.any()):
+                logger.warning_once(
+                    "This OpenMax was fitted with another `openmax_distance`, `openmax_level` or number of centroids "
+                    "than its configuration asks for: it counts as not fitted, and nothing is rejected."
+                )
             self._known_fits = is_fitted, bool((self.rejection_thresholds < self.no_threshold).any())
         return self._known_fits
 
     def train(self, mode: bool = True):
         """Also look whether there are fits: loading ends with `eval()`, and an export must not branch on data."""
-        self._known_fits = None
-        if not self.fitted.is_meta:
-            self._known_fits = self._fits
+        if not mode and not self.fitted.is_meta:
+            self._look_again()
         return super().train(mode)
+
+    def _look_again(self) -> None:
+        self._known_fits = None
+        self._known_fits = self._fits
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._known_fits = None
@@ -751,7 +758,9 @@ class OpenMax(nn.Module):
         """Euclidean distance on the unit sphere, `embeddings` [B, D] to the nearest centroid of each class [B, C]."""
         directions = F.normalize(embeddings.float(), dim=-1)
         # Not by a matrix product: autocast would round the similarities to bfloat16
-        distances = torch.cdist(directions, self.centroids.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(
+            directions, self.centroids.float().flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
         return distances.unflatten(1, self.centroids.shape[:2]).amin(dim=-1)
 
     def fit(
@@ -808,7 +817,7 @@ class OpenMax(nn.Module):
             self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
         self.fitted.fill_(self._fitted_mark)
         self.rejection_thresholds.fill_(self.no_threshold)
-        self.train(self.training)
+        self._look_again()
 
     def _fit_tail(self, distances: np.ndarray, tail_size: int) -> tuple[float, float, float] | None:
         tail = np.sort(distances)[-tail_size:]
@@ -867,7 +876,7 @@ class OpenMax(nn.Module):
                 f"{', '.join(map(str, too_few))} for a rejection threshold of its own; "
                 f"{'`openmax_threshold` decides' if pooled is None else 'the one over all classes stands in'}."
             )
-        self.train(self.training)
+        self._look_again()
 
     def hazard(self, distances: Tensor) -> Tensor:
         """-log of the share of members of each class that lie farther than `distances` [B, C]; 0 below the tail."""

@@ -335,7 +335,12 @@ def describe_rejection(
 
 
 def evaluate_augmentation(
-    trainer: MMSERTrainer, dataset: EmotionDataset, num_passes: Iterable[int], label_names: list[str], seed: int = 42
+    trainer: MMSERTrainer,
+    dataset: EmotionDataset,
+    num_passes: Iterable[int],
+    label_names: list[str],
+    seed: int = 42,
+    num_samples: int = 1000,
 ) -> list[dict[str, Any]]:
     """
     Score test-time augmentation: the mean over several passes of the same clip, all but the first at another speed.
@@ -346,6 +351,7 @@ def evaluate_augmentation(
         num_passes: numbers of passes to try; 1 is the clip as it is.
         label_names: in the order of the class ids.
         seed: of the augmentation.
+        num_samples: resamples for the intervals.
     Returns: for each number `passes`, `seconds` (decoding included), and the metrics of `describe_predictions`.
     """
     report = []
@@ -356,7 +362,9 @@ def evaluate_augmentation(
         start = time.perf_counter()
         outputs = average_passes(predict_clips(trainer, several, rows), passes)
         seconds = time.perf_counter() - start
-        report.append({"passes": passes, "seconds": seconds, **describe_predictions(outputs, label_names)})
+        report.append(
+            {"passes": passes, "seconds": seconds, **describe_predictions(outputs, label_names, None, num_samples)}
+        )
     return report
 
 

@@ -315,6 +315,8 @@ def draw_clips(split, limit: int | None, seed: int):
     """At most `limit` clips, drawn at random; all of them by default."""
     if limit is None:
         return split
+    if limit < 1:
+        raise ValueError(f"The number of clips to draw must be at least 1, got {limit}.")
     shuffled = split.shuffle(seed=seed)
     if isinstance(split, datasets.IterableDataset):
         return shuffled.take(limit)
@@ -427,7 +429,6 @@ def main(arguments: list[str] | None = None) -> dict:
             "audio": encoder_name(model_arguments, "audio"),
             "text": encoder_name(model_arguments, "text"),
         },
-        "openmax_threshold": model.config.openmax_threshold,
         "parameters": parameters,
         "data": describe_data(data_arguments.name, splits, is_hub=data_arguments.dataset_name is not None),
         "license": model_arguments.license,

@@ -366,20 +366,21 @@ class MMSERTrainer(Trainer):
         distances at which OpenMax begins to doubt, and the thresholds of rejection.
 
         Args:
-            calibration_dataset: clips that were not trained on, and are not those of the final evaluation.
+            calibration_dataset: clips that were not trained on, and are not those of the final evaluation. What they
+                cannot determine (as they are all classified correctly, or too few) stays as it was.
         Returns: the temperature; NLL and expected calibration error before and after on these clips; the AUROC with
             which the uncertainty tells wrong answers from right ones, before and after.
         """
         model = self.accelerator.unwrap_model(self.model)
+        temperature, weights = model.temperature.item(), model.uncertainty.error_calibration.clone()
         self._reset_calibration()
         outputs = self.predict_outputs(calibration_dataset)
         logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
         wrong = logits.argmax(axis=1) != labels
-        temperature = 1.0
         if wrong.any():
             temperature = fit_temperature(logits, labels)
         else:  # the likelihood then only grows with confidence: such clips cannot say when to doubt
-            logger.warning("All held-out clips are classified correctly: the temperature stays 1.")
+            logger.warning(f"All held-out clips are classified correctly: the temperature stays {temperature:g}.")
         model.temperature.fill_(temperature)
         report = {"temperature": temperature}
         for name, divisor in (("before", 1.0), ("after", temperature)):
@@ -387,11 +388,12 @@ class MMSERTrainer(Trainer):
             report[f"ece_{name}"] = expected_calibration_error(softmax(logits / divisor), labels)
         if wrong.any() and not wrong.all():
             doubt = 1 - softmax(logits / temperature).max(axis=1)
-            weights = fit_error_probability(doubt, outputs["uncertainty"], wrong)
-            model.uncertainty.error_calibration.copy_(torch.from_numpy(weights))
-            combined = error_log_odds(doubt, outputs["uncertainty"], weights)
+            fitted = fit_error_probability(doubt, outputs["uncertainty"], wrong)
+            weights = torch.from_numpy(fitted)
+            combined = error_log_odds(doubt, outputs["uncertainty"], fitted)
             report["error_auroc_before"] = error_detection_auroc(outputs["uncertainty"], wrong)
             report["error_auroc_after"] = error_detection_auroc(combined, wrong)
+        model.uncertainty.error_calibration.copy_(weights)
         self._fit_openmax(self.train_outputs, outputs, temperature)
         return report
 
@@ -427,7 +429,10 @@ class MMSERTrainer(Trainer):
         source = next((outputs for outputs in sources if num_correct(outputs) >= enough), None)
         if source is not None:
             predictions = source["logits"].argmax(axis=1)
-            openmax.fit(distances(source), source["labels"], predictions, config.openmax_tail_size)
+            try:
+                openmax.fit(distances(source), source["labels"], predictions, config.openmax_tail_size)
+            except ValueError as error:  # such as clips that are all alike: no reason to lose a trained model
+                logger.warning(f"OpenMax is left as it is: {error}")
         elif not openmax.is_fitted:
             logger.warning("OpenMax is left unfitted: the model classifies too few clips correctly.")
         if openmax.is_fitted and held_out is not None and config.openmax_acceptance is not None:

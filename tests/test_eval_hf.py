@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import eval_hf
 import train_hf
-from modeling_mmser import MMSERForAudioClassification
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
 
 pytest.importorskip("matplotlib")
@@ -35,7 +35,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """The tiny corpus with the speakers' sex, and a second set of unknown clips."""
-    folder = write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+    folder = write_corpus(tmp_path_factory.mktemp("data") / "corpus", validation=(7, 8))  # 24 clips to calibrate on
     for split in ("train", "validation", "test"):
         rows = read_rows(folder, split)
         for row in rows:
@@ -54,6 +54,7 @@ def checkpoint(tmp_path_factory):
     model = tiny_model(dropout=False, class_counts=[8, 9, 7, 8])
     model.temperature.fill_(0.5)
     fit_openmax_by_chance(model)
+    register_auto_classes()  # as training does: the checkpoint carries the code
     model.save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder
@@ -144,7 +145,8 @@ def test_main_returns_what_it_writes(finished):
     for scores in written["open_set"].values():
         assert {"openmax", "max_softmax", "energy", "knn", "uncertainty"} <= set(scores)
     assert [row["passes"] for row in written["test_time_augmentation"]] == [1, 3]
-    assert written["test_time_augmentation"][0]["weighted_f1"] == written["rows"]["model"]["weighted_f1"]
+    for name in ("weighted_f1", "weighted_f1_interval"):  # the intervals, too: of as many resamples
+        assert written["test_time_augmentation"][0][name] == written["rows"]["model"][name]
     # durations are all of one band
     assert [name for name in written["rows"]["model"] if name.startswith("by_")] == [
         "by_sex",
@@ -247,6 +249,55 @@ def test_calibration_is_stored_in_the_checkpoint(run, checkpoint, tmp_path):
     assert again["rows"]["model"]["negative_log_likelihood"] == report["rows"]["model"]["negative_log_likelihood"]
 
 
+def test_the_code_of_the_checkpoint_is_replaced_with_the_calibration(run, checkpoint, tmp_path):
+    """Older code might read the new numbers in another way."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(checkpoint, copy)
+    names = {"modeling_mmser.py", "configuration_mmser.py"}
+    assert names <= {path.name for path in copy.glob("*.py")}
+    for name in names:
+        (copy / name).write_text("raise ImportError('of an older version')\n")
+    run(checkpoint=copy, calibrate=True, output_dir=tmp_path / "out")
+    for name in names:
+        assert (copy / name).read_text() == (Path(eval_hf.__file__).parent / name).read_text()
+
+
+@pytest.mark.parametrize("step", ["measure", "evaluate_augmentation"])
+def test_nothing_is_stored_before_everything_is_measured(step, run, checkpoint, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(checkpoint, copy)
+    monkeypatch.setattr(eval_hf, step, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(checkpoint=copy, calibrate=True, tta=[1])
+    assert digests(copy) == digests(checkpoint)
+
+
+def test_calibrating_on_the_training_clips_is_noted(run, checkpoint, tmp_path):
+    copy = tmp_path / "tiny"
+    shutil.copytree(checkpoint, copy)
+    report = run(checkpoint=copy, calibrate=True, calibration_split="train")
+    assert any(note.startswith("Calibrated on the train split") for note in report["notes"])
+    report = run(checkpoint=copy, calibrate=True)
+    assert not any("Calibrated on" in note for note in report["notes"])
+
+
+def test_too_few_clips_to_calibrate_on_are_an_error_before_the_model_runs(run, corpus, checkpoint, tmp_path):
+    copy = tmp_path / "tiny"
+    shutil.copytree(checkpoint, copy)
+    few, test = read_rows(corpus, "validation")[:19], read_rows(corpus, "test")
+    given = {"checkpoint": copy, "data_dir": None, "manifest": tmp_path / "all.csv", "calibrate": True}
+    write_table(tmp_path / "all.csv", few[1:] + test)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MMSERForAudioClassification, "from_pretrained", None)
+        with pytest.raises(ValueError, match=r"--calibrate needs .*\b19\b clips.* validation split of .* has 18"):
+            run(**given)
+    write_table(tmp_path / "all.csv", few + test)
+    assert run(**given)["fitted_calibration"]["stored_in"] == str(copy)
+
+
 def test_a_checkpoint_from_the_hub_is_stored_in_the_output_folder(checkpoint, tmp_path):
     model, processor = tiny_model(), tiny_processor()
     model.temperature.fill_(3.0)
@@ -291,6 +342,13 @@ def test_one_clip(run, corpus, tmp_path):
     report = run(data_dir=None, manifest=tmp_path / "one.csv", ood_dir=corpus / "ood", tta=[2], use_amp=True)
     assert report["rows"]["model"]["clips"] == 1
     assert read_json(tmp_path / "out")["rows"]["model"]["error_auroc_of_uncertainty"] is None
+
+
+def test_languages_are_those_of_the_evaluated_clips(run, corpus, tmp_path):
+    rows = [{**row, "language": "de"} for row in read_rows(corpus, "train")] + read_rows(corpus, "test")
+    write_table(tmp_path / "all.csv", rows)
+    report = run(data_dir=None, manifest=tmp_path / "all.csv")
+    assert report["data"]["clips"] == {"test": 16, "train": 32} and report["data"]["languages"] == ["en", "zxx"]
 
 
 def test_text_alone(run, corpus, tmp_path):
@@ -357,9 +415,13 @@ def test_errors_come_before_the_model_runs(run, corpus, checkpoint, tmp_path, mo
     error_of("no column 'room'", group_by=["room"])
     error_of("--ood_dir .*nowhere does not exist", ood_dir=[corpus / "ood", tmp_path / "nowhere"])
     error_of("all of its clips have one of the classes neutral, happy, sad, angry", ood_dir=corpus / "test")
-    error_of("names two sets 'corpus/ood'", ood_dir=[corpus / "ood", corpus / "ood"])
+    error_of("another set is called 'corpus/ood'", ood_dir=[corpus / "ood", corpus / "ood"])
+    shutil.copytree(corpus / "ood", tmp_path / "mean")  # the report has a row of that name
+    error_of("another set is called 'mean'", ood_dir=[corpus / "ood", tmp_path / "mean"])
     error_of(r"at least 1, got \[1, 0\]", tta=[1, 0])
-    error_of("--bootstrap_samples must be at least 1, got 0", bootstrap_samples=0)
+    for name in ("bootstrap_samples", "max_train_samples"):
+        error_of(f"--{name} must be at least 1, got 0", **{name: 0})
+    error_of("clips to draw must be at least 1, got 0", max_eval_samples=0)
     rows = read_rows(corpus, "test")
     write_table(tmp_path / "all.csv", [{**rows[0], "label": "bored"}, *rows[1:]])
     error_of("row 2: unknown label 'bored'; allowed: neutral, happy", data_dir=None, manifest=tmp_path / "all.csv")

@@ -6,6 +6,7 @@ References are derived here with numpy and exact fractions. The Weibull fit and 
 """
 
 import copy
+import logging as python_logging
 import math
 from fractions import Fraction
 
@@ -185,6 +186,25 @@ def test_distances_keep_their_digits_under_autocast(rng):
     assert distances.dtype == torch.float32 and torch.equal(distances, openmax.distances(clips))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fitted_openmax_works_in_half_precision(rng, dtype):
+    """After `model.half()`, which rounds the centroids, the vectors come in either precision."""
+    openmax = with_centroids(rng.normal(size=(60, SIZE)), np.arange(60) % 3)
+    clips = torch.randn(8, SIZE)
+    expected = openmax.distances(clips)
+    openmax.to(dtype)
+    assert openmax.centroids.dtype == dtype
+    for vectors in (clips, clips.to(dtype)):
+        distances = openmax.distances(vectors)
+        assert distances.dtype == torch.float32
+        torch.testing.assert_close(distances, expected, rtol=0, atol=0.03)
+    model = tiny_model()
+    fit_openmax_by_chance(model)
+    model.to(dtype)
+    distances = model.openmax_distances(torch.randn(2, 32, dtype=dtype), torch.rand(2, 4, dtype=dtype))
+    assert distances.shape == (2, 4) and distances.isfinite().all()
+
+
 # --- thresholds ------------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +330,7 @@ def test_rejection_follows_its_rule(inputs, threshold):
     published = [row[-1] > max(row[:-1]) or row[-1] > threshold for row in rows]
     assert openmax.reject(*clips, threshold).tolist() == published
     openmax.rejection_thresholds.copy_(torch.tensor(fitted))
-    openmax.train()
+    openmax.eval()
     assert openmax.has_thresholds == (min(fitted) < NO_THRESHOLD)
     expected = [score > fitted[label] for score, label in zip(scores, predictions, strict=True)]
     if openmax.has_thresholds:
@@ -397,6 +417,36 @@ def test_a_fit_of_another_kind_does_not_count(saved, wanted):
         loaded(**batch, use_openmax=True)
     fit_openmax_by_chance(loaded)  # and the old thresholds do not come back with a new fit
     assert loaded.openmax.is_fitted and not loaded.openmax.has_thresholds
+
+
+@pytest.mark.parametrize("wanted", KINDS, ids="-".join)
+def test_a_fit_of_another_kind_is_warned_of_once(saved, wanted, warnings):
+    kind, folder, _ = saved
+    python_logging.Logger.warning_once.cache_clear()  # of the tests before
+    options = {"openmax_distance": wanted[0], "openmax_level": wanted[1]}
+    for _ in range(2):
+        loaded = MMSERForAudioClassification.from_pretrained(folder, **options)
+        loaded(**tiny_batch(loaded, [800], [3]))
+    said = [message for message in warnings if "This OpenMax was fitted with another" in message]
+    assert len(said) == (kind != wanted)
+    MMSERForAudioClassification(loaded.config).eval()  # never fitted: nothing to warn of
+    fit_openmax_by_chance(loaded)
+    loaded.eval()
+    assert len([message for message in warnings if "This OpenMax was fitted" in message]) == len(said)
+
+
+def test_buffers_are_looked_at_by_eval_and_not_by_train(rng):
+    """Each look waits for the device; training calls `train()` over and over, and loading ends with `eval()`."""
+    openmax, labels = OpenMax(3, alpha=2), np.arange(60) % 3
+    openmax.train()
+    openmax.fit(rng.uniform(0, 2, (60, 3)), labels, labels)
+    openmax.fit_thresholds(rng.random(60), labels, 0.5)
+    assert openmax.is_fitted and openmax.has_thresholds  # what the fits themselves change counts at once
+    openmax.rejection_thresholds.fill_(NO_THRESHOLD)
+    openmax.train()
+    assert openmax.has_thresholds
+    openmax.eval()
+    assert openmax.is_fitted and not openmax.has_thresholds
 
 
 def test_a_fit_counts_for_its_own_kind_alone(rng):

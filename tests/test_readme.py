@@ -133,7 +133,7 @@ def start_blocks(hub, folder):
 def start_commands(hub, folder):
     """Run the commands that train and judge, word by word and one after the other, beside `my_data`."""
     commands = [words[1:] for words in shell_commands() if words[0] == "python"]
-    write_corpus(folder / "my_data")
+    write_corpus(folder / "my_data", validation=(7, 8))  # enough clips to calibrate on
     for script in {Path(words[0]).parts[0] for words in commands}:
         (folder / script).symlink_to(ROOT / script)
     run = "import subprocess, sys\nfor words in {}: subprocess.run([sys.executable, *words], check=True)"

@@ -319,7 +319,6 @@ def make_results(scored=("validation", "test"), languages=("en", "de"), label_na
         "license": "mit",
         "label_names": list(label_names),
         "encoders": {"audio": "an audio encoder", "text": "a text encoder"},
-        "openmax_threshold": 0.3,
         "parameters": [{"part": "all", "parameters": 12345, "trainable": 12}],
         "data": describe_data("folder/corpus", {"train": split}),
         "training": {"epoch": 2.0, "train_runtime": 61.4},
@@ -434,6 +433,15 @@ def test_splits_that_are_missing(scored, tmp_path):
         assert card.data.eval_results is None
         assert "F1 of each class" not in card.text and "F1 of each class" not in printed
     assert "expected calibration error there" not in card.text
+
+
+def test_the_card_says_what_uncertainty_is_only_once_it_was_calibrated(tmp_path):
+    calibration = {"temperature": 1.5, "ece_before": 0.25, "ece_after": 0.125}  # of clips that were all right
+    for auroc in ({}, {"error_auroc_before": 0.5, "error_auroc_after": 0.75}):
+        write_results(make_results(("test",), calibration=calibration | auroc), tmp_path)
+        text = " ".join(read(tmp_path)[1].text.split())
+        assert ("`uncertainty` is the probability that the label is wrong" in text) == bool(auroc)
+        assert "probably none of the classes." in text
 
 
 def test_overlap_of_speakers_is_in_the_card(tmp_path):

@@ -782,6 +782,47 @@ def test_held_out_clips_that_are_all_right_leave_the_temperature_at_one(trained,
     assert "the temperature stays 1" in log.text
 
 
+def test_what_held_out_clips_cannot_determine_stays_as_it_was(either, training, held_out, log):
+    """All right: neither the temperature nor the probability of an error; all wrong: not the latter."""
+    before = either.finalize(training, held_out)
+    head = either.model.uncertainty
+    weights = head.error_calibration.clone()
+    assert abs(before["temperature"] - 1) > 0.01 and weights.tolist() != [0, 1, 0]
+    outputs = either.predict_outputs(held_out)
+    right = np.flatnonzero(outputs["logits"].argmax(axis=1) == outputs["labels"])
+
+    report = either.calibrate(EmotionDataset(held_out.dataset.select(right)))
+    assert report["temperature"] == either.model.temperature.item() == pytest.approx(before["temperature"])
+    assert torch.equal(head.error_calibration, weights)
+    assert "error_auroc_after" not in report
+    assert f"the temperature stays {before['temperature']:g}" in log.text
+
+    table = held_out.dataset.select(right)
+    labels = (np.array(table["labels"]) + 1) % 4
+    report = either.calibrate(EmotionDataset(table.remove_columns("labels").add_column("labels", labels)))
+    assert report["temperature"] > 1.1 * before["temperature"]
+    assert torch.equal(head.error_calibration, weights) and "error_auroc_after" not in report
+
+
+def test_clips_that_are_all_alike_leave_openmax_as_it_is(either, training, held_out, log):
+    """They have no tail to fit; that is no reason to lose a model."""
+    outputs = either.predict_outputs(training)
+    right = int(np.flatnonzero(outputs["logits"].argmax(axis=1) == outputs["labels"])[0])
+    alike = EmotionDataset(training.dataset.select([right] * 24))
+    openmax = either.model.openmax
+    assert either.finalize(alike) == {"temperature": 1.0}
+    assert not openmax.is_fitted and "OpenMax is left as it is" in log.text
+
+    either.finalize(training, held_out)
+    fit = {name: value.clone() for name, value in openmax.state_dict().items() if name != "rejection_thresholds"}
+    log.clear()
+    either.calibrate(alike)
+    assert (
+        "OpenMax is left as it is" in log.text
+    ) == openmax.has_centroids  # with anchors the fit is on training clips
+    assert openmax.is_fitted and all(torch.equal(openmax.get_buffer(name), value) for name, value in fit.items())
+
+
 def test_openmax_is_left_unfitted_with_a_warning_if_too_few_clips_are_right(splits, tmp_path, log):
     model = tiny_model()
     fit_openmax_by_chance(model)  # from an earlier training
