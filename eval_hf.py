@@ -195,7 +195,7 @@ def load_unknown(folders: list[str], source: SourceArguments, label_names: list[
         is_alone = sum(other.name == path.name for other in paths) == 1
         name = path.name if is_alone else "/".join(path.parts[-2:])
         if name in tables or name == "mean":  # the report has a row of that name
-            raise ValueError(f"--ood_dir {path}: another set is called {name!r}; rename the folder.")
+            raise ValueError(f"--ood_dir {path}: the name {name!r} is taken in the report; rename the folder.")
         table = load_emotion_split(
             path, columns=source.columns, label_names=label_names, on_bad_example=source.on_bad_example
         )
@@ -248,6 +248,7 @@ def store_calibration(
     # code might read the calibration in another way
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)  # of this only the code
         weights = sorted(Path(temporary).glob("model*.safetensors*"))
         for file in (*sorted(Path(temporary).glob("*.py")), Path(temporary) / "config.json", *weights):
             os.replace(file, folder / file.name)

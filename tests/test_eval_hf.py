@@ -253,7 +253,7 @@ def test_the_code_of_the_checkpoint_is_replaced_with_the_calibration(run, checkp
     """Older code might read the new numbers in another way."""
     copy = tmp_path / "tiny"
     shutil.copytree(checkpoint, copy)
-    names = {"modeling_mmser.py", "configuration_mmser.py"}
+    names = {"modeling_mmser.py", "configuration_mmser.py", "processing_mmser.py"}
     assert names <= {path.name for path in copy.glob("*.py")}
     for name in names:
         (copy / name).write_text("raise ImportError('of an older version')\n")
@@ -415,9 +415,9 @@ def test_errors_come_before_the_model_runs(run, corpus, checkpoint, tmp_path, mo
     error_of("no column 'room'", group_by=["room"])
     error_of("--ood_dir .*nowhere does not exist", ood_dir=[corpus / "ood", tmp_path / "nowhere"])
     error_of("all of its clips have one of the classes neutral, happy, sad, angry", ood_dir=corpus / "test")
-    error_of("another set is called 'corpus/ood'", ood_dir=[corpus / "ood", corpus / "ood"])
+    error_of("the name 'corpus/ood' is taken", ood_dir=[corpus / "ood", corpus / "ood"])
     shutil.copytree(corpus / "ood", tmp_path / "mean")  # the report has a row of that name
-    error_of("another set is called 'mean'", ood_dir=[corpus / "ood", tmp_path / "mean"])
+    error_of("the name 'mean' is taken", ood_dir=[corpus / "ood", tmp_path / "mean"])
     error_of(r"at least 1, got \[1, 0\]", tta=[1, 0])
     for name in ("bootstrap_samples", "max_train_samples"):
         error_of(f"--{name} must be at least 1, got 0", **{name: 0})
