@@ -226,10 +226,9 @@ def group_clips(dataset: EmotionDataset, names: list[str] | None) -> dict[str, l
         raise ValueError("--group_by duration needs audio, and these data have none.")
     if "duration" in (names or GROUPS) and has_audio:
         rate = dataset.reader.sampling_rate
-        bands = duration_bands([length / rate for length in dataset.lengths])
-        groups["duration"] = [
-            band if length else "no audio" for band, length in zip(bands, dataset.lengths, strict=True)
-        ]
+        lengths = dataset.lengths
+        bands = duration_bands([length / rate for length in lengths])
+        groups["duration"] = [band if length else "no audio" for band, length in zip(bands, lengths, strict=True)]
     order = names or GROUPS
     return {name: groups[name] for name in order if name in groups and (names or len(set(groups[name])) > 1)}
 

@@ -21,6 +21,7 @@ import scipy.spatial
 import scipy.special
 import scipy.stats
 import sklearn.metrics
+import sklearn.preprocessing
 from transformers import EvalPrediction
 from transformers.utils import logging
 
@@ -607,7 +608,8 @@ def knn_distance(train_features: Any, features: Any, k: int = 10) -> np.ndarray:
             f"`train_features` and `features` must have the same width, got {train_features.shape[1]} and "
             f"{features.shape[1]}."
         )
-    train_features, features = _unit_rows(train_features), _unit_rows(features)
+    # a row of zeros stays as it is
+    train_features, features = (sklearn.preprocessing.normalize(rows) for rows in (train_features, features))
     k = min(int(k), len(train_features))
     distances = np.empty(len(features))
     step = max(1, 10_000_000 // len(train_features))  # rows at a time, to bound the memory
@@ -615,12 +617,6 @@ def knn_distance(train_features: Any, features: Any, k: int = 10) -> np.ndarray:
         block = scipy.spatial.distance.cdist(features[start : start + step], train_features)
         distances[start : start + step] = np.partition(block, k - 1, axis=1)[:, k - 1]
     return distances
-
-
-def _unit_rows(features: np.ndarray) -> np.ndarray:
-    """Each row divided by its norm; a row of zeros stays as it is."""
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.where(norms > 0, norms, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

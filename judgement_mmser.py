@@ -157,15 +157,16 @@ def draw(measured: Measured, report: Mapping[str, Any], folder: str | Path) -> d
         if len(groups) <= MAX_BARS:
             path = folder / f"by_{_file_name(name)}.png"
             paths[f"by_{name}"] = plot_group_bars(groups, path, title=f"By {name}", overall=model["weighted_f1"])
-    for name in measured.unknown_sets:
-        paths.update(_draw_open_set(measured, name, folder))
+    if measured.unknown_sets:
+        known = open_set_scores(measured.rows["model"], measured.train_outputs, measured.temperature)
+        for name in measured.unknown_sets:
+            paths.update(_draw_open_set(measured, known, name, folder))
     return {name: path.name for name, path in paths.items()}
 
 
-def _draw_open_set(measured: Measured, name: str, folder: Path) -> dict[str, Path]:
-    """ROC, OSCR and histogram of one set of unknown clips."""
+def _draw_open_set(measured: Measured, known: Mapping[str, np.ndarray], name: str, folder: Path) -> dict[str, Path]:
+    """ROC, OSCR and histogram of one set of unknown clips against the scores of the known ones."""
     outputs, file_name = measured.rows["model"], _file_name(name)
-    known = open_set_scores(outputs, measured.train_outputs, measured.temperature)
     unknown = open_set_scores(measured.unknown_sets[name], measured.train_outputs, measured.temperature)
     correct = outputs["logits"].argmax(axis=1) == outputs["labels"]
     flags = np.arange(len(correct) + len(unknown["energy"])) >= len(correct)

@@ -555,14 +555,15 @@ class ClassAnchorClustering(nn.Module):
 class UncertaintyHead(nn.Module):
     """Predicts how likely the classifier is to be wrong about a clip."""
 
+    uncalibrated = (0.0, 1.0, 0.0)  # the head's own uncertainty
     error_calibration: Tensor
 
     def __init__(self, config: MMSERConfig):
         super().__init__()
         self.hidden = nn.Linear(config.feature_size, config.uncertainty_hidden_size)
         self.output = nn.Linear(config.uncertainty_hidden_size, 1)
-        # Weights of the classifier's doubt and of this head, and a constant; (0, 1, 0) until they are fitted
-        self.register_buffer("error_calibration", torch.tensor([0.0, 1.0, 0.0], dtype=torch.float32))
+        # Weights of the classifier's doubt and of this head, and a constant
+        self.register_buffer("error_calibration", torch.tensor(self.uncalibrated, dtype=torch.float32))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, feature_size] -> uncertainty [B, 1] in [0, 1]."""
@@ -897,9 +898,9 @@ class OpenMax(nn.Module):
         Raises:
             ValueError: OpenMax is not fitted.
         """
-        return self._log_probabilities(logits, distances).exp()
+        return self.log_probabilities(logits, distances).exp()
 
-    def _log_probabilities(self, logits: Tensor, distances: Tensor) -> Tensor:
+    def log_probabilities(self, logits: Tensor, distances: Tensor) -> Tensor:
         """The logarithm of `forward`; for the classes it keeps its digits where the probability is next to 0."""
         if not self.is_fitted:
             raise ValueError(
@@ -922,7 +923,7 @@ class OpenMax(nn.Module):
         -log of the largest probability that is left to a class, [B] from [B, C] and [B, C]: high where a clip is far
         from all classes and where it lies between them, the two reasons to reject of Bendale & Boult (2016).
         """
-        return -self._log_probabilities(logits, distances)[:, :-1].amax(dim=-1)
+        return -self.log_probabilities(logits, distances)[:, :-1].amax(dim=-1)
 
     def reject(
         self, scores: Tensor, probabilities: Tensor, predictions: Tensor, threshold: float, use_fitted: bool = True
@@ -1071,7 +1072,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
             if module.has_centroids:
                 init.zeros_(module.centroids)
         elif isinstance(module, UncertaintyHead):
-            init.copy_(module.error_calibration, torch.tensor([0.0, 1.0, 0.0]))
+            init.copy_(module.error_calibration, torch.tensor(module.uncalibrated))
         elif isinstance(module, MMSERModel):
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
@@ -1488,8 +1489,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         open_set_probabilities = rejection_score = is_unknown = None
         if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
             distances = self.openmax_distances(outputs.pooler_output, anchor_distances)
-            open_set_probabilities = self.openmax(logits, distances)
-            rejection_score = self.openmax.rejection_scores(logits, distances)
+            log_probabilities = self.openmax.log_probabilities(logits, distances)
+            open_set_probabilities = log_probabilities.exp()
+            rejection_score = -log_probabilities[:, :-1].amax(dim=-1)  # as `OpenMax.rejection_scores`
             threshold = self.config.openmax_threshold
             if threshold is not None:
                 use_fitted = self.config.openmax_acceptance is not None

@@ -400,7 +400,7 @@ class MMSERTrainer(Trainer):
     def _reset_calibration(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
         model.temperature.fill_(1.0)
-        model.uncertainty.error_calibration.copy_(torch.tensor([0.0, 1.0, 0.0]))
+        model.uncertainty.error_calibration.copy_(torch.tensor(model.uncertainty.uncalibrated))
 
     def _fit_openmax(
         self, train: dict[str, np.ndarray] | None, held_out: dict[str, np.ndarray] | None, temperature: float

@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import hashlib
 import json
-import logging as python_logging
 import shutil
 import sys
 from collections import defaultdict
@@ -22,7 +21,6 @@ import soundfile
 import torch
 from tiny import fit_openmax_by_chance
 from tiny_corpus import NAMES, tiny_model, tiny_processor, write_corpus, write_table
-from transformers.utils import logging
 
 import eval_hf
 import train_hf
@@ -60,14 +58,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    """`main` sets levels of logging; leave them as they were."""
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    for name in train_hf.OWN_LOGGERS:
-        python_logging.getLogger(name).setLevel(python_logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def flags(**given):

@@ -35,13 +35,7 @@ PARTS = ("cross_entropy", "focal", "anchor", "uncertainty", "prototype", "superv
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
 
 @pytest.fixture(scope="module")

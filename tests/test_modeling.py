@@ -57,13 +57,7 @@ def lengths_for(kind):
     return AUDIO_LENGTHS["whisper" if kind == "whisper" else "waveform"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
 
 @pytest.fixture(scope="module")

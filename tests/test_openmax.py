@@ -26,13 +26,7 @@ NO_THRESHOLD = torch.finfo(torch.float32).max  # nothing exceeds it
 properties = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
 
 @pytest.fixture

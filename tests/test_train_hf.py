@@ -28,7 +28,6 @@ from tiny_corpus import (
     write_table,
 )
 from transformers import pipeline
-from transformers.utils import logging
 
 import train_hf
 from modeling_mmser import MMSERForAudioClassification
@@ -49,14 +48,7 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    """`main` sets levels of logging; leave them as they were."""
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    for name in train_hf.OWN_LOGGERS:
-        python_logging.getLogger(name).setLevel(python_logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
