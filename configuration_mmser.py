@@ -17,6 +17,7 @@ DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 LOG_MEL_MODEL_TYPES = ("whisper",)
+FUSION_NORMS = ("standardization", "layer_norm")
 OPENMAX_DISTANCES = ("centroid", "anchor")
 OPENMAX_LEVELS = ("probability", "activation")
 
@@ -55,6 +56,8 @@ class MMSERConfig(PreTrainedConfig):
             Shared width, head count and dropout probability of the two cross-modal attentions.
         pooling_hidden_size (`int`): width of the attention scorer in the statistics pooling.
         fusion_hidden_size (`int`), fusion_dropout (`float`): width and dropout of the gated fusion.
+        fusion_norm (`str`): what the pooled vectors pass before the gated fusion: "standardization", by mean and
+            deviation over training clips (`MMSERModel.fit_standardization`), or "layer_norm", as published.
         classifier_num_layers (`int`): number of residual blocks, 0 or more.
         classifier_hidden_size, classifier_bottleneck, classifier_dropout:
             Width of the blocks, their inner width, and the dropout probability.
@@ -125,6 +128,7 @@ class MMSERConfig(PreTrainedConfig):
     pooling_hidden_size: int = 128
     fusion_hidden_size: int = 512
     fusion_dropout: float | int = 0.1
+    fusion_norm: str = "standardization"
 
     classifier_num_layers: int = 35
     classifier_hidden_size: int = 512
@@ -228,7 +232,8 @@ class MMSERConfig(PreTrainedConfig):
             )
         if self.openmax_tail_size < 5:
             raise ValueError(f"`openmax_tail_size` must be at least 5, got {self.openmax_tail_size}.")
-        for name, allowed in (("openmax_distance", OPENMAX_DISTANCES), ("openmax_level", OPENMAX_LEVELS)):
+        choices = {"fusion_norm": FUSION_NORMS, "openmax_distance": OPENMAX_DISTANCES, "openmax_level": OPENMAX_LEVELS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.openmax_acceptance is not None and not 0 < self.openmax_acceptance < 1:

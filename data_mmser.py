@@ -911,14 +911,7 @@ class ExampleReader:
         Raises:
             ValueError: naming the row, if its audio cannot be read or it has neither audio nor text.
         """
-        source = _audio_source(row.get("audio")) if self.use_audio else None
-        text = (row.get("text") or None) if self.use_text else None
-        if self.training and source and text:
-            draw = rng.random()
-            if draw < self.text_dropout:
-                text = None
-            elif draw < self.text_dropout + self.audio_dropout:
-                source = None
+        source, text = self.draw_modalities(_audio_source(row.get("audio")), row.get("text"), rng)
         audio = self._waveform(source, row["row"], rng) if source else None
         if audio is None and text is None:
             raise ValueError(f"{row['row']} has neither audio nor text")
@@ -928,6 +921,43 @@ class ExampleReader:
         if "text" in row:
             example["text"] = text
         return example
+
+    def draw_modalities(self, audio: Any, text: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+        """Hide what is not to be seen of an example.
+
+        Args:
+            audio, text: whatever stands for the two; what is missing is falsy.
+            rng: drawn from once in training, if the example has both.
+
+        Returns:
+            (audio, text), with None for what is missing, hidden or dropped.
+        """
+        audio = (audio or None) if self.use_audio else None
+        text = (text or None) if self.use_text else None
+        if self.training and audio and text:
+            draw = rng.random()
+            if draw < self.text_dropout:
+                text = None
+            elif draw < self.text_dropout + self.audio_dropout:
+                audio = None
+        return audio, text
+
+    def waveform(self, row: dict[str, Any], rng: np.random.Generator) -> np.ndarray | None:
+        """The `audio` ([T] float32) that a row's example has when its audio is not dropped; None without audio."""
+        source = _audio_source(row.get("audio"))
+        self.draw_modalities(source, row.get("text"), rng)  # what is random afterwards depends on this draw
+        return self._waveform(source, row["row"], rng) if source else None
+
+    def content(self, row: dict[str, Any]) -> bytes | None:
+        """The bytes of the encoded file of a row's audio; None without audio, or where it is hidden."""
+        source = _audio_source(row.get("audio")) if self.use_audio else None
+        if not source:
+            return None
+        try:
+            content = _fetch(source)
+            return content if isinstance(content, bytes) else Path(content).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{row['row']}: cannot read {str(source)[:200]}: {error}") from error
 
     def _waveform(self, source: str | bytes, row: str, rng: np.random.Generator) -> np.ndarray:
         name = "embedded audio" if isinstance(source, bytes) else source
@@ -1011,13 +1041,16 @@ class EmotionDataset(torch.utils.data.Dataset):
         index = range(len(self))[index]
         rng = augmentation_generator(self.seed, int(self._epoch), index)
         try:
-            return self.reader(self.dataset[index], rng)
+            return self._example(index, rng)
         except ValueError as error:
             if self.on_bad_example == "error":
                 raise
             self._skipped[index] = True
             logger.warning_once(f"skipped: {error}")
             return None
+
+    def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        return self.reader(self.dataset[index], rng)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The good examples among `indices`; if none is good, the next good one, so that no batch is empty."""
@@ -1215,17 +1248,19 @@ class MMSERDataCollator:
 
     All batches of a data set have the same keys, so that the ranks of a distributed run agree: a batch in which
     nobody has text still gets `input_ids` [B,1] with a mask of zeros, one without any audio a minimal silent
-    `input_values` [B,400] (or `input_features` [B,mels,2]) with a mask of zeros.
+    `input_values` [B,400] (or `input_features` [B,mels,2]) with a mask of zeros. `audio_states` [Ta,layers,D] and
+    `text_states` [L,D], in place of audio and text, are padded as they are; no rows mean that the modality is missing.
     """
 
     processor: MMSERProcessor
 
     def __call__(self, examples: Sequence[dict[str, Any] | None]) -> BatchFeature:
-        """Make a batch of the examples of `EmotionDataset`; None (a skipped example) is left out.
+        """Make a batch of the examples of `EmotionDataset` or `CachedStatesDataset`; None (a skipped one) is left out.
 
         Returns:
             What the processor returns (`input_values` or `input_features`, `attention_mask`, `input_ids`,
-            `text_attention_mask`) and `labels` [B] int64.
+            `text_attention_mask`) and `labels` [B] int64. For states: `audio_states` [B,Ta,layers,D] with
+            `attention_mask` [B,Ta], `text_states` [B,L,D] with `text_attention_mask` [B,L], padded with zeros.
 
         Raises:
             ValueError: if no example is left.
@@ -1233,16 +1268,8 @@ class MMSERDataCollator:
         rows = [example for example in examples if example is not None]
         if not rows:
             raise ValueError(f"a batch needs at least one readable example, got {len(examples)} bad ones")
-        audio = [row.get("audio") for row in rows]
-        text = [row.get("text") for row in rows]
+        batch = self._process(rows)
         feature_extractor, tokenizer = self.processor.feature_extractor, self.processor.tokenizer
-        batch = self.processor(  # type: ignore[call-arg]  # the base class routes flat keywords
-            audio=audio if any(clip is not None for clip in audio) else None,
-            text=text if any(text) else None,
-            sampling_rate=feature_extractor.sampling_rate,
-            padding=True,
-            return_tensors="pt",
-        )
         if "text" in rows[0] and "input_ids" not in batch:
             batch["input_ids"] = torch.full((len(rows), 1), tokenizer.pad_token_id or 0)
             batch["text_attention_mask"] = torch.zeros(len(rows), 1, dtype=torch.long)
@@ -1252,8 +1279,47 @@ class MMSERDataCollator:
             shape = (samples,) if name == "input_values" else (feature_extractor.feature_size, 2)
             batch[name] = torch.zeros(len(rows), *shape)
             batch["attention_mask"] = torch.zeros(len(rows), shape[-1], dtype=torch.long)
+        for name, mask_name in (("audio_states", "attention_mask"), ("text_states", "text_attention_mask")):
+            if name in rows[0]:
+                batch[name], batch[mask_name] = _pad_states([row[name] for row in rows])
         batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.long)
         return batch
+
+    def _process(self, rows: list[dict[str, Any]]) -> BatchFeature:
+        """What the processor makes of the audio and text of a batch; empty if no row has either."""
+        audio = [row.get("audio") for row in rows]
+        text = [row.get("text") for row in rows]
+        present = list(range(len(rows)))
+        if "audio_states" in rows[0] or "text_states" in rows[0]:
+            # A row that has nothing beside its states is nothing to the processor
+            present = [index for index in present if audio[index] is not None or (text[index] or "").strip()]
+            audio, text = [audio[index] for index in present], [text[index] for index in present]
+            if not present:
+                return BatchFeature()
+        batch = self.processor(  # type: ignore[call-arg]  # the base class routes flat keywords
+            audio=audio if any(clip is not None for clip in audio) else None,
+            text=text if any(text) else None,
+            sampling_rate=self.processor.feature_extractor.sampling_rate,
+            padding=True,
+            return_tensors="pt",
+        )
+        if len(present) < len(rows):
+            for name, value in batch.items():
+                fill = (self.processor.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+                batch[name] = value.new_full((len(rows), *value.shape[1:]), fill)
+                batch[name][present] = value
+        return batch
+
+
+def _pad_states(states: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encoder states [T_i, ...] -> [B, T, ...] of the same dtype, zero after their end, and the mask [B, T] int64."""
+    longest = max(1, *map(len, states))
+    padded = np.zeros((len(states), longest, *states[0].shape[1:]), dtype=states[0].dtype)
+    mask = np.zeros((len(states), longest), dtype=np.int64)
+    for index, row in enumerate(states):
+        padded[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
 def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) -> list[int]:

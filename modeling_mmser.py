@@ -9,7 +9,7 @@ Ta audio states, L tokens, D an encoder's width, C classes.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -412,16 +412,67 @@ class AttentiveStatsPooling(nn.Module):
         return torch.cat([mean, deviation], dim=-1).to(hidden_states.dtype)
 
 
+class Standardization(nn.Module):
+    """
+    `(x - mean) * scale`, with the mean and deviation of each dimension over training clips as buffers.
+
+    A LayerNorm divides by what the largest dimensions do; this leaves no dimension to drown beside another. And unlike
+    a BatchNorm it never mixes the clips of a batch.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., *shape] -> the same."""
+        return ((hidden_states.float() - self.mean) * self.scale).to(hidden_states.dtype)
+
+    def fit(self, moments: "Moments") -> None:
+        """Take over the mean and the deviation that were gathered; nothing gathered leaves all as it is."""
+        if moments.count == 0:
+            return
+        mean = moments.total / moments.count
+        deviation = (moments.square / moments.count - mean**2).clamp(min=0).sqrt()
+        self.mean.copy_(mean)
+        # A dimension that hardly moves carries nothing: leave it small instead of blowing up its noise
+        self.scale.copy_(1 / deviation.clamp(min=1e-2 * deviation.mean().item() + 1e-12))
+
+
+class Moments:
+    """Count, sum and sum of squares, in float64, of vectors that come in parts."""
+
+    def __init__(self):
+        self.count = 0
+        self.total: Any = 0.0
+        self.square: Any = 0.0
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors [N, ...]."""
+        vectors = vectors.double()
+        self.count += len(vectors)
+        self.total = self.total + vectors.sum(dim=0)
+        self.square = self.square + (vectors**2).sum(dim=0)
+
+
 class FusionLayer(nn.Module):
     """
     Gated multimodal unit (Arevalo et al. 2017, section 3.1) that knows which modality is there: a missing one gets
     gate 0.
     """
 
+    audio_norm: nn.Module
+    text_norm: nn.Module
+
     def __init__(self, config: MMSERConfig, audio_size: int, text_size: int):
         super().__init__()
-        self.audio_norm = nn.LayerNorm(audio_size)
-        self.text_norm = nn.LayerNorm(text_size)
+        norm = Standardization if config.fusion_norm == "standardization" else nn.LayerNorm
+        self.audio_norm = norm(audio_size)
+        self.text_norm = norm(text_size)
         self.audio = nn.Linear(audio_size, config.fusion_hidden_size)
         self.text = nn.Linear(text_size, config.fusion_hidden_size)
         self.gate = nn.Linear(audio_size + text_size, config.fusion_hidden_size)
@@ -1057,6 +1108,9 @@ class MMSERPreTrainedModel(PreTrainedModel):
                 init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, Standardization):
+            init.zeros_(module.mean)
+            init.ones_(module.scale)
         elif isinstance(module, MissingModality):
             init.normal_(module.embedding, std=0.02)
         elif isinstance(module, ClassAnchorClustering):
@@ -1076,8 +1130,6 @@ class MMSERPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MMSERModel):
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
-            init.zeros_(module.state_mean)
-            init.ones_(module.state_scale)
         elif isinstance(module, MMSERForAudioClassification):
             init.ones_(module.temperature)
         else:
@@ -1089,6 +1141,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
         audio_name_or_path: str | PreTrainedConfig,
         text_name_or_path: str | PreTrainedConfig,
         hub_kwargs: dict | None = None,
+        audio_num_hidden_layers: int | None = None,
         **config_overrides,
     ):
         """
@@ -1098,16 +1151,20 @@ class MMSERPreTrainedModel(PreTrainedModel):
             audio_name_or_path, text_name_or_path: Hub name or folder of each encoder. A config object instead starts
                 that encoder at random.
             hub_kwargs: `revision`, `token`, `cache_dir`... handed to both `from_pretrained` calls.
+            audio_num_hidden_layers: keep only that many of the audio encoder's layers, the first ones. The last ones
+                of an encoder trained to transcribe tell words, not how they are said.
             config_overrides: fields of `MMSERConfig`, e.g. `num_labels=7` or `classifier_num_layers=5`.
         Returns: the model in float32 and eval mode.
         Raises:
-            ValueError: a checkpoint that lacks weights of its encoder.
+            ValueError: a checkpoint that lacks weights of its encoder, or fewer layers in it than are to be kept.
         """
         hub_kwargs = hub_kwargs or {}
         audio_config, text_config = (
             source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **hub_kwargs)
             for source in (audio_name_or_path, text_name_or_path)
         )
+        if audio_num_hidden_layers is not None:
+            _keep_layers(audio_config, audio_num_hidden_layers)
         config = MMSERConfig(audio_config=audio_config, text_config=text_config, **config_overrides)
         config.audio_config.dtype = config.text_config.dtype = torch.float32
         model = cls(config)
@@ -1159,7 +1216,17 @@ def _load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str
     missing -= {"masked_spec_embed"}  # drawn at random where the checkpoint was trained without SpecAugment
     if missing & set(encoder.state_dict()):
         raise ValueError(f"{name_or_path!r} lacks weights of {type(encoder).__name__}: {sorted(missing)[:5]}...")
-    encoder.load_state_dict((source.encoder if prefix else source).state_dict())
+    wanted = encoder.state_dict()  # an encoder with fewer layers leaves the others where they are
+    state_dict = (source.encoder if prefix else source).state_dict()
+    encoder.load_state_dict({key: value for key, value in state_dict.items() if key in wanted})
+
+
+def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
+    """Change an audio encoder's configuration to the first `num_layers` of its layers."""
+    available = config.num_hidden_layers
+    if not 1 <= num_layers <= available:
+        raise ValueError(f"`audio_num_hidden_layers` must be from 1 to {available}, got {num_layers}.")
+    config.num_hidden_layers = num_layers
 
 
 class MMSERModel(MMSERPreTrainedModel):
@@ -1167,8 +1234,6 @@ class MMSERModel(MMSERPreTrainedModel):
 
     audio_encoder: PreTrainedModel
     text_encoder: PreTrainedModel
-    state_mean: Tensor
-    state_scale: Tensor
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -1181,8 +1246,7 @@ class MMSERModel(MMSERPreTrainedModel):
         if config.use_weighted_layer_sum:
             self.layer_weights = nn.Parameter(torch.zeros(config.audio_config.num_hidden_layers + 1))
         num_layers = 1 if self.layer_weights is None else len(self.layer_weights)
-        self.register_buffer("state_mean", torch.zeros(num_layers, audio_size))
-        self.register_buffer("state_scale", torch.ones(num_layers, audio_size))
+        self.state_norm = Standardization(num_layers, audio_size)
         self.missing_audio = MissingModality(audio_size)
         self.missing_text = MissingModality(text_size)
         self.audio_attention = CrossModalAttention(config, audio_size, text_size)
@@ -1208,6 +1272,8 @@ class MMSERModel(MMSERPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         text_attention_mask: torch.LongTensor | None = None,
         input_features: torch.FloatTensor | None = None,
+        audio_states: torch.FloatTensor | None = None,
+        text_states: torch.FloatTensor | None = None,
         output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -1221,32 +1287,42 @@ class MMSERModel(MMSERPreTrainedModel):
             text_attention_mask (`torch.LongTensor` of shape `(batch_size, num_tokens)`): likewise for the text.
             input_features (`torch.FloatTensor` of shape `(batch_size, num_mels, num_frames)`): log-mel frames, in
                 place of `input_values` for encoders that take them.
+            audio_states (`torch.FloatTensor` of shape `(batch_size, num_states, num_layers, hidden_size)`): what
+                `encode` returned earlier, in place of audio; `attention_mask` then is that of the states.
+            text_states (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`): likewise for the text.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
         Returns: `MMSERModelOutput`.
         Raises:
-            ValueError: neither audio nor text given, the wrong kind of audio input, or audio too short for one frame.
+            ValueError: neither audio nor text given, the wrong kind of audio input, audio too short for one frame, or
+                states beside the input that they are of, or of another shape.
         """
         audio = self._audio_input(input_values, input_features)
-        if audio is None and input_ids is None:
-            raise ValueError("Give audio (`input_values` or `input_features`), `input_ids`, or both.")
+        self._check_states(audio_states, text_states, audio, input_ids)
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         if output_attentions is None:
             output_attentions = getattr(self.config, "output_attentions", False)
         flags = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
         record: Any = None
-        batch_size = cast(Tensor, input_ids if audio is None else audio).shape[0]
 
+        layers: Sequence[Tensor] | None = None
         if audio is not None:
-            audio_states, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
+            layers, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
+        elif audio_states is not None:
+            layers = audio_states.to(self.dtype).unbind(dim=2)
+            audio_mask = _as_mask(attention_mask, audio_states)
         if input_ids is not None:
             text_flags = flags if record is None else {}
             text_states, text_mask, text_record = self._encode_text(input_ids, text_attention_mask, **text_flags)
             record = record or text_record
-        if audio is None:
-            audio_states, audio_mask = self._nothing(text_states, batch_size, self.missing_audio)
-        if input_ids is None:
-            text_states, text_mask = self._nothing(audio_states, batch_size, self.missing_text)
+        elif text_states is not None:
+            text_states, text_mask = text_states.to(self.dtype), _as_mask(text_attention_mask, text_states)
+        if layers is not None:
+            audio_states = self._weigh_layers(layers)
+        else:
+            audio_states, audio_mask = self._nothing(cast(Tensor, text_states), self.missing_audio)
+        if text_states is None:
+            text_states, text_mask = self._nothing(audio_states, self.missing_text)
 
         audio_states, audio_mask, has_audio = self.missing_audio(audio_states, audio_mask)
         text_states, text_mask, has_text = self.missing_text(text_states, text_mask)
@@ -1260,9 +1336,60 @@ class MMSERModel(MMSERPreTrainedModel):
             audio_embeds=audio_embeds,
             text_embeds=text_embeds,
             gate=gate,
-            hidden_states=_select_layers(record.hidden_states, output_hidden_states) if output_hidden_states else None,
-            attentions=record.attentions if output_attentions else None,
+            hidden_states=_select_layers(record.hidden_states, output_hidden_states)
+            if record and output_hidden_states
+            else None,
+            attentions=record.attentions if record and output_attentions else None,
         )
+
+    def encode(
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        text_attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        Run the encoders only. What they return depends on nothing that is trained after them, so with frozen encoders
+        it can be kept and given to `forward` in place of the audio and the text.
+
+        Args:
+            input_values, attention_mask, input_ids, text_attention_mask, input_features: see `forward`.
+        Returns: `audio_states` [B, Ta, layers, D] (all layers with `use_weighted_layer_sum`, else the last) and their
+            `attention_mask` int64 [B, Ta], if audio is given; `text_states` [B, L, D] and `text_attention_mask`
+            int64 [B, L], if text is.
+        """
+        states = {}
+        audio = self._audio_input(input_values, input_features)
+        if audio is not None:
+            layers, mask, _ = self._encode_audio(audio, attention_mask)
+            states |= {"audio_states": torch.stack(list(layers), dim=2), "attention_mask": mask.long()}
+        if input_ids is not None:
+            text_states, mask, _ = self._encode_text(input_ids, text_attention_mask)
+            states |= {"text_states": text_states, "text_attention_mask": mask.long()}
+        return states
+
+    def frozen_encoders(self) -> set[str]:
+        """Which of "audio" and "text" have an encoder without trainable parameters."""
+        encoders = {"audio": self.audio_encoder, "text": self.text_encoder}
+        return {name for name, encoder in encoders.items() if _is_frozen(encoder)}
+
+    def _check_states(self, audio_states, text_states, audio: Tensor | None, input_ids: Tensor | None) -> None:
+        if all(given is None for given in (audio, input_ids, audio_states, text_states)):
+            raise ValueError("Give audio (`input_values` or `input_features`), `input_ids`, or both.")
+        if (audio is not None and audio_states is not None) or (input_ids is not None and text_states is not None):
+            raise ValueError("Give `audio_states` in place of audio and `text_states` in place of `input_ids`.")
+        expected = {
+            "audio_states": tuple(self.state_norm.mean.shape),
+            "text_states": (len(self.missing_text.embedding),),
+        }
+        for name, states in (("audio_states", audio_states), ("text_states", text_states)):
+            if states is not None and tuple(states.shape[2:]) != expected[name]:
+                raise ValueError(
+                    f"`{name}` must have the shape (batch, time, {', '.join(map(str, expected[name]))}) for this "
+                    f"model, got {tuple(states.shape)}."
+                )
 
     def _audio_input(self, input_values: Tensor | None, input_features: Tensor | None) -> Tensor | None:
         expected, given = (
@@ -1276,9 +1403,14 @@ class MMSERModel(MMSERPreTrainedModel):
         return audio
 
     def _encode_audio(
-        self, audio: Tensor, attention_mask: Tensor | None, output_hidden_states: bool, output_attentions: bool
-    ) -> tuple[Tensor, Tensor, BaseModelOutput]:
-        """Return states [B, Ta, D], their bool mask [B, Ta] (rows without audio all False), the encoder's output."""
+        self,
+        audio: Tensor,
+        attention_mask: Tensor | None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[tuple[Tensor, ...], Tensor, BaseModelOutput]:
+        """Return states [B, Ta, D], one or one per layer, their bool mask [B, Ta] (rows without audio all False), and
+        the encoder's output."""
         encoder: Any = self.audio_encoder
         audio = audio.to(self.dtype)
         if attention_mask is None:
@@ -1294,22 +1426,25 @@ class MMSERModel(MMSERPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(encoder)):
             if self.config.uses_log_mel:
                 frame_mask = mask[:, ::2]
-                output = encoder(audio, attention_mask=safe_mask, **flags)
+                output = encoder(self._mask_log_mel(audio, mask), attention_mask=safe_mask, **flags)
             else:
                 frame_mask = self._frame_mask(mask)
                 flags["mask_time_indices"] = self._spec_augment(frame_mask)
                 if isinstance(encoder.feature_extractor.conv_layers[0], MaskedGroupNormConvLayer):
                     audio = torch.stack([audio, safe_mask.to(audio)], dim=1)  # (B, 2, T)
                 output = encoder(audio, attention_mask=safe_mask, **flags)
-        layers = self._audio_layers(output)
+        return self._audio_layers(output), frame_mask, output
+
+    def _weigh_layers(self, layers: Sequence[Tensor]) -> Tensor:
+        """Standardise the layers' states, each [B, Ta, D], and sum them by their weights to [B, Ta, D]."""
         # sum_l w_l (layer_l - mean_l) scale_l, with all that does not depend on the clip taken together
-        factors = self.state_scale.float()
+        factors = self.state_norm.scale.float()
         if self.layer_weights is not None:
             factors = F.softmax(self.layer_weights.float(), dim=0)[:, None] * factors
-        offset = (factors * self.state_mean.float()).sum(dim=0).to(layers[0])
+        offset = (factors * self.state_norm.mean.float()).sum(dim=0).to(layers[0])
         factors = factors.to(layers[0])
         states: Any = sum(factor * layer for factor, layer in zip(factors, layers, strict=True))
-        return states - offset, frame_mask, output
+        return states - offset
 
     def _audio_layers(self, output: BaseModelOutput) -> tuple[Tensor, ...]:
         """The states that enter the weighted sum, one or one per layer, each [B, Ta, D]."""
@@ -1322,42 +1457,60 @@ class MMSERModel(MMSERPreTrainedModel):
     @torch.no_grad()
     def fit_standardization(self, dataloader: Iterable[dict]) -> None:
         """
-        Standardise each dimension of each layer of the audio encoder by its mean and deviation over training clips.
+        Standardise, over training clips, each dimension of each layer of the audio encoder and, where
+        `config.fusion_norm` is "standardization", of the pooled vectors that enter the fusion.
 
         Pretrained encoders have a few dimensions that are tens of times larger than the others; every LayerNorm after
         them would divide the rest away. The numbers are buffers (0 and 1 until fitted): one clip's result does not
         depend on others, in training or after it. Call it once, before training.
 
         Args:
-            dataloader: batches of this model's inputs; other keys, and rows without audio, are passed over.
+            dataloader: batches of this model's inputs, gone through once or twice; other keys are passed over. Rows
+                without audio say nothing of the audio, rows without text nothing of the text.
         Raises:
-            ValueError: no batch has audio.
+            ValueError: there is no batch.
         """
         was_training = self.training
         self.eval()
-        self.state_mean.zero_()
-        self.state_scale.fill_(1.0)
-        name = "input_features" if self.config.uses_log_mel else "input_values"
-        count = 0
-        total = square = torch.zeros(self.state_mean.shape, dtype=torch.float64, device=self.device)
+        states, audio, text = Moments(), Moments(), Moments()
+        is_empty = True
         try:
-            for batch in logging.tqdm(dataloader, desc="Standardising audio states", leave=False):
-                if name not in batch:
-                    continue
-                audio, mask = batch[name].to(self.device), batch["attention_mask"].to(self.device)
-                _, mask, output = self._encode_audio(audio, mask, output_hidden_states=True, output_attentions=False)
-                layers = torch.stack([layer[mask].double() for layer in self._audio_layers(output)])
-                count += layers.shape[1]
-                total, square = total + layers.sum(dim=1), square + (layers**2).sum(dim=1)
+            for batch in self._inputs(dataloader, "Standardising audio states"):
+                is_empty = False
+                for layers, mask in self._layers_of(batch):
+                    states.add(torch.stack([layer[mask] for layer in layers], dim=1))
+            self.state_norm.fit(states)
+            if isinstance(self.fusion.audio_norm, Standardization):
+                for batch in self._inputs(dataloader, "Standardising pooled vectors"):
+                    output = self(**batch)
+                    for moments, embeds, name in (
+                        (audio, output.audio_embeds, "attention_mask"),
+                        (text, output.text_embeds, "text_attention_mask"),
+                    ):
+                        if name in batch:
+                            moments.add(embeds[batch[name].bool().any(dim=1)])
+                self.fusion.audio_norm.fit(audio)
+                cast(Standardization, self.fusion.text_norm).fit(text)
         finally:
             self.train(was_training)
-        if count == 0:
-            raise ValueError("`dataloader` gave no batch with audio.")
-        mean = total / count
-        deviation = (square / count - mean**2).clamp(min=0).sqrt()
-        self.state_mean.copy_(mean)
-        # A dimension that hardly moves carries nothing: leave it small instead of blowing up its noise
-        self.state_scale.copy_(1 / deviation.clamp(min=1e-2 * deviation.mean().item() + 1e-12))
+        if is_empty:
+            raise ValueError("`dataloader` gave no batch.")
+
+    def _inputs(self, dataloader: Iterable[dict], description: str) -> Iterator[dict[str, Tensor]]:
+        names = inspect.signature(self.forward).parameters
+        for batch in logging.tqdm(dataloader, desc=description, leave=False):
+            yield {name: value.to(self.device) for name, value in batch.items() if name in names}
+
+    def _layers_of(self, batch: dict[str, Tensor]) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+        """The states [B, Ta, D] of each layer for a batch, and their mask, if it has audio."""
+        if "audio_states" in batch:
+            states = batch["audio_states"].to(self.dtype)
+            yield states.unbind(dim=2), _as_mask(batch.get("attention_mask"), states)
+            return
+        audio = self._audio_input(batch.get("input_values"), batch.get("input_features"))
+        if audio is not None:
+            layers, mask, _ = self._encode_audio(audio, batch.get("attention_mask"))
+            yield layers, mask
 
     def _frame_mask(self, mask: Tensor) -> Tensor:
         """Follow the sample mask, bool [B, T], through a waveform encoder's convolutions to its frames [B, Ta]."""
@@ -1376,6 +1529,23 @@ class MMSERModel(MMSERPreTrainedModel):
             return None
         return time_mask(frame_mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
 
+    def _mask_log_mel(self, input_features: Tensor, mask: Tensor) -> Tensor:
+        """SpecAugment in training: spans of frames and of mel bands become 0, as in Transformers' Whisper."""
+        config = self.config.audio_config
+        if not (self.audio_encoder.training and config.apply_spec_augment):
+            return input_features
+        masked = torch.zeros_like(mask)[:, None]
+        if config.mask_time_prob > 0:
+            spans = time_mask(mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
+            masked = masked | spans[:, None]
+        if config.mask_feature_prob > 0:
+            bands = torch.ones_like(input_features[..., 0], dtype=torch.bool)
+            bands = time_mask(
+                bands, config.mask_feature_prob, config.mask_feature_length, config.mask_feature_min_masks
+            )
+            masked = masked | bands[..., None]
+        return input_features.masked_fill(masked, 0.0)
+
     def _encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None, **flags
     ) -> tuple[Tensor, Tensor, BaseModelOutput]:
@@ -1387,10 +1557,10 @@ class MMSERModel(MMSERPreTrainedModel):
             )
         return output.last_hidden_state, mask, output
 
-    def _nothing(self, other: Tensor, batch_size: int, missing: MissingModality) -> tuple[Tensor, Tensor]:
-        """One empty position per clip, for a modality that the whole batch lacks."""
-        states = other.new_zeros(batch_size, 1, len(missing.embedding))
-        return states, torch.zeros(batch_size, 1, dtype=torch.bool, device=other.device)
+    def _nothing(self, other: Tensor, missing: MissingModality) -> tuple[Tensor, Tensor]:
+        """One empty position per clip of `other`, for a modality that the whole batch lacks."""
+        states = other.new_zeros(len(other), 1, len(missing.embedding))
+        return states, torch.zeros(len(other), 1, dtype=torch.bool, device=other.device)
 
 
 def _select_layers(
@@ -1401,6 +1571,13 @@ def _select_layers(
         return hidden_states
     kept = {index % len(hidden_states) for index in wanted}
     return tuple(states if index in kept else None for index, states in enumerate(hidden_states))
+
+
+def _as_mask(attention_mask: Tensor | None, states: Tensor) -> Tensor:
+    """The bool mask [B, T] of states [B, T, ...]: all valid by default."""
+    if attention_mask is None:
+        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    return attention_mask.bool()
 
 
 def _is_frozen(module: nn.Module) -> bool:
@@ -1441,13 +1618,16 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         use_openmax: bool | None = None,
         input_features: torch.FloatTensor | None = None,
         teacher_logits: torch.FloatTensor | None = None,
+        audio_states: torch.FloatTensor | None = None,
+        text_states: torch.FloatTensor | None = None,
         output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> MMSEROutput:
         r"""
         Args:
-            input_values, attention_mask, input_ids, text_attention_mask, input_features: see `MMSERModel.forward`.
+            input_values, attention_mask, input_ids, text_attention_mask, input_features, audio_states, text_states:
+                see `MMSERModel.forward`.
             labels (`torch.LongTensor` of shape `(batch_size,)`): class ids, for the loss.
             use_openmax (`bool`, *optional*): `None` returns open-set probabilities if OpenMax is fitted and
                 `config.use_openmax`; `True` insists on them; `False` leaves them out.
@@ -1463,6 +1643,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             input_ids=input_ids,
             text_attention_mask=text_attention_mask,
             input_features=input_features,
+            audio_states=audio_states,
+            text_states=text_states,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,

@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from caching_mmser import CachedStatesDataset, EncoderStateCache
 from configuration_mmser import MMSERConfig
 from data_mmser import (
     Augmenter,
@@ -62,7 +63,9 @@ from training_mmser import MMSERTrainer, MMSERTrainingArguments, last_complete_c
 
 logger = logging.get_logger("train_hf")
 OWN_LOGGERS = ("train_hf", "eval_hf")
-OWN_LOGGERS += tuple(f"{name}_mmser" for name in ("data", "evaluation", "modeling", "processing", "training"))
+OWN_LOGGERS += tuple(
+    f"{name}_mmser" for name in ("caching", "data", "evaluation", "modeling", "processing", "training")
+)
 
 STREAM_BUFFER = 1000  # clips held to shuffle a stream
 STREAM_SAMPLE = 2000  # clips of a stream that OpenMax is fitted on
@@ -97,6 +100,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "JSON: fields of the text encoder's configuration; with --random_text_encoder."},
     )
+    audio_num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Keep only that many layers of the pretrained audio encoder, the first ones."}
+    )
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": "JSON: fields of MMSERConfig, e.g. '{\"classifier_num_layers\": 5}'."}
     )
@@ -119,6 +125,10 @@ class ModelArguments:
         for kind in ("audio", "text"):
             if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
                 raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
+        if self.audio_num_hidden_layers is not None and (self.model_name_or_path or self.random_audio_encoder):
+            raise ValueError(
+                "--audio_num_hidden_layers cuts a pretrained audio encoder: give it when starting from one."
+            )
 
 
 @dataclass
@@ -193,6 +203,15 @@ class DataArguments(SourceArguments):
         },
     )
     augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
+    cache_encoder_states: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the states of frozen encoders: computed once, read in every later epoch and run."
+        },
+    )
+    augmented_copies: int = field(
+        default=4, metadata={"help": "Augmented copies of each clip in that folder; epochs take turns with them."}
+    )
     text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
     audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
 
@@ -264,7 +283,11 @@ def load_model(
             if getattr(arguments, f"random_{kind}_encoder"):
                 sources[kind] = random_encoder_config(kind, arguments)
         model = MMSERForAudioClassification.from_backbones(
-            sources["audio"], sources["text"], **labels, **arguments.config_overrides
+            sources["audio"],
+            sources["text"],
+            audio_num_hidden_layers=arguments.audio_num_hidden_layers,
+            **labels,
+            **arguments.config_overrides,
         )
     if arguments.freeze_audio:
         model.freeze_audio_encoder()
@@ -285,6 +308,19 @@ def encoder_name(arguments: ModelArguments, kind: str) -> str:
         return name
     changed = " with other sizes" if getattr(arguments, f"{kind}_config_overrides") else ""
     return f"{name} architecture{changed}, started at random"
+
+
+def encoder_cache(
+    arguments: DataArguments, training_arguments: MMSERTrainingArguments, model, processor: MMSERProcessor
+) -> EncoderStateCache | None:
+    """The cache for the states of the frozen encoders, if one is wanted."""
+    if arguments.cache_encoder_states is None:
+        return None
+    if arguments.streaming:
+        raise ValueError("--cache_encoder_states goes over the clips before training; it cannot with --streaming.")
+    precision = torch.bfloat16 if training_arguments.bf16 else torch.float16 if training_arguments.fp16 else None
+    model.to(training_arguments.device)
+    return EncoderStateCache(arguments.cache_encoder_states, model, processor, autocast=precision)
 
 
 def load_data(arguments: DataArguments, seed: int):
@@ -398,10 +434,18 @@ def main(arguments: list[str] | None = None) -> dict:
     logger.info("Parameters:\n" + format_table(parameters, ["part", "parameters", "trainable"]))
 
     dataset_class = EmotionIterableDataset if data_arguments.streaming else EmotionDataset
-    options = {"seed": training_arguments.seed, "on_bad_example": data_arguments.on_bad_example, **reader_options}
+    options = {"seed": data_seed, "on_bad_example": data_arguments.on_bad_example, **reader_options}
+
+    cache = encoder_cache(data_arguments, training_arguments, model, processor)
+
+    def cached(dataset, copies: int = 0):
+        if cache is None:
+            return dataset
+        with training_arguments.main_process_first():
+            return CachedStatesDataset(dataset, cache, copies)
 
     def evaluation_dataset(split, **more):
-        return dataset_class(split, **options, **more)
+        return cached(dataset_class(split, **options, **more))
 
     train_dataset = dataset_class(
         splits["train"],
@@ -411,6 +455,7 @@ def main(arguments: list[str] | None = None) -> dict:
         audio_dropout=data_arguments.audio_dropout,
         **options,
     )
+    train_dataset = cached(train_dataset, data_arguments.augmented_copies if data_arguments.augment else 0)
     if "validation" not in splits:  # nothing to evaluate on while training, so no best checkpoint either
         training_arguments.eval_strategy, training_arguments.load_best_model_at_end = "no", False
     trainer = MMSERTrainer(

@@ -37,12 +37,14 @@ from modeling_mmser import MMSERForAudioClassification, MMSEROutput, check_finit
 
 logger = logging.get_logger(__name__)
 
-# name: (prefixes of the parameters, learning rate multiplier, weight decay), as published
+# name: (prefixes of the parameters, learning rate multiplier, weight decay), as published but for the layer weights
 PARAMETER_GROUPS = {
     "audio_encoder": (("mmser.audio_encoder.",), 0.1, 0.025),
     "text_encoder": (("mmser.text_encoder.",), 0.1, 0.025),
     "cross_modal_attention": (("mmser.audio_attention.", "mmser.text_attention."), 1.0, 0.05),
-    "pooling": (("mmser.audio_pooling.", "mmser.text_pooling.", "mmser.layer_weights"), 1.0, 0.05),
+    "pooling": (("mmser.audio_pooling.", "mmser.text_pooling."), 1.0, 0.05),
+    # Not published. A dozen numbers for all dimensions: at the learning rate of the others they stay where they are
+    "layer_weights": (("mmser.layer_weights",), 20.0, 0.0),
     "fusion": (("mmser.fusion.", "mmser.missing_audio.", "mmser.missing_text."), 1.0, 0.05),
     "classifier": (("classifier.",), 1.5, 0.06),
     "anchors": (("anchors.",), 2.0, 0.04),
@@ -327,14 +329,13 @@ class MMSERTrainer(Trainer):
         return outputs
 
     def fit_standardization(self, dataset) -> None:
-        """`MMSERModel.fit_standardization` over a data set, the same on every process, if it has audio."""
+        """`MMSERModel.fit_standardization` over a data set, the same on every process."""
         collate, batch_size = self.data_collator, self.args.per_device_eval_batch_size
         loader = DataLoader(
             dataset, batch_size=batch_size, collate_fn=collate, num_workers=self.args.dataloader_num_workers
         )
         backbone = self.accelerator.unwrap_model(self.model).base_model
-        if "audio" in next(iter(dataset)):
-            backbone.to(self.args.device).fit_standardization(loader)
+        backbone.to(self.args.device).fit_standardization(loader)
 
     def finalize(self, train_dataset, calibration_dataset=None) -> dict[str, float]:
         """

@@ -812,6 +812,21 @@ def test_one_modality_alone(folder, processor):
         EmotionDataset(data["test"], use_audio=False, use_text=False)[0]
 
 
+def test_waveform_and_content_of_a_row(folder):
+    data, _ = load_emotion_dataset(folder)
+    dataset = EmotionDataset(
+        data["train"], training=True, augmenter=Augmenter(probability=1.0), max_seconds=0.06, text_dropout=1.0
+    )
+    row = data["train"][3]
+    waveform = dataset.reader.waveform(row, augmentation_generator(42, 0, 3))
+    np.testing.assert_array_equal(waveform, dataset[3]["audio"])
+    assert dataset.reader.content(row) == (folder / "train" / "3.wav").read_bytes()
+    assert EmotionDataset(data["train"], use_audio=False).reader.content(row) is None
+    (folder / "train" / "3.wav").unlink()
+    with pytest.raises(ValueError, match=r"train/metadata.csv row 5: cannot read .*3.wav"):
+        dataset.reader.content(row)
+
+
 def break_files(folder, indices):
     for index in indices:
         (folder / "train" / f"{index}.wav").write_bytes(b"this is not audio")
@@ -892,6 +907,52 @@ def test_log_mel_batches():
     assert full["input_features"].shape[:2] == (2, 8)
     assert set(full) == set(no_audio)
     assert no_audio["input_features"].shape == (1, 8, 2) and no_audio["attention_mask"].shape == (1, 2)
+
+
+def states(rows, *shape):
+    return np.arange(rows * np.prod(shape), dtype=np.float16).reshape(rows, *shape) + 1
+
+
+def test_states_are_padded_as_they_are(processor):
+    collator = MMSERDataCollator(processor)
+    rows = [(3, 0), (0, 2), (1, 4)]
+    examples = [
+        {"audio_states": states(frames, 2, 5), "text_states": states(tokens, 6), "labels": label, "length": 0}
+        for label, (frames, tokens) in enumerate(rows)
+    ]
+    batch = collator([*examples, None])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
+    assert batch["text_attention_mask"].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["attention_mask"].dtype == batch["text_attention_mask"].dtype == torch.int64
+    assert batch["audio_states"].dtype == torch.float16 and batch["audio_states"].shape == (3, 3, 2, 5)
+    assert batch["text_states"].shape == (3, 4, 6) and batch["labels"].tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(batch["audio_states"][0], examples[0]["audio_states"])
+    np.testing.assert_array_equal(batch["text_states"][1, :2], examples[1]["text_states"])
+    assert not batch["audio_states"][2, 1:].any() and not batch["text_states"][0].any()
+    no_audio = collator([examples[1]])
+    assert set(no_audio) == set(batch)
+    assert no_audio["audio_states"].shape == (1, 1, 2, 5) and not no_audio["attention_mask"].any()
+
+
+def test_states_beside_raw_text_or_audio(processor):
+    collator = MMSERDataCollator(processor)
+    texts = [None, "text 1", " "]
+    examples = [{"audio_states": states(2, 1, 5), "text": text, "labels": 0, "length": 0} for text in texts]
+    batch = collator(examples)
+    alone = processor(text=["text 1"])
+    assert set(batch) == {"audio_states", "attention_mask", "input_ids", "text_attention_mask", "labels"}
+    assert batch["text_attention_mask"].sum(1).tolist() == [0, 4, 0]
+    torch.testing.assert_close(batch["input_ids"][1:2], alone["input_ids"])
+    assert (batch["input_ids"][[0, 2]] == processor.tokenizer.pad_token_id).all()
+    no_text = collator(examples[:1])
+    assert set(no_text) == set(batch) and no_text["input_ids"].shape == (1, 1)
+
+    clips = [sine(0.05), None, sine(0.1)]
+    batch = collator([{"audio": clip, "text_states": states(2, 6), "labels": 0, "length": 0} for clip in clips])
+    assert set(batch) == {"input_values", "attention_mask", "text_states", "text_attention_mask", "labels"}
+    assert batch["attention_mask"].sum(1).tolist() == [800, 0, 1600] and batch["text_attention_mask"].all()
+    alone = processor(audio=[clips[2]], sampling_rate=RATE)
+    torch.testing.assert_close(batch["input_values"][2:], alone["input_values"])
 
 
 def test_class_counts(folder):

@@ -42,6 +42,7 @@ PUBLISHED = {
     "text_encoder": (0.1, 0.025),
     "cross_modal_attention": (1.0, 0.05),
     "pooling": (1.0, 0.05),
+    "layer_weights": (20.0, 0.0),  # not published
     "fusion": (1.0, 0.05),
     "classifier": (1.5, 0.06),
     "anchors": (2.0, 0.04),
@@ -120,6 +121,7 @@ def modules_of_groups(model):
         "text_encoder": [base.text_encoder],
         "cross_modal_attention": [base.audio_attention, base.text_attention],
         "pooling": [base.audio_pooling, base.text_pooling],
+        "layer_weights": [],
         "fusion": [base.fusion, base.missing_audio, base.missing_text],
         "classifier": [model.classifier],
         "anchors": [model.anchors],
@@ -144,7 +146,7 @@ def test_every_parameter_is_in_exactly_one_published_group(whisper):
         expected = {
             id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad
         }
-        expected |= {id(model.mmser.layer_weights)} if name == "pooling" else set()
+        expected |= {id(model.mmser.layer_weights)} if name == "layer_weights" else set()
         assert members(groups, name) == expected, name
 
 
@@ -213,7 +215,7 @@ def test_the_optimiser_has_the_groups_and_the_log_their_names_and_sizes(splits, 
     lines = [record.message for record in log.records if record.name == "training_mmser"]
     for name, modules in modules_of_groups(trainer.model).items():
         size = sum(parameter.numel() for module in modules for parameter in module.parameters())
-        size += trainer.model.mmser.layer_weights.numel() if name == "pooling" else 0
+        size += trainer.model.mmser.layer_weights.numel() if name == "layer_weights" else 0
         line = next(line for line in lines if f"group {name}:" in line)
         assert f"{size:,} parameters" in line and f"weight decay {PUBLISHED[name][1]}" in line
 

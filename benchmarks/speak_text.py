@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speaks sentences in a flat voice; only the words carry the emotion: `python benchmarks/speak_text.py IN OUT`.
+
+IN holds `{train,validation,test}.csv` with the columns transcription, label, language and license (emotion and corpus
+are optional). Read: `spoken_words` and `draw_settings` (how a sentence is said, whatever its label), `choose` (which
+ones), `speak_split`, `main`. Same seed, same bytes. What is missing of an interrupted corpus is added by the same
+command; speaking is quick, and eSpeak NG keeps state, so all sentences are spoken again.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from demo.synthesize_corpus import SAMPLING_RATE, VOICES, Espeak, Prosody
+
+LONGEST = 12.0  # seconds of speech; longer sentences are left out
+RATES, PITCHES = (140, 200), (25, 75)  # words per minute, 0..99; both drawn uniformly
+LEVELS = (-30.0, -20.0)  # dBFS, root mean square
+SILENCES = (0.05, 0.15)  # seconds, before and after
+SPLITS = ("train", "validation", "test")
+# ISO 639 code: name of the eSpeak NG voice
+LANGUAGES = {code: code for code in ("en", "de", "es", "fr", "pl", "tr", "pt", "ru", "fi", "it", "hi")} | {"zh": "cmn"}
+REQUIRED = ("transcription", "label", "language", "license")
+COLUMNS = ("file_name", "label", "emotion", "transcription", "speaker", "corpus", "language", "license")
+CORPUS = "spoken"  # "XED" becomes "XED-spoken"
+SETTINGS_FILE = "settings.json"
+
+Row = dict[str, str]
+
+
+class Settings(NamedTuple):
+    """How one sentence is said; nothing here depends on its label."""
+
+    voice: str  # eSpeak NG variant
+    rate: float  # words per minute
+    pitch: float  # 0..99, of the whole sentence: the pitch range is 0
+    level: float  # dBFS
+    before: float  # seconds of silence
+    after: float
+
+
+def spoken_words(text: str) -> str:
+    """The words of a sentence without the punctuation and symbols, which eSpeak NG would turn into prosody.
+
+    Apostrophes and hyphens inside words stay. The result is empty if there is nothing to say.
+    """
+    text = unicodedata.normalize("NFC", text).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") or c in "'-" else " " for c in text)
+    return " ".join(word for word in (word.strip("'-") for word in "".join(kept).split()) if word)
+
+
+def draw_settings(split: str, rng: np.random.Generator) -> Settings:
+    """Draws voice, rate, pitch, level and silences; no voice is in two splits."""
+    voices = VOICES[split]
+    return Settings(
+        voices[rng.integers(len(voices))], *(rng.uniform(*r) for r in (RATES, PITCHES, LEVELS, SILENCES, SILENCES))
+    )
+
+
+def render(words: str, language: str, settings: Settings, engine: Espeak) -> np.ndarray | None:
+    """Speaks words in a monotone.
+
+    Args:
+        words: what `spoken_words` returns.
+        language: a key of `LANGUAGES`.
+        settings: what `draw_settings` returns.
+        engine: eSpeak NG.
+
+    Returns:
+        float64 [T] at 16 kHz in (-1, 1), or None if it would be longer than 12 seconds.
+    """
+    prosody = Prosody(settings.rate, settings.pitch, pitch_range=0, volume=60, tilt=0, fade=0, emphasis=0)
+    audio = engine.say(words, LANGUAGES[language], settings.voice, prosody).astype(np.float64)
+    if len(audio) > LONGEST * SAMPLING_RATE:
+        return None
+    position = np.arange(len(audio))
+    audio *= np.minimum(np.minimum(position, position[::-1]) / 160, 1.0)  # 10 ms ramps: no clicks
+    audio *= 10 ** (settings.level / 20) / np.sqrt(np.mean(audio**2))
+    audio *= min(1.0, 0.98 / np.abs(audio).max())
+    return np.pad(audio, [round(seconds * SAMPLING_RATE) for seconds in (settings.before, settings.after)])
+
+
+def read_table(path: Path) -> list[Row]:
+    """Reads one split.
+
+    Raises:
+        ValueError: the file, a column or a row is not usable.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the folder must hold {', '.join(f'{s}.csv' for s in SPLITS)}")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), reader.fieldnames or []
+    missing = [column for column in REQUIRED if column not in columns]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(columns) or 'none'}")
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, row {number}: the number of cells differs from the number of columns")
+        if row["language"] not in LANGUAGES:
+            raise ValueError(f"{path}, row {number}: no voice for {row['language']!r}, only {', '.join(LANGUAGES)}")
+    return rows
+
+
+def choose(rows: Sequence[Row], limit: int, rng: np.random.Generator) -> list[Row]:
+    """Draws at most `limit` rows in random order, as evenly over the pairs of language and label as there are rows."""
+    order = rng.permutation(len(rows))
+    taken: Counter[tuple[str, str]] = Counter()
+    rank = np.empty(len(rows), int)  # how many of the same language and label come before
+    for index in order:
+        group = (rows[index]["language"], rows[index]["label"])
+        rank[index] = taken[group]
+        taken[group] += 1
+    chosen = order[np.argsort(rank[order], kind="stable")][:limit]
+    return [rows[index] for index in rng.permutation(chosen)]  # else rare languages would come first
+
+
+def speak_split(
+    folder: Path, rows: Sequence[Row], engine: Espeak, seed: Sequence[int], progress: tqdm
+) -> tuple[list[Row], Counter, float]:
+    """Writes the audio of one split, but for files that are there, and then its `metadata.csv`.
+
+    Returns:
+        The rows of `metadata.csv`, how many sentences were left out and why, and the seconds of audio.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Row] = []
+    left_out: Counter[str] = Counter()
+    samples = 0
+    for index, row in enumerate(rows):
+        progress.update()
+        words = spoken_words(row["transcription"])
+        if not words:
+            left_out["nothing to say"] += 1
+            continue
+        settings = draw_settings(folder.name, np.random.default_rng((*seed, index)))
+        audio = render(words, row["language"], settings, engine)
+        if audio is None:
+            left_out[f"longer than {LONGEST:g} s"] += 1
+            continue
+        file = folder / f"{index:05d}.flac"
+        if not file.is_file():
+            partial = file.with_suffix(".partial")
+            soundfile.write(partial, audio, SAMPLING_RATE, subtype="PCM_16", format="FLAC")
+            partial.replace(file)  # only whole files have the name
+        samples += len(audio)
+        corpus = f"{row['corpus']}-{CORPUS}" if row.get("corpus") else CORPUS
+        speaker = f"{row['language']}+{settings.voice}"
+        new = {"file_name": file.name, "emotion": "", "speaker": speaker, "corpus": corpus}
+        written.append({column: new.get(column) or row.get(column, "") for column in COLUMNS})
+    _write_metadata(folder / "metadata.csv", written)
+    return written, left_out, samples / SAMPLING_RATE
+
+
+def _write_metadata(path: Path, rows: Sequence[Row]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def _check_output(folder: Path, settings: dict[str, Any]) -> None:
+    """Starts a corpus in a new or empty folder, or goes on with one that has the same settings."""
+    file = folder / SETTINGS_FILE
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        differing = sorted(name for name in settings | stored if settings.get(name) != stored.get(name))
+        if differing:
+            raise FileExistsError(f"{folder} was begun with another {', '.join(differing)}; give a new folder")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is no corpus of this script; give a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def speak_text(
+    table_dir: str | os.PathLike, output_dir: str | os.PathLike, limits: dict[str, int], seed: int = 42
+) -> str:
+    """Writes the corpus: `{train,validation,test}/metadata.csv` with 16 kHz FLAC files.
+
+    Args:
+        table_dir: folder with `{train,validation,test}.csv`.
+        output_dir: new or empty folder, or a corpus with the same settings, of which the missing files are written.
+        limits: the most sentences of each split.
+        seed: of the choice of sentences and of how they are said.
+
+    Returns:
+        A summary: clips and seconds per split, label and language, and what was left out.
+
+    Raises:
+        FileExistsError: `output_dir` holds something else; nothing in it is touched.
+        ImportError: espeakng-loader is not installed.
+        ValueError: a table or an argument is not usable.
+    """
+    if seed < 0 or any(limit < 1 for limit in limits.values()):
+        raise ValueError(f"seed must not be negative and limits must be at least 1, got {seed} and {limits}")
+    tables = {split: read_table(Path(table_dir) / f"{split}.csv") for split in SPLITS}
+    digest = hashlib.sha256(json.dumps(tables, ensure_ascii=False).encode()).hexdigest()
+    engine = Espeak()
+    folder = Path(output_dir)
+    _check_output(folder, {"table": digest, "seed": seed, **{f"max_{split}": limits[split] for split in SPLITS}})
+    chosen = {
+        split: choose(rows, limits[split], np.random.default_rng((seed, number)))
+        for number, (split, rows) in enumerate(tables.items())
+    }
+    lines = []
+    with tqdm(total=sum(map(len, chosen.values())), unit="sentence", desc="speaking") as progress:
+        for number, (split, rows) in enumerate(chosen.items()):
+            written, left_out, seconds = speak_split(folder / split, rows, engine, (seed, number), progress)
+            lines.append(f"{split}: {len(written)} clips, {seconds:.0f} s; left out: {dict(left_out) or 'none'}")
+            lines += _counts(written)
+    return "\n".join(lines)
+
+
+def _counts(rows: Sequence[Row]) -> list[str]:
+    """One line per language with its number of clips per label."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        counts[row["language"]][row["emotion"] or row["label"]] += 1
+    return [
+        f"  {language}: " + ", ".join(f"{label} {count}" for label, count in sorted(counts[language].items()))
+        for language in sorted(counts)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        description="Speak emotional sentences in a flat eSpeak NG voice, so that only the words carry the emotion.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("table_dir", help="folder with train.csv, validation.csv and test.csv")
+    parser.add_argument("output_dir", help="new or empty folder, or an interrupted corpus of the same settings")
+    for split, limit in zip(SPLITS, (3000, 400, 800), strict=True):
+        parser.add_argument(f"--max_{split}", type=int, default=limit, help=f"most sentences in {split}")
+    parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")
+    options = parser.parse_args(arguments)
+    limits = {split: getattr(options, f"max_{split}") for split in SPLITS}
+    try:
+        summary = speak_text(options.table_dir, options.output_dir, limits, options.seed)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{summary}\n\nSynthetic speech in {options.output_dir}: its voice carries no emotion, only its words do.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
