@@ -7,6 +7,7 @@ and `MMSERForAudioClassification` (heads, loss, calibration). Shape letters: B c
 Ta audio states, L tokens, D an encoder's width, C classes.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -349,6 +350,9 @@ class CrossModalAttention(nn.Module):
     """
     One modality attends to the other: multi-head attention in a shared width, then residual and LayerNorm.
 
+    What is attended to starts at zero, as the branches of `ResidualBlock` do: at first each modality passes as it is,
+    and the other one is let in as far as it helps.
+
     Args:
         config: gives the shared width, heads and dropout.
         query_size: width of the attending states, which is also the width of the result.
@@ -365,6 +369,7 @@ class CrossModalAttention(nn.Module):
         self.key = nn.Linear(context_size, shared_size, bias=False)  # a key bias cancels out in the softmax
         self.value = nn.Linear(context_size, shared_size)
         self.output = nn.Linear(shared_size, query_size)
+        self.output.starts_at_zero = True  # type: ignore[assignment]  # a plain mark, not a tensor
         self.dropout = nn.Dropout(config.cross_attention_dropout)
         self.layer_norm = nn.LayerNorm(query_size)
 
@@ -433,11 +438,13 @@ class Standardization(nn.Module):
         return ((hidden_states.float() - self.mean) * self.scale).to(hidden_states.dtype)
 
     def fit(self, moments: "Moments") -> None:
-        """Take over the mean and the deviation that were gathered; nothing gathered leaves all as it is."""
+        """Take over the mean and the deviation that were gathered; vectors that are all alike leave all as it is."""
         if moments.count == 0:
             return
         mean = moments.total / moments.count
         deviation = (moments.square / moments.count - mean**2).clamp(min=0).sqrt()
+        if deviation.mean() <= 1e-4 * mean.abs().mean():  # one clip, or one sentence over and over
+            return
         self.mean.copy_(mean)
         # A dimension that hardly moves carries nothing: leave it small instead of blowing up its noise
         self.scale.copy_(1 / deviation.clamp(min=1e-2 * deviation.mean().item() + 1e-12))
@@ -1164,7 +1171,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
             for source in (audio_name_or_path, text_name_or_path)
         )
         if audio_num_hidden_layers is not None:
-            _keep_layers(audio_config, audio_num_hidden_layers)
+            audio_config = _keep_layers(audio_config, audio_num_hidden_layers)
         config = MMSERConfig(audio_config=audio_config, text_config=text_config, **config_overrides)
         config.audio_config.dtype = config.text_config.dtype = torch.float32
         model = cls(config)
@@ -1221,12 +1228,14 @@ def _load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str
     encoder.load_state_dict({key: value for key, value in state_dict.items() if key in wanted})
 
 
-def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
-    """Change an audio encoder's configuration to the first `num_layers` of its layers."""
+def _keep_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """An audio encoder's configuration with the first `num_layers` of its layers; the one given is left as it is."""
     available = config.num_hidden_layers
     if not 1 <= num_layers <= available:
         raise ValueError(f"`audio_num_hidden_layers` must be from 1 to {available}, got {num_layers}.")
+    config = copy.deepcopy(config)
     config.num_hidden_layers = num_layers
+    return config
 
 
 class MMSERModel(MMSERPreTrainedModel):
@@ -1483,12 +1492,12 @@ class MMSERModel(MMSERPreTrainedModel):
             if isinstance(self.fusion.audio_norm, Standardization):
                 for batch in self._inputs(dataloader, "Standardising pooled vectors"):
                     output = self(**batch)
-                    for moments, embeds, name in (
-                        (audio, output.audio_embeds, "attention_mask"),
-                        (text, output.text_embeds, "text_attention_mask"),
+                    for moments, embeds, name, inputs in (
+                        (audio, output.audio_embeds, "attention_mask", {self.main_input_name, "audio_states"}),
+                        (text, output.text_embeds, "text_attention_mask", {"input_ids", "text_states"}),
                     ):
-                        if name in batch:
-                            moments.add(embeds[batch[name].bool().any(dim=1)])
+                        if inputs & batch.keys():
+                            moments.add(embeds[batch[name].bool().any(dim=1)] if name in batch else embeds)
                 self.fusion.audio_norm.fit(audio)
                 cast(Standardization, self.fusion.text_norm).fit(text)
         finally:

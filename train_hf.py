@@ -413,6 +413,8 @@ def main(arguments: list[str] | None = None) -> dict:
         processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)
     teacher = None
     if model_arguments.teacher_name_or_path:
+        if data_arguments.cache_encoder_states:
+            raise ValueError("--cache_encoder_states keeps states of this model's encoders: a teacher has its own.")
         teacher = MMSERForAudioClassification.from_pretrained(model_arguments.teacher_name_or_path)
     reader_options = {
         "sampling_rate": processor.feature_extractor.sampling_rate,

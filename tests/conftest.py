@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several test files ask for by name."""
 
+import importlib.util
 import logging as python_logging
+import sys
 
 import pytest
 import torch
 from transformers.utils import logging
 
 import train_hf
+
+
+@pytest.fixture(scope="module")
+def script(request):
+    """The program that a test file names in SCRIPT, as a module."""
+    specification = importlib.util.spec_from_file_location(request.module.SCRIPT.stem, request.module.SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    yield module
+    del sys.modules[specification.name]
 
 
 @pytest.fixture

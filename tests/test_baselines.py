@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `benchmarks/baselines.py`: known signals, separable data, and what Transformers' Whisper really loads."""
 
-import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -19,14 +18,6 @@ from data_mmser import EmotionDataset
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "baselines.py"
 RATE = 16_000
 LABELS = ["neutral", "happy"]
-
-
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("baselines", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 # ---- the largest class

@@ -2,7 +2,6 @@
 """Tests of `benchmarks/open_set.py`: who is chosen by and who judged by, what is fitted, the report."""
 
 import functools
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,14 +14,6 @@ from evaluation_mmser import auroc, softmax
 from modeling_mmser import OpenMax
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "open_set.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("open_set", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def clips(speakers, rng):

@@ -22,6 +22,7 @@ def test_defaults_are_the_design():
     assert (audio.hidden_size, audio.num_hidden_layers, audio.feat_extract_norm) == (768, 12, "group")
     assert (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (768, 12, 119547)
     assert (config.cross_attention_hidden_size, config.cross_attention_heads) == (256, 8)
+    assert config.fusion_norm == "standardization" and config.use_weighted_layer_sum
     assert (config.fusion_hidden_size, config.feature_size, config.anchor_size) == (512, 256, 128)
     assert (config.classifier_num_layers, config.classifier_hidden_size, config.classifier_dropout) == (35, 512, 0.15)
     assert config.classifier_checkpoint_interval == 5
@@ -68,6 +69,7 @@ def test_labels(given, expected):
         ({"anchor_temperature": 0.0}, "`anchor_temperature` must be greater than 0"),
         ({"openmax_alpha": 0}, "`openmax_alpha` must be greater than 0"),
         ({"openmax_centroids_per_class": 0}, "`openmax_centroids_per_class` must be greater than 0, got 0"),
+        ({"fusion_norm": "batch_norm"}, "`fusion_norm` must be one of standardization, layer_norm, got 'batch_norm'"),
         ({"openmax_distance": "mean"}, "`openmax_distance` must be one of centroid, anchor, got 'mean'"),
         ({"openmax_level": "logit"}, "`openmax_level` must be one of probability, activation, got 'logit'"),
         ({"openmax_acceptance": 1.0}, r"`openmax_acceptance` must be None or in \(0, 1\), got 1.0"),
@@ -108,7 +110,9 @@ def test_switching_parts_off_is_allowed():
 def test_round_trip_keeps_every_value(kind, tmp_path):
     openmax = {"openmax_threshold": None, "openmax_acceptance": None}
     openmax |= {"openmax_distance": "anchor", "openmax_level": "activation"}  # as published
-    config = tiny_config(kind, feature_size=24, class_counts=[1, 2, 3], num_labels=3, **openmax)
+    config = tiny_config(
+        kind, feature_size=24, class_counts=[1, 2, 3], num_labels=3, fusion_norm="layer_norm", **openmax
+    )
     config.save_pretrained(tmp_path)
     for again in (
         MMSERConfig.from_pretrained(tmp_path),
@@ -116,7 +120,7 @@ def test_round_trip_keeps_every_value(kind, tmp_path):
         MMSERConfig.from_dict(json.loads(config.to_json_string(use_diff=False))),
     ):
         assert type(again.audio_config) is type(config.audio_config)
-        assert again.feature_size == 24 and again.class_counts == [1, 2, 3]
+        assert again.feature_size == 24 and again.fusion_norm == "layer_norm" and again.class_counts == [1, 2, 3]
         assert {name: getattr(again, name) for name in openmax} == openmax
         ignored = {"_name_or_path", "transformers_version"}
         old, new = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config, again))

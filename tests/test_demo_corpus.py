@@ -6,7 +6,6 @@ everything else runs in this process, without the engine.
 """
 
 import csv
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -27,16 +26,6 @@ LABELS = ["neutral", "happy", "sad", "angry"]
 SPLITS = ["train", "validation", "test", "ood"]
 LANGUAGES = ["en", "hi"]
 CLIPS_PER_CELL = 2
-
-
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("synthesize_corpus", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules[specification.name]
 
 
 def run_script(output, *arguments):

@@ -19,6 +19,7 @@ import torch
 import torchmetrics.functional.classification
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import random_predictions
 from transformers import EvalPrediction
 
 import evaluation_mmser as evaluation
@@ -26,15 +27,6 @@ import evaluation_mmser as evaluation
 LABEL_NAMES = ["neutral", "happy", "sad", "angry"]
 TOLERANCE = 1e-6
 properties = settings(max_examples=40, deadline=None, database=None, derandomize=True)
-
-
-def random_predictions(seed, size=200, num_labels=4):
-    """Overconfident logits that are right about two times out of three, and their labels."""
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(num_labels, size=size)
-    logits = generator.normal(size=(size, num_labels))
-    logits[np.arange(size), labels] += 1.3
-    return 3 * logits, labels
 
 
 # Few distinct values, so that ties are common.

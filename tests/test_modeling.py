@@ -311,6 +311,145 @@ def test_outputs_as_a_tuple(model, batch):
     assert outputs.uncertainty.shape == (4, 1) and ((outputs.uncertainty >= 0) & (outputs.uncertainty <= 1)).all()
 
 
+# States of the encoders, computed beforehand
+
+AUDIO_INPUTS = {"input_values", "input_features", "attention_mask", "audio_states"}
+
+
+def audio_of(batch):
+    return {name: value for name, value in batch.items() if name in AUDIO_INPUTS}
+
+
+def text_of(batch):
+    return {name: value for name, value in batch.items() if name not in AUDIO_INPUTS}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_states_stand_for_what_they_were_encoded_from(kind, weighted):
+    """Both modalities, one of them, one as states beside the other as it is; two rows lack one."""
+    model, labels = tiny_model(kind, use_weighted_layer_sum=weighted), torch.tensor([0, 1, 2, 3])
+    fit_openmax_by_chance(model)
+    model.mmser.state_norm.mean.normal_()
+    model.mmser.state_norm.scale.uniform_(0.5, 2)
+    batch = tiny_batch(model, lengths_for(kind), TEXT_LENGTHS)
+    states = model.mmser.encode(**batch)
+    num_states = states["attention_mask"].shape[1]
+    assert states["audio_states"].shape == (4, num_states, 3 if weighted else 1, 16)
+    assert states["attention_mask"].dtype == torch.long
+    assert states["attention_mask"].any(dim=1).tolist() == [True, True, True, False]
+    assert states["text_states"].shape == (4, 9, 16)
+    assert torch.equal(states["text_attention_mask"], batch["text_attention_mask"])
+    assert set(model.mmser.encode(**audio_of(batch))) == {"audio_states", "attention_mask"}
+    assert set(model.mmser.encode(**text_of(batch))) == {"text_states", "text_attention_mask"}
+    for raw, kept in (
+        (batch, states),
+        (batch, audio_of(batch) | text_of(states)),
+        (batch, audio_of(states) | text_of(batch)),
+        (audio_of(batch), audio_of(states)),
+        (text_of(batch), text_of(states)),
+    ):
+        expected, outputs = model(**raw, labels=labels), model(**kept, labels=labels)
+        for name in (*OUTPUTS, "loss"):
+            assert difference(outputs[name].float(), expected[name].float()) <= 1e-5, (set(kept), name)
+        torch.testing.assert_close(outputs.losses, expected.losses, rtol=0, atol=1e-5)
+    assert outputs.hidden_states is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_padding_of_states_does_not_matter(models, kind):
+    """Neither what fills it nor how much there is of it, and states without masks are valid throughout."""
+    model, lengths = models[kind], lengths_for(kind)
+    batch = tiny_batch(model, lengths, TEXT_LENGTHS)
+    states = model.mmser.encode(**batch)
+    filled = {}
+    for name, mask_name in (("audio_states", "attention_mask"), ("text_states", "text_attention_mask")):
+        more = states[name].new_zeros(4, 5, *states[name].shape[2:])
+        mask = torch.cat([states[mask_name], states[mask_name].new_zeros(4, 5)], dim=1)
+        value = torch.cat([states[name], more], dim=1)
+        filled[name] = torch.where(mask.view(*mask.shape, *[1] * (value.ndim - 2)) == 1, value, 100.0)
+        filled[mask_name] = mask
+    expected = model(**batch).logits
+    torch.testing.assert_close(model(**filled).logits, expected, rtol=0, atol=2e-5)
+    for row in (0, 1):
+        clip = {
+            name: states[name][row : row + 1, : int(states[mask_name][row].sum())]
+            for name, mask_name in (("audio_states", "attention_mask"), ("text_states", "text_attention_mask"))
+        }
+        assert difference(model(**clip).logits[0], expected[row]) <= 2e-5
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_training_on_states_has_the_gradients_of_training_on_the_input(kind):
+    model = tiny_model(kind, **NO_DROPOUT)
+    model.freeze_audio_encoder()
+    model.freeze_text_encoder()
+    model.train()
+    batch = tiny_batch(model, lengths_for(kind), TEXT_LENGTHS)
+    gradients = []
+    for inputs in (batch, model.mmser.encode(**batch)):
+        model.zero_grad()
+        assert not any(value.requires_grad for value in inputs.values())
+        train_step(model, inputs)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and "mmser.layer_weights" in gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+def test_states_of_half_precision(models, batch):
+    """As a cache keeps them, in a model of full precision; and states of full precision in a model of half."""
+    model = copy.deepcopy(models["wav2vec2"])
+    expected, states = model(**batch).logits, model.mmser.encode(**batch)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in states.items()}
+    logits = model(**half).logits
+    assert logits.dtype == torch.float32
+    assert 0 < difference(logits, expected) < 0.01 * expected.abs().max()
+    model.to(torch.bfloat16)
+    logits = model(**half).logits
+    assert logits.dtype == torch.bfloat16 and difference(logits.float(), expected) < 0.2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_bad_states_are_refused_with_their_reason(models, batch, weighted):
+    model = models["wav2vec2"] if weighted else tiny_model(use_weighted_layer_sum=False)
+    states, layers = model.mmser.encode(**batch), 3 if weighted else 1
+    for wrong in (batch | audio_of(states), batch | text_of(states)):
+        with pytest.raises(ValueError, match="`audio_states` in place of audio and `text_states` in place of"):
+            model(**wrong)
+    audio, text = states["audio_states"], states["text_states"]
+    for name, value in (
+        ("audio_states", audio[:, :, 0]),
+        ("audio_states", audio[..., :-1]),
+        ("audio_states", torch.cat([audio, audio], dim=2)),
+        ("text_states", text[..., :-1]),
+        ("text_states", text[:, :, None]),
+        ("text_states", text[:, 0]),
+    ):
+        expected = f"{layers}, 16" if name == "audio_states" else "16"
+        with pytest.raises(ValueError) as error:
+            model(**(states | {name: value}))
+        assert f"`{name}` must have the shape (batch, time, {expected})" in str(error.value)
+        assert str(tuple(value.shape)) in str(error.value)
+    with pytest.raises(ValueError, match="takes `input_values`, not `input_features`"):
+        model.mmser.encode(input_features=torch.zeros(1, 20, 30))
+
+
+def test_frozen_encoders_are_those_without_a_trainable_parameter():
+    model = tiny_model()
+    model.freeze_feature_encoder()
+    assert model.mmser.frozen_encoders() == set()
+    model.freeze_text_encoder()
+    assert model.mmser.frozen_encoders() == {"text"}
+    model.freeze_audio_encoder()
+    assert model.mmser.frozen_encoders() == {"audio", "text"}
+    model.mmser.audio_encoder.encoder.layers[1].final_layer_norm.bias.requires_grad_(True)
+    assert model.mmser.frozen_encoders() == {"text"}
+
+
 # Attention and pooling
 
 
@@ -337,6 +476,26 @@ def test_cross_modal_attention_against_a_loop(implementation):
         attended = reference.output(torch.cat(heads, dim=-1))
         expected = reference.layer_norm(states[b].double() + attended)
         torch.testing.assert_close(result[b].double(), expected, rtol=0, atol=2e-6)
+
+
+def test_cross_modal_attention_starts_at_zero():
+    """At first each modality passes as it is, whatever the other one is; one step lets the other one in."""
+    torch.manual_seed(0)
+    model = MMSERModel(tiny_config(text={"hidden_size": 24}, **NO_DROPOUT))
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    for attention, sizes in ((model.audio_attention, (16, 24)), (model.text_attention, (24, 16))):
+        states, target = torch.randn(2, 3, sizes[0]), torch.randn(2, 3, sizes[0])
+        contexts = [scale * torch.randn(2, 5, sizes[1]) for scale in (1, 10)]
+        for context in contexts:
+            assert torch.equal(attention(states, context, mask), F.layer_norm(states, sizes[:1]))
+        optimizer = torch.optim.SGD(attention.parameters(), lr=0.1)
+        (attention(states, contexts[0], mask) * target).sum().backward()
+        assert (attention.output.weight.grad.norm(dim=1) > 0).all() and (attention.output.bias.grad != 0).all()
+        optimizer.step()
+        assert difference(*(attention(states, context, mask) for context in contexts)) > 1e-2
+        optimizer.zero_grad()
+        (attention(states, contexts[0], mask) * target).sum().backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in attention.parameters())
 
 
 @torch.no_grad()
@@ -414,6 +573,64 @@ def test_time_mask_reaches_every_frame():
     first = masked.float().argmax(dim=1)
     counts = torch.bincount(first, minlength=17)
     assert len(counts) == 17 and counts.min() > 150  # 4000 / 17 = 235 starts each
+
+
+LOG_MEL_MASKS = {"apply_spec_augment": True, "mask_time_prob": 0.3, "mask_time_length": 4, "mask_time_min_masks": 1}
+LOG_MEL_MASKS |= {"mask_feature_prob": 0.3, "mask_feature_length": 3}
+
+
+def masked_log_mel(frozen=False, training=True, **audio):
+    """What the Whisper encoder is given of a batch of ones, 0 where masked, [B, mels, T]; and the clips' lengths."""
+    model, seen = tiny_model("whisper", audio=audio), []
+    if frozen:
+        model.freeze_audio_encoder()
+    model.train(training)
+    model.mmser.audio_encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    lengths = [60, 31, 12, 3, 0] * 20
+    batch = tiny_batch(model, lengths, [2] * 100)
+    batch["input_features"].fill_(1.0)
+    torch.manual_seed(0)
+    model(**batch)
+    assert (batch["input_features"] == 1).all()  # the caller's tensor is left alone
+    return seen[0], torch.tensor(lengths)
+
+
+def runs(row):
+    return [len(run) for run in "".join("x" if value else " " for value in row.tolist()).split()]
+
+
+def test_log_mel_masks_are_spans_of_frames_and_of_mel_bands():
+    features, lengths = masked_log_mel(**LOG_MEL_MASKS)
+    masked = features == 0
+    assert (masked | (features == 1)).all() and features.shape == (100, 20, 60)
+    frames, bands = masked.all(dim=1), masked.all(dim=2)
+    assert torch.equal(masked, frames[:, None] | bands[:, :, None])  # nothing but whole frames and whole bands
+    assert not (frames & (torch.arange(60) >= lengths[:, None])).any()
+    assert torch.equal(frames.any(dim=1), lengths >= 4)  # a clip shorter than one span is left alone
+    assert min(run for row in frames for run in runs(row)) == 4
+    assert min(run for row in bands for run in runs(row)) == 3
+    assert len({tuple(row.tolist()) for row in bands}) > 50 and bands.any(dim=0).all()
+    assert len({tuple(row.tolist()) for row in frames[lengths == 60]}) == 20
+    share = 1 - (1 - 3 / 20) ** (0.3 * 20 / 3)  # two spans of bands, drawn independently
+    assert bands.float().mean().item() == pytest.approx(share, rel=0.1)
+
+
+def test_log_mel_masks_can_be_had_one_by_one():
+    frames, lengths = masked_log_mel(**(LOG_MEL_MASKS | {"mask_feature_prob": 0.0}))
+    assert ((frames == 0).any(dim=2) == (lengths >= 4)[:, None]).all() and not (frames == 0).all(dim=2).any()
+    bands, _ = masked_log_mel(**(LOG_MEL_MASKS | {"mask_time_prob": 0.0}))
+    assert (bands == 0).any() and torch.equal((bands == 0).any(dim=2), (bands == 0).all(dim=2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"training": False}, {"frozen": True}, {"apply_spec_augment": False}, {"mask_time_prob": 0.0}],
+    ids=["evaluation", "frozen", "switched off", "no share"],
+)
+def test_log_mel_frames_are_as_they_are_outside_of_training(options):
+    masks = LOG_MEL_MASKS | ({"mask_feature_prob": 0.0} if "mask_time_prob" in options else {})
+    assert (masked_log_mel(**(masks | options))[0] == 1).all()
+    assert not tiny_config("whisper").audio_config.apply_spec_augment  # nor by default
 
 
 # Frozen means frozen
@@ -922,6 +1139,44 @@ def test_from_backbones_starts_a_configuration_at_random(folders):
     words = [model.get_input_embeddings().weight for model in models]
     pretrained = AutoModel.from_pretrained(folders / "bert").get_input_embeddings().weight
     assert torch.equal(words[0], pretrained) and torch.equal(words[1], pretrained)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-layer", "data2vec-audio", "whisper"])
+def test_from_backbones_keeps_the_first_layers(folders, tmp_path, kind):
+    """Their states are those of the stock encoder; the last one passes the final norm where the encoder has one."""
+    sources = str(folders / kind), str(folders / "bert")
+    stock = AutoModel.from_pretrained(folders / kind).eval()
+    if kind == "whisper":
+        stock, audio, final_norm = stock.encoder, {"input_features": torch.randn(2, 20, 120)}, stock.encoder.layer_norm
+    else:
+        audio = {"input_values": torch.randn(2, 4000)}
+        final_norm = stock.encoder.layer_norm if kind == "wav2vec2-layer" else nn.Identity()
+    output = stock(**audio, output_hidden_states=True)
+    whole = MMSERModel.from_backbones(*sources, audio_num_hidden_layers=2, **small_parts())
+    expected = torch.stack([*output.hidden_states[:2], output.last_hidden_state], dim=2)
+    torch.testing.assert_close(whole.encode(**audio)["audio_states"], expected, rtol=1e-5, atol=2e-5)
+
+    cut = MMSERModel.from_backbones(*sources, audio_num_hidden_layers=1, **small_parts())
+    cut.save_pretrained(tmp_path)
+    expected = torch.stack([output.hidden_states[0], final_norm(output.hidden_states[1])], dim=2)
+    for model in (cut, MMSERModel.from_pretrained(tmp_path)):
+        encoder = model.audio_encoder if kind == "whisper" else model.audio_encoder.encoder
+        assert model.config.audio_config.num_hidden_layers == len(encoder.layers) == 1
+        assert model.layer_weights.shape == (2,) and model.state_norm.mean.shape == (2, 16)
+        torch.testing.assert_close(model.encode(**audio)["audio_states"], expected, rtol=1e-5, atol=2e-5)
+    for number in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"`audio_num_hidden_layers` must be from 1 to 2, got {number}"):
+            MMSERModel.from_backbones(*sources, audio_num_hidden_layers=number, **small_parts())
+
+
+def test_from_backbones_cuts_a_copy_of_the_configuration(folders):
+    audio_config = AutoConfig.from_pretrained(folders / "wav2vec2")
+    for number in (1, 2):
+        model = MMSERModel.from_backbones(
+            audio_config, str(folders / "bert"), audio_num_hidden_layers=number, **small_parts()
+        )
+        assert len(model.audio_encoder.encoder.layers) == number and audio_config.num_hidden_layers == 2
 
 
 def test_from_backbones_keeps_the_log_level(folders):

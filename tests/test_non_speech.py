@@ -2,7 +2,6 @@
 """Tests of `demo/synthesize_non_speech.py`: what the sounds are, measured, and what is written and refused."""
 
 import csv
-import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -16,14 +15,6 @@ from data_mmser import EmotionDataset, load_emotion_split
 SCRIPT = Path(__file__).resolve().parents[1] / "demo" / "synthesize_non_speech.py"
 KINDS = ["noise", "tones", "music"]
 RATE = 16_000
-
-
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("synthesize_non_speech", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from tiny import random_predictions
 
 import evaluation_mmser as evaluation
 import plots_mmser as plots
 
 matplotlib = pytest.importorskip("matplotlib")
 LABEL_NAMES = ["neutral", "happy", "sad", "angry"]
-
-
-def random_predictions(seed, size=200, num_labels=4):
-    """Overconfident logits that are right about two times out of three, and their labels."""
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(num_labels, size=size)
-    logits = generator.normal(size=(size, num_labels))
-    logits[np.arange(size), labels] += 1.3
-    return 3 * logits, labels
 
 
 def read_png(path):

@@ -31,14 +31,6 @@ SENTENCES = [
 SPLITS = {"train": SENTENCES, "validation": SENTENCES[:4], "test": SENTENCES[2:6]}
 
 
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("speak_text", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def write_tables(folder, ending, shift):
     """All splits, with other labels and another ending of the sentences."""
     folder.mkdir()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny import fit_openmax_by_chance
+from tiny import AUDIO_CONFIGS, fit_openmax_by_chance
 from tiny_corpus import (
     JOINT,
     NAMES,
@@ -27,9 +27,10 @@ from tiny_corpus import (
     write_corpus,
     write_table,
 )
-from transformers import pipeline
+from transformers import WhisperConfig, WhisperModel, pipeline
 
 import train_hf
+from caching_mmser import EncoderStateCache
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
@@ -215,6 +216,88 @@ def test_the_recipes_parse():
 def test_overrides_without_a_random_encoder_are_an_error():
     with pytest.raises(ValueError, match="add --random_audio_encoder"):
         train_hf.parse_arguments(["--audio_config_overrides", '{"hidden_size": 16}'])
+
+
+def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corpus, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 3, "num_mel_bins": 16, "max_source_positions": 64}
+    encoder = WhisperModel(WhisperConfig(**{**AUDIO_CONFIGS["whisper"], **sizes}))
+    encoder.save_pretrained(tmp_path / "whisper")
+    tiny_processor(whisper=True).feature_extractor.save_pretrained(tmp_path / "whisper")
+    random_audio = {"random_audio_encoder": None, "audio_config_overrides": None}
+    flags = {"audio_model_name_or_path": tmp_path / "whisper", "audio_num_hidden_layers": 2, **random_audio}
+    flags |= {"max_seconds": 1, "max_steps": 1, "freeze_audio": True}
+    train_hf.main(tiny_flags(corpus, tmp_path / "out", tokenizer, **flags))
+    model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
+    assert len(model.mmser.audio_encoder.layers) == model.config.audio_config.encoder_layers == 2
+    for name, weight in model.mmser.audio_encoder.state_dict().items():
+        assert torch.equal(weight, encoder.encoder.state_dict()[name]), name
+    for norm in (model.mmser.state_norm, model.mmser.fusion.audio_norm, model.mmser.fusion.text_norm):
+        assert norm.mean.any() and (norm.scale != 1).any()  # standardised, as every pretrained encoder
+    for flag in (["--model_name_or_path", "somewhere"], ["--random_audio_encoder"]):
+        with pytest.raises(ValueError, match="--audio_num_hidden_layers cuts a pretrained audio encoder"):
+            train_hf.parse_arguments(["--audio_num_hidden_layers", "2", "--use_cpu", *flag])
+
+
+FROZEN = {"freeze_audio": True, "freeze_text": True}
+
+
+def scores(results):
+    """All numbers of a split's rows, by name: scores and entries of the confusion matrix."""
+    numbers = {}
+    for row, values in results.items():
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                numbers[row, name] = value
+        for i, counts in enumerate(values.get("confusion_matrix", ())):
+            numbers |= {(row, i, j): count for j, count in enumerate(counts)}
+    return numbers
+
+
+def test_cached_states_give_the_scores_of_a_run_without_cache(run, finished, corpus, tmp_path, monkeypatch):
+    """Also a second run, which encodes nothing; for the whole model, the open set and each modality alone."""
+    flags = {**continued(finished[0]), **FROZEN, "learning_rate": 1e-4, "max_steps": 4, "ood_dir": corpus / "ood"}
+    expected = run("--no_augment", **flags)
+    plain_losses, encoded, encode = losses(tmp_path / "out"), [], EncoderStateCache._encode
+    monkeypatch.setattr(
+        EncoderStateCache,
+        "_encode",
+        lambda self, kind, clips: (encoded.append(len(clips)), encode(self, kind, clips))[1],
+    )
+    for number_encoded in (32 + 8 + 16 + 6 + 4, 0):  # clips and sentences
+        encoded.clear()
+        results = run("--no_augment", **flags, cache_encoder_states=tmp_path / "cache")
+        assert sum(encoded) == number_encoded
+        assert losses(tmp_path / "out") == pytest.approx(plain_losses, abs=2e-3)
+        for split in ("validation", "test"):
+            assert scores(results[split]) == pytest.approx(scores(expected[split]), abs=5e-3, nan_ok=True), split
+        known, reference = (r["open_set"]["max_softmax"] for r in (results, expected))
+        assert known["auroc"] == pytest.approx(reference["auroc"], abs=0.02) and known["clips"] == reference["clips"]
+    model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
+    assert not [name for name in model.state_dict() if "states" in name]  # it takes audio, as any other
+
+
+@pytest.mark.parametrize("copies", [None, 2])
+def test_augmented_copies_in_the_cache(run, tmp_path, caplog, copies):
+    with caplog.at_level(python_logging.INFO, logger="caching_mmser"):
+        run(**FROZEN, max_steps=1, cache_encoder_states=tmp_path / "cache", augmented_copies=copies)
+    lines = [record.getMessage() for record in caplog.records if record.name == "caching_mmser"]
+    assert f"Encoder states of 32 clips: {32 * (copies or 4)} of audio encoded, 0 reused" in lines[0]
+    states = {path.parent.name.split("-")[0] for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert states == {"audio", "text"}
+
+
+def test_what_cannot_be_cached_is_refused(run, corpus, checkpoint, tmp_path):
+    cache = {"cache_encoder_states": tmp_path / "cache"}
+    with pytest.raises(ValueError, match="States can only be kept of encoders that are frozen"):
+        run(**cache)
+    with pytest.raises(ValueError, match="a teacher has its own"):
+        run(**cache, **FROZEN, teacher_name_or_path=checkpoint)
+    for split in ("train", "validation"):
+        write_table(tmp_path / "data" / f"{split}.csv", read_rows(corpus, split))
+    with pytest.raises(ValueError, match="it cannot with --streaming"):
+        run(data_dir=None, dataset_name=tmp_path / "data", streaming=True, **FROZEN, **cache)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_recipe_runs_with_amp_frozen_encoders_and_supervised_contrast(run, tmp_path):

@@ -23,12 +23,14 @@ from sklearn.metrics import roc_auc_score
 from tiny import fit_openmax_by_chance, slow_openmax
 from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, write_corpus
 from torch import nn
+from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
 
 from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, drop_unreadable, load_emotion_dataset
 from evaluation_mmser import build_compute_metrics
 from modeling_mmser import MMSERForAudioClassification, OpenMax
 from training_mmser import (
     PARAMETER_GROUPS,
+    LengthGroupedSampler,
     MMSERTrainer,
     MMSERTrainingArguments,
     last_complete_checkpoint,
@@ -488,8 +490,6 @@ def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):
     assert sorted(orders[0]) == list(range(len(splits["train"])))
     other = make_trainer(tiny_model(), splits, tmp_path, data_seed=7, **grouped)._get_train_sampler()
     assert list(other) != orders[0]
-    lengths = np.array(trainer.train_dataset.lengths)
-    assert lengths[orders[0][0]] == lengths.max()  # the largest batch first: lack of memory shows at once
 
 
 def test_a_checkpoint_is_only_complete_with_its_last_file(tmp_path):
@@ -519,6 +519,90 @@ def test_the_trainer_writes_its_state_last(splits, tmp_path, monkeypatch):
     assert sorted({*written[-1], "trainer_state.json"}) == final
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.json"} <= set(final)
     assert "training_args.bin" not in final
+
+
+# --- batches of similar length ---------------------------------------------------------------------------------------
+
+
+def clips_of_sentences():
+    """Labels and lengths (samples) of 1920 clips of 32 sentences: each has one emotion and nearly one length."""
+    rng = np.random.default_rng(0)
+    sentences = np.repeat(np.arange(32), 60)
+    seconds = np.geomspace(1.0, 5.0, 32)[sentences] * np.exp(0.01 * rng.standard_normal(len(sentences)))
+    return rng.permutation(np.repeat(np.arange(4), 8))[sentences], (RATE * seconds).astype(int)
+
+
+def batches_of(order, batch_size):
+    order = np.array(list(order))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def label_entropy(labels, batches):
+    """Mean over the batches of the entropy of their labels, in bits; at most 2 for four classes."""
+    shares = np.array([np.bincount(labels[batch], minlength=4) / len(batch) for batch in batches])
+    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=1).mean()
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(203, 8), (64, 8), (5, 8), (65, 8), (40, 1)])
+def test_a_sampler_gives_every_clip_once_and_only_the_last_batch_is_short(size, batch_size):
+    lengths = np.random.default_rng(size).integers(1000, 90000, size)
+    sampler = LengthGroupedSampler(batch_size, lengths.tolist(), seed=3)
+    orders = []
+    for epoch in (0, 1, 2):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(size)) and len(sampler) == size
+        torch.randperm(9)  # the state of the global generator does not matter
+        assert list(sampler) == orders[-1]
+        later = LengthGroupedSampler(batch_size, lengths.tolist(), seed=3)  # as after resuming
+        later.set_epoch(epoch)
+        assert list(later) == orders[-1]
+        # A batch holds clips that are next to each other in length among some eight batches: sorted, and of one pool
+        batches = batches_of(orders[-1], batch_size)
+        assert all((np.diff(lengths[batch]) <= 0).all() for batch in batches)
+        assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert size == 5 or orders[0] != orders[1] != orders[2]
+    assert size == 5 or list(LengthGroupedSampler(batch_size, lengths.tolist(), seed=9)) != orders[0]
+
+
+def test_the_pools_of_a_sampler():
+    """Pools are drawn at random and sorted one by one; within each, the order of the batches is random."""
+    lengths = np.random.default_rng(0).permutation(48)
+    pools = batches_of(LengthGroupedSampler(4, lengths.tolist(), seed=0, pool=3), 12)
+    for pool in pools:
+        batches = [lengths[batch] for batch in batches_of(pool, 4)]
+        ranked = sorted(batches, key=lambda batch: -batch[0])
+        assert np.concatenate(ranked).tolist() == sorted(lengths[pool], reverse=True)
+    firsts = [max(range(3), key=lambda i, pool=pool: lengths[pool[4 * i]]) for pool in pools]
+    assert len(set(firsts)) > 1  # the longest batch of a pool is not always in the same place
+    assert batches_of(LengthGroupedSampler(4, lengths.tolist(), seed=0, pool=1), 4)[0].tolist() == sorted(
+        torch.randperm(48, generator=torch.Generator().manual_seed(0))[:4].tolist(), key=lambda i: -lengths[i]
+    )
+
+
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_batches_have_little_padding_and_many_labels(batch_size):
+    """Where length tells the emotion, Transformers' batches hold few emotions, and neighbours are alike as well."""
+    labels, lengths = clips_of_sentences()
+    stock = StockSampler(batch_size, lengths=lengths.tolist(), generator=torch.Generator().manual_seed(0))
+    orders = {
+        "ours": LengthGroupedSampler(batch_size, lengths.tolist(), seed=0),
+        "stock": stock,
+        "random": torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)),
+    }
+    batches = {name: batches_of(order, batch_size) for name, order in orders.items()}
+    padding = {
+        name: sum(lengths[batch].max() * len(batch) for batch in own) / lengths.sum() - 1
+        for name, own in batches.items()
+    }
+    entropy = {name: label_entropy(labels, own) for name, own in batches.items()}
+    assert padding["stock"] < padding["ours"] < padding["random"] / 3
+    assert entropy["stock"] + 0.3 < entropy["ours"] < entropy["random"]
+    correlation = {}
+    for name, own in batches.items():
+        means = [lengths[batch].mean() for batch in own]
+        correlation[name] = np.corrcoef(means[:-1], means[1:])[0, 1]
+    assert abs(correlation["ours"]) < 0.3 < 0.7 < correlation["stock"]
 
 
 # --- predictions, calibration, OpenMax -------------------------------------------------------------------------------

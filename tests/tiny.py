@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny MMSER configurations, models and batches that several tests share: `tiny_config`, `tiny_model`, `tiny_batch`;
-and `slow_openmax`, what OpenMax has to give.
+`slow_openmax`, what OpenMax has to give; `random_predictions`.
 
 The weights are drawn wide enough that every layer matters: with the library's narrow initialisation most mistakes
 would stay below any tolerance.
@@ -144,6 +144,15 @@ def alone(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
             if length and name in batch:
                 inputs[name] = batch[name][row : row + 1, ..., :length]
     return inputs
+
+
+def random_predictions(seed, size=200, num_labels=4):
+    """Overconfident logits that are right about two times out of three, and their labels."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(num_labels, size=size)
+    logits = generator.normal(size=(size, num_labels))
+    logits[np.arange(size), labels] += 1.3
+    return 3 * logits, labels
 
 
 def fit_openmax_by_chance(model: MMSERForAudioClassification, seed: int = 0) -> None:
