@@ -1314,29 +1314,30 @@ class MMSERModel(MMSERPreTrainedModel):
         flags = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
         record: Any = None
 
-        layers: Sequence[Tensor] | None = None
+        audio_hidden: Any = None
+        text_hidden: Any = None
         if audio is not None:
             layers, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
+            audio_hidden = self._weigh_layers(layers)
         elif audio_states is not None:
-            layers = audio_states.to(self.dtype).unbind(dim=2)
-            audio_mask = _as_mask(attention_mask, audio_states)
+            audio_hidden = self._weigh_layers(audio_states.to(self.dtype).unbind(dim=2))
+            audio_mask = _as_mask(attention_mask, audio_states, "attention_mask")
         if input_ids is not None:
             text_flags = flags if record is None else {}
-            text_states, text_mask, text_record = self._encode_text(input_ids, text_attention_mask, **text_flags)
+            text_hidden, text_mask, text_record = self._encode_text(input_ids, text_attention_mask, **text_flags)
             record = record or text_record
         elif text_states is not None:
-            text_states, text_mask = text_states.to(self.dtype), _as_mask(text_attention_mask, text_states)
-        if layers is not None:
-            audio_states = self._weigh_layers(layers)
-        else:
-            audio_states, audio_mask = self._nothing(cast(Tensor, text_states), self.missing_audio)
-        if text_states is None:
-            text_states, text_mask = self._nothing(audio_states, self.missing_text)
+            text_hidden = text_states.to(self.dtype)
+            text_mask = _as_mask(text_attention_mask, text_states, "text_attention_mask")
+        if audio_hidden is None:
+            audio_hidden, audio_mask = self._nothing(text_hidden, self.missing_audio)
+        if text_hidden is None:
+            text_hidden, text_mask = self._nothing(audio_hidden, self.missing_text)
 
-        audio_states, audio_mask, has_audio = self.missing_audio(audio_states, audio_mask)
-        text_states, text_mask, has_text = self.missing_text(text_states, text_mask)
-        audio_attended = self.audio_attention(audio_states, text_states, text_mask)
-        text_attended = self.text_attention(text_states, audio_states, audio_mask)
+        audio_hidden, audio_mask, has_audio = self.missing_audio(audio_hidden, audio_mask)
+        text_hidden, text_mask, has_text = self.missing_text(text_hidden, text_mask)
+        audio_attended = self.audio_attention(audio_hidden, text_hidden, text_mask)
+        text_attended = self.text_attention(text_hidden, audio_hidden, audio_mask)
         audio_embeds = self.audio_pooling(audio_attended, audio_mask)  # (B, 2 D)
         text_embeds = self.text_pooling(text_attended, text_mask)
         fused, gate = self.fusion(audio_embeds, text_embeds, has_audio, has_text)
@@ -1369,7 +1370,7 @@ class MMSERModel(MMSERPreTrainedModel):
             `attention_mask` int64 [B, Ta], if audio is given; `text_states` [B, L, D] and `text_attention_mask`
             int64 [B, L], if text is.
         """
-        states = {}
+        states: dict[str, Tensor] = {}
         audio = self._audio_input(input_values, input_features)
         if audio is not None:
             layers, mask, _ = self._encode_audio(audio, attention_mask)
@@ -1486,8 +1487,7 @@ class MMSERModel(MMSERPreTrainedModel):
         try:
             for batch in self._inputs(dataloader, "Standardising audio states"):
                 is_empty = False
-                for layers, mask in self._layers_of(batch):
-                    states.add(torch.stack([layer[mask] for layer in layers], dim=1))
+                states.add(self._frames_of(batch))
             self.state_norm.fit(states)
             if isinstance(self.fusion.audio_norm, Standardization):
                 for batch in self._inputs(dataloader, "Standardising pooled vectors"):
@@ -1510,16 +1510,16 @@ class MMSERModel(MMSERPreTrainedModel):
         for batch in logging.tqdm(dataloader, desc=description, leave=False):
             yield {name: value.to(self.device) for name, value in batch.items() if name in names}
 
-    def _layers_of(self, batch: dict[str, Tensor]) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
-        """The states [B, Ta, D] of each layer for a batch, and their mask, if it has audio."""
+    def _frames_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """All valid frames of a batch, [frames, layers, D]; there may be none."""
         if "audio_states" in batch:
             states = batch["audio_states"].to(self.dtype)
-            yield states.unbind(dim=2), _as_mask(batch.get("attention_mask"), states)
-            return
+            return states[_as_mask(batch.get("attention_mask"), states, "attention_mask")]
         audio = self._audio_input(batch.get("input_values"), batch.get("input_features"))
-        if audio is not None:
-            layers, mask, _ = self._encode_audio(audio, batch.get("attention_mask"))
-            yield layers, mask
+        if audio is None:
+            return self.state_norm.mean.new_zeros(0, *self.state_norm.mean.shape)
+        layers, mask, _ = self._encode_audio(audio, batch.get("attention_mask"))
+        return torch.stack([layer[mask] for layer in layers], dim=1)
 
     def _frame_mask(self, mask: Tensor) -> Tensor:
         """Follow the sample mask, bool [B, T], through a waveform encoder's convolutions to its frames [B, Ta]."""
@@ -1582,10 +1582,14 @@ def _select_layers(
     return tuple(states if index in kept else None for index, states in enumerate(hidden_states))
 
 
-def _as_mask(attention_mask: Tensor | None, states: Tensor) -> Tensor:
+def _as_mask(attention_mask: Tensor | None, states: Tensor, name: str) -> Tensor:
     """The bool mask [B, T] of states [B, T, ...]: all valid by default."""
     if attention_mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    if attention_mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"`{name}` must be that of the states, {tuple(states.shape[:2])}, got {tuple(attention_mask.shape)}."
+        )
     return attention_mask.bool()
 
 

@@ -141,8 +141,9 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
     Batches of clips of similar length, in an order drawn from the seed and the epoch alone, so that a resumed run goes
     on in it.
 
-    Transformers' sampler of this name sorts 50 batches at a time. Emotions differ in length, so its batches hold few
-    of them. This one sorts `pool` batches at a time, which saves most of the padding and leaves the batches mixed.
+    Transformers' sampler of this name sorts 50 batches at a time and goes through them from long to short. Emotions
+    differ in length, so neighbouring batches hold the same few of them. This one sorts `pool` batches at a time, which
+    saves most of the padding, and shuffles them.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int, pool: int = 8):
