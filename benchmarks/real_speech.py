@@ -60,7 +60,7 @@ from training_mmser import PARAMETER_GROUPS
 ROOT = Path(__file__).resolve().parent.parent
 Tree = dict[str, Any]  # nested mappings with numbers at the ends
 
-TABLES = ("study", "parts", "text", "generalisation", "compact")
+TABLES = ("study", "parts", "text", "generalisation")
 METRICS = ("weighted_f1", "unweighted_average_recall", "accuracy")
 COUNTS = ("clips", "parameters", "trainable_parameters")  # the same for all seeds
 STAGE_1, STAGE_2 = "real_speech.json", "real_speech_finetune.json"
@@ -199,12 +199,10 @@ TEXT = [
     Row("trained on both", "text", STAGE_1, changes=PLAIN, data="mix", keep=True, examine=True),
 ]
 
-COMPACT: list[Row] = []  # a kept checkpoint in float16 and int8
-
 
 def all_rows(arguments: argparse.Namespace) -> list[Row]:
     """Every row of every table, but for those that change nothing in the recipe and those whose data are not given."""
-    rows = [*STUDY, *PARTS, *TEXT, *fold_rows(arguments.data_dir), *COMPACT]
+    rows = [*STUDY, *PARTS, *TEXT, *fold_rows(arguments.data_dir)]
     if arguments.spoken_text_dir is None:
         rows = [row for row in rows if row.data not in ("spoken", "mix")]
     full = effective_settings(next(row for row in STUDY if row.name == FROZEN), arguments)
@@ -1179,23 +1177,17 @@ def generalisation_table(results: Tree) -> str:
     return "\n\n".join(parts)
 
 
-def compact_table(results: Tree) -> str:
-    return ""
-
-
 MAKERS: dict[str, Callable[[Tree], str]] = {
     "study": study_table,
     "parts": parts_table,
     "text": text_table,
     "generalisation": generalisation_table,
-    "compact": compact_table,
 }
 TITLES = {
     "study": "Speakers never heard before",
     "parts": "What each part adds",
     "text": "Which modality is listened to",
     "generalisation": "Corpora and languages never heard before",
-    "compact": "A compact checkpoint",
 }
 
 
