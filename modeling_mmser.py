@@ -263,10 +263,10 @@ class MaskedWhisperEncoder(WhisperEncoder):
         mask = attention_mask[:, None].to(input_features)
         # The convolutions pad with zeros at the end of a clip, so the padding of a batch must be zero at each of them
         hidden_states = F.gelu(self.conv1(input_features * mask)) * mask
-        hidden_states = F.gelu(self.conv2(hidden_states)).permute(0, 2, 1)  # (B, Ta, D)
+        hidden_states = F.gelu(self.conv2(hidden_states)).transpose(1, 2).contiguous()  # (B, Ta, D)
         hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
         hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        layer_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
+        layer_mask = create_bidirectional_mask(self.config, hidden_states, valid_frames(attention_mask, 1, 2))
         for layer in self.layers:
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
@@ -274,7 +274,10 @@ class MaskedWhisperEncoder(WhisperEncoder):
 
 def valid_frames(mask: Tensor, kernel_size: int, stride: int) -> Tensor:
     """Mask of an unpadded convolution's output, [B, T] -> [B, frames]: valid where the last sample seen is valid."""
-    return mask[:, kernel_size - 1 :: stride]
+    # Not by a slice with steps: for one, export cannot tell that its length is that of the convolution's output
+    num_frames = (mask.shape[1] - kernel_size) // stride + 1
+    last_seen = torch.arange(num_frames, device=mask.device) * stride + kernel_size - 1
+    return mask[:, last_seen]
 
 
 def time_mask(mask: Tensor, probability: float, length: int, min_masks: int) -> Tensor:
@@ -1435,7 +1438,7 @@ class MMSERModel(MMSERPreTrainedModel):
         }
         with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(encoder)):
             if self.config.uses_log_mel:
-                frame_mask = mask[:, ::2]
+                frame_mask = valid_frames(mask, 1, 2)
                 output = encoder(self._mask_log_mel(audio, mask), attention_mask=safe_mask, **flags)
             else:
                 frame_mask = self._frame_mask(mask)
@@ -1525,9 +1528,9 @@ class MMSERModel(MMSERPreTrainedModel):
         """Follow the sample mask, bool [B, T], through a waveform encoder's convolutions to its frames [B, Ta]."""
         config = self.config.audio_config
         for kernel_size, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            if mask.shape[1] < kernel_size:
+                raise ValueError("The audio is too short for one frame of the encoder (400 samples, 25 ms at 16 kHz).")
             mask = valid_frames(mask, kernel_size, stride)
-        if mask.shape[1] == 0:
-            raise ValueError("The audio is too short for one frame of the encoder (400 samples, 25 ms at 16 kHz).")
         return mask
 
     def _spec_augment(self, frame_mask: Tensor) -> Tensor | None:

@@ -1317,13 +1317,20 @@ def test_fit_openmax_restores_the_mode_when_a_batch_is_bad(model):
 
 @torch.no_grad()
 def test_export_of_the_eval_forward(tmp_path):
-    """No branch on data: one graph for every batch size, with masks, equal to the model, which was only loaded."""
+    """No branch on data: one graph for every batch size and length, with masks, equal to the model that was loaded."""
     distinct(tiny_model()).save_pretrained(tmp_path)
     model = MMSERForAudioClassification.from_pretrained(tmp_path)
     batch = tiny_batch(model, [3000, 2100, 2500], [4, 3, 2])
-    dynamic = {name: {0: torch.export.Dim("batch", max=64)} for name in batch}
+    lengths = {4: torch.export.Dim("text", max=40), 3000: torch.export.Dim("audio", min=720)}
+    dynamic = {
+        name: {0: torch.export.Dim("batch", max=64), 1: lengths[value.shape[1]]} for name, value in batch.items()
+    }
     program = torch.export.export(model, (), batch, dynamic_shapes=dynamic).module()
-    other = tiny_batch(model, [3000, 1000, 2100, 0, 2500], [4, 3, 0, 2, 1], seed=1)
-    outputs, expected = program(**other), model(**other)
-    for name in OUTPUTS:
-        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=2e-5)
+    for other in (
+        tiny_batch(model, [3000, 1000, 2100, 0, 2500], [4, 3, 0, 2, 1], seed=1),
+        tiny_batch(model, [4321, 2000], [6, 7], seed=2),
+        tiny_batch(model, [1234], [2], seed=3),
+    ):
+        outputs, expected = program(**other), model(**other)
+        for name in OUTPUTS:
+            torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=2e-5)
