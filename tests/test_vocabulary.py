@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trimming a vocabulary: what stays is exactly as before, what goes becomes smaller pieces or "unknown".
+
+With a WordPiece tokenizer like that of multilingual BERT and a Unigram tokenizer like that of XLM-R and E5.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import BertTokenizer, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, XLMRobertaTokenizer
+
+from processing_mmser import MMSERProcessor
+from vocabulary_mmser import choose_tokens, is_written_in, read_texts, scripts_of, trim_tokenizer, trim_vocabulary
+
+TEXTS = ["the table is here", "Der Tisch ist da, и всё!", "42 tables"]
+WORDS = [
+    "the",
+    "table",
+    "tables",
+    "is",
+    "here",
+    "der",
+    "tisch",
+    "ist",
+    "da",
+    "и",
+    "всё",
+    "42",
+    "вот",
+    "日本",
+    "ჩემი",
+    "joy",
+]
+LETTERS = sorted(set("".join([*WORDS, *TEXTS])) - {" "})
+
+
+def word_piece():
+    """Lower-cases; ids of special tokens in front, and one, [MASK], behind."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *(x.lower() for x in LETTERS), "##s", "##er"]
+    pieces += [f"##{x.lower()}" for x in LETTERS] + ["[MASK]"]
+    return BertTokenizer(vocab={piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
+
+
+def unigram():
+    scores = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("日", -20.0)]
+    scores += [(f"▁{word}", -5.0 - len(word) / 10) for word in [*WORDS, "Der", "Tisch"]]
+    scores += [(letter, -9.0) for letter in LETTERS if letter != "日"] + [("s", -4.0), ("er", -6.0), ("<mask>", 0.0)]
+    return XLMRobertaTokenizer(vocab=list(dict(scores).items()))
+
+
+TOKENIZERS = {"WordPiece": word_piece, "Unigram": unigram}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def as_before(tokenizer, trimmed, kept, texts):
+    """Whether texts become the same tokens, under their new ids."""
+    old, new = tokenizer(texts)["input_ids"], trimmed(texts)["input_ids"]
+    return [[kept[index] for index in ids] for ids in new] == old
+
+
+def is_unknown(tokenizer, text):
+    """Whether some of `text` is unknown to the tokenizer."""
+    return tokenizer.unk_token_id in tokenizer(text)["input_ids"]
+
+
+def test_texts_are_tokenised_as_before(tokenizer):
+    kept = choose_tokens(tokenizer, TEXTS)
+    trimmed = trim_tokenizer(tokenizer, kept)
+    assert len(trimmed) == len(kept) < len(tokenizer)
+    assert as_before(tokenizer, trimmed, kept, TEXTS)
+    assert as_before(tokenizer, trimmed, kept, ["the table ☃ is", "☃☃", "☃da"])  # "unknown" is where it was
+    for name, token in tokenizer.special_tokens_map.items():
+        assert trimmed.special_tokens_map[name] == token
+        assert kept[trimmed.convert_tokens_to_ids(token)] == tokenizer.convert_tokens_to_ids(token)
+
+
+def test_other_words_fall_into_characters_and_other_scripts_do_not(tokenizer):
+    kept = choose_tokens(tokenizer, TEXTS, languages=["en", "ru"])
+    trimmed = trim_tokenizer(tokenizer, kept)
+    assert not is_unknown(trimmed, "joy вот")
+    assert len(trimmed.tokenize("joy вот")) >= 6 > len(tokenizer.tokenize("joy вот"))
+    assert not is_unknown(tokenizer, "ჩემი")
+    assert is_unknown(trimmed, "ჩემი")
+    georgian = trim_tokenizer(tokenizer, choose_tokens(tokenizer, TEXTS, languages=["ka"]))
+    assert not is_unknown(georgian, "ჩემი joy")  # ASCII is for everybody
+
+
+def test_languages_alone_keep_whole_scripts(tokenizer):
+    kept = choose_tokens(tokenizer, languages=["de", "en"])
+    trimmed = trim_tokenizer(tokenizer, kept)
+    assert as_before(tokenizer, trimmed, kept, ["the tables, 42", "Der Tisch ist da!", "joy", "xyz", "thetables"])
+    assert is_unknown(trimmed, "и") and not is_unknown(tokenizer, "и")
+
+
+def test_it_survives_saving(tokenizer, tmp_path):
+    trimmed = trim_tokenizer(tokenizer, choose_tokens(tokenizer, TEXTS))
+    trimmed.save_pretrained(tmp_path)
+    assert type(tokenizer).from_pretrained(tmp_path)(TEXTS)["input_ids"] == trimmed(TEXTS)["input_ids"]
+
+
+@torch.no_grad()
+def test_the_model_answers_as_before(tokenizer):
+    model = tiny_model(text={"vocab_size": len(tokenizer) + 7, "pad_token_id": tokenizer.pad_token_id})
+    processor = MMSERProcessor(Wav2Vec2FeatureExtractor(), tokenizer)
+    before = copy.deepcopy(model)
+    smaller, report = trim_vocabulary(model, processor, texts=iter(TEXTS))
+    table, old_table = (m.get_input_embeddings().weight for m in (model, before))
+    assert model.config.text_config.vocab_size == len(table) == len(smaller.tokenizer)
+    assert model.config.text_config.pad_token_id == smaller.tokenizer.pad_token_id == tokenizer.pad_token_id
+    for token, index in smaller.tokenizer.get_vocab().items():
+        assert torch.equal(table[index], old_table[tokenizer.convert_tokens_to_ids(token)])
+    outputs, expected = model(**smaller(text=TEXTS)), before(**processor(text=TEXTS))
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=1e-6)
+    assert table.requires_grad
+    assert report.tokens_before == len(old_table) and report.tokens_after == len(table)
+    saved = report.parameters_before - report.parameters_after
+    assert saved == (len(old_table) - len(table)) * table.shape[1] > 0
+    assert "tokens" in str(report)
+
+
+def test_a_tokenizer_that_cannot_be_trimmed_is_refused():
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.BPE(vocab={"<pad>": 0, "<unk>": 1, "a": 2}, merges=[], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+    with pytest.raises(ValueError, match="BPE"):
+        choose_tokens(tokenizer, ["a"])
+
+
+def test_a_table_smaller_than_the_tokenizer_is_refused():
+    tokenizer = word_piece()
+    processor = MMSERProcessor(Wav2Vec2FeatureExtractor(), tokenizer)
+    with pytest.raises(ValueError, match=r"table of 20 tokens"):
+        trim_vocabulary(tiny_model(text={"vocab_size": 20}), processor, texts=TEXTS)
+
+
+@pytest.mark.parametrize(("texts", "languages", "message"), [(None, None, "either"), ([], None, "single text")])
+def test_nothing_to_choose_by(texts, languages, message):
+    with pytest.raises(ValueError, match=message):
+        choose_tokens(word_piece(), texts, languages)
+
+
+def test_scripts():
+    assert scripts_of(["de", "en"]) == {"LATIN"}
+    assert scripts_of(["ja"]) == {"CJK", "HIRAGANA", "KATAKANA"}
+    with pytest.raises(ValueError, match=r"klingon.*am"):
+        scripts_of(["de", "klingon"])
+    assert is_written_in("Straße, 3 €!", {"LATIN"})
+    assert not is_written_in("Straße и", {"LATIN"})
+    assert is_written_in("e\u0301", {"LATIN"})  # a combining accent
+    assert is_written_in("हिंदी", {"DEVANAGARI"}) and not is_written_in("हिंदी", {"LATIN"})  # with vowel signs
+    assert is_written_in("\uff21", {"LATIN"}) and not is_written_in("\uff21", {"GREEK"})  # full width
+    assert is_written_in("abc 123", set())
+
+
+def test_texts_are_read_from_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text('file_name,transcription\nx,"three, drei"\ny,\n', encoding="utf-8")
+    (tmp_path / "c.tsv").write_text("text\tlabel\nvier\t1\n", encoding="utf-8")
+    rows = [{"text": "fünf"}, {"transcription": None, "text": "not this"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    texts = list(read_texts(tmp_path / name for name in ("a.txt", "b.csv", "c.tsv", "d.jsonl")))
+    assert texts == ["one", "two", "three, drei", "", "vier", "fünf", ""]
+    (tmp_path / "e.csv").write_text("file_name,label\nx,1\n")
+    with pytest.raises(ValueError, match=r"e\.csv: row 1 .*transcription"):
+        list(read_texts([tmp_path / "e.csv"]))
+    with pytest.raises(ValueError, match=r"\.wav: texts are read from"):
+        list(read_texts(["clip.wav"]))
+    with pytest.raises(FileNotFoundError):
+        list(read_texts([tmp_path / "none.txt"]))

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting the vocabulary of a checkpoint down: the table of tokens is most of a multilingual text encoder.
+
+`choose_tokens` says which tokens stay, by texts and by the scripts of languages; `trim_tokenizer` renumbers a
+tokenizer; `trim_vocabulary` does both, and cuts the model's table. What stays gives the same results as before.
+"""
+
+import csv
+import json
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
+
+# Scripts by language: how the Unicode names of their letters begin
+SCRIPTS = {
+    "LATIN": "af az bs ca cs cy da de en es et eu fi fr ga gl hr hu id is it jv lt lv mg ms mt nb nl nn no pl pt ro "
+    "sk sl so sq su sv sw tl tr uz vi xh yo zu",
+    "CYRILLIC": "be bg kk ky mk mn ru sr tg tt uk",
+    "ARABIC": "ar fa ku ps sd ug ur",
+    "CJK": "ja zh",
+    "HIRAGANA": "ja",
+    "KATAKANA": "ja",
+    "HANGUL": "ko",
+    "DEVANAGARI": "hi mr ne sa",
+    "ARMENIAN": "hy",
+    "BENGALI": "as bn",
+    "BOPOMOFO": "zh",
+    "ETHIOPIC": "am ti",
+    "GEORGIAN": "ka",
+    "GREEK": "el",
+    "GUJARATI": "gu",
+    "GURMUKHI": "pa",
+    "HEBREW": "he yi",
+    "KANNADA": "kn",
+    "KHMER": "km",
+    "LAO": "lo",
+    "MALAYALAM": "ml",
+    "MYANMAR": "my",
+    "ORIYA": "or",
+    "SINHALA": "si",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "THAI": "th",
+}
+TEXT_COLUMNS = ("transcription", "text")
+
+
+@dataclass
+class Trimmed:
+    """What a vocabulary was cut to: tokens and parameters of the model, before and after."""
+
+    tokens_before: int
+    tokens_after: int
+    parameters_before: int
+    parameters_after: int
+
+    def __str__(self) -> str:
+        return (
+            f"vocabulary {self.tokens_before:,} -> {self.tokens_after:,} tokens, "
+            f"model {self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M parameters"
+        )
+
+
+def scripts_of(languages: Iterable[str]) -> set[str]:
+    """The scripts that languages (ISO 639-1 codes) are written in; ValueError for one that is not in the table."""
+    known = sorted({language for languages in SCRIPTS.values() for language in languages.split()})
+    unknown = sorted(set(languages := list(languages)) - set(known))
+    if unknown:
+        raise ValueError(f"No script is known for the languages {unknown}; there are: {' '.join(known)}")
+    return {script for script, users in SCRIPTS.items() if set(users.split()) & set(languages)}
+
+
+def is_written_in(text: str, scripts: Iterable[str]) -> bool:
+    """Whether each letter of `text` is of one of the scripts. ASCII, digits, punctuation and signs are everybody's."""
+    # Full-width forms have the name of their script in the second place; accents have none
+    names = [f"{width}{script}" for script in scripts for width in ("", "FULLWIDTH ", "HALFWIDTH ")]
+    shared = ("COMBINING", "FEMININE ORDINAL", "MASCULINE ORDINAL", "MODIFIER LETTER", "VARIATION SELECTOR")
+    return all(
+        character.isascii()
+        or unicodedata.category(character)[0] not in "LM"  # letters, and the vowel signs of a script
+        or unicodedata.name(character, "").startswith((*names, *shared))
+        for character in text
+    )
+
+
+def read_texts(files: Iterable[str | os.PathLike]) -> Iterator[str]:
+    """
+    All texts of .txt files (one a line), and of the column `transcription` or `text` of .csv and .jsonl files.
+
+    Raises:
+        ValueError: another kind of file, or a table without such a column.
+        FileNotFoundError: no such file.
+    """
+    for path in map(Path, files):
+        if path.suffix not in (".txt", ".csv", ".tsv", ".jsonl"):
+            raise ValueError(f"{path}: texts are read from .txt, .csv, .tsv and .jsonl files")
+        with open(path, encoding="utf-8", newline="") as file:
+            if path.suffix == ".txt":
+                yield from (line.strip() for line in file)
+                continue
+            rows: Iterable[dict] = (
+                (json.loads(line) for line in file if line.strip())
+                if path.suffix == ".jsonl"
+                else csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            )
+            for number, row in enumerate(rows, start=1):
+                column = next((name for name in TEXT_COLUMNS if name in row), None)
+                if column is None:
+                    raise ValueError(f"{path}: row {number} has none of the columns {', '.join(TEXT_COLUMNS)}")
+                yield row[column] or ""
+
+
+def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequence[str] | None = None) -> list[int]:
+    """
+    The ids to keep, ascending.
+
+    Without `texts`: every token whose letters are all of the scripts of `languages`, so that text in these scripts is
+    tokenised as before. With `texts`: the tokens of these texts, and the single characters of the scripts (of the
+    texts' characters without `languages`), so that other words fall into smaller pieces and not into "unknown".
+    Special tokens are always kept.
+
+    Args:
+        tokenizer: a fast tokenizer with a WordPiece or Unigram model.
+        texts: what the model will read is like these.
+        languages: ISO 639-1 codes.
+    """
+    if texts is None and not languages:
+        raise ValueError("Give languages, texts or both: without either there is nothing to choose tokens by")
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    pieces = _pieces(description)
+    kept = {token["id"] for token in description["added_tokens"]} | set(tokenizer.all_special_ids)
+    kept |= set(range(tokenizer.pad_token_id + 1))  # some encoders count positions from the id of the padding
+    if description["model"]["type"] == "Unigram":
+        # The price of an unknown character follows from the lowest score: with it, old and new agree on every split
+        scores = [score for _, score in description["model"]["vocab"]]
+        kept |= {description["model"]["unk_id"], int(np.argmin(scores))}
+    scripts = scripts_of(languages) if languages else set()
+    if texts is None:
+        kept |= {index for index, piece in enumerate(pieces) if is_written_in(piece, scripts)}
+        return sorted(kept)
+    characters: set[str] = set()
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    for batch in _batches(texts, 1000):
+        kept.update(*tokenizer(batch, verbose=False)["input_ids"])
+        characters.update(*(normalizer.normalize_str(text) if normalizer else text for text in batch))
+    if not characters:
+        raise ValueError("There is not a single text to choose tokens by")
+    kept |= {
+        index
+        for index, piece in enumerate(pieces)
+        if len(piece) == 1 and (piece in characters or is_written_in(piece, scripts))
+    }
+    return sorted(kept)
+
+
+def _pieces(description: dict) -> list[str]:
+    """The tokens in the order of their ids, without the marks for "begins" (Unigram) and "goes on" (WordPiece)."""
+    model = description["model"]
+    if model["type"] == "Unigram":
+        return [piece.removeprefix("▁") or piece for piece, _ in model["vocab"]]
+    if model["type"] == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        return [piece.removeprefix(prefix) or piece for piece in sorted(model["vocab"], key=model["vocab"].get)]
+    raise ValueError(
+        f"The vocabulary of a {model['type']} tokenizer cannot be trimmed; that of a WordPiece or Unigram one can"
+    )
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def trim_tokenizer(tokenizer, kept: Sequence[int]):
+    """
+    A copy of a fast tokenizer with the tokens `kept` (ascending ids) alone: the i-th of them gets the id i.
+
+    Raises:
+        ValueError: neither WordPiece nor Unigram, or the result tokenises otherwise than it should.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        path = Path(folder) / "tokenizer.json"
+        description = json.loads(path.read_text(encoding="utf-8"))
+        _trim_description(description, {old: new for new, old in enumerate(kept)})
+        path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+        trimmed = type(tokenizer).from_pretrained(folder)
+    loaded = json.loads(trimmed.backend_tokenizer.to_str())
+    changed = [part for part in ("model", "normalizer", "pre_tokenizer") if loaded[part] != description[part]]
+    if changed or trimmed.convert_ids_to_tokens(range(len(kept))) != tokenizer.convert_ids_to_tokens(list(kept)):
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot be trimmed: it does not take a changed vocabulary over as it is "
+            f"({', '.join(changed) or 'order of tokens'})"
+        )
+    return trimmed
+
+
+def _trim_description(description: dict, new_ids: dict[int, int]) -> None:
+    """Renumber a parsed tokenizer.json in place; tokens that are not in `new_ids` disappear."""
+    model = description["model"]
+    _pieces(description)  # refuses other kinds
+    if model["type"] == "Unigram":
+        model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in new_ids]
+        model["unk_id"] = new_ids[model["unk_id"]]
+    else:
+        model["vocab"] = {piece: new_ids[index] for piece, index in model["vocab"].items() if index in new_ids}
+    for token in description["added_tokens"]:
+        token["id"] = new_ids[token["id"]]
+    if description.get("padding"):
+        description["padding"]["pad_id"] = new_ids[description["padding"]["pad_id"]]
+    processor = description.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        for token in part.get("special_tokens", {}).values():  # TemplateProcessing
+            token["ids"] = [new_ids[index] for index in token["ids"]]
+        for name in ("sep", "cls"):  # BertProcessing, RobertaProcessing
+            if name in part:
+                part[name][1] = new_ids[part[name][1]]
+
+
+@torch.no_grad()
+def trim_vocabulary(
+    model: MMSERForAudioClassification,
+    processor: MMSERProcessor,
+    texts: Iterable[str] | None = None,
+    languages: Sequence[str] | None = None,
+) -> tuple[MMSERProcessor, Trimmed]:
+    """
+    Cut the text encoder's table of tokens down, in place. Rows that stay are kept bit by bit, so that texts of tokens
+    that stay give the same results.
+
+    Args:
+        model, processor: of one checkpoint.
+        texts, languages: see `choose_tokens`.
+    Returns: the processor of the smaller model, and what was cut.
+    """
+    kept = choose_tokens(processor.tokenizer, texts, languages)
+    before = model.num_parameters()
+    embeddings: Any = model.get_input_embeddings()
+    tokens_before = len(embeddings.weight)
+    if kept[-1] >= tokens_before:
+        raise ValueError(f"The tokenizer has the token id {kept[-1]}, but the model a table of {tokens_before} tokens")
+    tokenizer = trim_tokenizer(processor.tokenizer, kept)
+    weight = embeddings.weight[torch.tensor(kept, device=embeddings.weight.device)].clone()
+    smaller = nn.Embedding.from_pretrained(
+        weight, freeze=not embeddings.weight.requires_grad, padding_idx=tokenizer.pad_token_id
+    )
+    model.set_input_embeddings(smaller)
+    config: Any = model.config.text_config
+    config.vocab_size = len(kept)
+    for name in ("pad", "bos", "eos", "sep", "cls", "mask"):
+        old = getattr(config, f"{name}_token_id", None)
+        if old is not None:
+            setattr(config, f"{name}_token_id", kept.index(old) if old in kept else None)
+    report = Trimmed(tokens_before, len(kept), before, model.num_parameters())
+    return MMSERProcessor(processor.feature_extractor, tokenizer), report
