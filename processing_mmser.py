@@ -2,7 +2,8 @@
 """From sound and words to tensors, and from a file to labelled scores.
 
 Read in this order: `load_audio` (anything -> mono float32 at one rate), `MMSERProcessor` (audio and text -> model
-inputs; every clip is computed alone, so that no value depends on its batch), `MMSERPipeline` (anything -> scores).
+inputs; every clip is computed alone, so that no value depends on its batch), `MMSEROnnxForAudioClassification` (an
+exported model, run by onnxruntime), `MMSERPipeline` (anything -> scores, by either kind of model).
 This file is copied into every checkpoint, so it imports nothing of the project.
 """
 
@@ -10,11 +11,13 @@ This file is copied into every checkpoint, so it imports nothing of the project.
 # mypy: disable-error-code="assignment, misc, override"
 
 import io
+import json
 import numbers
 import os
 import struct
 import urllib.request
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,10 +25,17 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from transformers import BatchFeature, Pipeline, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+from transformers import (
+    AutoConfig,
+    BatchFeature,
+    Pipeline,
+    PreTrainedConfig,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.utils import logging
+from transformers.utils import ModelOutput, cached_file, logging
 
 logger = logging.get_logger(__name__)
 
@@ -404,6 +414,167 @@ def pad_and_stack(rows: list[np.ndarray | None], padding_value: float = 0, multi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Exported model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MMSEROnnxConfig(PreTrainedConfig):
+    """What an exported model says of itself: its labels, and whatever else `export_hf.py` noted in the ONNX file."""
+
+    model_type = "mmser-onnx"
+
+
+@dataclass
+class MMSEROnnxOutput(ModelOutput):
+    """
+    Output of an exported model, as of `MMSERForAudioClassification`. The last four are None if OpenMax was not fitted.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): divided by the temperature.
+        probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels)`): their softmax.
+        uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): the probability that the prediction is wrong.
+        unknown_probability (`torch.FloatTensor` of shape `(batch_size, 1)`): of being none of the classes.
+        open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): "unknown" last.
+        rejection_score (`torch.FloatTensor` of shape `(batch_size, 1)`): what rejection goes by.
+        is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): which clips are rejected.
+    """
+
+    logits: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    unknown_probability: torch.Tensor | None = None
+    open_set_probabilities: torch.Tensor | None = None
+    rejection_score: torch.Tensor | None = None
+    is_unknown: torch.Tensor | None = None
+
+
+class MMSEROnnxForAudioClassification:
+    """
+    A model that `export_hf.py` wrote, run by onnxruntime. It is called like the PyTorch model, with the output of
+    [`MMSERProcessor`], and holds none of its weights.
+
+    Args:
+        session (`onnxruntime.InferenceSession`): the opened ONNX file.
+        config (`MMSEROnnxConfig`): by default what is noted in the file.
+    """
+
+    config_class = MMSEROnnxConfig
+    file_name = "model.onnx"
+    input_modalities = ("audio", "text")
+    # What a pipeline asks of a model: tensors come and go as float32 on the CPU, wherever onnxruntime computes
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, session, config: MMSEROnnxConfig | None = None):
+        self.session = session
+        self.notes = session.get_modelmeta().custom_metadata_map
+        self.config = MMSEROnnxConfig(**json.loads(self.notes["config"])) if config is None else config
+        self.inputs = {node.name: node.shape for node in session.get_inputs()}
+        self.output_names = [node.name for node in session.get_outputs()]
+        self.main_input_name = next(name for name in self.inputs if name in ("input_values", "input_features"))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, config=None, providers: Sequence[str] | None = None, **kwargs
+    ):
+        """
+        Open an exported model.
+
+        Args:
+            name_or_path: a folder or Hub repository with `model.onnx`, or such a file.
+            config (`MMSEROnnxConfig`): by default what is noted in the file.
+            providers: execution providers of onnxruntime in order of preference; CUDA, if there, then CPU by default.
+            kwargs: `revision`, `token`, `cache_dir`... for a repository; what only PyTorch models take is passed over.
+
+        Raises:
+            ImportError: onnxruntime is not installed.
+            ValueError: an ONNX file of something else.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError("An exported model needs onnxruntime: `pip install onnxruntime`") from error
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        path = name_or_path
+        if not Path(path).is_file():
+            options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            path = cached_file(os.fspath(name_or_path), cls.file_name, **options)
+        if providers is None:
+            available = onnxruntime.get_available_providers()
+            providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+        if "config" not in session.get_modelmeta().custom_metadata_map:
+            raise ValueError(f"{os.fspath(name_or_path)!r} was not written by export_hf.py: it lacks its notes")
+        return cls(session, config)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModelForAudioClassification") -> None:
+        """The `Auto*` classes call this on what they load; an exported folder names its code from the start."""
+
+    def to(self, *args, **kwargs):
+        """Where it runs is chosen by `providers`."""
+        return self
+
+    def eval(self):
+        """It is never anything else."""
+        return self
+
+    def can_generate(self) -> bool:
+        return False
+
+    def __call__(
+        self,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+    ) -> MMSEROnnxOutput:
+        """
+        Args:
+            input_values, attention_mask, input_ids, text_attention_mask, input_features: tensors or arrays, as
+                [`MMSERProcessor`] makes them. Either modality may be left out.
+
+        Raises:
+            ValueError: neither audio nor text, or the wrong kind of audio.
+        """
+        audio, wrong = input_values, input_features
+        if self.main_input_name == "input_features":
+            audio, wrong = wrong, audio
+        if wrong is not None:
+            raise ValueError(f"The audio of this model is `{self.main_input_name}`")
+        if audio is None and input_ids is None:
+            raise ValueError(f"Give audio (`{self.main_input_name}`), `input_ids`, or both")
+        audio, attention_mask = self._with_mask(self.main_input_name, audio, attention_mask, like=input_ids)
+        input_ids, text_attention_mask = self._with_mask("input_ids", input_ids, text_attention_mask, like=audio)
+        feeds = {
+            self.main_input_name: _as_array(audio, np.float32),
+            "attention_mask": _as_array(attention_mask, np.int64),
+            "input_ids": _as_array(input_ids, np.int64),
+            "text_attention_mask": _as_array(text_attention_mask, np.int64),
+        }
+        outputs = self.session.run(self.output_names, feeds)
+        return MMSEROnnxOutput(
+            **{name: torch.from_numpy(value) for name, value in zip(self.output_names, outputs, strict=True)}
+        )
+
+    def _with_mask(self, name: str, values, mask, like) -> tuple[Any, Any]:
+        """One modality and its mask; what the batch `like` lacks is the shortest input there is, all of it masked."""
+        if values is not None:
+            return values, np.ones((values.shape[0], values.shape[-1])) if mask is None else mask
+        if name == "input_ids":
+            return np.full((len(like), 1), int(self.notes["pad_token_id"])), np.zeros((len(like), 1))
+        length = int(self.notes["min_audio_length"])
+        return np.zeros((len(like), *self.inputs[name][1:-1], length)), np.zeros((len(like), length))
+
+
+def _as_array(values, dtype) -> np.ndarray:
+    return np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pipeline
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -442,6 +613,22 @@ class MMSERPipeline(Pipeline):
     functions = ("softmax", "sigmoid", "none")
     preprocess_options = ("sampling_rate",)
     postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "function_to_apply")
+
+    @classmethod
+    def from_onnx(cls, name_or_path: str | os.PathLike, providers: Sequence[str] | None = None, **kwargs):
+        """
+        The pipeline of a folder or Hub repository that `export_hf.py` wrote; needs onnxruntime, and loads no PyTorch
+        weights. Elsewhere `pipeline("audio-classification", model, trust_remote_code=True)` does the same.
+
+        Args:
+            name_or_path, providers: see [`MMSEROnnxForAudioClassification.from_pretrained`].
+            kwargs: `revision`, `token`... for a repository; otherwise as for any pipeline, e.g. `top_k`.
+        """
+        AutoConfig.register(MMSEROnnxConfig.model_type, MMSEROnnxConfig, exist_ok=True)  # loading a tokenizer asks
+        hub_kwargs = {name: kwargs.pop(name) for name in ("cache_dir", "revision", "token") if name in kwargs}
+        model: Any = MMSEROnnxForAudioClassification.from_pretrained(name_or_path, providers=providers, **hub_kwargs)
+        processor = MMSERProcessor.from_pretrained(name_or_path, **hub_kwargs)
+        return cls(model=model, processor=processor, task="audio-classification", device=model.device, **kwargs)
 
     def __call__(self, inputs, **kwargs):
         """Classify one clip, or a list, generator or torch dataset of clips.

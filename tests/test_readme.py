@@ -34,8 +34,10 @@ from transformers import (
 )
 
 import eval_hf
+import export_hf
 import train_hf
 from data_mmser import load_emotion_dataset
+from processing_mmser import MMSERPipeline
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -275,6 +277,16 @@ def test_the_evaluation_command_leaves_what_the_readme_says(story):
     assert report["fitted_calibration"]["temperature"] > 0
 
 
+def test_the_export_command_leaves_what_the_readme_says(story):
+    folder = story.trained / "runs" / "small"
+    assert not list(folder.glob("*.safetensors"))
+    assert (folder / "model.onnx").stat().st_size < (folder.parent / "mine" / "model.safetensors").stat().st_size
+    classifier = MMSERPipeline.from_onnx(folder)
+    assert classifier.model.notes["dtype"] == "int8"
+    results = classifier(str(story.used / "clip.wav"))
+    assert {entry["label"] for entry in results} == set(NAMES)
+
+
 def test_everything_went_through_the_hub(story):
     assert story.hub.unknown_requests == []
     for folder in (story.used, story.trained):
@@ -310,7 +322,8 @@ def test_the_metadata_example_is_read_as_it_looks(tmp_path):
 def test_every_flag_is_one_of_the_command_lines():
     training = (train_hf.ModelArguments, train_hf.DataArguments, train_hf.MMSERTrainingArguments)
     evaluation = (eval_hf.EvaluationArguments, train_hf.SourceArguments)
-    known = {flag for classes in (training, evaluation) for flag in HfArgumentParser(classes)._option_string_actions}
+    programs = (training, evaluation, (export_hf.ExportArguments,))
+    known = {flag for classes in programs for flag in HfArgumentParser(classes)._option_string_actions}
     flags = set(re.findall(r"(?<![\w-])--\w+", TEXT_OF_README))
     assert flags
     assert flags <= known
@@ -320,8 +333,12 @@ def test_arguments_in_the_prose_are_parsed(monkeypatch):
     monkeypatch.chdir(ROOT)
     spans = [shlex.split(span) for _, span in code_spans() if re.match(r"--\w+ |train_hf\.py ", span)]
     assert spans
+    exporting = HfArgumentParser(export_hf.ExportArguments)
     for words in spans:
-        train_hf.parse_arguments(words[1:] if words[0] == "train_hf.py" else words)
+        if words[0] in exporting._option_string_actions:
+            exporting.parse_args_into_dataclasses(["--checkpoint", "runs/mine", "--output_dir", "runs/small", *words])
+        else:
+            train_hf.parse_arguments(words[1:] if words[0] == "train_hf.py" else words)
 
 
 def test_the_table_of_files_is_complete_and_true():

@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to a small or portable one: what `export_hf.py` does.
+
+Read in this order: the ONNX graph (any batch size, audio length and text length), its weights in int8, the comparison
+with PyTorch, and `export_checkpoint`, which does all of it and leaves either a whole folder or none.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging as python_logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configuration_mmser import CUSTOM_PIPELINES
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from processing_mmser import (
+    MAX_TEXT_TOKENS,
+    MIN_SECONDS,
+    MMSEROnnxForAudioClassification,
+    MMSERProcessor,
+)
+from vocabulary_mmser import Trimmed, trim_vocabulary
+
+DTYPES = ("float32", "float16", "int8")
+FORMATS = ("onnx", "safetensors")
+OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
+BLOCK = 64  # int8 weights that share a scale
+# Largest difference to PyTorch in float32 that is let through, for probabilities and for logits over the largest one
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.15}
+
+# Where the `Auto*` classes find the code of an exported model
+ONNX_AUTO_MAP = {
+    "AutoConfig": "processing_mmser.MMSEROnnxConfig",
+    "AutoModelForAudioClassification": "processing_mmser.MMSEROnnxForAudioClassification",
+    "AutoProcessor": "processing_mmser.MMSERProcessor",
+}
+# What a graph returns; the last four only once OpenMax is fitted (and `is_unknown` only if rejection is on)
+OUTPUTS = ("logits", "probabilities", "uncertainty")
+OPEN_SET_OUTPUTS = ("unknown_probability", "open_set_probabilities", "rejection_score", "is_unknown")
+
+
+# The ONNX graph
+
+
+class ExportedForward(nn.Module):
+    """The forward pass as a graph has it: tensors in, a tuple of tensors out, float32 on both sides."""
+
+    def __init__(self, model: MMSERForAudioClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(self, audio: Tensor, attention_mask: Tensor, input_ids: Tensor, text_attention_mask: Tensor):
+        """[B, T] or [B, mels, T], [B, T], [B, L], [B, L] -> the tensors of `output_names`."""
+        outputs = self.model(
+            **{self.model.main_input_name: audio},
+            attention_mask=attention_mask,
+            input_ids=input_ids,
+            text_attention_mask=text_attention_mask,
+        )
+        logits = outputs.logits.float()
+        results = {**outputs, "logits": logits, "probabilities": logits.softmax(dim=-1)}
+        tensors = (results[name] for name in self.output_names(outputs))
+        return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+
+    @staticmethod
+    def output_names(outputs) -> list[str]:
+        """Which outputs there are: those of OpenMax are None as long as it is not fitted."""
+        return [*OUTPUTS, *(name for name in OPEN_SET_OUTPUTS if outputs.get(name) is not None)]
+
+
+def min_audio_length(model: MMSERForAudioClassification) -> int:
+    """The shortest audio that makes a state: samples, or mel frames."""
+    if model.config.uses_log_mel:
+        return 1
+    length = 1
+    config: Any = model.config.audio_config
+    for kernel_size, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        length = (length - 1) * stride + kernel_size
+    return length
+
+
+def max_seconds(model: MMSERForAudioClassification, processor: MMSERProcessor) -> float:
+    """The longest clip that the audio encoder takes."""
+    if not model.config.uses_log_mel:
+        return float("inf")
+    extractor = processor.feature_extractor
+    return 2 * model.config.audio_config.max_source_positions * extractor.hop_length / extractor.sampling_rate
+
+
+def example_inputs(
+    model: MMSERForAudioClassification, processor: MMSERProcessor, seconds: float, batch_size: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """
+    A batch to export with or to compare by: sounds of up to `seconds`, or what the encoder takes, and random tokens.
+    In a batch of two or more the last row has no text, in one of three or more the first has no audio.
+    """
+    rng = np.random.default_rng(seed)
+    rate = processor.feature_extractor.sampling_rate
+    seconds = min(seconds, max_seconds(model, processor))
+    shortest = round(MIN_SECONDS * rate)
+    longest = max(shortest, round(seconds * rate))
+    lengths = [*rng.integers(shortest, longest + 1, batch_size - 1), longest]
+    inputs = dict(processor([_voice(length, rate, rng) for length in lengths], sampling_rate=rate))
+    inputs["attention_mask"] = inputs["attention_mask"].long()
+    if batch_size > 2:
+        for value in inputs.values():
+            value[0] = 0
+    config: Any = model.config.text_config
+    tokenizer = processor.tokenizer
+    length = min(2 + int(4 * seconds), getattr(config, "max_position_embeddings", MAX_TEXT_TOKENS) - 2)
+    special = set(tokenizer.all_special_ids)
+    ordinary = [index for index in range(min(len(tokenizer), config.vocab_size)) if index not in special]
+    input_ids = rng.choice(ordinary or [tokenizer.unk_token_id], (batch_size, length))
+    lengths = rng.integers(1, length + 1, batch_size)
+    lengths[0] = length
+    if batch_size > 1:
+        lengths[-1] = 0
+    mask = np.arange(length) < lengths[:, None]
+    inputs["input_ids"] = torch.from_numpy(np.where(mask, input_ids, tokenizer.pad_token_id))
+    inputs["text_attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+    return inputs
+
+
+def _voice(length: int, rate: int, rng: np.random.Generator) -> np.ndarray:
+    """Something between a hum and noise, as loud as speech and in syllables, float32 [length]."""
+    time = np.arange(length) / rate
+    pitch = rng.uniform(90, 250)
+    hum = sum(np.sin(2 * np.pi * pitch * harmonic * time) / harmonic for harmonic in range(1, 12))
+    syllables = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * time + rng.uniform(0, 2 * np.pi))
+    return (0.1 * syllables * (hum + 0.3 * rng.standard_normal(length))).astype(np.float32)
+
+
+@torch.no_grad()
+def export_onnx(
+    model: MMSERForAudioClassification, processor: MMSERProcessor, path: str | os.PathLike, opset: int = OPSET
+) -> None:
+    """
+    Write the forward pass of `model` as ONNX, with any batch size, audio length and text length, and with what one
+    must know to use it (labels, temperature, sampling rate, padding) in the metadata.
+
+    A file above 2 GB, more than ONNX can hold, keeps its weights beside it in `model.onnx.data`.
+
+    Args:
+        model: in float32, or in float16; its inputs and outputs are float32 either way.
+        processor: of the same checkpoint.
+        path: the file to write.
+        opset: version of the ONNX operators.
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+    """
+    check_onnx()
+    forward = ExportedForward(model).eval()
+    example = example_inputs(model, processor, seconds=1.0, batch_size=3)
+    names = [model.main_input_name, "attention_mask", "input_ids", "text_attention_mask"]
+    outputs = forward.output_names(model(**example))
+    # Names of axes let the exporter find out what the sizes must fulfil; given as numbers, it wants them proven
+    axes = [{0: "batch", 1: "audio"}, {0: "batch", 1: "audio"}, {0: "batch", 1: "text"}, {0: "batch", 1: "text"}]
+    axes[0] = {0: "batch", example[names[0]].ndim - 1: "audio"}
+    with _quiet_exporter():
+        program: Any = torch.onnx.export(
+            forward,
+            tuple(example[name] for name in names),
+            dynamo=True,
+            dynamic_shapes=tuple(axes),
+            input_names=names,
+            output_names=outputs,
+            opset_version=opset,
+            custom_translation_table={
+                torch.ops.aten._cdist_forward.default: _translate_cdist,
+                torch.ops.aten.sigmoid.default: _translate_sigmoid,
+            },
+            verbose=False,
+        )
+    model.eval()  # the exporter may put it back into training
+    _forget_source(program.model)
+    program.model.producer_name = "mmser"
+    program.model.metadata_props.update(notes_of(model, processor))
+    program.save(os.fspath(path))
+
+
+def check_onnx() -> None:
+    """Raise ImportError, with what to install, unless all that an export needs is there."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ImportError(f"An ONNX export needs {', '.join(missing)}: `pip install {' '.join(missing)}`")
+
+
+def notes_of(model: MMSERForAudioClassification, processor: MMSERProcessor) -> dict[str, str]:
+    """The metadata of the ONNX file. `config` is what `MMSEROnnxConfig` is made of."""
+    config: Any = model.config
+    kept = ("id2label", "label2id", "problem_type", "openmax_threshold", "openmax_acceptance", "use_openmax")
+    about = {name: getattr(config, name) for name in kept}
+    about |= {"audio_model_type": config.audio_config.model_type, "text_model_type": config.text_config.model_type}
+    limit = {}
+    if config.uses_log_mel:
+        limit["max_audio_length"] = str(2 * config.audio_config.max_source_positions)
+    return {
+        "config": json.dumps(about),
+        "labels": json.dumps([config.id2label[index] for index in range(config.num_labels)]),
+        "temperature": str(model.temperature.item()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "sampling_rate": str(processor.feature_extractor.sampling_rate),
+        "min_audio_length": str(min_audio_length(model)),
+        **limit,
+        "max_text_length": str(min(processor.tokenizer.model_max_length, MAX_TEXT_TOKENS)),
+        "pad_token_id": str(processor.tokenizer.pad_token_id),
+    }
+
+
+def _translate_cdist(x1, x2, p: float = 2.0, compute_mode: int | None = None):
+    """Euclidean distances for ONNX, which has no operator for them: [B, D] and [N, D] -> [B, N]."""
+    from onnxscript import opset18 as op
+
+    difference = op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3]))
+    return op.Sqrt(op.ReduceSumSquare(difference, [-1], keepdims=0))
+
+
+def _translate_sigmoid(x):
+    """By its formula: onnxruntime's own is off by 1e-7, which is a lot of an uncertainty of 1e-6 in log-odds."""
+    from onnxscript import opset18 as op
+
+    return op.Reciprocal(op.Add(op.CastLike(1.0, x), op.Exp(op.Neg(x))))
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter speaks of operators of other libraries and of its own deprecations."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels = {name: python_logging.getLogger(name).level for name in names}
+    for name in names:
+        python_logging.getLogger(name).setLevel(python_logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            python_logging.getLogger(name).setLevel(level)
+
+
+def _forget_source(model) -> None:
+    """Leave out where in the source each node comes from: it is most of a small file, and full of paths."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+# Smaller weights
+
+
+def quantize_onnx(path: str | os.PathLike, target: str | os.PathLike) -> None:
+    """
+    Store the weights of an exported float32 model in about a quarter of the space.
+
+    - Matrices that sequences are multiplied by (encoders, cross-modal attention, pooling): int8 with a scale for every
+      `BLOCK` weights of an output, and computed in integers (`MatMulNBits` of onnxruntime). The states they meet are
+      quantised in the same blocks, position by position. (The standard operators of `quantize_dynamic` take one scale
+      for the states of the whole batch: a clip's result would depend on its batch, and is twice as far off.)
+    - The table of tokens: int8 with a scale for each token.
+    - Everything else (convolutions, norms, and the head from the fusion on, where every rounding would go straight
+      into the answer): stored in float16, computed in float32.
+
+    Args:
+        path: of `export_onnx`.
+        target: file to write.
+    """
+    import onnx
+
+    model = onnx.load(os.fspath(path))
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    _quantize_token_table(model.graph)
+    _quantize_matrices(model.graph)
+    _store_as_float16(model.graph)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.helper.set_model_props(model, {**notes, "dtype": "int8"})
+    onnx.save(model, os.fspath(target))
+
+
+def _quantize_matrices(graph) -> None:
+    """Replace each product with a constant matrix by one with blocks of int8 weights."""
+    from onnx import helper, numpy_helper
+
+    matrices = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    done: set[str] = set()
+    for position, node in enumerate(graph.node):
+        if node.op_type != "MatMul" or node.input[1] not in matrices or matrices[node.input[1]].dims[1] == 1:
+            continue
+        name = node.input[1]
+        inputs, outputs = matrices[name].dims
+        if name not in done:  # some encoders use a matrix in every layer
+            weight = numpy_helper.to_array(matrices[name]).T
+            blocks = np.pad(weight, ((0, 0), (0, -inputs % BLOCK))).reshape(outputs, -1, BLOCK)
+            quantized, scale = _to_int8(blocks)
+            quantized = (quantized + 128).astype(np.uint8)  # the operator takes 128 for zero
+            graph.initializer.append(numpy_helper.from_array(quantized, f"{name}.int8"))
+            graph.initializer.append(numpy_helper.from_array(scale.reshape(-1), f"{name}.scale"))
+            done.add(name)
+        graph.node[position].CopyFrom(
+            helper.make_node(
+                "MatMulNBits",
+                [node.input[0], f"{name}.int8", f"{name}.scale"],
+                list(node.output),
+                node.name,
+                domain="com.microsoft",
+                K=inputs,
+                N=outputs,
+                bits=8,
+                block_size=BLOCK,
+                accuracy_level=4,  # states in int8, too
+            )
+        )
+    used = {name for node in graph.node for name in node.input}
+    for name in done - used:
+        graph.initializer.remove(matrices[name])
+
+
+def _to_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [..., N] -> whole numbers from -127 to 127 [..., N] and scales [..., 1] that float16 can hold."""
+    exact = np.maximum(np.abs(values).max(axis=-1, keepdims=True) / 127, np.finfo(np.float16).smallest_subnormal)
+    scale = exact.astype(np.float16)
+    scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale).astype(np.float32)
+    return np.rint(values / scale), scale
+
+
+def _quantize_token_table(graph) -> None:
+    """Replace the rows that `input_ids` pick by int8 ones times a scale per row."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    tables = {tensor.name: tensor for tensor in graph.initializer}
+    position, gather = next(
+        (position, node)
+        for position, node in enumerate(graph.node)
+        if node.op_type == "Gather" and node.input[0] in tables and node.input[1] == "input_ids"
+    )
+    name, ids = gather.input
+    result = gather.output[0]
+    quantized, scale = _to_int8(numpy_helper.to_array(tables[name]))
+    graph.initializer.remove(tables[name])
+    graph.initializer.append(numpy_helper.from_array(quantized.astype(np.int8), f"{name}.int8"))
+    graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
+    graph.node.remove(gather)
+    nodes = [
+        helper.make_node("Gather", [f"{name}.int8", ids], [f"{name}.rows"], f"{name}.rows"),
+        helper.make_node("Cast", [f"{name}.rows"], [f"{name}.floats"], f"{name}.floats", to=TensorProto.FLOAT),
+        helper.make_node("Gather", [f"{name}.scale", ids], [f"{name}.scales"], f"{name}.scales"),
+        helper.make_node("Mul", [f"{name}.floats", f"{name}.scales"], [result], f"{name}.product"),
+    ]
+    for offset, node in enumerate(nodes):
+        graph.node.insert(position + offset, node)
+
+
+def _store_as_float16(graph, min_size: int = 512) -> None:
+    """Keep float32 weights of some size in float16; onnxruntime turns them back once, when it opens the file."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    for tensor in [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]:
+        values = numpy_helper.to_array(tensor)
+        if values.size < min_size or np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        half = f"{tensor.name}.float16"
+        graph.initializer.remove(tensor)
+        graph.initializer.append(numpy_helper.from_array(values.astype(np.float16), half))
+        graph.node.insert(0, helper.make_node("Cast", [half], [tensor.name], half, to=TensorProto.FLOAT))
+
+
+# Comparison with PyTorch
+
+
+@dataclass
+class Comparison:
+    """One batch, and the largest difference of each output between PyTorch and what was exported."""
+
+    batch_size: int
+    audio_length: int
+    text_length: int
+    differences: dict[str, float]
+
+
+@torch.no_grad()
+def compare(model: MMSERForAudioClassification, exported: Any, processor: MMSERProcessor) -> list[Comparison]:
+    """
+    Run a model and its export on the same batches: three lengths, each alone (with text) and as a batch of three (with
+    a row that lacks audio and one that lacks text).
+
+    Args:
+        model: in float32.
+        exported: `MMSEROnnxForAudioClassification`, or a model of the same class as `model`.
+    Returns: differences of logits over the largest logit (or 1), of the rejection score likewise, and of everything
+        else, which is a probability, as they are; for `is_unknown` the share of clips that are judged otherwise.
+    """
+    results = []
+    longest = min(2.4, max_seconds(model, processor))
+    for number, seconds in enumerate((longest / 8, longest / 3, longest)):
+        for batch_size in (1, 3):
+            inputs = example_inputs(model, processor, seconds, batch_size, seed=number)
+            expected, given = model(**inputs), exported(**inputs)
+            results.append(
+                Comparison(
+                    batch_size,
+                    inputs[model.main_input_name].shape[-1],
+                    inputs["input_ids"].shape[-1],
+                    _differences(expected, given),
+                )
+            )
+    return results
+
+
+def _differences(expected, given) -> dict[str, float]:
+    differences = {}
+    for name in (*OUTPUTS, *OPEN_SET_OUTPUTS):
+        first, second = (
+            output.logits.float().softmax(dim=-1) if name == "probabilities" else output.get(name)
+            for output in (expected, given)
+        )
+        if (first is None) != (second is None):
+            raise ValueError(f"Only one of the model and its export has the output `{name}`")
+        if first is None or second is None:
+            continue
+        difference = (first.float() - second.float()).abs()
+        if name in ("logits", "rejection_score"):
+            difference = difference / first.float().abs().amax().clamp(min=1)
+        differences[name] = (difference.mean() if name == "is_unknown" else difference.amax()).item()
+    return differences
+
+
+def check_tolerance(comparisons: Sequence[Comparison], tolerance: float) -> None:
+    """
+    Raise ValueError, with the worst case, if an output is further off than `tolerance`, or is not a number.
+
+    The rejection score and the decision by it do not count: the score is a logarithm without bounds, the decision has
+    a threshold. The probabilities that both follow from do.
+    """
+    for comparison in comparisons:
+        for name, value in comparison.differences.items():
+            if name not in ("rejection_score", "is_unknown") and not value <= tolerance:
+                raise ValueError(
+                    f"The export differs from PyTorch by {value:.2g} in `{name}` (tolerance {tolerance:g}), for a "
+                    f"batch of {comparison.batch_size} with audio of length {comparison.audio_length} and "
+                    f"{comparison.text_length} tokens. Nothing was written."
+                )
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """The differences as text, a line for each batch and one for the largest of all."""
+    names = list(comparisons[0].differences)
+    header = ["batch", "audio", "tokens", *names]
+    rows = [
+        [str(c.batch_size), str(c.audio_length), str(c.text_length), *(f"{c.differences[name]:.1e}" for name in names)]
+        for c in comparisons
+    ]
+    rows.append(["", "", "max", *(f"{max(c.differences[name] for c in comparisons):.1e}" for name in names)])
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows])
+    return "\n".join(lines)
+
+
+# All of it
+
+
+@dataclass
+class ExportReport:
+    """What `export_checkpoint` wrote: sizes in bytes, and the differences to PyTorch of each format."""
+
+    folder: Path
+    float32_size: int  # of the weights of the checkpoint, before anything was cut
+    sizes: dict[str, int]
+    trimmed: Trimmed | None = None
+    comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [str(self.trimmed)] if self.trimmed else []
+        for name, comparisons in self.comparisons.items():
+            lines += [f"largest differences to PyTorch, {name}:", comparison_table(comparisons)]
+        for name, size in self.sizes.items():
+            share = (
+                f" ({size / self.float32_size:.0%} of the checkpoint in float32)" if name.startswith("model") else ""
+            )
+            lines.append(f"{size / 1e6:8.2f} MB  {name}{share}")
+        return "\n".join(lines)
+
+
+def export_checkpoint(
+    name_or_path: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    formats: Sequence[str] = ("onnx",),
+    dtype: str = "float32",
+    languages: Sequence[str] | None = None,
+    texts: Iterable[str] | None = None,
+    check: bool = True,
+    tolerance: float | None = None,
+    opset: int = OPSET,
+    overwrite: bool = False,
+) -> ExportReport:
+    """
+    Export an MMSER checkpoint to a folder that holds all that is needed to use it.
+
+    Args:
+        name_or_path: folder or Hub name of the checkpoint.
+        output_dir: folder to write. It appears at the end and whole, or not at all.
+        formats: "onnx", for onnxruntime, "safetensors", for PyTorch, or both.
+        dtype: "float32", "float16" (for GPUs) or "int8" (ONNX alone).
+        languages, texts: trim the vocabulary, see `choose_tokens`.
+        check: compare with PyTorch.
+        tolerance: largest difference to let through; by default that of `TOLERANCES`.
+        opset: version of the ONNX operators.
+        overwrite: replace `output_dir` if there is something in it.
+    Raises:
+        ValueError: options that do not go together, a folder that is taken, or a difference above the tolerance.
+        ImportError: onnx, onnxruntime or onnxscript is missing.
+    """
+    output_dir = Path(output_dir).absolute()
+    _check_options(formats, dtype, output_dir, overwrite)
+    register_auto_classes()  # the code of MMSER is here: what the checkpoint carries is not run
+    model = MMSERForAudioClassification.from_pretrained(name_or_path, dtype=torch.float32)
+    processor = MMSERProcessor.from_pretrained(name_or_path)
+    report = ExportReport(output_dir, 4 * sum(value.numel() for value in model.state_dict().values()), {})
+    if languages or texts is not None:
+        processor, report.trimmed = trim_vocabulary(model, processor, texts, languages)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        folder, scratch = Path(temporary) / "export", Path(temporary) / "scratch"
+        folder.mkdir()
+        writers = {"safetensors": _write_safetensors, "onnx": _write_onnx}
+        for name in sorted(formats, reverse=True):  # safetensors first: both then share its config.json
+            exported = writers[name](model, processor, folder, scratch, dtype, opset)
+            if check:
+                report.comparisons[name] = compare(model, exported, processor)
+                check_tolerance(report.comparisons[name], TOLERANCES[dtype] if tolerance is None else tolerance)
+            del exported
+        if output_dir.exists():
+            shutil.rmtree(output_dir)
+        os.replace(folder, output_dir)
+    report.sizes = {path.name: path.stat().st_size for path in sorted(output_dir.iterdir())}
+    return report
+
+
+def _check_options(formats: Sequence[str], dtype: str, output_dir: Path, overwrite: bool) -> None:
+    if not formats or not set(formats) <= set(FORMATS):
+        raise ValueError(f"`formats` must be of {', '.join(FORMATS)}, got {formats!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "int8" and "safetensors" in formats:
+        raise ValueError("int8 is for ONNX: a PyTorch checkpoint is written in float32 or float16")
+    if "onnx" in formats:
+        check_onnx()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file; give a folder to write")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise ValueError(f"{output_dir} is not empty; choose another folder, or overwrite it")
+
+
+def _in_dtype(model: MMSERForAudioClassification, scratch: Path, dtype: str) -> MMSERForAudioClassification:
+    """A copy of `model` as loading it in `dtype` gives it: what must stay in float32 does."""
+    model.save_pretrained(scratch)
+    return MMSERForAudioClassification.from_pretrained(scratch, dtype=getattr(torch, dtype))
+
+
+def _write_safetensors(model, processor, folder: Path, scratch: Path, dtype: str, opset: int):
+    """Write a PyTorch checkpoint; return it as it is loaded again, for computing in float32."""
+    (_in_dtype(model, scratch, dtype) if dtype != "float32" else model).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return MMSERForAudioClassification.from_pretrained(folder, dtype=torch.float32)
+
+
+def _write_onnx(model, processor, folder: Path, scratch: Path, dtype: str, opset: int):
+    """Write the ONNX file and, unless it is beside a PyTorch checkpoint, what goes with it; return it opened."""
+    path = folder / MMSEROnnxForAudioClassification.file_name
+    if dtype == "int8":
+        scratch.mkdir(exist_ok=True)
+        export_onnx(model, processor, scratch / path.name, opset)
+        quantize_onnx(scratch / path.name, path)
+    else:
+        export_onnx(_in_dtype(model, scratch, dtype) if dtype != "float32" else model, processor, path, opset)
+    exported = MMSEROnnxForAudioClassification.from_pretrained(path, providers=["CPUExecutionProvider"])
+    if not (folder / "config.json").exists():
+        processor.save_pretrained(folder)
+        config = exported.config
+        config.architectures = [MMSEROnnxForAudioClassification.__name__]
+        config.auto_map = {**ONNX_AUTO_MAP}
+        config.custom_pipelines = CUSTOM_PIPELINES
+        config.save_pretrained(folder)
+    return exported

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported checkpoints against PyTorch: any batch, length and missing modality, for both families of audio encoders.
+
+One checkpoint of each family is exported once; a third export goes through the command line.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny import fit_openmax_by_chance, randomize
+from tiny_corpus import NAMES, tiny_model, tiny_processor
+
+import export_hf
+import export_mmser
+from export_mmser import ExportedForward, example_inputs, export_checkpoint, min_audio_length, quantize_onnx
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+OUTPUTS = ["logits", "uncertainty", "unknown_probability", "open_set_probabilities", "rejection_score", "is_unknown"]
+# Runs where neither this package nor a PyTorch weight is: what everybody would write
+FRESH_PROCESS = """
+import json, sys
+import numpy as np
+from transformers import pipeline
+
+classifier = pipeline("audio-classification", model=sys.argv[1], trust_remote_code=True)
+results = classifier(["clip.wav", {"text": "what a joy"}], return_uncertainty=True)
+assert not [name for name in sys.modules if "modeling_mmser" in name]
+json.dump(results, open("results.json", "w"))
+"""
+
+
+def make_checkpoint(folder, whisper):
+    torch.manual_seed(0)
+    model = randomize(tiny_model(whisper=whisper)).eval()
+    fit_openmax_by_chance(model)
+    scores = np.random.default_rng(0).gamma(2.0, size=200)
+    model.openmax.fit_thresholds(scores, np.arange(200) % 4)
+    model.temperature.fill_(1.7)
+    model.uncertainty.error_calibration.copy_(torch.tensor([0.5, 0.4, 0.1]))
+    model.save_pretrained(folder)
+    tiny_processor(whisper).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["wav2vec2", "whisper"])
+def export(request, tmp_path_factory):
+    """A checkpoint, its export to ONNX in float32, and the processor of both."""
+    folder = tmp_path_factory.mktemp(request.param)
+    whisper = request.param == "whisper"
+    make_checkpoint(folder / "checkpoint", whisper)
+    report = export_checkpoint(folder / "checkpoint", folder / "onnx")
+    return SimpleNamespace(
+        checkpoint=folder / "checkpoint",
+        folder=folder / "onnx",
+        report=report,
+        model=MMSERForAudioClassification.from_pretrained(folder / "checkpoint"),
+        onnx=MMSEROnnxForAudioClassification.from_pretrained(folder / "onnx"),
+        processor=tiny_processor(whisper),
+    )
+
+
+def clips(*seconds, seed=0):
+    rng = np.random.default_rng(seed)
+    return [None if length is None else 0.1 * rng.standard_normal(round(16000 * length)) for length in seconds]
+
+
+@torch.no_grad()
+def assert_equal_outputs(model, onnx, inputs, tolerance):
+    outputs, expected = onnx(**inputs), model(**inputs)
+    for name in OUTPUTS:
+        torch.testing.assert_close(outputs[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+    torch.testing.assert_close(outputs.probabilities, expected.logits.softmax(-1), rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------- the ONNX file
+
+
+@pytest.mark.parametrize(
+    ("seconds", "texts"),
+    [
+        ([0.3], ["what a joy"]),
+        ([0.025], ["stop"]),
+        ([0.7, None, 0.2, 0.1], [None, "what a joy", "i miss it", "stop it now what a joy"]),
+        ([1.1, 0.5], ["stop", "the table is here"]),
+        ([0.4, 0.3], None),
+        (None, ["stop it now", "what"]),
+    ],
+)
+def test_any_batch_and_length_gives_what_pytorch_gives(export, seconds, texts):
+    inputs = export.processor(clips(*seconds) if seconds else None, texts, sampling_rate=16000)
+    assert_equal_outputs(export.model, export.onnx, inputs, 1e-4)
+
+
+def test_inputs_need_no_mask(export):
+    inputs = {name: value for name, value in export.processor(clips(0.3), ["stop"], sampling_rate=16000).items()}
+    without = {name: value for name, value in inputs.items() if "mask" not in name}
+    assert len(without) == 2
+    torch.testing.assert_close(export.onnx(**without).logits, export.onnx(**inputs).logits)
+
+
+def test_the_wrong_inputs_are_refused(export):
+    name = export.onnx.main_input_name
+    other = ({"input_values", "input_features"} - {name}).pop()
+    with pytest.raises(ValueError, match=f"is `{name}`"):
+        export.onnx(**{other: np.zeros((1, 8000))})
+    with pytest.raises(ValueError, match="Give audio"):
+        export.onnx()
+
+
+def test_the_file_explains_itself_and_nothing_else(export):
+    notes = export.onnx.notes
+    assert json.loads(notes["labels"]) == NAMES
+    assert json.loads(notes["config"])["id2label"] == {str(index): name for index, name in enumerate(NAMES)}
+    assert float(notes["temperature"]) == pytest.approx(1.7)
+    assert notes["dtype"] == "float32" and int(notes["sampling_rate"]) == 16000
+    assert int(notes["min_audio_length"]) == min_audio_length(export.model)
+    content = (export.folder / "model.onnx").read_bytes()
+    assert b"site-packages" not in content and b".py" not in content
+    names = {path.name for path in export.folder.iterdir()}
+    assert {"model.onnx", "config.json", "processor_config.json", "tokenizer.json", "processing_mmser.py"} <= names
+    assert not {"model.safetensors", "modeling_mmser.py"} & names
+
+
+def test_the_shortest_audio_is_that_of_the_encoder(export):
+    shortest = min_audio_length(export.model)
+    assert shortest == (1 if export.model.config.uses_log_mel else 400)
+    audio = torch.zeros(1, *([16] if export.model.config.uses_log_mel else []), shortest)
+    assert_equal_outputs(export.model, export.onnx, {export.onnx.main_input_name: audio}, 1e-4)
+
+
+def test_the_report_compares_three_lengths_alone_and_together(export):
+    comparisons = export.report.comparisons["onnx"]
+    assert {(c.batch_size, c.audio_length) for c in comparisons} == {
+        (size, length) for size in (1, 3) for length in {c.audio_length for c in comparisons}
+    }
+    assert len(comparisons) == 6 and len({c.text_length for c in comparisons}) == 3
+    assert all(max(c.differences.values()) < 1e-4 for c in comparisons)
+    assert {"probabilities", *OUTPUTS} == comparisons[0].differences.keys()
+    assert re.search(r"model\.onnx \(\d+% of the checkpoint in float32\)", str(export.report))
+
+
+# ----------------------------------------------------------------------------------------------------- the pipeline
+
+
+def same_results(results, expected, tolerance=1e-4):
+    assert len(results) == len(expected)
+    for clip, other in zip(results, expected, strict=True):
+        assert [entry["label"] for entry in clip] == [entry["label"] for entry in other]
+        for entry, wanted in zip(clip, other, strict=True):
+            assert entry.keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert entry[name] == (value if name == "label" else pytest.approx(value, abs=tolerance))
+
+
+def test_the_pipeline_is_the_same(export, tmp_path):
+    first, second = clips(0.4, 0.9, seed=1)
+    soundfile.write(tmp_path / "clip.wav", first, 16000)
+    inputs = [
+        str(tmp_path / "clip.wav"),
+        {"raw": second, "sampling_rate": 16000, "text": "what a joy"},
+        {"text": "stop it now"},
+        {"array": np.repeat(first, 2), "sampling_rate": 32000, "text": None},
+    ]
+    classifier = MMSERPipeline(export.model, processor=export.processor, device="cpu")
+    exported = MMSERPipeline.from_onnx(export.folder)
+    for options in (
+        {"return_uncertainty": True},
+        {"batch_size": 3, "top_k": 2, "return_uncertainty": True},
+        {"allowed_labels": ["happy", "sad"]},
+        {"function_to_apply": "none"},
+    ):
+        same_results(exported(inputs, **options), classifier(inputs, **options))
+    with pytest.raises(ValueError, match="Unknown arguments"):
+        exported(inputs[0], no_such_option=1)
+    assert "MMSEROnnxForAudioClassification" in repr(exported)
+
+
+@pytest.mark.parametrize("export", ["whisper"], indirect=True)
+def test_the_usual_call_in_a_fresh_process(export, tmp_path):
+    """`pipeline(...)` of Transformers, with what is in the folder alone."""
+    soundfile.write(tmp_path / "clip.wav", clips(0.5)[0], 16000)
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(export.folder)],
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    classifier = MMSERPipeline(export.model, processor=export.processor, device="cpu")
+    expected = classifier([str(tmp_path / "clip.wav"), {"text": "what a joy"}], return_uncertainty=True)
+    same_results(json.loads((tmp_path / "results.json").read_text()), expected)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    from onnx import TensorProto, helper, save
+
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    node = helper.make_node("Identity", ["x"], ["y"])
+    graph = helper.make_graph([node], "g", [value], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    save(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"not written by export_hf\.py"):
+        MMSEROnnxForAudioClassification.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- smaller weights
+
+
+def test_int8_is_close_and_does_not_depend_on_the_batch(export, tmp_path):
+    quantize_onnx(export.folder / "model.onnx", tmp_path / "model.onnx")
+    onnx = MMSEROnnxForAudioClassification.from_pretrained(tmp_path)
+    assert onnx.notes == {**export.onnx.notes, "dtype": "int8"}
+    texts = ["what a joy", None, "stop it now", "i miss it"]
+    inputs = export.processor(clips(0.9, 0.3, None, 0.5), texts, sampling_rate=16000)
+    outputs = onnx(**inputs)
+    with torch.no_grad():
+        expected = export.model(**inputs)
+    difference = (outputs.probabilities - expected.logits.softmax(-1)).abs().amax()
+    assert 1e-6 < difference < 0.05
+    for row, (clip, text) in enumerate(zip(clips(0.9, 0.3, None, 0.5), texts, strict=True)):
+        alone = onnx(**export.processor(None if clip is None else [clip], text, sampling_rate=16000))
+        torch.testing.assert_close(alone.probabilities[0], outputs.probabilities[row], rtol=0, atol=5e-3)
+
+
+def test_int8_weights_are_as_near_as_they_can_be():
+    """Half a step of scales that float16 can hold, for weights of every size."""
+    values = np.random.default_rng(0).normal(size=(50, 7, 16)) * np.logspace(-9, 3, 50)[:, None, None]
+    values[3] = 0
+    quantized, scale = export_mmser._to_int8(values.astype(np.float32))
+    assert np.abs(quantized).max() <= 127 and np.array_equal(quantized, np.rint(quantized))
+    assert np.array_equal(scale, scale.astype(np.float16)) and (scale > 0).all()
+    assert (np.abs(quantized * scale - values) <= 0.5001 * scale).all()
+    largest = np.abs(values).max(axis=-1, keepdims=True)
+    assert (scale <= np.maximum(1.001 * largest / 127, largest / 127 + 6e-8)).all()
+
+
+def test_the_command_line(tmp_path, capsys):
+    """A smaller checkpoint in float16, for PyTorch and for onnxruntime, in one folder."""
+    make_checkpoint(tmp_path / "checkpoint", whisper=True)
+    (tmp_path / "texts.txt").write_text("what a joy\nstop it\n")
+    flags = ["--checkpoint", tmp_path / "checkpoint", "--output_dir", tmp_path / "small", "--dtype", "float16"]
+    flags += ["--format", "onnx", "safetensors", "--languages", "en", "--vocabulary_text", tmp_path / "texts.txt"]
+    report = export_hf.main([str(flag) for flag in flags])
+    printed = capsys.readouterr().out
+    assert (
+        "largest differences to PyTorch, onnx" in printed and "largest differences to PyTorch, safetensors" in printed
+    )
+    assert str(tmp_path / "small") in printed and str(report.trimmed) in printed
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    model = MMSERForAudioClassification.from_pretrained(tmp_path / "small")
+    assert model.dtype == torch.float16 and model.openmax.weibull_scale.dtype == torch.float32
+    processor = type(tiny_processor()).from_pretrained(tmp_path / "small")
+    assert model.config.text_config.vocab_size == len(processor.tokenizer) == report.trimmed.tokens_after
+    assert len(processor.tokenizer) < len(tiny_processor().tokenizer)
+    before = MMSERForAudioClassification.from_pretrained(tmp_path / "checkpoint")
+    onnx = MMSEROnnxForAudioClassification.from_pretrained(tmp_path / "small")
+    assert onnx.notes["dtype"] == "float16"
+    audio, texts = clips(0.5, 0.3), ["what a joy", "stop it"]
+    with torch.no_grad():
+        expected = before(**tiny_processor(True)(audio, texts, sampling_rate=16000)).logits.softmax(-1)
+        given = model.float()(**processor(audio, texts, sampling_rate=16000)).logits.softmax(-1)
+    exported = onnx(**processor(audio, texts, sampling_rate=16000)).probabilities
+    for probabilities in (given, exported):
+        assert probabilities.dtype == torch.float32
+        torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_too_large_a_difference_leaves_nothing(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", whisper=False)
+    with pytest.raises(ValueError, match=r"differs from PyTorch by .* in `\w+` \(tolerance 1e-12\)"):
+        export_checkpoint(
+            tmp_path / "checkpoint", tmp_path / "out", formats=["safetensors"], dtype="float16", tolerance=1e-12
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_number_that_is_none_is_too_large_a_difference():
+    comparison = export_mmser.Comparison(1, 100, 5, {"logits": float("nan")})
+    with pytest.raises(ValueError, match="nan"):
+        export_mmser.check_tolerance([comparison], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8", "formats": ["safetensors"]}, "int8 is for ONNX"),
+        ({"dtype": "int4"}, "float32, float16, int8"),
+        ({"formats": ["tflite"]}, "onnx, safetensors"),
+        ({"output_dir": "full"}, "not empty"),
+        ({"output_dir": "full/file"}, "is a file"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, options, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    output_dir = tmp_path / options.pop("output_dir", "out")
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(tmp_path / "checkpoint", output_dir, **options)
+
+
+def test_a_full_folder_is_replaced_on_demand(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", whisper=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", formats=["safetensors"], check=False, overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "old").exists()
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    find_spec = export_mmser.importlib.util.find_spec
+    monkeypatch.setattr(
+        export_mmser.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name)
+    )
+    with pytest.raises(ImportError, match="pip install onnxscript"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match="pip install onnxruntime"):
+        MMSERPipeline.from_onnx(tmp_path)
+
+
+def test_without_openmax_there_are_three_outputs():
+    model = tiny_model().eval()
+    inputs = example_inputs(model, tiny_processor(), 0.3, 2)
+    forward = ExportedForward(model)
+    assert forward.output_names(model(**inputs)) == ["logits", "probabilities", "uncertainty"]
+    names = ("input_values", "attention_mask", "input_ids", "text_attention_mask")
+    assert len(forward(*(inputs[name] for name in names))) == 3
