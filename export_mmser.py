@@ -111,7 +111,8 @@ def example_inputs(
     shortest = round(MIN_SECONDS * rate)
     longest = max(shortest, round(seconds * rate))
     lengths = [*rng.integers(shortest, longest + 1, batch_size - 1), longest]
-    inputs = dict(processor([_voice(length, rate, rng) for length in lengths], sampling_rate=rate))
+    options: dict[str, Any] = {"sampling_rate": rate}
+    inputs = dict(processor([_voice(length, rate, rng) for length in lengths], **options))
     inputs["attention_mask"] = inputs["attention_mask"].long()
     if batch_size > 2:
         for value in inputs.values():
@@ -122,11 +123,11 @@ def example_inputs(
     special = set(tokenizer.all_special_ids)
     ordinary = [index for index in range(min(len(tokenizer), config.vocab_size)) if index not in special]
     input_ids = rng.choice(ordinary or [tokenizer.unk_token_id], (batch_size, length))
-    lengths = rng.integers(1, length + 1, batch_size)
-    lengths[0] = length
+    text_lengths = rng.integers(1, length + 1, batch_size)
+    text_lengths[0] = length
     if batch_size > 1:
-        lengths[-1] = 0
-    mask = np.arange(length) < lengths[:, None]
+        text_lengths[-1] = 0
+    mask = np.arange(length) < text_lengths[:, None]
     inputs["input_ids"] = torch.from_numpy(np.where(mask, input_ids, tokenizer.pad_token_id))
     inputs["text_attention_mask"] = torch.from_numpy(mask.astype(np.int64))
     return inputs
@@ -488,9 +489,8 @@ class ExportReport:
         for name, comparisons in self.comparisons.items():
             lines += [f"largest differences to PyTorch, {name}:", comparison_table(comparisons)]
         for name, size in self.sizes.items():
-            share = (
-                f" ({size / self.float32_size:.0%} of the checkpoint in float32)" if name.startswith("model") else ""
-            )
+            is_model = name.endswith((".onnx", ".onnx.data", ".safetensors"))
+            share = f" ({size / self.float32_size:.0%} of the checkpoint in float32)" if is_model else ""
             lines.append(f"{size / 1e6:8.2f} MB  {name}{share}")
         return "\n".join(lines)
 
