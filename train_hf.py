@@ -67,6 +67,7 @@ OWN_LOGGERS += tuple(
     f"{name}_mmser" for name in ("caching", "data", "evaluation", "modeling", "processing", "training")
 )
 
+SPEC_AUGMENT = ("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")
 STREAM_BUFFER = 1000  # clips held to shuffle a stream
 STREAM_SAMPLE = 2000  # clips of a stream that OpenMax is fitted on
 
@@ -111,6 +112,18 @@ class ModelArguments:
     freeze_feature_encoder: bool = field(
         default=False, metadata={"help": "Freeze only the convolutions in front of the audio encoder."}
     )
+    apply_spec_augment: bool | None = field(
+        default=None,
+        metadata={"help": "SpecAugment while the audio encoder learns; by default as the encoder is configured."},
+    )
+    mask_time_prob: float | None = field(default=None, metadata={"help": "SpecAugment: share of frames in a span."})
+    mask_time_length: int | None = field(
+        default=None, metadata={"help": "Frames per span: 10 ms each for log-mel encoders, 20 ms for others."}
+    )
+    mask_feature_prob: float | None = field(
+        default=None, metadata={"help": "SpecAugment: share of mel bands (of a wav2vec2's features) in a span."}
+    )
+    mask_feature_length: int | None = field(default=None, metadata={"help": "Mel bands, or features, per span."})
     license: str | None = field(
         default=None, metadata={"help": "Licence of the checkpoint for its card, as the encoders and the data allow."}
     )
@@ -129,6 +142,8 @@ class ModelArguments:
             raise ValueError(
                 "--audio_num_hidden_layers cuts a pretrained audio encoder: give it when starting from one."
             )
+        if self.freeze_audio and any(getattr(self, name) for name in SPEC_AUGMENT):
+            raise ValueError("SpecAugment masks what an encoder learns from: it has no effect with --freeze_audio.")
 
 
 @dataclass
@@ -289,6 +304,9 @@ def load_model(
             **labels,
             **arguments.config_overrides,
         )
+    for name in SPEC_AUGMENT:
+        if getattr(arguments, name) is not None:
+            setattr(model.config.audio_config, name, getattr(arguments, name))
     if arguments.freeze_audio:
         model.freeze_audio_encoder()
     if arguments.freeze_text:

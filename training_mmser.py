@@ -5,16 +5,19 @@ The trainer is Transformers' own plus what this model needs: the published param
 the log, an error instead of a non-finite loss, and `finalize`, which calibrates the model and fits its OpenMax.
 """
 
+import contextlib
 import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import upload_folder
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -84,6 +87,13 @@ class MMSERTrainingArguments(TrainingArguments):
             "help": "Mixed precision: bf16 where the device has it, else fp16. `--bf16` and `--fp16` choose one."
         },
     )
+    weight_averaging: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay per step of an exponential average of the trained weights, such as 0.99; it is what is "
+            "evaluated and saved. 0: no average."
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1: the share of all steps."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
@@ -112,6 +122,8 @@ class MMSERTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`lr_multipliers` names {sorted(unknown)}; the groups are {', '.join(PARAMETER_GROUPS)}."
             )
+        if not 0 <= self.weight_averaging < 1:
+            raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
         if self.use_amp and not (self.bf16 or self.fp16):
             has_bf16 = self.use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
             self.bf16, self.fp16 = has_bf16, not has_bf16
@@ -134,6 +146,52 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         for target in self.targets:
             target.set_epoch(int(state.epoch))
+
+
+class WeightAverage(TrainerCallback):
+    """
+    Exponential moving average of the trained weights (Polyak & Juditsky 1992), with the decay of its first steps
+    lowered so that the start is soon forgotten (Tarvainen & Valpola 2017, section 2): min(decay, (1 + t) / (10 + t)).
+
+    Args:
+        parameters: those that are trained; each process averages its own copies, which are alike.
+        decay: share of the average that a step keeps, in (0, 1).
+    """
+
+    file_name = "last_weights.safetensors"  # in a checkpoint: what training goes on from
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.decay = decay
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin the average at the present weights."""
+        self.averages = [parameter.detach().float().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        step = state.global_step
+        decay = min(self.decay, (1 + step) / (10 + step))
+        last = [parameter.to(average) for parameter, average in zip(self.parameters, self.averages, strict=True)]
+        torch._foreach_lerp_(self.averages, last, 1 - decay)
+
+    @torch.no_grad()
+    def put(self, weights: Iterable[torch.Tensor]) -> None:
+        """Copy weights into the parameters."""
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.copy_(weight)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[list[torch.Tensor]]:
+        """The model has the averages inside; gives the weights that it had, and gets back after."""
+        last = [parameter.detach().clone() for parameter in self.parameters]
+        self.put(self.averages)
+        try:
+            yield last
+        finally:
+            self.put(last)
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
@@ -208,6 +266,57 @@ class MMSERTrainer(Trainer):
         self.add_callback(self._set_epoch)
         if hasattr(self.train_dataset, "set_epoch"):
             self._set_epoch.targets.append(self.train_dataset)
+        self._average: WeightAverage | None = None  # while training with `args.weight_averaging`
+        if self.args.weight_averaging and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("`weight_averaging` needs whole weights on each process: not with DeepSpeed or FSDP.")
+
+    def train(self, *args, **kwargs):
+        """As usual; with `args.weight_averaging` the model ends with the average (or the best of them, if wanted)."""
+        if not self.args.weight_averaging:
+            return super().train(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model).to(self.args.device)
+        self._average = WeightAverage(model.parameters(), self.args.weight_averaging)
+        self.add_callback(self._average)
+        try:
+            output = super().train(*args, **kwargs)
+            if self._average is not None:
+                self._average.put(self._average.averages)
+        finally:
+            self.remove_callback(WeightAverage)
+            self._average = None
+        return output
+
+    def _with_average(self):
+        """Evaluate and save what the training is for: the average, where there is one."""
+        return contextlib.nullcontext() if self._average is None else self._average.applied()
+
+    def evaluation_loop(self, *args, **kwargs):
+        with self._with_average():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self._with_average() as self._last_weights:
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save what is for resuming only; to it belong the weights that the optimiser last had."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self.args.should_save:
+            last = {str(index): weight.contiguous() for index, weight in enumerate(self._last_weights)}
+            save_file(last, Path(output_dir) / WeightAverage.file_name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._average is not None:
+            self._average.restart()
+            file = Path(resume_from_checkpoint) / WeightAverage.file_name
+            if file.exists():  # else the checkpoint was made without an average, which begins here
+                last = load_file(file)
+                self._average.put(last[str(index)] for index in range(len(last)))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._average = None  # the best checkpoint is an average
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW (or `args.optim`) over the published parameter groups and log their sizes."""
@@ -285,7 +394,8 @@ class MMSERTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         for file in Path(checkpoint_folder).iterdir():
-            if file.is_file() and file.suffix not in (".pt", ".pth"):  # those are for resuming only
+            # Those that are left out are for resuming only
+            if file.is_file() and file.suffix not in (".pt", ".pth") and file.name != WeightAverage.file_name:
                 shutil.copy(file, args.output_dir)
         # The pickle may be there for a moment: `_save` lets the stock method write it first
         uploads = [(args.output_dir, None, ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"])]

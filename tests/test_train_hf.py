@@ -239,6 +239,15 @@ def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corp
             train_hf.parse_arguments(["--audio_num_hidden_layers", "2", "--use_cpu", *flag])
 
 
+def test_spec_augment_can_be_set_for_any_encoder_that_learns(corpus, tokenizer, tmp_path):
+    flags = {"apply_spec_augment": True, "mask_time_prob": 0.3, "mask_feature_prob": 0.2, "mask_feature_length": 4}
+    train_hf.main(tiny_flags(corpus, tmp_path / "out", tokenizer, **flags, max_steps=1))
+    config = MMSERForAudioClassification.from_pretrained(tmp_path / "out").config.audio_config
+    assert {name: getattr(config, name) for name in flags} == flags
+    with pytest.raises(ValueError, match="no effect with --freeze_audio"):
+        train_hf.parse_arguments(["--mask_time_prob", "0.1", "--freeze_audio", "--use_cpu"])
+
+
 FROZEN = {"freeze_audio": True, "freeze_text": True}
 
 

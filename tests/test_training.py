@@ -18,11 +18,13 @@ import pytest
 import soundfile
 import torch
 from datasets import concatenate_datasets
+from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
 from tiny import fit_openmax_by_chance, slow_openmax
 from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, write_corpus
 from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
 
 from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, drop_unreadable, load_emotion_dataset
@@ -33,6 +35,7 @@ from training_mmser import (
     LengthGroupedSampler,
     MMSERTrainer,
     MMSERTrainingArguments,
+    WeightAverage,
     last_complete_checkpoint,
     parameter_groups,
     parameter_table,
@@ -476,6 +479,87 @@ def test_resuming_in_the_middle_of_an_accumulated_epoch(splits, tmp_path):
     resumed = resumable(splits, tmp_path / "resumed", start, **arguments, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5)
+
+
+# --- the average of the weights --------------------------------------------------------------------------------------
+
+
+class RememberWeights(TrainerCallback):
+    """The weights after each step, in float64."""
+
+    def __init__(self, model):
+        self.model = model
+        self.weights = [flat_parameters(model).double()]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.weights.append(flat_parameters(self.model).double())
+
+
+def averages_of(weights, decay):
+    """What the average must be after each step, by its definition."""
+    averages = [weights[0]]
+    for step, last in enumerate(weights[1:], start=1):
+        keep = min(decay, (1 + step) / (10 + step))
+        averages.append(keep * averages[-1] + (1 - keep) * last)
+    return averages
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_saved_and_kept(splits, tmp_path):
+    average = {"weight_averaging": 0.4}
+    trainer = resumable(splits, tmp_path, tiny_model(), **average, eval_steps=3, max_steps=7)
+    remember = RememberWeights(trainer.model)
+    trainer.add_callback(remember)
+    trainer.train()
+    expected = averages_of(remember.weights, 0.4)
+    torch.testing.assert_close(flat_parameters(trainer.model).double(), expected[-1], atol=1e-6, rtol=0)
+    assert not torch.allclose(expected[-1], remember.weights[-1], atol=1e-4)
+    for line in trainer.state.log_history:
+        if "eval_loss" in line:
+            saved = MMSERForAudioClassification.from_pretrained(tmp_path / f"checkpoint-{line['step']}")
+            torch.testing.assert_close(flat_parameters(saved).double(), expected[line["step"]], atol=1e-6, rtol=0)
+            evaluated = make_trainer(saved, splits, tmp_path / "again").evaluate()
+            assert evaluated["eval_loss"] == pytest.approx(line["eval_loss"], abs=1e-5)
+
+
+def test_training_goes_its_way_whether_its_weights_are_averaged_or_not(splits, tmp_path):
+    start = tiny_model()
+    losses = []
+    for decay in (0.0, 0.9):
+        trainer = resumable(splits, tmp_path / str(decay), start, weight_averaging=decay, eval_steps=2)
+        trainer.train()
+        losses.append(training_losses(trainer))
+    assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_goes_on_with_its_average(splits, tmp_path):
+    start = tiny_model()
+    average = {"weight_averaging": 0.9}
+    whole = resumable(splits, tmp_path / "whole", start, **average)
+    whole.train()
+    resumed = resumable(splits, tmp_path / "resumed", start, **average, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5)
+    torch.testing.assert_close(flat_parameters(resumed.model), flat_parameters(whole.model), atol=1e-5, rtol=0)
+
+
+def test_the_best_checkpoint_is_an_average_and_what_it_is_resumed_from_stays_beside_it(splits, tmp_path):
+    arguments = {"save_steps": 2, "eval_steps": 2, "max_steps": 6, "load_best_model_at_end": True}
+    trainer = resumable(splits, tmp_path, tiny_model(), **arguments, weight_averaging=0.9)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    saved = MMSERForAudioClassification.from_pretrained(best)
+    assert torch.equal(flat_parameters(trainer.model), flat_parameters(saved))
+    last = load_file(best / WeightAverage.file_name)
+    trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert [last[str(index)].shape for index in range(len(last))] == [parameter.shape for parameter in trainable]
+    trainer.save_model(tmp_path / "final")
+    assert not (tmp_path / "final" / WeightAverage.file_name).exists()
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
+def test_a_decay_that_averages_nothing_is_an_error(decay):
+    with pytest.raises(ValueError, match=r"`weight_averaging` must be in \[0, 1\)"):
+        MMSERTrainingArguments(weight_averaging=decay)
 
 
 def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):
