@@ -112,6 +112,12 @@ class ModelArguments:
     freeze_feature_encoder: bool = field(
         default=False, metadata={"help": "Freeze only the convolutions in front of the audio encoder."}
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of all parts: sdpa (the default), flash_attention_2, or eager (faster training on CPUs)."
+        },
+    )
     apply_spec_augment: bool | None = field(
         default=None,
         metadata={"help": "SpecAugment while the audio encoder learns; by default as the encoder is configured."},
@@ -304,6 +310,8 @@ def load_model(
             **labels,
             **arguments.config_overrides,
         )
+    if arguments.attn_implementation is not None:
+        model.set_attn_implementation(arguments.attn_implementation)
     for name in SPEC_AUGMENT:
         if getattr(arguments, name) is not None:
             setattr(model.config.audio_config, name, getattr(arguments, name))

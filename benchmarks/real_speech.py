@@ -628,6 +628,8 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
     settings = {**read_recipe(row.recipe, arguments), **flags}
     if settings.get("freeze_audio") or settings.get("freeze_text"):
         flags["cache_encoder_states"] = states_folder(arguments)
+    if not torch.cuda.is_available():  # where the fused kernel's backward pass takes several times as long
+        flags["attn_implementation"] = "eager"
     flags["disable_tqdm"] = True
     words = [str(arguments.recipes / row.recipe)]
     for name, value in flags.items():

@@ -239,6 +239,25 @@ def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corp
             train_hf.parse_arguments(["--audio_num_hidden_layers", "2", "--use_cpu", *flag])
 
 
+def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(corpus, tokenizer, tmp_path, monkeypatch):
+    implementations, results = {}, {}
+    load_model = train_hf.load_model
+
+    def remember(arguments, *others):
+        model = load_model(arguments, *others)
+        configs = (model.config, model.config.audio_config, model.config.text_config)
+        implementations[arguments.attn_implementation] = {config._attn_implementation for config in configs}
+        return model
+
+    monkeypatch.setattr(train_hf, "load_model", remember)
+    for name in ("sdpa", "eager"):
+        flags = tiny_flags(corpus, tmp_path / name, tokenizer, attn_implementation=name, max_steps=2)
+        results[name] = train_hf.main(flags)
+    assert implementations == {"sdpa": {"sdpa"}, "eager": {"eager"}}
+    losses = [results[name]["training"]["train_loss"] for name in ("sdpa", "eager")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_spec_augment_can_be_set_for_any_encoder_that_learns(corpus, tokenizer, tmp_path):
     flags = {"apply_spec_augment": True, "mask_time_prob": 0.3, "mask_feature_prob": 0.2, "mask_feature_length": 4}
     train_hf.main(tiny_flags(corpus, tmp_path / "out", tokenizer, **flags, max_steps=1))
