@@ -115,7 +115,7 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "Attention of all parts: sdpa (the default), flash_attention_2, or eager (faster training on CPUs)."
+            "help": "Attention of all parts: sdpa (the default), flash_attention_2, or eager (trains faster on CPUs)."
         },
     )
     apply_spec_augment: bool | None = field(
