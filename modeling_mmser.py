@@ -1542,7 +1542,8 @@ class MMSERModel(MMSERPreTrainedModel):
         return time_mask(frame_mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
 
     def _mask_log_mel(self, input_features: Tensor, mask: Tensor) -> Tensor:
-        """SpecAugment in training: spans of frames and of mel bands become 0, as in Transformers' Whisper."""
+        """SpecAugment in training: spans of frames and of mel bands become the clip's mean, which is what 0 stands for
+        in the paper (Park et al. 2019, section 2): there the spectrograms have mean 0, those of Whisper do not."""
         config = self.config.audio_config
         if not (self.audio_encoder.training and config.apply_spec_augment):
             return input_features
@@ -1556,7 +1557,8 @@ class MMSERModel(MMSERPreTrainedModel):
                 bands, config.mask_feature_prob, config.mask_feature_length, config.mask_feature_min_masks
             )
             masked = masked | bands[..., None]
-        return input_features.masked_fill(masked, 0.0)
+        mean = (input_features * mask[:, None]).mean(dim=(1, 2)) / mask.float().mean(dim=1).clamp(min=1e-6)
+        return torch.where(masked, mean[:, None, None].to(input_features), input_features)
 
     def _encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None, **flags

@@ -580,7 +580,7 @@ LOG_MEL_MASKS |= {"mask_feature_prob": 0.3, "mask_feature_length": 3}
 
 
 def masked_log_mel(frozen=False, training=True, **audio):
-    """What the Whisper encoder is given of a batch of ones, 0 where masked, [B, mels, T]; and the clips' lengths."""
+    """What the Whisper encoder is given as the clip's mean, bool [B, mels, T]; and the lengths of the clips."""
     model, seen = tiny_model("whisper", audio=audio), []
     if frozen:
         model.freeze_audio_encoder()
@@ -588,11 +588,17 @@ def masked_log_mel(frozen=False, training=True, **audio):
     model.mmser.audio_encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     lengths = [60, 31, 12, 3, 0] * 20
     batch = tiny_batch(model, lengths, [2] * 100)
-    batch["input_features"].fill_(1.0)
+    given = batch["input_features"]
+    given[:, ::2], given[:, 1::2] = 0.5, 1.5  # mean 1
+    given.masked_fill_(batch["attention_mask"][:, None] == 0, 9.0)
+    before = given.clone()
     torch.manual_seed(0)
     model(**batch)
-    assert (batch["input_features"] == 1).all()  # the caller's tensor is left alone
-    return seen[0], torch.tensor(lengths)
+    assert torch.equal(given, before)  # the caller's tensor is left alone
+    masked = (seen[0] - 1).abs() < 1e-5
+    masked[torch.tensor(lengths) == 0] = seen[0][torch.tensor(lengths) == 0] != 9.0
+    assert torch.equal(seen[0][~masked], before[~masked])
+    return masked, torch.tensor(lengths)
 
 
 def runs(row):
@@ -600,9 +606,8 @@ def runs(row):
 
 
 def test_log_mel_masks_are_spans_of_frames_and_of_mel_bands():
-    features, lengths = masked_log_mel(**LOG_MEL_MASKS)
-    masked = features == 0
-    assert (masked | (features == 1)).all() and features.shape == (100, 20, 60)
+    masked, lengths = masked_log_mel(**LOG_MEL_MASKS)
+    assert masked.shape == (100, 20, 60)
     frames, bands = masked.all(dim=1), masked.all(dim=2)
     assert torch.equal(masked, frames[:, None] | bands[:, :, None])  # nothing but whole frames and whole bands
     assert not (frames & (torch.arange(60) >= lengths[:, None])).any()
@@ -617,9 +622,9 @@ def test_log_mel_masks_are_spans_of_frames_and_of_mel_bands():
 
 def test_log_mel_masks_can_be_had_one_by_one():
     frames, lengths = masked_log_mel(**(LOG_MEL_MASKS | {"mask_feature_prob": 0.0}))
-    assert ((frames == 0).any(dim=2) == (lengths >= 4)[:, None]).all() and not (frames == 0).all(dim=2).any()
+    assert (frames.any(dim=2) == (lengths >= 4)[:, None]).all() and not frames.all(dim=2).any()
     bands, _ = masked_log_mel(**(LOG_MEL_MASKS | {"mask_time_prob": 0.0}))
-    assert (bands == 0).any() and torch.equal((bands == 0).any(dim=2), (bands == 0).all(dim=2))
+    assert bands.any() and torch.equal(bands.any(dim=2), bands.all(dim=2))
 
 
 @pytest.mark.parametrize(
@@ -629,7 +634,7 @@ def test_log_mel_masks_can_be_had_one_by_one():
 )
 def test_log_mel_frames_are_as_they_are_outside_of_training(options):
     masks = LOG_MEL_MASKS | ({"mask_feature_prob": 0.0} if "mask_time_prob" in options else {})
-    assert (masked_log_mel(**(masks | options))[0] == 1).all()
+    assert not masked_log_mel(**(masks | options))[0].any()
     assert not tiny_config("whisper").audio_config.apply_spec_augment  # nor by default
 
 
