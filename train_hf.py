@@ -224,6 +224,9 @@ class DataArguments(SourceArguments):
         },
     )
     augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
+    augment_noise: bool = field(
+        default=True, metadata={"help": "Noise too; without it, augmentation changes the speed alone."}
+    )
     cache_encoder_states: str | None = field(
         default=None,
         metadata={
@@ -475,10 +478,11 @@ def main(arguments: list[str] | None = None) -> dict:
     def evaluation_dataset(split, **more):
         return cached(dataset_class(split, **options, **more))
 
+    augmenter = Augmenter() if data_arguments.augment_noise else Augmenter(snr_db_range=None)
     train_dataset = dataset_class(
         splits["train"],
         training=True,
-        augmenter=Augmenter() if data_arguments.augment else None,
+        augmenter=augmenter if data_arguments.augment else None,
         text_dropout=data_arguments.text_dropout,
         audio_dropout=data_arguments.audio_dropout,
         **options,
