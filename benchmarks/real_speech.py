@@ -46,6 +46,7 @@ from configuration_mmser import MMSERConfig
 from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset
 from eval_hf import load_label_names
 from evaluation_mmser import compute_classification_metrics, format_table
+from export_mmser import export_checkpoint
 from modeling_mmser import (
     AttentiveStatsPooling,
     CrossModalAttention,
@@ -53,14 +54,14 @@ from modeling_mmser import (
     ResidualBlock,
     register_auto_classes,
 )
-from processing_mmser import MMSERProcessor
+from processing_mmser import MMSERPipeline, MMSERProcessor
 from reporting_mmser import RESULTS_NAME, environment, strict_json
 from training_mmser import PARAMETER_GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 Tree = dict[str, Any]  # nested mappings with numbers at the ends
 
-TABLES = ("study", "parts", "text", "generalisation")
+TABLES = ("study", "parts", "text", "generalisation", "compact")
 METRICS = ("weighted_f1", "unweighted_average_recall", "accuracy")
 COUNTS = ("clips", "parameters", "trainable_parameters")  # the same for all seeds
 STAGE_1, STAGE_2 = "real_speech.json", "real_speech_finetune.json"
@@ -167,7 +168,7 @@ STUDY = [
     ),
     Row("MMSER, published settings", "study", STAGE_1, changes=PUBLISHED, patch="published architecture"),
     Row(FROZEN, "study", STAGE_1, keep=True),
-    # A head that was trained to the end knows the training clips by heart, and the encoder then learns little from them
+    # A head that was trained to the end knows the training clips by heart: little is left for the encoder to learn
     Row(WARMED_UP, "study", STAGE_1, changes={"num_train_epochs": 5, **PLAIN}, keep=True, note="where MMSER starts"),
     Row(BEST, "study", STAGE_2, starts_from=WARMED_UP, keep=True),
 ]
@@ -201,10 +202,18 @@ TEXT = [
     Row("trained on both", "text", STAGE_1, changes=PLAIN, data="mix", keep=True, examine=True),
 ]
 
+COMPACT = [
+    Row(f"{BEST}, {kind}", "compact", function="compact", starts_from=BEST, changes={"dtype": dtype}, note=note)
+    for kind, dtype, note in (
+        ("fewer tokens", "float32", "the vocabulary of the training transcripts"),
+        ("fewer tokens, int8", "int8", "the same, with weights in 8 bits"),
+    )
+]
+
 
 def all_rows(arguments: argparse.Namespace) -> list[Row]:
     """Every row of every table, but for those that change nothing in the recipe and those whose data are not given."""
-    rows = [*STUDY, *PARTS, *TEXT, *fold_rows(arguments.data_dir)]
+    rows = [*STUDY, *PARTS, *TEXT, *fold_rows(arguments.data_dir), *COMPACT]
     if arguments.spoken_text_dir is None:
         rows = [row for row in rows if row.data not in ("spoken", "mix")]
     full = effective_settings(next(row for row in STUDY if row.name == FROZEN), arguments)
@@ -776,12 +785,38 @@ def _mean_gates(gates: np.ndarray, groups: Mapping[str, np.ndarray]) -> Tree:
     }
 
 
+def compact(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
+    """The checkpoint of another row as `export_hf.py` makes it small, run by onnxruntime through the pipeline."""
+    start = next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
+    splits, label_names = load_emotion_dataset(data_folder(run.row, arguments))
+    texts, test = [text for text in splits["train"]["text"] if text], splits["test"]
+    with tempfile.TemporaryDirectory(dir=run_folder(run, arguments)) as folder:
+        report = export_checkpoint(
+            run_folder(start, arguments) / "model", folder, texts=texts, overwrite=True, **run.row.changes
+        )
+        classify = MMSERPipeline.from_onnx(folder, top_k=1)
+        scores, begin = {}, time.perf_counter()
+        for name, transcripts in (("model", test["text"]), ("audio_only", [None] * len(test))):
+            clips = [{"path": path, "text": text} for path, text in zip(test["audio"], transcripts, strict=True)]
+            predicted = [label_names.index(labels[0]["label"]) for labels in classify(clips, batch_size=16)]
+            scores[name] = score(np.array(predicted), np.array(test["labels"]), label_names, groups_of(test))
+        seconds = time.perf_counter() - begin
+    return {
+        "scores": scores,
+        "megabytes": {"model": report.sizes["model.onnx"] / 1e6, "folder": sum(report.sizes.values()) / 1e6},
+        "seconds": {"testing": seconds},
+        "parameters": report.trimmed.parameters_after,
+        "dtype": run.row.changes["dtype"],
+    }
+
+
 FUNCTIONS: dict[str, Callable[[Run, Sequence[Row], argparse.Namespace], Tree]] = {
     "majority": majority,
     "hand-made features": hand_made_features,
     "linear probe": linear_probe,
     "whisper": whisper,
     "examine": examine,
+    "compact": compact,
 }
 
 
@@ -987,7 +1022,7 @@ def aggregate(rows: Sequence[Row], collected: Mapping[str, Sequence[Tree]], argu
             "seeds": [result["seed"] for result in results],
         }
         entry["commands"] = [_without_paths(result["command"], arguments) for result in results]
-        for key in ("scores", "validation", "gate", "seconds"):
+        for key in ("scores", "validation", "gate", "seconds", "megabytes"):
             if any(key in result for result in results):
                 entry[key] = summarise([result.get(key) for result in results])
         for key in ("parameters", "trainable_parameters"):
@@ -1181,17 +1216,44 @@ def generalisation_table(results: Tree) -> str:
     return "\n\n".join(parts)
 
 
+def compact_table(results: Tree) -> str:
+    """Beside the checkpoint that they were made of, which is four bytes for each parameter."""
+    whole = get(results, "tables", "study", BEST)
+    lines = []
+    for name in [BEST, *results["rows"]["compact"]]:
+        entry = whole if name == BEST else results["tables"]["compact"].get(name)
+        megabytes, parameters = get(entry, "megabytes", "model", "mean"), get(entry, "parameters")
+        if name == BEST and parameters:
+            megabytes = 4e-6 * parameters
+        known = name != BEST and whole is not None and entry is not None
+        lines.append(
+            {
+                "model": name,
+                "parameters": "-" if parameters is None else f"{parameters / 1e6:.1f} M",
+                "MB": "-" if megabytes is None else f"{megabytes:.1f}",
+                **_two(entry, "model", BOTH),
+                "difference": minus(entry, whole, "model", "weighted_f1") if known else "",
+                **_two(entry, "audio_only", ALONE),
+                "difference, audio alone": minus(entry, whole, "audio_only", "weighted_f1") if known else "",
+                "seeds": _number_of_seeds(entry),
+            }
+        )
+    return format_table(lines, list(lines[0]))
+
+
 MAKERS: dict[str, Callable[[Tree], str]] = {
     "study": study_table,
     "parts": parts_table,
     "text": text_table,
     "generalisation": generalisation_table,
+    "compact": compact_table,
 }
 TITLES = {
     "study": "Speakers never heard before",
     "parts": "What each part adds",
     "text": "Which modality is listened to",
     "generalisation": "Corpora and languages never heard before",
+    "compact": "How small it can be",
 }
 
 

@@ -362,7 +362,8 @@ def test_two_stages_and_what_is_said_of_their_modalities(script, given, argument
     rows = script.all_rows(arguments)
     by_name = {row.name: row for row in rows}
     results = {}
-    for name in (script.FROZEN, script.BEST, "trained on speech", "trained on both", "mean pooling"):
+    names = (script.FROZEN, script.WARMED_UP, script.BEST, "trained on speech", "trained on both", "mean pooling")
+    for name in names:
         run = script.Run(by_name[name], 0)
         results[name] = script.run_worker(run, rows, arguments)
         assert script.read_result(run, rows, arguments) is not None
@@ -393,6 +394,25 @@ def test_two_stages_and_what_is_said_of_their_modalities(script, given, argument
     tables = script.tables_of(found)
     assert tables.keys() == {"study", "parts", "text"}
     assert "mean pooling" in tables["parts"] and script.SPOKEN_PART in tables["text"]
+
+
+def test_what_is_made_small_is_tested_as_users_call_it(script, given, arguments, quiet):
+    pytest.importorskip("onnxruntime")
+    rows = script.all_rows(arguments)
+    by_name = {row.name: row for row in rows}
+    small = script.COMPACT[0].name
+    results = {
+        name: script.run_worker(script.Run(by_name[name], 0), rows, arguments)
+        for name in (script.WARMED_UP, script.BEST, small)
+    }
+    whole, result = results[script.BEST], results[small]
+    assert result["scores"].keys() == {"model", "audio_only"} and result["parameters"] <= whole["parameters"]
+    for condition in ("model", "audio_only"):  # the same weights, for the tokens that are there
+        for metric in script.METRICS:
+            assert result["scores"][condition][metric] == pytest.approx(whole["scores"][condition][metric])
+    assert 0 < result["megabytes"]["model"] < result["megabytes"]["folder"]
+    table = script.tables_of(script.aggregate(rows, script.collect(rows, arguments), arguments))["compact"]
+    assert f"| {result['megabytes']['model']:.1f} " in table and f"Not finished: {script.COMPACT[1].name}" in table
 
 
 def test_the_linear_probe_is_on_mean_and_deviation_of_each_layer(script, given, arguments, monkeypatch):

@@ -355,10 +355,14 @@ def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, m
     monkeypatch.setattr(train_hf, "EmotionDataset", remember)
     run(max_steps=1, text_dropout=0.3, audio_dropout=0.2, max_seconds=0.3, seed=7)
     training = [kwargs for kwargs in made if kwargs.get("training")]
-    assert len(training) == 1 and training[0]["augmenter"] is not None
+    assert len(training) == 1 and training[0]["augmenter"].snr_db_range is not None
     assert (training[0]["text_dropout"], training[0]["audio_dropout"]) == (0.3, 0.2)
     assert all(kwargs["max_seconds"] == 0.3 and kwargs["seed"] == 7 for kwargs in made)
     assert all("augmenter" not in kwargs for kwargs in made if not kwargs.get("training"))
+    made.clear()
+    run("--no_augment_noise", max_steps=1)
+    augmenter = next(kwargs["augmenter"] for kwargs in made if kwargs.get("training"))
+    assert augmenter.snr_db_range is None and augmenter.speed_range == (0.9, 1.1)
     made.clear()
     run("--no_augment", max_steps=1)
     assert [kwargs["augmenter"] for kwargs in made if kwargs.get("training")] == [None]
