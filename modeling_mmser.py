@@ -351,7 +351,8 @@ def eager_attention_forward(
 
 class CrossModalAttention(nn.Module):
     """
-    One modality attends to the other: multi-head attention in a shared width, then residual and LayerNorm.
+    One modality attends to the other: multi-head attention in a shared width, then residual and, as published but not
+    by default, LayerNorm.
 
     What is attended to starts at zero, as the branches of `ResidualBlock` do: at first each modality passes as it is,
     and the other one is let in as far as it helps.
@@ -374,7 +375,7 @@ class CrossModalAttention(nn.Module):
         self.output = nn.Linear(shared_size, query_size)
         self.output.starts_at_zero = True  # type: ignore[assignment]  # a plain mark, not a tensor
         self.dropout = nn.Dropout(config.cross_attention_dropout)
-        self.layer_norm = nn.LayerNorm(query_size)
+        self.layer_norm = nn.LayerNorm(query_size) if config.cross_attention_layer_norm else nn.Identity()
 
     def forward(self, hidden_states: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
         """Attend from `hidden_states` [B, Tq, query_size] to `context` [B, Tk, context_size], mask bool [B, Tk]."""
