@@ -43,9 +43,9 @@ from benchmarks.head_depth import plain_post_norm
 from benchmarks.speak_text import CORPUS as SPOKEN
 from caching_mmser import CachedStatesDataset, EncoderStateCache
 from configuration_mmser import MMSERConfig
-from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset
+from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, TestTimeAugmentation, load_emotion_dataset
 from eval_hf import load_label_names
-from evaluation_mmser import compute_classification_metrics, format_table
+from evaluation_mmser import average_passes, compute_classification_metrics, format_table
 from export_mmser import export_checkpoint
 from modeling_mmser import (
     AttentiveStatsPooling,
@@ -56,7 +56,7 @@ from modeling_mmser import (
 )
 from processing_mmser import MMSERPipeline, MMSERProcessor
 from reporting_mmser import RESULTS_NAME, environment, strict_json
-from training_mmser import PARAMETER_GROUPS
+from training_mmser import PARAMETER_GROUPS, MMSERTrainer, MMSERTrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 Tree = dict[str, Any]  # nested mappings with numbers at the ends
@@ -170,6 +170,14 @@ STUDY = [
     Row("MMSER, published settings", "study", STAGE_1, changes=PUBLISHED, patch="published architecture"),
     Row(FROZEN, "study", STAGE_1, keep=True),
     Row(BEST, "study", STAGE_2, starts_from=FROZEN, keep=True),
+    Row(
+        f"{BEST}, 5 passes over each clip",
+        "study",
+        function="passes",
+        starts_from=BEST,
+        changes={"num_passes": 5},
+        note="test-time augmentation: the clip as it is and at four other speeds",
+    ),
 ]
 
 _PARTS: list[tuple[str, Tree, str | None]] = [
@@ -785,6 +793,47 @@ def _mean_gates(gates: np.ndarray, groups: Mapping[str, np.ndarray]) -> Tree:
     }
 
 
+def passes(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
+    """The checkpoint of another row with test-time augmentation, as `eval_hf.py --tta` has it."""
+    start = next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
+    folder = run_folder(start, arguments) / "model"
+    register_auto_classes()
+    processor = MMSERProcessor.from_pretrained(folder)
+    is_bfloat16 = _autocast(folder) is torch.bfloat16
+    training_arguments = MMSERTrainingArguments(
+        output_dir=str(run_folder(run, arguments) / "model"),
+        per_device_eval_batch_size=32,
+        dataloader_num_workers=0,
+        eval_strategy="no",
+        save_strategy="no",
+        bf16=is_bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = MMSERTrainer(
+        MMSERForAudioClassification.from_pretrained(folder, dtype=torch.float32),
+        training_arguments,
+        data_collator=MMSERDataCollator(processor),
+        processing_class=processor,
+    )
+    splits, label_names = load_emotion_dataset(data_folder(run.row, arguments))
+    test, num_passes = splits["test"], run.row.changes["num_passes"]
+    scores, begin = {}, time.perf_counter()
+    for name, use_text in (("model", True), ("audio_only", False)):
+        clips = EmotionDataset(test, sampling_rate=processor.feature_extractor.sampling_rate, use_text=use_text)
+        augmenter = Augmenter(snr_db_range=None, probability=1.0)
+        several = TestTimeAugmentation(clips, num_passes, augmenter, DATA_SEED)
+        outputs = average_passes(trainer.predict_outputs(several), num_passes)
+        scores[name] = score(outputs["logits"].argmax(axis=1), np.array(test["labels"]), label_names, groups_of(test))
+    return {
+        "scores": scores,
+        "seconds": {"testing": time.perf_counter() - begin},
+        "parameters": trainer.model.num_parameters(),
+        "dtype": "bfloat16 autocast" if is_bfloat16 else "float32",
+    }
+
+
 def compact(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """The checkpoint of another row as `export_hf.py` makes it small, run by onnxruntime through the pipeline."""
     start = next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
@@ -817,6 +866,7 @@ FUNCTIONS: dict[str, Callable[[Run, Sequence[Row], argparse.Namespace], Tree]] =
     "whisper": whisper,
     "examine": examine,
     "compact": compact,
+    "passes": passes,
 }
 
 

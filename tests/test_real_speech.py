@@ -396,20 +396,23 @@ def test_two_stages_and_what_is_said_of_their_modalities(script, given, argument
     assert "mean pooling" in tables["parts"] and script.SPOKEN_PART in tables["text"]
 
 
-def test_what_is_made_small_is_tested_as_users_call_it(script, given, arguments, quiet):
+def test_what_is_made_of_a_checkpoint_is_tested_as_it_is(script, given, arguments, quiet):
     pytest.importorskip("onnxruntime")
     rows = script.all_rows(arguments)
     by_name = {row.name: row for row in rows}
     small = script.COMPACT[0].name
-    results = {
-        name: script.run_worker(script.Run(by_name[name], 0), rows, arguments)
-        for name in (script.FROZEN, script.BEST, small)
-    }
-    whole, result = results[script.BEST], results[small]
+    several = next(row for row in rows if row.function == "passes")
+    once = dataclasses.replace(several, changes={"num_passes": 1})
+    runs = [
+        script.Run(row, 0) for row in (by_name[script.FROZEN], by_name[script.BEST], by_name[small], once, several)
+    ]
+    whole, result, once, several = [script.run_worker(run, rows, arguments) for run in runs][1:]
     assert result["scores"].keys() == {"model", "audio_only"} and result["parameters"] <= whole["parameters"]
     for condition in ("model", "audio_only"):  # the same weights, for the tokens that are there
         for metric in script.METRICS:
             assert result["scores"][condition][metric] == pytest.approx(whole["scores"][condition][metric])
+            assert once["scores"][condition][metric] == pytest.approx(whole["scores"][condition][metric])
+    assert several["scores"]["model"]["clips"] == 16 and several["seconds"]["testing"] > once["seconds"]["testing"]
     assert 0 < result["megabytes"]["model"] < result["megabytes"]["folder"]
     table = script.tables_of(script.aggregate(rows, script.collect(rows, arguments), arguments))["compact"]
     assert f"| {result['megabytes']['model']:.1f} " in table and f"Not finished: {script.COMPACT[1].name}" in table
