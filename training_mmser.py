@@ -267,8 +267,11 @@ class MMSERTrainer(Trainer):
         if hasattr(self.train_dataset, "set_epoch"):
             self._set_epoch.targets.append(self.train_dataset)
         self._average: WeightAverage | None = None  # while training with `args.weight_averaging`
-        if self.args.weight_averaging and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("`weight_averaging` needs whole weights on each process: not with DeepSpeed or FSDP.")
+        if self.args.weight_averaging and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.model_init):
+            raise ValueError(
+                "`weight_averaging` needs whole weights on each process, of one model from the start: it does not go "
+                "with DeepSpeed, FSDP or `model_init`."
+            )
 
     def train(self, *args, **kwargs):
         """As usual; with `args.weight_averaging` the model ends with the average (or the best of them, if wanted)."""

@@ -562,6 +562,14 @@ def test_a_decay_that_averages_nothing_is_an_error(decay):
         MMSERTrainingArguments(weight_averaging=decay)
 
 
+def test_the_weights_of_a_model_that_is_made_anew_cannot_be_averaged(tmp_path):
+    arguments = MMSERTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, eval_strategy="no", weight_averaging=0.9
+    )
+    with pytest.raises(ValueError, match="does not go with DeepSpeed, FSDP or `model_init`"):
+        MMSERTrainer(args=arguments, model_init=tiny_model)
+
+
 def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):
     grouped = {"train_sampling_strategy": "group_by_length"}
     trainer = make_trainer(tiny_model(), splits, tmp_path, data_seed=0, **grouped)
