@@ -131,6 +131,7 @@ PUBLISHED: Tree = {
     "text_dropout": 0.0,
     "audio_dropout": 0.0,
     "learning_rate": 1e-4,
+    "weight_decay": None,  # that of each group
     "lr_multipliers": {name: multiplier for name, (_, multiplier, _) in PARAMETER_GROUPS.items()},
 }
 
@@ -650,8 +651,16 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
     if not torch.cuda.is_available():  # where the fused kernel's backward pass takes several times as long
         flags["attn_implementation"] = "eager"
     flags["disable_tqdm"] = True
-    words = [str(arguments.recipes / row.recipe)]
+    recipe = arguments.recipes / row.recipe
+    defaults = [name for name, value in flags.items() if value is None]
+    if defaults:  # no flag takes back what a recipe sets
+        kept = {name: value for name, value in read_recipe(row.recipe, arguments).items() if name not in defaults}
+        recipe = run_folder(run, arguments) / "recipe.json"
+        write_atomically(recipe, json.dumps(kept))
+    words = [str(recipe)]
     for name, value in flags.items():
+        if name in defaults:
+            continue
         words += [f"--{name}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return words
 

@@ -22,6 +22,7 @@ from processing_mmser import load_audio
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "real_speech.py"
 STAGE_1 = {
+    "weight_decay": 0.5,
     "freeze_audio": True,
     "freeze_text": True,
     "config_overrides": {**JOINT, "classifier_dropout": 0.25},
@@ -215,6 +216,7 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, arguments
         script.train_flags(script.Run(by_name["MMSER, published settings"], 0), rows, arguments)
     )
     assert (data.augment, data.standardize_clips, data.text_dropout, training.learning_rate) == (False, 0, 0, 1e-4)
+    assert training.weight_decay is None  # although the recipe has one
     assert model.audio_num_hidden_layers == AUDIO["num_hidden_layers"]
     assert model.config_overrides["classifier_num_layers"] == 35
 
