@@ -526,6 +526,9 @@ def export_checkpoint(
     """
     output_dir = Path(output_dir).absolute()
     _check_options(formats, dtype, output_dir, overwrite)
+    source = Path(name_or_path).absolute().resolve()
+    if source.exists() and output_dir.resolve() in (source, *source.parents):
+        raise ValueError(f"The export would replace {output_dir}, where the checkpoint itself is: give another folder")
     register_auto_classes()  # the code of MMSER is here: what the checkpoint carries is not run
     model = MMSERForAudioClassification.from_pretrained(name_or_path, dtype=torch.float32)
     processor = MMSERProcessor.from_pretrained(name_or_path)

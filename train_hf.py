@@ -318,6 +318,8 @@ def load_model(
     for name in SPEC_AUGMENT:
         if getattr(arguments, name) is not None:
             setattr(model.config.audio_config, name, getattr(arguments, name))
+    if any(getattr(arguments, name) is not None for name in SPEC_AUGMENT):
+        check_spec_augment(model)
     if arguments.freeze_audio:
         model.freeze_audio_encoder()
     if arguments.freeze_text:
@@ -325,6 +327,16 @@ def load_model(
     if arguments.freeze_feature_encoder:
         model.freeze_feature_encoder()
     return model
+
+
+def check_spec_augment(model: MMSERForAudioClassification) -> None:
+    """What SpecAugment needs, if it was off when the encoder was made or is set only now."""
+    config, encoder = model.config.audio_config, model.base_model.audio_encoder
+    is_masked = config.mask_time_prob > 0 or config.mask_feature_prob > 0
+    if is_masked and not config.apply_spec_augment:
+        raise ValueError("Shares and lengths of SpecAugment have no effect without --apply_spec_augment.")
+    if is_masked and not model.config.uses_log_mel and not hasattr(encoder, "masked_spec_embed"):
+        encoder.masked_spec_embed = torch.nn.Parameter(torch.rand(config.hidden_size))
 
 
 def encoder_name(arguments: ModelArguments, kind: str) -> str:

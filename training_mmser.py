@@ -300,6 +300,7 @@ class MMSERTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self._with_average() as self._last_weights:
             super()._save_checkpoint(*args, **kwargs)
+        self._last_weights = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save what is for resuming only; to it belong the weights that the optimiser last had."""
@@ -318,8 +319,10 @@ class MMSERTrainer(Trainer):
                 self._average.put(last[str(index)] for index in range(len(last)))
 
     def _load_best_model(self) -> None:
+        if self._average is not None:  # the best checkpoint is one too, and stays if it is found
+            self._average.put(self._average.averages)
+            self._average = None
         super()._load_best_model()
-        self._average = None  # the best checkpoint is an average
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW (or `args.optim`) over the published parameter groups and log their sizes."""

@@ -25,10 +25,11 @@ from processing_mmser import MMSERProcessor
 # Scripts by language: how the Unicode names of their letters begin
 SCRIPTS = {
     "LATIN": "af az bs ca cs cy da de en es et eu fi fr ga gl hr hu id is it jv lt lv mg ms mt nb nl nn no pl pt ro "
-    "sk sl so sq su sv sw tl tr uz vi xh yo zu",
+    "sk sl so sq sr su sv sw tl tr uz vi xh yo zu",
     "CYRILLIC": "be bg kk ky mk mn ru sr tg tt uk",
     "ARABIC": "ar fa ku ps sd ug ur",
     "CJK": "ja zh",
+    "IDEOGRAPHIC": "ja zh",  # the mark that repeats a character
     "HIRAGANA": "ja",
     "KATAKANA": "ja",
     "HANGUL": "ko",
@@ -105,7 +106,7 @@ def read_texts(files: Iterable[str | os.PathLike]) -> Iterator[str]:
     for path in map(Path, files):
         if path.suffix not in (".txt", ".csv", ".tsv", ".jsonl"):
             raise ValueError(f"{path}: texts are read from .txt, .csv, .tsv and .jsonl files")
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".txt":
                 yield from (line.strip() for line in file)
                 continue

@@ -321,6 +321,10 @@ def test_a_full_folder_is_replaced_on_demand(tmp_path):
     (tmp_path / "out" / "old").touch()
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", formats=["safetensors"], check=False, overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "old").exists()
+    for folder in (tmp_path, tmp_path / "checkpoint"):
+        with pytest.raises(ValueError, match="where the checkpoint itself is"):
+            export_checkpoint(tmp_path / "checkpoint", folder, formats=["safetensors"], check=False, overwrite=True)
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):

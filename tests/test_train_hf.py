@@ -267,6 +267,19 @@ def test_spec_augment_can_be_set_for_any_encoder_that_learns(corpus, tokenizer, 
         train_hf.parse_arguments(["--mask_time_prob", "0.1", "--freeze_audio", "--use_cpu"])
 
 
+def test_spec_augment_that_cannot_work_is_an_error_and_what_it_lacks_is_made():
+    whisper = tiny_model(whisper=True)
+    whisper.config.audio_config.mask_time_prob = 0.1
+    with pytest.raises(ValueError, match="no effect without --apply_spec_augment"):
+        train_hf.check_spec_augment(whisper)
+    model = tiny_model()
+    encoder, config = model.mmser.audio_encoder, model.config.audio_config
+    del encoder.masked_spec_embed  # as where the share was 0 when it was made
+    config.mask_time_prob = 0.1
+    train_hf.check_spec_augment(model)
+    assert encoder.masked_spec_embed.shape == (config.hidden_size,) and encoder.masked_spec_embed.requires_grad
+
+
 FROZEN = {"freeze_audio": True, "freeze_text": True}
 
 

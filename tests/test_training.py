@@ -567,7 +567,7 @@ def test_the_weights_of_a_model_that_is_made_anew_cannot_be_averaged(tmp_path):
         output_dir=str(tmp_path), use_cpu=True, eval_strategy="no", weight_averaging=0.9
     )
     with pytest.raises(ValueError, match="does not go with DeepSpeed, FSDP or `model_init`"):
-        MMSERTrainer(args=arguments, model_init=tiny_model)
+        MMSERTrainer(args=arguments, model_init=lambda: tiny_model())
 
 
 def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):

@@ -149,7 +149,8 @@ def test_nothing_to_choose_by(texts, languages, message):
 
 def test_scripts():
     assert scripts_of(["de", "en"]) == {"LATIN"}
-    assert scripts_of(["ja"]) == {"CJK", "HIRAGANA", "KATAKANA"}
+    assert scripts_of(["ja"]) == {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA"}
+    assert is_written_in("人々", scripts_of(["ja"])) and is_written_in("čaša", scripts_of(["sr"]))
     with pytest.raises(ValueError, match=r"klingon.*am"):
         scripts_of(["de", "klingon"])
     assert is_written_in("Straße, 3 €!", {"LATIN"})
