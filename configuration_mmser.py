@@ -54,8 +54,8 @@ class MMSERConfig(PreTrainedConfig):
             Learn a softmax-weighted sum of all audio encoder layers instead of taking the last.
         cross_attention_hidden_size, cross_attention_heads, cross_attention_dropout:
             Shared width, head count and dropout probability of the two cross-modal attentions.
-        cross_attention_layer_norm (`bool`): normalise each state after it, as published. It takes away how strong a
-            state is, which tells emotions apart.
+        cross_attention_layer_norm (`bool`): normalise each state after it, as published. Encoders that start at random
+            need it; behind pretrained ones it takes away how strong a state is, which tells emotions apart.
         pooling_hidden_size (`int`): width of the attention scorer in the statistics pooling.
         fusion_hidden_size (`int`), fusion_dropout (`float`): width and dropout of the gated fusion.
         fusion_norm (`str`): what the pooled vectors pass before the gated fusion: "standardization", by mean and
@@ -127,7 +127,7 @@ class MMSERConfig(PreTrainedConfig):
     cross_attention_hidden_size: int = 256
     cross_attention_heads: int = 8
     cross_attention_dropout: float | int = 0.1
-    cross_attention_layer_norm: bool = False
+    cross_attention_layer_norm: bool = True
     pooling_hidden_size: int = 128
     fusion_hidden_size: int = 512
     fusion_dropout: float | int = 0.1

@@ -351,8 +351,8 @@ def eager_attention_forward(
 
 class CrossModalAttention(nn.Module):
     """
-    One modality attends to the other: multi-head attention in a shared width, then residual and, as published but not
-    by default, LayerNorm.
+    One modality attends to the other: multi-head attention in a shared width, then residual and LayerNorm
+    (if `config.cross_attention_layer_norm`).
 
     What is attended to starts at zero, as the branches of `ResidualBlock` do: at first each modality passes as it is,
     and the other one is let in as far as it helps.

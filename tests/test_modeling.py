@@ -491,7 +491,7 @@ def test_cross_modal_attention_starts_at_zero():
         states, target = torch.randn(2, 3, sizes[0]), torch.randn(2, 3, sizes[0])
         contexts = [scale * torch.randn(2, 5, sizes[1]) for scale in (1, 10)]
         for context in contexts:
-            assert torch.equal(attention(states, context, mask), states)
+            assert torch.equal(attention(states, context, mask), F.layer_norm(states, sizes[:1]))
         optimizer = torch.optim.SGD(attention.parameters(), lr=0.1)
         (attention(states, contexts[0], mask) * target).sum().backward()
         assert (attention.output.weight.grad.norm(dim=1) > 0).all() and (attention.output.bias.grad != 0).all()

@@ -194,7 +194,8 @@ def test_pipeline_results_look_like_the_comment(values):
     assert shown
     for line, comment in shown.items():
         example = ast.literal_eval(comment.removeprefix("# "))[0]
-        assert [entry["label"] for entry in values[line]] != NAMES  # best first
+        scores = [entry["score"] for entry in values[line]]
+        assert scores == sorted(scores, reverse=True)  # best first
         assert {entry["label"] for entry in values[line]} == set(NAMES)
         for entry in [example, *values[line]]:
             assert [(name, type(entry[name])) for name in entry] == [(name, type(example[name])) for name in example]
