@@ -315,10 +315,9 @@ def load_model(
         )
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
-    for name in SPEC_AUGMENT:
-        if getattr(arguments, name) is not None:
-            setattr(model.config.audio_config, name, getattr(arguments, name))
-    if any(getattr(arguments, name) is not None for name in SPEC_AUGMENT):
+    spec_augment = {name: getattr(arguments, name) for name in SPEC_AUGMENT if getattr(arguments, name) is not None}
+    if spec_augment:
+        model.config.audio_config.update(spec_augment)
         check_spec_augment(model)
     if arguments.freeze_audio:
         model.freeze_audio_encoder()

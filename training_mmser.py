@@ -163,6 +163,7 @@ class WeightAverage(TrainerCallback):
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.decay = decay
+        self.last: list[torch.Tensor] = []
         self.restart()
 
     @torch.no_grad()
@@ -184,14 +185,15 @@ class WeightAverage(TrainerCallback):
             parameter.copy_(weight)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[list[torch.Tensor]]:
-        """The model has the averages inside; gives the weights that it had, and gets back after."""
-        last = [parameter.detach().clone() for parameter in self.parameters]
+    def applied(self) -> Iterator[None]:
+        """The model has the averages inside; the weights that it gets back after are in `last`."""
+        self.last = [parameter.detach().clone() for parameter in self.parameters]
         self.put(self.averages)
         try:
-            yield last
+            yield
         finally:
-            self.put(last)
+            self.put(self.last)
+            self.last = []
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
@@ -298,15 +300,14 @@ class MMSERTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        with self._with_average() as self._last_weights:
+        with self._with_average():
             super()._save_checkpoint(*args, **kwargs)
-        self._last_weights = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save what is for resuming only; to it belong the weights that the optimiser last had."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self._average is not None and self.args.should_save:
-            last = {str(index): weight.contiguous() for index, weight in enumerate(self._last_weights)}
+            last = {str(index): weight.contiguous() for index, weight in enumerate(self._average.last)}
             save_file(last, Path(output_dir) / WeightAverage.file_name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -309,6 +309,11 @@ def needed_runs(run: Run, rows: Sequence[Row]) -> list[Run]:
     return [Run(by_name[name], 0 if by_name[name].same_for_all_seeds else run.seed) for name in dict.fromkeys(names)]
 
 
+def start_of(run: Run, rows: Sequence[Row]) -> Run:
+    """The run whose checkpoint a run starts from."""
+    return next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
+
+
 def fingerprint(row: Row, rows: Sequence[Row], arguments: argparse.Namespace) -> str:
     """A hash of all that was chosen for a row: its definition, its recipe, the names of data and encoders, and those
     of the rows that it needs."""
@@ -638,7 +643,7 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
     row = run.row
     flags: Tree = {"data_dir": data_folder(row, arguments)}
     if row.starts_from:
-        start = next(needed for needed in needed_runs(run, rows) if needed.row.name == row.starts_from)
+        start = start_of(run, rows)
         flags["model_name_or_path"] = run_folder(start, arguments) / "model"
     else:
         flags["audio_model_name_or_path"] = arguments.audio_encoder
@@ -659,7 +664,7 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
         write_atomically(recipe, json.dumps(kept))
     words = [str(recipe)]
     for name, value in flags.items():
-        if name in defaults:
+        if value is None:
             continue
         words += [f"--{name}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return words
@@ -700,7 +705,7 @@ def train(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
 
 def examine(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """What `gate_and_robustness` says of the checkpoint of another row."""
-    start = next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
+    start = start_of(run, rows)
     data = data_folder(run.row, arguments)
     model = run_folder(start, arguments) / "model"
     if read_recipe(start.row.recipe, arguments).get("freeze_audio"):
@@ -804,7 +809,7 @@ def _mean_gates(gates: np.ndarray, groups: Mapping[str, np.ndarray]) -> Tree:
 
 def passes(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """The checkpoint of another row with test-time augmentation, as `eval_hf.py --tta` has it."""
-    start = next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
+    start = start_of(run, rows)
     folder = run_folder(start, arguments) / "model"
     register_auto_classes()
     processor = MMSERProcessor.from_pretrained(folder)
@@ -845,7 +850,7 @@ def passes(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree
 
 def compact(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """The checkpoint of another row as `export_hf.py` makes it small, run by onnxruntime through the pipeline."""
-    start = next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
+    start = start_of(run, rows)
     splits, label_names = load_emotion_dataset(data_folder(run.row, arguments))
     texts, test = [text for text in splits["train"]["text"] if text], splits["test"]
     with tempfile.TemporaryDirectory(dir=run_folder(run, arguments)) as folder:
