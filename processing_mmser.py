@@ -3,20 +3,23 @@
 
 Read in this order: `load_audio` (anything -> mono float32 at one rate), `MMSERProcessor` (audio and text -> model
 inputs; every clip is computed alone, so that no value depends on its batch), `MMSEROnnxForAudioClassification` (an
-exported model, run by onnxruntime), `MMSERPipeline` (anything -> scores, by either kind of model).
+exported model, run by onnxruntime), `stream_audio` and `Chunk` (a long recording in pieces), `MMSERPipeline` (anything
+-> scores, by either kind of model).
 This file is copied into every checkpoint, so it imports nothing of the project.
 """
 
 # The library annotates what subclasses are meant to replace as if it were final:
 # mypy: disable-error-code="assignment, misc, override"
 
+import contextlib
 import io
 import json
+import mmap
 import numbers
 import os
 import struct
 import urllib.request
-from collections.abc import Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -49,6 +52,9 @@ READABLE_FORMATS = (
     "WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and AU can be read; convert others (m4a, aac, webm, mp4, wma) with "
     "`ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav`"
 )
+
+AUDIO_KEYS = ("raw", "array", "bytes", "path", "file")  # what a dict given to the pipeline may hold
+TEXT_KEYS = ("text", "transcription")
 
 _warned: set[str] = set()
 
@@ -89,7 +95,8 @@ def load_audio(
     """
     if isinstance(audio, (str, os.PathLike)):
         name = f"{name} '{os.fspath(audio)}'"
-        audio = _read(Path(audio), name)
+        _check_is_file(Path(audio), name)
+        audio = Path(audio).read_bytes()
     if isinstance(audio, (bytes, bytearray)):
         samples, sampling_rate = _decode(bytes(audio), name)
     else:
@@ -113,37 +120,48 @@ def load_audio(
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def _read(path: Path, name: str) -> bytes:
-    """The content of a file."""
+def _check_is_file(path: Path, name: str) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{name}: there is no such file")
     if path.is_dir():
         raise ValueError(f"{name}: this is a folder, not an audio file")
-    return path.read_bytes()
 
 
 def _decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
     """Decode the bytes of an audio file to (mono float32 samples, sampling rate in Hz)."""
+    with _opened(io.BytesIO(content), content, name) as file:
+        blocks = [*_blocks(file, name, size=max(file.frames, 1)), np.zeros(0, dtype=np.float32)]
+        return np.concatenate(blocks), file.samplerate
+
+
+@contextlib.contextmanager
+def _opened(file, content: bytes | mmap.mmap, name: str) -> Iterator[soundfile.SoundFile]:
+    """An audio file opened for reading; `content` is the whole of it."""
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            promised, rate, slack = file.frames, file.samplerate, MP3_FRAME if file.format == "MP3" else 0
-            samples = file.read(dtype="float32", always_2d=True)  # (time, channels)
+        with soundfile.SoundFile(file) as opened:
+            promised, held = _wav_data_size(content)
+            if held < promised < UNKNOWN_WAV_SIZE:
+                raise ValueError(
+                    f"{name}: truncated, the header promises {promised} bytes of samples but only {held} are there"
+                )
+            yield opened
     except soundfile.SoundFileError as error:
         reason = str(getattr(error, "error_string", error))
         raise ValueError(f"{name}: cannot be read as audio ({reason}) {READABLE_FORMATS}") from error
-    if len(samples) < promised - slack:
-        raise ValueError(
-            f"{name}: truncated, the header promises {promised} samples but only {len(samples)} are there"
-        )
-    promised_bytes, held_bytes = _wav_data_size(content)
-    if held_bytes < promised_bytes < UNKNOWN_WAV_SIZE:
-        raise ValueError(
-            f"{name}: truncated, the header promises {promised_bytes} bytes of samples but only {held_bytes} are there"
-        )
-    return samples.mean(axis=1), rate
 
 
-def _wav_data_size(content: bytes) -> tuple[int, int]:
+def _blocks(file: soundfile.SoundFile, name: str, size: int) -> Iterator[np.ndarray]:
+    """The samples of an opened file, mono float32, `size` at a time."""
+    held = 0
+    # Not `file.blocks`: it fills what a truncated file lacks with whatever is in memory
+    while len(samples := file.read(size, dtype="float32", always_2d=True)):  # (time, channels)
+        held += len(samples)
+        yield samples.mean(axis=1)
+    if held < file.frames - (MP3_FRAME if file.format == "MP3" else 0):
+        raise ValueError(f"{name}: truncated, the header promises {file.frames} samples but only {held} are there")
+
+
+def _wav_data_size(content: bytes | mmap.mmap) -> tuple[int, int]:
     """(bytes of samples a WAV header promises, bytes there); libsndfile hides the difference. (0, 0) if not WAV."""
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         return 0, 0
@@ -575,12 +593,125 @@ def _as_array(values, dtype) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Long recordings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stream_audio(
+    audio,
+    sampling_rate: int | None = None,
+    target_sampling_rate: int = 16000,
+    name: str = "audio",
+    block_seconds: float = 10.0,
+) -> Iterator[np.ndarray]:
+    """
+    [`load_audio`] a block at a time: a file of any length is never held in memory.
+
+    Args:
+        audio, sampling_rate, target_sampling_rate, name: as in [`load_audio`].
+        block_seconds (`float`): length of what is read at once.
+
+    Yields:
+        `np.ndarray` of shape (time,), float32; joined, they are what [`load_audio`] returns.
+
+    Raises:
+        As [`load_audio`]; NaN samples, or that a FLAC or MP3 file is cut short, show only when they are reached.
+    """
+    if isinstance(audio, (bytes, bytearray)):
+        content = bytes(audio)
+        opened = _opened(io.BytesIO(content), content, name)
+    elif isinstance(audio, (str, os.PathLike)):
+        name, path = f"{name} '{os.fspath(audio)}'", Path(audio)
+        _check_is_file(path, name)
+        if not path.stat().st_size:
+            raise ValueError(f"{name}: empty file")
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        opened = _opened(os.fspath(path), content, name)
+    else:
+        yield load_audio(audio, sampling_rate, target_sampling_rate, name=name)
+        return
+    with opened as file:
+        rate = file.samplerate
+        resampler = None
+        if rate != target_sampling_rate:
+            resampler = soxr.ResampleStream(rate, target_sampling_rate, 1, dtype="float32", quality="HQ")
+        for samples in _blocks(file, name, max(1, round(block_seconds * rate))):
+            if not np.isfinite(samples).all():
+                raise ValueError(f"{name}: samples are NaN or infinite")
+            yield samples if resampler is None else resampler.resample_chunk(samples)
+        if resampler is not None:
+            yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+
+
+@dataclass
+class Chunk:
+    """
+    A piece of a recording.
+
+    Args:
+        samples (`np.ndarray` of shape (time,)): what is classified, with what lies around the piece as context.
+        start, stop (`int`, samples): the piece; those of all chunks tile the recording.
+        first (`int`, samples): where `samples` begins.
+    """
+
+    samples: np.ndarray
+    start: int
+    stop: int
+    first: int
+
+
+def split_into_chunks(blocks: Iterable[np.ndarray], length: int, left: int, right: int) -> Iterator[Chunk]:
+    """
+    Cut a stream into overlapping chunks, holding little more than one chunk and one block.
+
+    Args:
+        blocks: samples of shape (time,), in order, of any lengths.
+        length (`int`, samples): length of each chunk. The last one reaches back to have it too; only a recording
+            shorter than that is shorter.
+        left, right (`int`, samples): context on each side of a chunk's piece, less at the ends of the recording.
+    """
+    step = length - left - right
+    first, done = 0, 0
+    buffer, previous = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.float32)
+    for block in blocks:
+        buffer = np.concatenate([buffer, block])
+        while len(buffer) > length:  # so that this chunk is not the last
+            stop = first + length - right
+            yield Chunk(buffer[:length], done, stop, first)
+            previous, buffer = buffer[:step], buffer[step:]
+            first, done = first + step, stop
+    end = first + len(buffer)
+    if end:
+        missing = min(length - len(buffer), len(previous))
+        buffer = np.concatenate([previous[len(previous) - missing :], buffer])
+        yield Chunk(buffer, done, end, first - missing)
+
+
+def text_of_chunk(words: Sequence[dict], start: float, stop: float) -> str | None:
+    """
+    What is said between two times.
+
+    Args:
+        words: pieces of a transcript, as speech recognition pipelines return them as `chunks` when asked for
+            timestamps: `{"text": str, "timestamp": (start, end)}`, in seconds; the last end may be None.
+        start, stop (`float`, seconds): a piece belongs where its middle lies.
+    """
+    inside = []
+    for word in words:
+        begin, end = word["timestamp"]
+        if start <= (begin if end is None else (begin + end) / 2) < stop:
+            inside.append(word["text"].strip())
+    return " ".join(inside) or None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pipeline
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Numbered(torch.utils.data.Dataset):
-    """Items of a sequence with their index, so that an error can name the item."""
+class _Named(torch.utils.data.Dataset):
+    """Items of a sequence, each with what an error calls it."""
 
     def __init__(self, items):
         self.items = items
@@ -589,7 +720,26 @@ class _Numbered(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
-        return index, self.items[index]
+        return f"input {index}", self.items[index]
+
+
+def _size(item) -> tuple[float, int]:
+    """(seconds of audio, characters of text) of a pipeline's input, from file headers; 0 if unreadable, or no file."""
+    audio, words, rate = item, "", None
+    if isinstance(item, dict):
+        audio = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
+        words = next((item[key] for key in TEXT_KEYS if item.get(key) is not None), "")
+        rate = item.get("sampling_rate")
+    seconds = 0.0
+    if isinstance(audio, (str, os.PathLike, bytes, bytearray)):
+        # What cannot be opened is reported, with its name, when its turn comes
+        with contextlib.suppress(soundfile.SoundFileError):
+            seconds = soundfile.info(
+                io.BytesIO(audio) if isinstance(audio, (bytes, bytearray)) else os.fspath(audio)
+            ).duration
+    elif isinstance(audio, Sized):
+        seconds = max(getattr(audio, "shape", (len(audio),)), default=0) / (rate or 16000)
+    return seconds, len(words) if isinstance(words, str) else 0
 
 
 class MMSERPipeline(Pipeline):
@@ -599,6 +749,7 @@ class MMSERPipeline(Pipeline):
         >>> classifier("clip.wav")
         >>> classifier({"path": "clip.wav", "text": "I am so glad you came"}, return_uncertainty=True)
         >>> classifier(["a.wav", "b.mp3"], batch_size=2, allowed_labels=["happy", "sad"])
+        >>> classifier("meeting.flac", chunk_length_s=8, stride_length_s=1, batch_size=4)  # of any length
     """
 
     processor: MMSERProcessor
@@ -608,10 +759,8 @@ class MMSERPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    audio_keys = ("raw", "array", "bytes", "path", "file")
-    text_keys = ("text", "transcription")
     functions = ("softmax", "sigmoid", "none")
-    preprocess_options = ("sampling_rate",)
+    preprocess_options = ("sampling_rate", "chunk_length_s", "stride_length_s")
     postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "function_to_apply")
 
     @classmethod
@@ -646,17 +795,34 @@ class MMSERPipeline(Pipeline):
                 (`config.openmax_acceptance`); without fitted ones, if "unknown" comes first or exceeds
                 `config.openmax_threshold`; False if that is None. The last two are None while OpenMax is not fitted.
             function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
-            batch_size, num_workers (`int`): as in every pipeline; results do not depend on them.
+            batch_size, num_workers (`int`): as in every pipeline; results do not depend on them. In a list, clips of
+                similar length share a batch.
+            chunk_length_s (`float`, seconds): take each input for a recording of any length and classify it in chunks
+                of this length, `batch_size` at a time. Files are read as they are needed and never held in memory.
+                In place of `text` a dict may hold `chunks`, a transcript with times, as speech recognition pipelines
+                return it for `return_timestamps=True` (or "word"): each chunk is given what was said in it.
+            stride_length_s (`float` or pair, seconds): how much of a chunk, on its left and right, is context shared
+                with its neighbours; by default a sixth of a chunk on each side.
 
         Returns:
-            `list` of `{"label": str, "score": float}`, best first; a list of such lists for a list of clips.
+            `list` of `{"label": str, "score": float}`, best first; a list of such lists for a list of clips. With
+            `chunk_length_s`, a dict for each recording: `chunks`, a list of `{"timestamp": (start, end), "scores":
+            list}` whose times (seconds, without context) tile the recording, and `scores`, their mean over time
+            (`is_unknown` if most of the time is).
 
         Raises:
             ValueError, TypeError, FileNotFoundError: an unusable input (the message names it) or option.
         """
         if isinstance(inputs, list) and not inputs:
             return []
+        is_single = not isinstance(inputs, (list, Generator, torch.utils.data.Dataset))
+        if is_single and kwargs.get("chunk_length_s", self._preprocess_params.get("chunk_length_s")) is not None:
+            return super().__call__([inputs], **kwargs)[0]
         return super().__call__(inputs, **kwargs)
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        _, preprocess_params = self._chunking(preprocess_params)
+        return super().run_single(inputs, preprocess_params, forward_params, postprocess_params)
 
     @property
     def labels(self) -> list[str]:
@@ -684,37 +850,19 @@ class MMSERPipeline(Pipeline):
 
     def preprocess(self, inputs, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
         """One input of any kind -> model inputs with a batch axis of 1, as NumPy arrays."""
-        audio, text = inputs, None
-        if isinstance(inputs, dict):
-            unknown = [key for key in inputs if key not in (*self.audio_keys, *self.text_keys, "sampling_rate")]
-            if unknown:
-                raise ValueError(
-                    f"unknown keys {unknown} in the input; allowed are {[*self.audio_keys, *self.text_keys]} and "
-                    "sampling_rate"
-                )
-            audio = next((inputs[key] for key in self.audio_keys if inputs.get(key) is not None), None)
-            text = next((inputs[key] for key in self.text_keys if inputs.get(key) is not None), None)
-            sampling_rate = inputs.get("sampling_rate") or sampling_rate
+        audio, text, own_rate, name = _unpack(inputs, TEXT_KEYS)
+        sampling_rate = own_rate or sampling_rate
         if audio is not None:
-            if isinstance(audio, str) and audio.startswith(("http://", "https://")):
-                name, audio = f"audio '{audio}'", _download(audio)
-            else:
-                name = "audio"
             rate = self.processor.feature_extractor.sampling_rate
             audio, sampling_rate = [load_audio(audio, sampling_rate, rate, name=name)], rate
         options: dict[str, Any] = {"sampling_rate": sampling_rate, "return_tensors": "np"}
         return dict(self.processor(audio, text, **options))
 
-    def _preprocess_numbered(self, numbered, **preprocess_params):
-        """`preprocess` for one (index, item) of a list, whose errors name the index."""
-        index, item = numbered
-        try:
+    def _preprocess_named(self, named, **preprocess_params):
+        """`preprocess` for one (name, item), whose errors give the name."""
+        name, item = named
+        with _errors_named(name):
             return self.preprocess(item, **preprocess_params)
-        except (ValueError, TypeError, OSError) as error:
-            kind = next(
-                kind for kind in (ValueError, TypeError, FileNotFoundError, OSError) if isinstance(error, kind)
-            )
-            raise kind(f"input {index}: {error}") from error
 
     def _collate(self, rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Pad single clips to one batch; a modality that a clip lacks is padding with an all-zero mask."""
@@ -729,17 +877,95 @@ class MMSERPipeline(Pipeline):
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ):
-        """The base method with our collation: its own cannot batch two modalities of which one may be missing."""
+        """The base method, which cannot batch two modalities of which one may be missing, written anew."""
+        chunking, preprocess_params = self._chunking(preprocess_params)
+        params = preprocess_params, forward_params, postprocess_params
+        if chunking is not None:
+            recordings = enumerate(inputs)
+            return (self._classify_recording(i, item, chunking, batch_size, *params) for i, item in recordings)
+        if isinstance(inputs, list) and batch_size > 1:
+            # Clips of similar length together; the longest first, so that memory that is too small fails at once
+            order = sorted(range(len(inputs)), key=lambda index: _size(inputs[index]), reverse=True)
+            items = [(f"input {index}", inputs[index]) for index in order]
+            outputs = dict(zip(order, self._classify_clips(items, num_workers, batch_size, *params), strict=True))
+            return iter([outputs[index] for index in range(len(inputs))])
         if isinstance(inputs, Sized):
-            dataset: Any = PipelineDataset(_Numbered(inputs), self._preprocess_numbered, preprocess_params)
-        else:  # a generator cannot be shared among worker processes
-            num_workers = 0
-            dataset = PipelineIterator(enumerate(inputs), self._preprocess_numbered, preprocess_params)
+            return self._classify_clips(_Named(inputs), num_workers, batch_size, *params)
+        # A generator cannot be shared among worker processes
+        named = ((f"input {index}", item) for index, item in enumerate(inputs))
+        return self._classify_clips(named, 0, batch_size, *params)
+
+    def _classify_clips(
+        self, named, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ):
+        """The labels of each (name, clip), in order."""
+        kind: Any = PipelineDataset if isinstance(named, Sized) else PipelineIterator
         loader: Any = torch.utils.data.DataLoader(
-            dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=self._collate
+            kind(named, self._preprocess_named, preprocess_params),
+            num_workers=num_workers,
+            batch_size=batch_size,
+            collate_fn=self._collate,
         )
         outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
+
+    def _chunking(self, preprocess_params: dict) -> tuple[tuple[int, int, int] | None, dict]:
+        """(samples of a chunk, of its left and of its right context) or None, and the options of single clips."""
+        options = dict(preprocess_params)
+        seconds, stride = options.pop("chunk_length_s", None), options.pop("stride_length_s", None)
+        if seconds is None:
+            if stride is not None:
+                raise ValueError("`stride_length_s` needs `chunk_length_s`")
+            return None, options
+        strides = seconds / 6 if stride is None else stride
+        strides = [strides] * 2 if isinstance(strides, numbers.Real) else list(strides)
+        extractor = self.processor.feature_extractor
+        limit = extractor.n_samples / extractor.sampling_rate if hasattr(extractor, "n_samples") else float("inf")
+        if not MIN_SECONDS <= seconds <= limit:
+            raise ValueError(f"`chunk_length_s` must be from {MIN_SECONDS} to {limit:g} s, got {seconds}")
+        if len(strides) != 2 or min(strides) < 0 or sum(strides) >= seconds:
+            raise ValueError(
+                f"`stride_length_s` is one number or a left and a right one, from 0 up and together less than "
+                f"`chunk_length_s` ({seconds}), got {stride}"
+            )
+        length, left, right = (round(value * extractor.sampling_rate) for value in (seconds, *strides))
+        return (length, min(left, length - 1), min(right, length - 1 - left)), options
+
+    def _classify_recording(
+        self, index: int, item, chunking, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ) -> dict[str, list]:
+        """A recording of any length -> its chunks, with times and scores, and their mean over time."""
+        rate = self.processor.feature_extractor.sampling_rate
+        times = []
+
+        def clips():
+            with _errors_named(f"input {index}"):
+                audio, words, own_rate, name = _unpack(item, ("chunks",))
+                if audio is None:
+                    raise ValueError("a recording is needed: there are no chunks of text alone")
+                words = _check_words(words)
+                blocks = stream_audio(audio, own_rate or preprocess_params.get("sampling_rate"), rate, name=name)
+                for chunk in split_into_chunks(blocks, *chunking):
+                    times.append((chunk.start / rate, chunk.stop / rate))
+                    end = chunk.first + len(chunk.samples)
+                    text = text_of_chunk(words, chunk.first / rate, end / rate)
+                    yield (
+                        f"input {index} at {times[-1][0]:.2f} s",
+                        {"raw": chunk.samples, "sampling_rate": rate, "text": text},
+                    )
+                if not times:
+                    raise ValueError(f"{name}: empty, it holds no samples")
+
+        whole = {**postprocess_params, "top_k": None}  # labels that come last in one chunk may be first in the mean
+        scores = list(self._classify_clips(clips(), 0, batch_size, preprocess_params, forward_params, whole))
+        top_k = postprocess_params.get("top_k")
+        shares = np.diff(times)[:, 0] / times[-1][1]
+        return {
+            "scores": _mean_scores(scores, shares)[:top_k],
+            "chunks": [
+                {"timestamp": time, "scores": labels[:top_k]} for time, labels in zip(times, scores, strict=True)
+            ],
+        }
 
     def _forward(self, input_tensors, **forward_parameters):
         inputs = BatchFeature(input_tensors, tensor_type="pt").to(self.device, dtype=self.dtype)
@@ -771,6 +997,65 @@ class MMSERPipeline(Pipeline):
             for result in results:
                 result.update(values)
         return results
+
+
+def _unpack(item, text_keys: tuple[str, ...]) -> tuple[Any, Any, int | None, str]:
+    """A pipeline's input -> (audio or None, what is under one of `text_keys`, sampling rate, the audio's name)."""
+    audio, words, sampling_rate, name = item, None, None, "audio"
+    if isinstance(item, dict):
+        unknown = [key for key in item if key not in (*AUDIO_KEYS, *text_keys, "sampling_rate")]
+        if unknown:
+            raise ValueError(
+                f"unknown keys {unknown} in the input; allowed are {[*AUDIO_KEYS, *text_keys]} and sampling_rate"
+            )
+        audio = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
+        words = next((item[key] for key in text_keys if item.get(key) is not None), None)
+        sampling_rate = item.get("sampling_rate")
+    if isinstance(audio, str) and audio.startswith(("http://", "https://")):
+        name, audio = f"audio '{audio}'", _download(audio)
+    return audio, words, sampling_rate, name
+
+
+@contextlib.contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    """Errors about an input begin with its name."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        kinds = (ValueError, TypeError, FileNotFoundError, OSError)
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{name}: {error}") from error
+
+
+def _check_words(words) -> list[dict]:
+    """A transcript with times, as a list of `{"text": str, "timestamp": (start, end)}`."""
+    for index, word in enumerate(words or []):
+        try:
+            start, end = word["timestamp"]
+            is_valid = isinstance(word["text"], str) and start >= 0 and (end is None or end >= start)
+        except (TypeError, KeyError, ValueError):
+            is_valid = False
+        if not is_valid:
+            raise ValueError(
+                f"`chunks` row {index} must be {{'text': str, 'timestamp': (start, end)}} in seconds, got {word!r}"
+            )
+    return words or []
+
+
+def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
+    """Mean of the labels' scores, and of what else is told of each chunk, weighted by `shares`, which sum to 1."""
+    extras = {name: value for name, value in results[0][0].items() if name not in ("label", "score")}
+    means: dict[str, Any] = {name: None if value is None else 0.0 for name, value in extras.items()}
+    scores = dict.fromkeys((result["label"] for result in results[0]), 0.0)
+    for labels, share in zip(results, shares.tolist(), strict=True):
+        for result in labels:
+            scores[result["label"]] += share * result["score"]
+        for name in means:
+            if means[name] is not None:
+                means[name] += share * labels[0][name]
+    if means.get("is_unknown") is not None:
+        means["is_unknown"] = means["is_unknown"] > 0.5
+    best = sorted(scores, key=lambda label: scores[label], reverse=True)
+    return [{"label": label, "score": scores[label], **means} for label in best]
 
 
 def _download(url: str) -> bytes:

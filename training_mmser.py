@@ -19,9 +19,9 @@ import torch
 from huggingface_hub import upload_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
 from data_mmser import EmotionDataset, class_counts
@@ -106,9 +106,8 @@ class MMSERTrainingArguments(TrainingArguments):
         default="weighted_f1", metadata={"help": "What makes a checkpoint best."}
     )
     train_sampling_strategy: str = field(
-        # Sad speech is slow and angry speech short: batches grouped by length hold few classes, and training suffers
-        default="random",
-        metadata={"help": "random, sequential or group_by_length (less padding, less varied batches)."},
+        default="group_by_length",
+        metadata={"help": "group_by_length (clips of similar length in a batch, less padding), random or sequential."},
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
@@ -228,6 +227,13 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+
+def evaluation_order(dataset) -> list[int] | None:
+    """The clips of a data set from the longest to the shortest; None if their `lengths` are not known."""
+    if not hasattr(dataset, "lengths"):
+        return None
+    return np.argsort(-np.asarray(dataset.lengths), kind="stable").tolist()
 
 
 class MMSERTrainer(Trainer):
@@ -369,10 +375,15 @@ class MMSERTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset=None):
-        """Group clips of similar length without reading them twice: their lengths come from the file headers."""
+        """
+        Group clips of similar length without reading them twice: their lengths come from the file headers. A data set
+        that has no `lengths` is shuffled.
+        """
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
+        if not hasattr(dataset, "lengths"):
+            return RandomSampler(dataset) if has_length(dataset) else None
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = LengthGroupedSampler(batch_size, dataset.lengths, seed)
@@ -380,8 +391,31 @@ class MMSERTrainer(Trainer):
         return sampler
 
     def _get_eval_sampler(self, eval_dataset):
-        """Evaluate in the order of the data set, so that predictions can be matched with its rows."""
-        return None
+        """
+        From the longest clip to the shortest: hardly any padding, and memory that is too small fails at once.
+        `predict` puts its results back in the order of the data set, which is evaluated in it if no lengths are known.
+        """
+        return evaluation_order(eval_dataset)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """As usual, in the order of the data set, which is not that in which its clips are evaluated."""
+        output = super().predict(test_dataset, *args, **kwargs)
+        order = evaluation_order(test_dataset)
+        if order is None:
+            return output
+        place = np.argsort(order)
+
+        def reordered(values):
+            if values is None or isinstance(values, tuple):
+                return None if values is None else tuple(map(reordered, values))
+            if len(values) != len(place):
+                raise ValueError(
+                    f"{len(place)} clips were to be evaluated but {len(values)} could be read: their results cannot "
+                    "be told apart. Leave the others out first, with `drop_unreadable`."
+                )
+            return values[place]
+
+        return output._replace(predictions=reordered(output.predictions), label_ids=reordered(output.label_ids))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as usual, with the training arguments as JSON in place of a pickle."""
@@ -465,9 +499,8 @@ class MMSERTrainer(Trainer):
     def fit_standardization(self, dataset) -> None:
         """`MMSERModel.fit_standardization` over a data set, the same on every process."""
         collate, batch_size = self.data_collator, self.args.per_device_eval_batch_size
-        loader = DataLoader(
-            dataset, batch_size=batch_size, collate_fn=collate, num_workers=self.args.dataloader_num_workers
-        )
+        workers, order = self.args.dataloader_num_workers, evaluation_order(dataset)
+        loader = DataLoader(dataset, batch_size, sampler=order, collate_fn=collate, num_workers=workers)
         backbone = self.accelerator.unwrap_model(self.model).base_model
         backbone.to(self.args.device).fit_standardization(loader)
 

@@ -11,12 +11,14 @@ import io
 import json
 import logging
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 import scipy.io.wavfile
 import soundfile
 import torch
+from hypothesis import given, strategies
 from transformers import (
     ASTFeatureExtractor,
     AutoFeatureExtractor,
@@ -30,7 +32,15 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 import processing_mmser
-from processing_mmser import MMSERPipeline, MMSERProcessor, load_audio, pad_and_stack
+from processing_mmser import (
+    MMSERPipeline,
+    MMSERProcessor,
+    load_audio,
+    pad_and_stack,
+    split_into_chunks,
+    stream_audio,
+    text_of_chunk,
+)
 
 RATE = 16000
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "i", "am", "so", "glad", "you", "came", "##s", "sad", "no"]
@@ -532,14 +542,33 @@ class TestPipeline:
             {"raw": 3 * noise(5000, 3), "sampling_rate": 8000, "text": "no"},
         ]
         alone = [classifier(entry, return_uncertainty=True) for entry in inputs]
-        for given in (inputs, iter_of(inputs), torch_dataset(inputs)):
+        for form in (inputs, iter_of(inputs), torch_dataset(inputs)):
             classifier.model.batch_sizes.clear()
-            batched = list(classifier(given, batch_size=batch_size, return_uncertainty=True))
+            batched = list(classifier(form, batch_size=batch_size, return_uncertainty=True))
             assert max(classifier.model.batch_sizes) == min(batch_size, 5)
             assert len(batched) == 5
             for one, other in zip(alone, batched, strict=True):
                 assert_same(one, other)
                 assert one[0]["uncertainty"] == pytest.approx(other[0]["uncertainty"], abs=1e-5)
+
+    def test_clips_of_similar_length_share_a_batch(self, classifier, tmp_path, monkeypatch):
+        lengths = [500, 9000, 700, 8000, 600, 8500]
+        inputs = [{"raw": noise(length, length), "sampling_rate": RATE} for length in lengths]
+        soundfile.write(tmp_path / "a.wav", noise(9000, 9000), RATE, subtype="FLOAT")
+        inputs[1] = tmp_path / "a.wav"
+        inputs[2]["text"] = "no"
+        padding, collate = [], classifier._collate
+
+        def spy(rows):
+            batch = collate(rows)
+            padding.append(1 - batch["attention_mask"].mean())
+            return batch
+
+        monkeypatch.setattr(classifier, "_collate", spy)
+        results = classifier(inputs, batch_size=3)
+        assert len(padding) == 2 and max(padding) < 0.2
+        for item, result in zip(inputs, results, strict=True):
+            assert_same(classifier(item), result)
 
     def test_workers(self, classifier):
         inputs = [{"text": "no"}, {"text": "glad"}, {"raw": noise(800), "sampling_rate": RATE}]
@@ -662,6 +691,163 @@ class TestPipeline:
         with caplog.at_level(logging.WARNING):
             MMSERPipeline(**options)({"text": "no"})
         assert not caplog.records
+
+
+class TestStreamAudio:
+    @pytest.mark.parametrize("format_", ["WAV", "FLAC", "OGG", "MP3"])
+    @pytest.mark.parametrize("rate", [8000, 16000, 44100])
+    def test_joined_blocks_are_the_whole(self, tmp_path, rate, format_):
+        (tmp_path / "a").write_bytes(
+            encoded(np.stack([noise(5 * rate), noise(5 * rate, 1)], axis=1), rate, format=format_)
+        )
+        whole = load_audio(tmp_path / "a")
+        for audio in (tmp_path / "a", (tmp_path / "a").read_bytes()):
+            blocks = list(stream_audio(audio, block_seconds=0.7))
+            assert len(blocks) > 5 and all(block.dtype == np.float32 for block in blocks)
+            np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-6)
+
+    def test_samples_come_whole(self):
+        (block,) = stream_audio(noise(9000), sampling_rate=8000)
+        np.testing.assert_array_equal(block, load_audio(noise(9000), sampling_rate=8000))
+
+    def test_bad_files(self, tmp_path):
+        for format_ in ("WAV", "FLAC"):
+            path = tmp_path / f"cut.{format_}"
+            path.write_bytes(encoded(noise(RATE), format=format_)[:12000])
+            with pytest.raises(ValueError, match=rf"cut\.{format_}.*(truncated|cannot be read)"):
+                list(stream_audio(path, block_seconds=0.1))
+        (tmp_path / "nan.wav").write_bytes(encoded(np.full(RATE, np.nan, dtype=np.float32), subtype="FLOAT"))
+        (tmp_path / "none.wav").write_bytes(b"")
+        for name, reason in (("nan.wav", "NaN"), ("none.wav", "empty")):
+            with pytest.raises(ValueError, match=rf"{name}.*{reason}"):
+                list(stream_audio(tmp_path / name))
+        with pytest.raises(FileNotFoundError, match=r"gone\.wav"):
+            list(stream_audio(tmp_path / "gone.wav"))
+
+
+class TestSplitIntoChunks:
+    @given(
+        total=strategies.integers(0, 60),
+        length=strategies.integers(1, 20),
+        context=strategies.tuples(strategies.floats(0, 0.49), strategies.floats(0, 0.49)),
+        cuts=strategies.lists(strategies.integers(0, 60), max_size=5),
+    )
+    def test_pieces_tile_the_recording(self, total, length, context, cuts):
+        left, right = (int(share * length) for share in context)
+        samples = np.arange(total, dtype=np.float32)
+        chunks = list(split_into_chunks(np.split(samples, sorted(cuts)), length, left, right))
+        assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])][: len(chunks)]
+        assert (chunks[-1].stop if chunks else 0) == total
+        for index, chunk in enumerate(chunks):
+            assert len(chunk.samples) == min(length, total)
+            np.testing.assert_array_equal(chunk.samples, samples[chunk.first : chunk.first + length])
+            assert chunk.start < chunk.stop
+            assert chunk.first <= max(0, chunk.start - left)
+            assert index == len(chunks) - 1 or chunk.first + length == chunk.stop + right
+
+    def test_words_belong_to_where_their_middle_lies(self):
+        words = [
+            {"text": " i am", "timestamp": (0.0, 1.0)},
+            {"text": " so glad", "timestamp": (1.0, 2.5)},
+            {"text": "came", "timestamp": (2.5, None)},
+        ]
+        assert text_of_chunk(words, 0, 1) == "i am"
+        assert text_of_chunk(words, 0, 2) == "i am so glad"
+        assert text_of_chunk(words, 1, 9) == "so glad came"
+        assert text_of_chunk(words, 3, 9) is None and text_of_chunk([], 0, 9) is None
+
+
+class TestRecordings:
+    """The pipeline with `chunk_length_s`."""
+
+    words = ({"text": "i am so", "timestamp": (0.0, 0.9)}, {"text": "glad", "timestamp": (2.0, 2.4)})
+
+    def test_chunks_are_as_classified_one_by_one(self, classifier, tmp_path):
+        samples = np.linspace(0.1, 3, int(2.6 * RATE), dtype=np.float32) * noise(int(2.6 * RATE))
+        soundfile.write(tmp_path / "long.wav", samples, RATE, subtype="FLOAT")
+        item = {"path": tmp_path / "long.wav", "chunks": list(self.words)}
+        options = {"chunk_length_s": 1.0, "stride_length_s": (0.1, 0.2), "return_uncertainty": True}
+        # (piece, what is classified, what is said in it), in seconds
+        expected = [
+            ((0, 0.8), (0, 1), "i am so"),
+            ((0.8, 1.5), (0.7, 1.7), None),
+            ((1.5, 2.2), (1.4, 2.4), "glad"),
+            ((2.2, 2.6), (1.6, 2.6), "glad"),
+        ]
+        for batch_size in (1, 2, 5):
+            result = classifier(item, batch_size=batch_size, **options)
+            assert [chunk["timestamp"] for chunk in result["chunks"]] == [
+                pytest.approx(times, abs=1e-4) for times, _, _ in expected
+            ]
+            for chunk, (_, (first, last), text) in zip(result["chunks"], expected, strict=True):
+                part = samples[round(first * RATE) : round(last * RATE)]
+                alone = classifier({"raw": part, "sampling_rate": RATE, "text": text}, return_uncertainty=True)
+                assert_same(chunk["scores"], alone)
+                assert chunk["scores"][0]["uncertainty"] == pytest.approx(alone[0]["uncertainty"], abs=1e-5)
+            seconds = [stop - start for (start, stop), _, _ in expected]
+            for entry in result["scores"]:
+                same = [
+                    next(other for other in chunk["scores"] if other["label"] == entry["label"])
+                    for chunk in result["chunks"]
+                ]
+                for name in ("score", "uncertainty"):
+                    mean = np.average([other[name] for other in same], weights=seconds)
+                    assert entry[name] == pytest.approx(mean, abs=1e-5)
+
+    def test_options(self, classifier):
+        recording = {"raw": noise(3 * RATE), "sampling_rate": RATE}
+        result = classifier(recording, chunk_length_s=1.2, top_k=1)  # so that the context is 0.2 s on each side
+        assert len(result["scores"]) == 1 and {len(chunk["scores"]) for chunk in result["chunks"]} == {1}
+        assert [chunk["timestamp"][0] for chunk in result["chunks"]] == pytest.approx([0, 1, 1.8, 2.6])
+        allowed = classifier(recording, chunk_length_s=1, allowed_labels=["sad", "angry"])["scores"]
+        assert sum(entry["score"] for entry in allowed) == pytest.approx(1)
+        classifier.model.openmax_fitted = True
+        scores = classifier(recording, chunk_length_s=1, return_uncertainty=True)["scores"]
+        assert isinstance(scores[0]["is_unknown"], bool)
+
+    def test_lists_and_construction(self, classifier, processor):
+        streaming = MMSERPipeline(model=classifier.model, processor=processor, device="cpu", chunk_length_s=1)
+        recordings = [{"raw": noise(seconds * RATE, seconds), "sampling_rate": RATE} for seconds in (2, 1, 3)]
+        results = streaming(recordings, batch_size=2)
+        assert [result["chunks"][-1]["timestamp"][1] for result in results] == [2, 1, 3]
+        assert list(streaming(iter_of(recordings))) == [streaming(recording) for recording in recordings]
+        assert_same(streaming(recordings[1], chunk_length_s=None), classifier(recordings[1]))
+
+    @pytest.mark.parametrize(
+        ("item", "options", "reason"),
+        [
+            (noise(RATE), {"chunk_length_s": 0}, "`chunk_length_s` must be from"),
+            (noise(RATE), {"chunk_length_s": 1, "stride_length_s": 0.5}, "together less than"),
+            (noise(RATE), {"chunk_length_s": 1, "stride_length_s": (0.1, -0.1)}, "from 0 up"),
+            (noise(RATE), {"stride_length_s": 0.1}, "needs `chunk_length_s`"),
+            ({"raw": noise(RATE), "text": "no"}, {"chunk_length_s": 1}, "unknown keys.*text.*chunks"),
+            ({"raw": noise(RATE), "chunks": [{"text": "no"}]}, {"chunk_length_s": 1}, "`chunks` row 0"),
+            ({"chunks": []}, {"chunk_length_s": 1}, "a recording is needed"),
+            (np.zeros(0), {"chunk_length_s": 1}, "empty"),
+            (noise(300), {"chunk_length_s": 1}, r"input 0 at 0\.00 s: .*too short"),
+        ],
+    )
+    def test_refusals(self, classifier, item, options, reason):
+        with pytest.raises(ValueError, match=reason):
+            classifier(item, sampling_rate=RATE, **options)
+
+    def test_chunks_longer_than_the_encoder_takes(self, classifier, processor):
+        if processor.audio_input_name == "input_features":
+            with pytest.raises(ValueError, match="to 30 s, got 31"):
+                classifier(noise(RATE), sampling_rate=RATE, chunk_length_s=31)
+
+    def test_memory_does_not_grow_with_the_recording(self, classifier, tmp_path):
+        peaks = []
+        for minutes in (1, 8):
+            with soundfile.SoundFile(tmp_path / "long.flac", "w", 8000, 1) as file:
+                for minute in range(minutes):
+                    file.write(noise(60 * 8000, minute))
+            tracemalloc.start()
+            result = classifier(tmp_path / "long.flac", chunk_length_s=10, stride_length_s=0, batch_size=2)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            assert len(result["chunks"]) == 6 * minutes
+        assert peaks[1] < 1.3 * peaks[0]  # the samples alone are 4 and 31 MB
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

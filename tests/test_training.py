@@ -584,6 +584,51 @@ def test_epochs_differ_in_order_and_seeds_differ(splits, tmp_path):
     assert list(other) != orders[0]
 
 
+def test_clips_are_grouped_by_length_unless_told_otherwise(splits, tmp_path):
+    trainer = make_trainer(tiny_model(), splits, tmp_path)
+    lengths = np.array(trainer.train_dataset.lengths)
+    whole = len(lengths) // trainer.args.train_batch_size * trainer.args.train_batch_size
+
+    def padding(order):
+        batches = lengths[np.array(list(order))[:whole]].reshape(-1, trainer.args.train_batch_size)
+        return 1 - (batches / batches.max(axis=1, keepdims=True)).mean()
+
+    assert padding(trainer._get_train_sampler()) < 0.7 * padding(range(len(lengths)))
+    plain = [trainer.train_dataset[index] for index in range(6)]  # a data set whose lengths are not known is shuffled
+    assert isinstance(trainer._get_train_sampler(plain), torch.utils.data.RandomSampler)
+    assert trainer._get_eval_sampler(plain) is None
+
+
+def test_evaluation_goes_from_long_to_short_and_answers_in_order(splits, tmp_path):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=3)
+    dataset = EmotionDataset(splits["train"])
+    seen, collate = [], trainer.data_collator
+
+    def spy(examples):
+        seen.extend(example["length"] for example in examples)
+        return collate(examples)
+
+    trainer.data_collator = spy
+    outputs = trainer.predict_outputs(dataset)
+    assert seen == sorted(dataset.lengths, reverse=True) != dataset.lengths
+    trainer.data_collator = collate
+    plain = trainer.predict_outputs([dataset[index] for index in range(len(dataset))])
+    assert outputs["labels"].tolist() == plain["labels"].tolist() == [example["labels"] for example in dataset]
+    for name in ("logits", "fused", "uncertainty"):
+        np.testing.assert_allclose(outputs[name], plain[name], atol=1e-5)
+    metrics = trainer.evaluate(dataset)
+    accuracy = (plain["logits"].argmax(axis=1) == plain["labels"]).mean()
+    assert metrics["eval_accuracy"] == pytest.approx(accuracy)
+
+
+def test_results_that_cannot_be_told_apart_are_an_error(splits, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=4)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda examples: collate(examples[:3])  # the last one of each batch is lost
+    with pytest.raises(ValueError, match=r"clips were to be evaluated but .* could be read"):
+        trainer.predict(EmotionDataset(splits["train"]))
+
+
 def test_a_checkpoint_is_only_complete_with_its_last_file(tmp_path):
     assert last_complete_checkpoint(tmp_path / "nothing") is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-best"):
