@@ -1722,8 +1722,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
     def _check_labels(self, labels: Tensor) -> None:
         num_labels = self.config.num_labels
-        # On another device looking would mean waiting for it; there the loss fails with an assertion of its own
-        if labels.device.type == "cpu" and ((labels < 0) | (labels >= num_labels)).any():
+        # On another device looking would mean waiting for it, and in a compiled model leaving it; there the loss fails
+        # with an assertion of its own
+        looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and ((labels < 0) | (labels >= num_labels)).any():
             raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
 
     def _weighted_losses(

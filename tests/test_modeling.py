@@ -357,6 +357,18 @@ def test_states_stand_for_what_they_were_encoded_from(kind, weighted):
     assert outputs.hidden_states is None
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_all_beyond_the_encoders_compiles_to_one_graph(training):
+    """Losses, OpenMax and all; what the library's encoders do while they train is theirs."""
+    model = tiny_model("wav2vec2").train(training)
+    fit_openmax_by_chance(model)
+    with torch.no_grad():
+        states = model.mmser.encode(**tiny_batch(model, lengths_for("wav2vec2"), TEXT_LENGTHS))
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(**states, labels=torch.tensor([0, 1, 2, 3]))
+    assert explained.graph_count == 1, explained.break_reasons
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
 def test_padding_of_states_does_not_matter(models, kind):

@@ -1,0 +1,697 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast MMSER is: against its bare encoders, against stock Wav2Vec2, exported, cached, compiled, and over an hour.
+
+    python benchmarks/speed.py
+    python benchmarks/speed.py --sections forward lengths
+    python benchmarks/speed.py --sections export stream --checkpoint runs/mine --data_dir my_data
+
+Models have the default configuration at full size with random weights, on which speed does not depend. What is
+compared runs in turns, so that whatever slows the machine slows all of it; times are medians, and ratios are medians
+of the ratios of each turn. Prints tables and updates `benchmarks/results/speed.json`, section by section.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModel,
+    BertTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
+    pipeline,
+)
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from caching_mmser import CachedStatesDataset, EncoderStateCache
+from configuration_mmser import MMSERConfig
+from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset
+from evaluation_mmser import compute_classification_metrics, format_table
+from export_mmser import export_checkpoint
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from processing_mmser import MMSERPipeline, MMSERProcessor
+from reporting_mmser import environment
+from training_mmser import MMSERTrainer, MMSERTrainingArguments
+
+Rows = list[dict[str, Any]]
+
+RATE = 16000  # Hz
+SECONDS, TOKENS = 5.0, 24
+BATCH_SIZES = (1, 8, 32)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FLOOR, OURS, AUDIO_ALONE, STOCK = "bare encoders", "MMSER", "MMSER, audio alone", "Wav2Vec2ForSequenceClassification"
+# Seconds at the 0, 5, ... 100 % quantiles of the 3,278 clips of ser4 (8 corpora of acted speech)
+LENGTHS = (
+    *(0.55, 0.9, 0.99, 1.11, 1.43, 1.6, 1.77, 1.96, 2.0, 2.12, 2.36),
+    *(2.53, 2.88, 3.0, 3.0, 3.0, 3.33, 3.5, 3.67, 3.9, 8.98),
+)
+
+TINY: dict[str, Any] = {
+    "audio_config": {
+        "model_type": "wav2vec2",
+        "conv_dim": [8] * 7,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    },
+    "text_config": {
+        "model_type": "bert",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+}
+
+
+# ---- what is measured
+
+
+def build_config(arguments: argparse.Namespace) -> MMSERConfig:
+    """The default configuration, or a tiny one: to try this script, and for what the model does not matter to."""
+    return MMSERConfig(**(TINY if arguments.size == "tiny" else {}))
+
+
+def build_processor() -> MMSERProcessor:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"]
+    return MMSERProcessor(Wav2Vec2FeatureExtractor(), BertTokenizer(vocab={word: i for i, word in enumerate(words)}))
+
+
+def build_model(kind: str, arguments: argparse.Namespace, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """One of `FLOOR` (a `ModuleList`), `OURS` and `STOCK`, in eval mode on the device."""
+    torch.manual_seed(0)
+    config = build_config(arguments)
+    if kind == FLOOR:
+        model: torch.nn.Module = torch.nn.ModuleList(
+            [AutoModel.from_config(config.audio_config), AutoModel.from_config(config.text_config)]
+        )
+    elif kind == STOCK:
+        stock = config.audio_config
+        stock.num_labels = config.num_labels
+        model = Wav2Vec2ForSequenceClassification(stock)
+    else:
+        model = MMSERForAudioClassification(config)
+    return model.to(arguments.device, dtype).eval()
+
+
+def build_batch(batch_size: int, arguments: argparse.Namespace, dtype: torch.dtype, seconds: float = SECONDS):
+    """(audio, text) keyword arguments of a model: noise, and tokens without padding."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(batch_size, round(seconds * RATE), generator=generator).to(arguments.device, dtype)
+    ids = torch.randint(5, 64, (batch_size, TOKENS), generator=generator).to(arguments.device)
+    return {"input_values": values, "attention_mask": torch.ones_like(values, dtype=torch.long)}, {
+        "input_ids": ids,
+        "text_attention_mask": torch.ones_like(ids),
+    }
+
+
+def contenders(arguments: argparse.Namespace, dtype: torch.dtype, batch_size: int) -> dict[str, Callable[[], Any]]:
+    """Forward passes on one batch, by name."""
+    audio, text = build_batch(batch_size, arguments, dtype)
+    floor, ours, stock = (build_model(kind, arguments, dtype) for kind in (FLOOR, OURS, STOCK))
+
+    def bare_encoders():
+        floor[0](input_values=audio["input_values"])
+        floor[1](input_ids=text["input_ids"], attention_mask=text["text_attention_mask"])
+
+    return {
+        FLOOR: bare_encoders,
+        OURS: lambda: ours(**audio, **text),
+        AUDIO_ALONE: lambda: ours(**audio),
+        STOCK: lambda: stock(input_values=audio["input_values"]),
+    }
+
+
+# ---- how it is measured
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Seconds [repeats] of each function, after one run of each that is not counted."""
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats):
+        names = list(functions)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(seconds_of(functions[name], device))
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratio(first: np.ndarray, second: np.ndarray) -> float:
+    """Median over the turns of how many times longer the first took."""
+    return float(np.median(first / second))
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB: of the device's tensors, on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Not `getrusage`: on Linux a child begins with the peak of its parent there
+    return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM:")) * 1024 / 1e6
+
+
+def in_child(function: str, arguments: argparse.Namespace, **options: Any) -> dict[str, Any]:
+    """Call a function of this file in a process of its own, of which the memory can be told."""
+    job = json.dumps({"function": function, "options": options})
+    flags = ["--size", arguments.size, "--threads", str(arguments.threads), "--device", str(arguments.device)]
+    command = [sys.executable, __file__, "--child", job, *flags]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """FLOP/s of a large matrix product, the best that a model of matrix products could reach."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = in_turns({"product": lambda: a @ b}, 7, device)["product"]
+    return 2 * size**3 / float(np.median(seconds))
+
+
+# ---- sections: each returns its rows
+
+
+@torch.no_grad()
+def forward(arguments: argparse.Namespace) -> Rows:
+    """Forward passes of 5 s clips with 24 tokens; "beyond the encoders" is what ours takes on top of them."""
+    rows = []
+    for dtype_name, dtype in DTYPES.items():
+        rate = matrix_rate(dtype, arguments.device)
+        for batch_size in BATCH_SIZES:
+            functions = contenders(arguments, dtype, batch_size)
+            seconds = in_turns(functions, arguments.repeats, arguments.device)
+            for name, function in functions.items():
+                with FlopCounterMode(display=False) as counter:
+                    function()
+                median = float(np.median(seconds[name]))
+                rows.append(
+                    {
+                        "batch": batch_size,
+                        "dtype": dtype_name,
+                        "model": name,
+                        "ms per clip": 1000 * median / batch_size,
+                        "clips/s": batch_size / median,
+                        "real-time factor": median / (batch_size * SECONDS),
+                        "times the floor": ratio(seconds[name], seconds[FLOOR]),
+                        "share of matrix rate": counter.get_total_flops() / median / rate,
+                    }
+                )
+            show(rows[-len(functions) :])
+            del functions
+            gc.collect()
+    return rows
+
+
+def memory(arguments: argparse.Namespace) -> Rows:
+    """Peak memory of a forward pass at batch 8 and of a training step at batch 16, 5 s clips with 24 tokens."""
+    jobs = [("forward_memory", {"name": name}) for name in (FLOOR, OURS, AUDIO_ALONE, STOCK)]
+    jobs += [("training_memory", {"checkpointing": value}) for value in (False, True)]
+    rows = []
+    for function, options in jobs:
+        for dtype_name in DTYPES:
+            row = in_child(function, arguments, dtype_name=dtype_name, **options)
+            rows.append(row)
+            show([row])
+    return rows
+
+
+def forward_memory(arguments: argparse.Namespace, name: str, dtype_name: str) -> dict[str, Any]:
+    kind = OURS if name == AUDIO_ALONE else name
+    model = build_model(kind, arguments, DTYPES[dtype_name])
+    audio, text = build_batch(8, arguments, DTYPES[dtype_name])
+    before = peak_memory(arguments.device)
+    with torch.no_grad():
+        if kind == FLOOR:
+            model[0](input_values=audio["input_values"])
+            model[1](input_ids=text["input_ids"], attention_mask=text["text_attention_mask"])
+        elif kind == STOCK:
+            model(input_values=audio["input_values"])
+        else:
+            model(**audio, **(text if name == OURS else {}))
+    return {
+        "what": f"{name}, forward, batch 8",
+        "dtype": dtype_name,
+        "peak MB": peak_memory(arguments.device),
+        "before MB": before,
+    }
+
+
+def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype_name: str) -> dict[str, Any]:
+    """Three steps of AdamW on all weights; bf16 is mixed precision, as in training."""
+    batch_size = 16 if arguments.size == "full" else 2
+    model = build_model(OURS, arguments).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    audio, text = build_batch(batch_size, arguments, torch.float32)
+    labels = torch.arange(batch_size, device=arguments.device) % 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step():
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=dtype_name == "bf16"):
+            loss = model(**audio, **text, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = [seconds_of(step, arguments.device) for _ in range(3)]
+    return {
+        "what": f"MMSER, training step, batch {batch_size}" + (", gradient checkpointing" if checkpointing else ""),
+        "dtype": dtype_name,
+        "peak MB": peak_memory(arguments.device),
+        "s per step": float(np.median(seconds)),
+    }
+
+
+def clips_of_real_lengths(arguments: argparse.Namespace, count: int) -> tuple[Rows, str]:
+    """Inputs of a pipeline: clips of a data set's test split, else noise of the lengths of ser4; and what they are."""
+    rng = np.random.default_rng(0)
+    if arguments.data_dir:
+        table = load_emotion_dataset(arguments.data_dir)[0]["test"]
+        chosen = rng.permutation(len(table))[:count]
+        examples = EmotionDataset(table)
+        clips = [
+            {"raw": examples[int(i)]["audio"], "sampling_rate": RATE, "text": table[int(i)]["text"]} for i in chosen
+        ]
+        return clips, f"{len(clips)} clips of {Path(arguments.data_dir).name}"
+    quantiles = np.linspace(0, 1, len(LENGTHS))
+    seconds = np.interp(rng.random(count), quantiles, LENGTHS)
+    noise = [0.1 * rng.standard_normal(round(RATE * length)).astype(np.float32) for length in seconds]
+    clips = [{"raw": wave, "sampling_rate": RATE, "text": " ".join(["word"] * 8)} for wave in noise]
+    return clips, f"{count} clips of noise with the lengths of ser4"
+
+
+def read_clips(table) -> Rows:
+    """Rows of a data set as inputs of a pipeline."""
+    examples = EmotionDataset(table)
+    rows = (examples[index] for index in range(len(table)))
+    return [{"raw": row["audio"], "sampling_rate": RATE, "text": row["text"]} for row in rows]
+
+
+class Items(torch.utils.data.Dataset):
+    """A list that pipelines go through in its order."""
+
+    def __init__(self, items: Sequence[Any]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+def lengths(arguments: argparse.Namespace) -> Rows:
+    """Pipelines over clips of real lengths, batch 16: in the order given, grouped by length, one by one, and stock."""
+    clips, what = clips_of_real_lengths(arguments, arguments.clips)
+    batch_size = 16
+    ours = MMSERPipeline(
+        model=build_model(OURS, arguments),
+        processor=build_processor(),
+        device=arguments.device,
+        task="audio-classification",
+    )
+    stock = pipeline(
+        "audio-classification",
+        model=build_model(STOCK, arguments),
+        feature_extractor=Wav2Vec2FeatureExtractor(return_attention_mask=True),
+        device=arguments.device,
+    )
+    stock_clips = [{"raw": clip["raw"], "sampling_rate": RATE} for clip in clips]
+    audio_clips = [{"raw": clip["raw"], "sampling_rate": RATE} for clip in clips]
+    results: dict[str, list] = {}
+
+    def keep(name: str, function: Callable[[], Any]) -> Callable[[], None]:
+        def run():
+            results[name] = list(function())
+
+        return run
+
+    fixed, grouped, single = "MMSER, batches in the order given", "MMSER, grouped by length", "MMSER, batches of one"
+    functions = {
+        fixed: keep(fixed, lambda: ours(Items(clips), batch_size=batch_size)),
+        grouped: keep(grouped, lambda: ours(clips, batch_size=batch_size)),
+        single: keep(single, lambda: ours(clips, batch_size=1)),
+        f"{grouped}, audio alone": keep("audio", lambda: ours(audio_clips, batch_size=batch_size)),
+        f"{STOCK} and its pipeline": keep("stock", lambda: stock(stock_clips, batch_size=batch_size)),
+    }
+    seconds = in_turns(functions, arguments.repeats, arguments.device)
+    audio_seconds = sum(len(clip["raw"]) for clip in clips) / RATE
+
+    def scores(name: str) -> np.ndarray:
+        by_label = [{entry["label"]: entry["score"] for entry in result} for result in results[name]]
+        return np.array([[clip[label] for label in sorted(clip)] for clip in by_label])
+
+    rows = []
+    for name in functions:
+        median = float(np.median(seconds[name]))
+        rows.append(
+            {
+                "model": name,
+                "clips": what,
+                "clips/s": len(clips) / median,
+                "real-time factor": median / audio_seconds,
+                "times faster than the order given": ratio(seconds[fixed], seconds[name]),
+            }
+        )
+        if name in results:
+            rows[-1]["largest difference of a score"] = float(np.abs(scores(name) - scores(single)).max())
+    show(rows)
+    return rows
+
+
+@torch.no_grad()
+def compiled(arguments: argparse.Namespace) -> Rows:
+    """`torch.compile` of the whole model, encoders and all."""
+    model = build_model(OURS, arguments)
+    rows = []
+    for batch_size in (1, 8):
+        audio, text = build_batch(batch_size, arguments, torch.float32)
+        model(**audio, **text)  # the library hooks its encoders at the first call, which would break the graph
+        torch._dynamo.reset()
+        graphs = torch._dynamo.explain(model)(**audio, **text).graph_count
+        torch._dynamo.reset()
+        functions = {
+            "eager": partial(model, **audio, **text),
+            "compiled": partial(torch.compile(model), **audio, **text),
+        }
+        seconds = in_turns(functions, arguments.repeats, arguments.device)
+        rows.append(
+            {
+                "batch": batch_size,
+                "eager, ms": 1000 * float(np.median(seconds["eager"])),
+                "compiled, ms": 1000 * float(np.median(seconds["compiled"])),
+                "times faster": ratio(seconds["eager"], seconds["compiled"]),
+                "graphs": graphs,
+            }
+        )
+    show(rows)
+    return rows
+
+
+def write_corpus(folder: Path, count: int, seconds: Sequence[float]) -> None:
+    """Clips of noise with the metadata of a data set, four speakers and all four classes."""
+    rng = np.random.default_rng(0)
+    names = ("neutral", "happy", "sad", "angry")
+    (folder / "train").mkdir(parents=True)
+    lines = ["file_name,label,transcription,speaker"]
+    for index in range(count):
+        wave = 0.1 * rng.standard_normal(round(RATE * seconds[index % len(seconds)])).astype(np.float32)
+        soundfile.write(folder / "train" / f"{index}.wav", wave, RATE)
+        lines.append(f"{index}.wav,{names[index % 4]},word word {index},s{index // 4 % 4}")
+    (folder / "train" / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def cache(arguments: argparse.Namespace) -> Rows:
+    """An epoch of training with both encoders frozen, encoding each clip and reading its states from the cache."""
+    count = 64
+    processor = build_processor()
+    with tempfile.TemporaryDirectory() as temporary:
+        write_corpus(Path(temporary) / "corpus", count, [SECONDS])
+        table = load_emotion_dataset(Path(temporary) / "corpus", allow_speaker_overlap=True)[0]["train"]
+        model = MMSERForAudioClassification(build_config(arguments)).to(arguments.device)
+        model.freeze_audio_encoder()
+        model.freeze_text_encoder()
+        plain = EmotionDataset(table, training=True, text_dropout=0.0, audio_dropout=0.0)
+        states = EncoderStateCache(Path(temporary) / "states", model, processor)
+        start = time.perf_counter()
+        cached = CachedStatesDataset(plain, states)
+        filling = time.perf_counter() - start
+
+        def epoch(dataset) -> Callable[[], Any]:
+            options = MMSERTrainingArguments(
+                output_dir=temporary,
+                num_train_epochs=1,
+                eval_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_num_workers=0,
+                use_cpu=arguments.device.type == "cpu",
+            )
+            trainer = MMSERTrainer(model, options, train_dataset=dataset, data_collator=MMSERDataCollator(processor))
+            return trainer.train
+
+        functions = {"uncached": epoch(plain), "cached": epoch(cached)}
+        seconds = in_turns(functions, min(3, arguments.repeats), arguments.device)
+    rows = [
+        {
+            "clips": len(table),
+            "uncached epoch, s": float(np.median(seconds["uncached"])),
+            "cached epoch, s": float(np.median(seconds["cached"])),
+            "times faster": ratio(seconds["uncached"], seconds["cached"]),
+            "filling the cache, s": filling,
+        }
+    ]
+    show(rows)
+    return rows
+
+
+@torch.no_grad()
+def growth(arguments: argparse.Namespace) -> Rows:
+    """Time and memory by number of clips (with a tiny model: it is the rest that is looked at), time by length."""
+    rows = []
+    for count in (100, 1000, 10000):
+        rows.append(in_child("many_clips", arguments, count=count))
+        show(rows[-1:])
+    model = build_model(OURS, arguments)
+    lengths = (2.0, 4.0, 8.0, 16.0, 30.0)
+    functions = {}
+    for length in lengths:
+        audio, text = build_batch(1, arguments, torch.float32, length)
+        functions[f"{length:g} s"] = partial(model, **audio, **text)
+    seconds = in_turns(functions, arguments.repeats, arguments.device)
+    medians = [float(np.median(values)) for values in seconds.values()]
+    exponents = np.diff(np.log(medians)) / np.diff(np.log(lengths))
+    for index, length in enumerate(lengths):
+        rows.append(
+            {
+                "what": f"one clip of {length:g} s, {arguments.size} size",
+                "ms per clip": 1000 * medians[index],
+                "ms per second of audio": 1000 * medians[index] / length,
+                "exponent since the last": float(exponents[index - 1]) if index else None,
+            }
+        )
+    show(rows[-len(lengths) :])
+    return rows
+
+
+def many_clips(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Evaluate `count` clips with the trainer."""
+    processor = build_processor()
+    model = MMSERForAudioClassification(MMSERConfig(**TINY))
+    with tempfile.TemporaryDirectory() as temporary:
+        write_corpus(Path(temporary) / "corpus", 100, [0.5, 1.0, 1.5])
+        table = load_emotion_dataset(Path(temporary) / "corpus", allow_speaker_overlap=True)[0]["train"]
+        table = table.select(np.arange(count) % len(table))
+        options = MMSERTrainingArguments(
+            output_dir=temporary,
+            report_to="none",
+            eval_strategy="no",
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+            use_cpu=arguments.device.type == "cpu",
+        )
+        trainer = MMSERTrainer(model, options, data_collator=MMSERDataCollator(processor))
+        trainer.evaluate(EmotionDataset(table.select(range(64))))
+        before = peak_memory(arguments.device)
+        seconds = seconds_of(lambda: trainer.evaluate(EmotionDataset(table)), arguments.device)
+    return {
+        "what": f"evaluation of {count:,} clips, tiny model",
+        "ms per clip": 1000 * seconds / count,
+        "peak MB": peak_memory(arguments.device),
+        "before MB": before,
+    }
+
+
+@contextlib.contextmanager
+def exported(arguments: argparse.Namespace, dtypes: Sequence[str]) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """(checkpoint, exports by dtype); the checkpoint is `--checkpoint`, else the default with random weights."""
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint = Path(arguments.checkpoint or Path(temporary) / "checkpoint")
+        if not arguments.checkpoint:
+            register_auto_classes()
+            MMSERForAudioClassification(build_config(arguments)).save_pretrained(checkpoint)
+            build_processor().save_pretrained(checkpoint)
+        folders = {}
+        for dtype in dtypes:
+            folders[dtype] = Path(temporary) / dtype
+            export_checkpoint(checkpoint, folders[dtype], dtype=dtype)
+        yield checkpoint, folders
+
+
+def export(arguments: argparse.Namespace) -> Rows:
+    """A clip of 5 s with 24 words at batch 1: PyTorch against onnxruntime. With `--data_dir` also the weighted F1."""
+    rows = []
+    with exported(arguments, ("float32", "int8")) as (checkpoint, folders):
+        classifiers = {"PyTorch float32": load_classifier(checkpoint, arguments)}
+        for dtype, folder in folders.items():
+            classifiers[f"onnxruntime {dtype}"] = MMSERPipeline.from_onnx(folder)
+        wave = 0.1 * np.random.default_rng(0).standard_normal(round(SECONDS * RATE)).astype(np.float32)
+        clip = {"raw": wave, "sampling_rate": RATE, "text": " ".join(["word"] * (TOKENS - 2))}
+        inputs = {name: classifier.preprocess(clip) for name, classifier in classifiers.items()}
+        functions = {name: lambda name=name: classifiers[name].forward(dict(inputs[name])) for name in classifiers}
+        seconds = in_turns(functions, max(7, 3 * arguments.repeats), arguments.device)
+        weights = checkpoint / "model.safetensors"
+        sizes = [weights.stat().st_size, *((folder / "model.onnx").stat().st_size for folder in folders.values())]
+        scores = [weighted_f1(classifier, arguments) for classifier in classifiers.values()]
+        for name, size, score in zip(classifiers, sizes, scores, strict=True):
+            rows.append(
+                {
+                    "model": name,
+                    "ms per clip": 1000 * float(np.median(seconds[name])),
+                    "times faster than PyTorch": ratio(seconds["PyTorch float32"], seconds[name]),
+                    "file, MB": size / 1e6,
+                    "share of float32": size / sizes[0],
+                    "weighted F1, test": score,
+                }
+            )
+    show(rows)
+    return rows
+
+
+def load_classifier(checkpoint: str | Path, arguments: argparse.Namespace) -> MMSERPipeline:
+    register_auto_classes()
+    model = MMSERForAudioClassification.from_pretrained(checkpoint, dtype=torch.float32)
+    processor = MMSERProcessor.from_pretrained(checkpoint)
+    return MMSERPipeline(model=model, processor=processor, device=arguments.device, task="audio-classification")
+
+
+def weighted_f1(classifier: MMSERPipeline, arguments: argparse.Namespace) -> float | None:
+    """On the test split of `--data_dir`, if there is one."""
+    if not arguments.data_dir:
+        return None
+    splits, names = load_emotion_dataset(arguments.data_dir)[:2]
+    clips = read_clips(splits["test"])
+    results = classifier(clips, batch_size=16, top_k=1)
+    predictions = [names.index(result[0]["label"]) for result in results]
+    return compute_classification_metrics(predictions, splits["test"]["labels"], names)["weighted_f1"]
+
+
+def stream(arguments: argparse.Namespace) -> Rows:
+    """Recordings of 6 and 60 minutes in chunks of 8 s with 1 s of context on each side, int8 with onnxruntime."""
+    rows = []
+    with exported(arguments, ("int8",)) as (_, folders), tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "recording.flac"
+        for minutes in (6, 60):
+            rng = np.random.default_rng(0)
+            with soundfile.SoundFile(path, "w", RATE, 1) as file:
+                for _ in range(minutes):
+                    file.write(0.1 * rng.standard_normal(60 * RATE).astype(np.float32))
+            rows.append(in_child("classify_recording", arguments, export=str(folders["int8"]), path=str(path)))
+            show(rows[-1:])
+    return rows
+
+
+def classify_recording(arguments: argparse.Namespace, export: str, path: str) -> dict[str, Any]:
+    classifier = MMSERPipeline.from_onnx(export)
+    options = {"chunk_length_s": 8, "stride_length_s": 1, "batch_size": 4}
+    classifier({"raw": np.zeros(20 * RATE), "sampling_rate": RATE}, **options)
+    before, result = peak_memory(torch.device("cpu")), {}
+    seconds = seconds_of(lambda: result.update(classifier(path, **options)), arguments.device)
+    duration = result["chunks"][-1]["timestamp"][1]
+    return {
+        "recording, min": duration / 60,
+        "chunks": len(result["chunks"]),
+        "seconds": seconds,
+        "real-time factor": seconds / duration,
+        "peak MB": peak_memory(torch.device("cpu")),
+        "before MB": before,
+    }
+
+
+SECTIONS = {
+    "forward": forward,
+    "lengths": lengths,
+    "memory": memory,
+    "compile": compiled,
+    "cache": cache,
+    "growth": growth,
+    "export": export,
+    "stream": stream,
+}
+CHILDREN = {
+    function.__name__: function for function in (forward_memory, training_memory, many_clips, classify_recording)
+}
+
+
+def show(rows: Rows) -> None:
+    """Print rows, with as many digits as they deserve."""
+    short = [
+        {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
+    print(format_table(short, list(dict.fromkeys(name for row in rows for name in row))), flush=True)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: to try this script")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of which the median is taken")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clips", type=int, default=64, help="clips of section lengths")
+    parser.add_argument("--data_dir", help="data set whose test split gives clips (lengths) and scores (export)")
+    parser.add_argument("--checkpoint", help="MMSER checkpoint to export, in place of random weights")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "speed.json")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    if parsed.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    torch.set_num_threads(parsed.threads)
+    logging.set_verbosity_error()
+    if parsed.child:
+        print(json.dumps(CHILDREN[parsed.child["function"]](parsed, **parsed.child["options"])))
+        return
+    results = json.loads(parsed.output.read_text(encoding="utf-8")) if parsed.output.exists() else {}
+    for section in parsed.sections:
+        print(f"\n{section}: {SECTIONS[section].__doc__}", flush=True)
+        rows = SECTIONS[section](parsed)
+        setting = {"size": parsed.size, "repeats": parsed.repeats, **environment(parsed.device)}
+        if section in ("export", "stream"):
+            setting["model"] = "checkpoint" if parsed.checkpoint else "default configuration, random weights"
+        results[section] = {"description": SECTIONS[section].__doc__, "setting": setting, "rows": rows}
+        parsed.output.parent.mkdir(parents=True, exist_ok=True)
+        parsed.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {parsed.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of `benchmarks/speed.py`: what is compared takes turns, and every section runs, on a tiny model."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "speed.py"
+CPU = torch.device("cpu")
+
+
+def test_turns_are_interleaved_and_the_first_is_not_counted(script):
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = script.in_turns(functions, 4, CPU)
+    assert {len(values) for values in seconds.values()} == {4} and min(map(np.min, seconds.values())) >= 0
+    turns = [calls[start : start + 3] for start in range(0, len(calls), 3)]
+    assert len(turns) == 5 and all(sorted(turn) == list("abc") for turn in turns)
+    assert {turn[0] for turn in turns[1:]} == set("abc")  # none of them always comes after the same other
+
+
+def test_seconds_and_ratios(script):
+    assert script.seconds_of(lambda: time.sleep(0.02), CPU) == pytest.approx(0.02, abs=0.02)
+    # The second turn was slow for both: the ratio of medians would be 2.5
+    assert script.ratio(np.array([2.0, 9.0, 4.0]), np.array([1.0, 4.5, 2.0])) == 2.0
+
+
+def test_the_peak_is_that_of_the_process(script):
+    before = script.peak_memory(CPU)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    block = np.ones(round(40e6 + before * 1e6 - pages * 4096), dtype=np.uint8)
+    assert block.all() and script.peak_memory(CPU) - before == pytest.approx(40, abs=10)
+
+
+def test_floor_and_ours_are_of_the_same_encoders(script):
+    arguments = script.parse_arguments(["--size", "tiny", "--device", "cpu"])
+    floor, ours = script.build_model(script.FLOOR, arguments), script.build_model(script.OURS, arguments)
+    for own, part in zip(floor, (ours.mmser.audio_encoder, ours.mmser.text_encoder), strict=True):
+        shapes = [{name: p.shape for name, p in encoder.named_parameters()} for encoder in (own, part)]
+        assert {name: shape for name, shape in shapes[0].items() if not name.startswith("pooler")} == shapes[1]
+
+
+@pytest.mark.parametrize("section", ["forward", "lengths", "cache"])
+def test_sections(script, section, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "BATCH_SIZES", (1, 2))
+    output = tmp_path / "speed.json"
+    output.write_text('{"before": 1}')
+    flags = ["--size", "tiny", "--repeats", "2", "--clips", "20", "--device", "cpu", "--threads", "1"]
+    script.main([*flags, "--sections", section, "--output", str(output)])
+    results = json.loads(output.read_text())
+    assert results["before"] == 1 and results[section]["setting"]["repeats"] == 2
+    rows = results[section]["rows"]
+    if section == "forward":
+        assert len(rows) == 2 * 2 * 4
+        assert all(row["times the floor"] == 1 for row in rows if row["model"] == script.FLOOR)
+        assert all(row["real-time factor"] * row["clips/s"] * script.SECONDS == pytest.approx(1) for row in rows)
+    elif section == "lengths":
+        differences = [row["largest difference of a score"] for row in rows if "in the order" in row["model"]]
+        assert differences[0] < 1e-5
+    else:
+        assert rows[0]["cached epoch, s"] > 0 and rows[0]["clips"] > 0
+    assert "| --" in capsys.readouterr().out
+
+
+def test_children_report_their_own_memory(script):
+    arguments = script.parse_arguments(["--size", "tiny", "--device", "cpu", "--threads", "1"])
+    row = script.in_child("forward_memory", arguments, name=script.OURS, dtype_name="fp32")
+    assert row["what"] == "MMSER, forward, batch 8" and row["peak MB"] >= row["before MB"] > 50
+
+
+@pytest.mark.parametrize(("flags", "reason"), [(["--repeats", "0"], "at least 1"), (["--sections", "no"], "choose")])
+def test_bad_flags(script, flags, reason, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(flags)
+    assert reason in capsys.readouterr().err
