@@ -334,6 +334,16 @@ def describe_rejection(
     }
 
 
+def predict_passes(
+    trainer: MMSERTrainer, dataset: EmotionDataset, passes: int, seed: int = 42
+) -> dict[str, np.ndarray]:
+    """`predict_clips` with test-time augmentation: the mean over passes of the same clip, all but the first at another
+    speed. Speed alone: averaging over noisy copies as well did worse on held-out real speech."""
+    several = TestTimeAugmentation(dataset, passes, Augmenter(snr_db_range=None, probability=1.0), seed)
+    rows = [row for row in dataset.dataset["row"] for _ in range(passes)]
+    return average_passes(predict_clips(trainer, several, rows), passes)
+
+
 def evaluate_augmentation(
     trainer: MMSERTrainer,
     dataset: EmotionDataset,
@@ -343,7 +353,7 @@ def evaluate_augmentation(
     num_samples: int = 1000,
 ) -> list[dict[str, Any]]:
     """
-    Score test-time augmentation: the mean over several passes of the same clip, all but the first at another speed.
+    Score test-time augmentation (see `predict_passes`).
 
     Args:
         trainer: with the model.
@@ -356,11 +366,8 @@ def evaluate_augmentation(
     """
     report = []
     for passes in num_passes:
-        # Speed alone: averaging over noisy copies as well did worse on held-out real speech
-        several = TestTimeAugmentation(dataset, passes, Augmenter(snr_db_range=None, probability=1.0), seed)
-        rows = [row for row in dataset.dataset["row"] for _ in range(passes)]
         start = time.perf_counter()
-        outputs = average_passes(predict_clips(trainer, several, rows), passes)
+        outputs = predict_passes(trainer, dataset, passes, seed)
         seconds = time.perf_counter() - start
         report.append(
             {"passes": passes, "seconds": seconds, **describe_predictions(outputs, label_names, None, num_samples)}

@@ -43,9 +43,9 @@ from benchmarks.head_depth import plain_post_norm
 from benchmarks.speak_text import CORPUS as SPOKEN
 from caching_mmser import CachedStatesDataset, EncoderStateCache
 from configuration_mmser import MMSERConfig
-from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, TestTimeAugmentation, load_emotion_dataset
+from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset
 from eval_hf import load_label_names
-from evaluation_mmser import average_passes, compute_classification_metrics, format_table
+from evaluation_mmser import compute_classification_metrics, format_table
 from export_mmser import export_checkpoint
 from modeling_mmser import (
     AttentiveStatsPooling,
@@ -55,7 +55,7 @@ from modeling_mmser import (
     register_auto_classes,
 )
 from processing_mmser import MMSERPipeline, MMSERProcessor
-from reporting_mmser import RESULTS_NAME, environment, strict_json
+from reporting_mmser import RESULTS_NAME, environment, predict_passes, strict_json
 from training_mmser import PARAMETER_GROUPS, MMSERTrainer, MMSERTrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,8 +64,8 @@ Tree = dict[str, Any]  # nested mappings with numbers at the ends
 TABLES = ("study", "parts", "text", "generalisation", "compact")
 METRICS = ("weighted_f1", "unweighted_average_recall", "accuracy")
 COUNTS = ("clips", "parameters", "trainable_parameters")  # the same for all seeds
-STAGE_1, STAGE_2 = "real_speech.json", "real_speech_finetune.json"
-FROZEN, BEST = "MMSER, frozen encoder", "MMSER"
+STAGES = STAGE_1, STAGE_2, STAGE_3 = "real_speech.json", "real_speech_finetune.json", "real_speech_fuse.json"
+FROZEN, TUNED, BEST = "MMSER, frozen encoder", "MMSER, audio encoder tuned", "MMSER"
 DATA_SEED = 42  # which clips are augmented how: the same for all seeds, so that the states of the encoders are reused
 SPEECH_PART, SPOKEN_PART = "acted speech", "spoken text"
 EXAMINED = ("model", "audio_only", "text_only", "swapped_text", "swapped_audio")
@@ -165,12 +165,13 @@ STUDY = [
         "study",
         function="whisper",
         changes={"learning_rate": 5e-5, "num_epochs": 40},
-        needs=(FROZEN, BEST),
-        note="as many seconds of training as the two stages of MMSER",
+        needs=(FROZEN, TUNED, BEST),
+        note="as many seconds of training as the three stages of MMSER",
     ),
     Row("MMSER, published settings", "study", STAGE_1, changes=PUBLISHED, patch="published architecture"),
     Row(FROZEN, "study", STAGE_1, keep=True),
-    Row(BEST, "study", STAGE_2, starts_from=FROZEN, keep=True),
+    Row(TUNED, "study", STAGE_2, starts_from=FROZEN, keep=True, note="the second stage, with audio alone"),
+    Row(BEST, "study", STAGE_3, starts_from=TUNED, keep=True, note="the third stage, text beside the tuned encoder"),
     Row(
         f"{BEST}, 5 passes over each clip",
         "study",
@@ -207,7 +208,7 @@ PARTS = [Row(name, "parts", STAGE_1, changes=c, patch=p, needs=(FROZEN,)) for na
 TEXT = [
     Row("trained on spoken text", "text", STAGE_1, changes=PLAIN, data="spoken", examine=True),
     Row("trained on speech", "text", function="examine", starts_from=FROZEN, note=f"the row {FROZEN} of the study"),
-    Row("trained on speech, both stages", "text", function="examine", starts_from=BEST, note=f"the row {BEST}"),
+    Row("trained on speech, all stages", "text", function="examine", starts_from=BEST, note=f"the row {BEST}"),
     Row("trained on both", "text", STAGE_1, changes=PLAIN, data="mix", keep=True, examine=True),
 ]
 
@@ -253,7 +254,7 @@ def fold_rows(data_dir: str) -> list[Row]:
 def read_recipe(name: str, arguments: argparse.Namespace) -> Tree:
     path = arguments.recipes / name
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: --recipes must be a folder with {STAGE_1} and {STAGE_2}")
+        raise ValueError(f"{path} does not exist: --recipes must be a folder with {', '.join(STAGES)}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -836,9 +837,7 @@ def passes(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree
     scores, begin = {}, time.perf_counter()
     for name, use_text in (("model", True), ("audio_only", False)):
         clips = EmotionDataset(test, sampling_rate=processor.feature_extractor.sampling_rate, use_text=use_text)
-        augmenter = Augmenter(snr_db_range=None, probability=1.0)
-        several = TestTimeAugmentation(clips, num_passes, augmenter, DATA_SEED)
-        outputs = average_passes(trainer.predict_outputs(several), num_passes)
+        outputs = predict_passes(trainer, clips, num_passes, DATA_SEED)
         scores[name] = score(outputs["logits"].argmax(axis=1), np.array(test["labels"]), label_names, groups_of(test))
     return {
         "scores": scores,
@@ -1379,7 +1378,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--text_encoder", required=True, help="Hub name or folder")
     parser.add_argument("--spoken_text_dir", help="of benchmarks/speak_text.py; without it those rows are left out")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/real_speech"), help="for runs and encoder states")
-    parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help=f"has {STAGE_1} and {STAGE_2}")
+    parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help=f"has {', '.join(STAGES)}")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "real_speech.json")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument(

@@ -40,7 +40,7 @@ SPOKEN_CORPUS = "XED-spoken"
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """Two small corpora, two small encoders and the two recipes; the folder that holds them."""
+    """Two small corpora, two small encoders and the three recipes; the folder that holds them."""
     folder = tmp_path_factory.mktemp("given")
     write_corpus(folder / "speech")
     write_corpus(folder / "spoken")
@@ -56,6 +56,7 @@ def given(tmp_path_factory):
     (folder / "recipes").mkdir()
     (folder / "recipes" / "real_speech.json").write_text(json.dumps(STAGE_1))
     (folder / "recipes" / "real_speech_finetune.json").write_text(json.dumps(STAGE_2))
+    (folder / "recipes" / "real_speech_fuse.json").write_text(json.dumps(STAGE_1))
     return folder
 
 
@@ -125,7 +126,7 @@ def test_what_is_finished_is_not_done_again_unless_its_settings_change(script, w
 
 def test_a_changed_recipe_is_another_setting_also_for_what_starts_from_it(script, workers, arguments, tmp_path):
     arguments.recipes = tmp_path
-    for name in (script.STAGE_1, script.STAGE_2):
+    for name in script.STAGES:
         (tmp_path / name).write_text('{"learning_rate": 1}')
     first = script.Row("first", "study", script.STAGE_1, keep=True)
     rows = [first, script.Row("second", "study", script.STAGE_2, starts_from="first")]
@@ -205,8 +206,8 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, arguments
         flags = script.train_flags(script.Run(row, 7), rows, arguments)
         model, data, training = train_hf.parse_arguments(flags)
         assert (training.seed, training.data_seed) == (7, script.DATA_SEED)
-        assert data.cache_encoder_states is not None  # the text encoder is frozen in both recipes
-        assert (model.model_name_or_path is not None) == (row.name == script.BEST)
+        assert data.cache_encoder_states is not None  # the text encoder is frozen in all recipes
+        assert (model.model_name_or_path is not None) == (row.name in (script.TUNED, script.BEST))
         published = row.name == "MMSER, published settings"
         # dictionaries of the recipe are merged with those of the row
         assert model.config_overrides["classifier_dropout"] == (0.15 if published else 0.25), row.name
@@ -226,7 +227,8 @@ def test_parts_that_change_nothing_are_left_out(script, arguments, tmp_path):
     assert {"35 blocks", "5 blocks", "no text dropout", "mean pooling"} <= names
     arguments.recipes = tmp_path
     (tmp_path / script.STAGE_1).write_text(json.dumps({"text_dropout": 0.0, "config_overrides": {"feature_size": 8}}))
-    (tmp_path / script.STAGE_2).write_text("{}")
+    for name in (script.STAGE_2, script.STAGE_3):
+        (tmp_path / name).write_text("{}")
     assert names - {row.name for row in script.all_rows(arguments)} == {"35 blocks", "no text dropout"}
     arguments.spoken_text_dir = None
     assert not {"trained on both", "trained on spoken text"} & {row.name for row in script.all_rows(arguments)}
@@ -359,12 +361,12 @@ def test_published_blocks_start_at_random_and_are_not_scaled(script):
 # ---- what a run does, with real models
 
 
-def test_two_stages_and_what_is_said_of_their_modalities(script, given, arguments, tmp_path, quiet, capsys):
+def test_the_stages_and_what_is_said_of_their_modalities(script, given, arguments, tmp_path, quiet, capsys):
     """Stage 1, what starts from it, and a model of the mix, as the workers do them."""
     rows = script.all_rows(arguments)
     by_name = {row.name: row for row in rows}
     results = {}
-    names = (script.FROZEN, script.BEST, "trained on speech", "trained on both", "mean pooling")
+    names = (script.FROZEN, script.TUNED, script.BEST, "trained on speech", "trained on both", "mean pooling")
     for name in names:
         run = script.Run(by_name[name], 0)
         results[name] = script.run_worker(run, rows, arguments)
@@ -405,10 +407,9 @@ def test_what_is_made_of_a_checkpoint_is_tested_as_it_is(script, given, argument
     small = script.COMPACT[0].name
     several = next(row for row in rows if row.function == "passes")
     once = dataclasses.replace(several, changes={"num_passes": 1})
-    runs = [
-        script.Run(row, 0) for row in (by_name[script.FROZEN], by_name[script.BEST], by_name[small], once, several)
-    ]
-    whole, result, once, several = [script.run_worker(run, rows, arguments) for run in runs][1:]
+    stages = [by_name[name] for name in (script.FROZEN, script.TUNED, script.BEST)]
+    runs = [script.Run(row, 0) for row in (*stages, by_name[small], once, several)]
+    whole, result, once, several = [script.run_worker(run, rows, arguments) for run in runs][2:]
     assert result["scores"].keys() == {"model", "audio_only"} and result["parameters"] <= whole["parameters"]
     for condition in ("model", "audio_only"):  # the same weights, for the tokens that are there
         for metric in script.METRICS:
@@ -443,13 +444,13 @@ def test_the_linear_probe_is_on_mean_and_deviation_of_each_layer(script, given, 
         np.testing.assert_allclose(seen[split][3], expected, atol=1e-4)
 
 
-def test_whisper_gets_the_seconds_of_both_stages(script, arguments, monkeypatch):
+def test_whisper_gets_the_seconds_of_all_stages(script, arguments, monkeypatch):
     rows = script.all_rows(arguments)
     by_name = {row.name: row for row in rows}
     run = script.Run(by_name["WhisperForAudioClassification, fine-tuned"], 1)
     with pytest.raises(ValueError, match="run them first"):
         script.whisper(run, rows, arguments)
-    for needed, seconds in zip(script.needed_runs(run, rows), (30.0, 12.5), strict=True):
+    for needed, seconds in zip(script.needed_runs(run, rows), (30.0, 12.0, 0.5), strict=True):
         assert needed.seed == 1
         result = {"settings": script.fingerprint(needed.row, rows, arguments), "seconds": {"training": seconds}}
         script.write_atomically(script.run_folder(needed, arguments) / "result.json", json.dumps(result))
