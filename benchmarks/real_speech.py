@@ -64,8 +64,10 @@ Tree = dict[str, Any]  # nested mappings with numbers at the ends
 TABLES = ("study", "parts", "text", "generalisation", "compact")
 METRICS = ("weighted_f1", "unweighted_average_recall", "accuracy")
 COUNTS = ("clips", "parameters", "trainable_parameters")  # the same for all seeds
-STAGES = STAGE_1, STAGE_2, STAGE_3 = "real_speech.json", "real_speech_finetune.json", "real_speech_fuse.json"
-FROZEN, TUNED, BEST = "MMSER, frozen encoder", "MMSER, audio encoder tuned", "MMSER"
+RECIPE = "real_speech.json"  # all that comes after frozen encoders, of which the parts are taken away
+STAGES = STAGE_1, STAGE_2, STAGE_3 = tuple(f"real_speech_{name}.json" for name in ("audio", "finetune", "fuse"))
+FROZEN, BEST = "MMSER, frozen encoder", "MMSER"
+HEARD, TUNED = "MMSER, first stage", "MMSER, second stage"
 DATA_SEED = 42  # which clips are augmented how: the same for all seeds, so that the states of the encoders are reused
 SPEECH_PART, SPOKEN_PART = "acted speech", "spoken text"
 EXAMINED = ("model", "audio_only", "text_only", "swapped_text", "swapped_audio")
@@ -165,13 +167,14 @@ STUDY = [
         "study",
         function="whisper",
         changes={"learning_rate": 5e-5, "num_epochs": 40},
-        needs=(FROZEN, TUNED, BEST),
+        needs=(HEARD, TUNED, BEST),
         note="as many seconds of training as the three stages of MMSER",
     ),
-    Row("MMSER, published settings", "study", STAGE_1, changes=PUBLISHED, patch="published architecture"),
-    Row(FROZEN, "study", STAGE_1, keep=True),
-    Row(TUNED, "study", STAGE_2, starts_from=FROZEN, keep=True, note="the second stage, with audio alone"),
-    Row(BEST, "study", STAGE_3, starts_from=TUNED, keep=True, note="the third stage, text beside the tuned encoder"),
+    Row("MMSER, published settings", "study", RECIPE, changes=PUBLISHED, patch="published architecture"),
+    Row(FROZEN, "study", RECIPE, keep=True),
+    Row(HEARD, "study", STAGE_1, keep=True, note="a plain head on the frozen audio encoder, trained with audio alone"),
+    Row(TUNED, "study", STAGE_2, starts_from=HEARD, keep=True, note="it and the audio encoder, with audio alone"),
+    Row(BEST, "study", STAGE_3, starts_from=TUNED, keep=True, note="the third stage: text joins the tuned encoder"),
     Row(
         f"{BEST}, 5 passes over each clip",
         "study",
@@ -203,13 +206,13 @@ _PARTS: list[tuple[str, Tree, str | None]] = [
     ("attention between modalities starts at random", {}, "attention starts at random"),
     ("no text dropout", {"text_dropout": 0.0}, None),
 ]
-PARTS = [Row(name, "parts", STAGE_1, changes=c, patch=p, needs=(FROZEN,)) for name, c, p in _PARTS]
+PARTS = [Row(name, "parts", RECIPE, changes=c, patch=p, needs=(FROZEN,)) for name, c, p in _PARTS]
 
 TEXT = [
-    Row("trained on spoken text", "text", STAGE_1, changes=PLAIN, data="spoken", examine=True),
+    Row("trained on spoken text", "text", RECIPE, changes=PLAIN, data="spoken", examine=True),
     Row("trained on speech", "text", function="examine", starts_from=FROZEN, note=f"the row {FROZEN} of the study"),
     Row("trained on speech, all stages", "text", function="examine", starts_from=BEST, note=f"the row {BEST}"),
-    Row("trained on both", "text", STAGE_1, changes=PLAIN, data="mix", keep=True, examine=True),
+    Row("trained on both", "text", RECIPE, changes=PLAIN, data="mix", keep=True, examine=True),
 ]
 
 COMPACT = [
@@ -246,7 +249,7 @@ def fold_rows(data_dir: str) -> list[Row]:
             folds.setdefault(members, {})[column] = value
     names = [f"without {' = '.join(fold.values())}" for fold in folds.values()]
     return [
-        Row(name, "generalisation", STAGE_1, changes=PLAIN, data="fold", leaves_out=fold, needs=(FROZEN,))
+        Row(name, "generalisation", RECIPE, changes=PLAIN, data="fold", leaves_out=fold, needs=(FROZEN,))
         for name, fold in zip(names, folds.values(), strict=True)
     ]
 
@@ -254,7 +257,7 @@ def fold_rows(data_dir: str) -> list[Row]:
 def read_recipe(name: str, arguments: argparse.Namespace) -> Tree:
     path = arguments.recipes / name
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: --recipes must be a folder with {', '.join(STAGES)}")
+        raise ValueError(f"{path} does not exist: --recipes must be a folder with {', '.join((RECIPE, *STAGES))}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -1378,7 +1381,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--text_encoder", required=True, help="Hub name or folder")
     parser.add_argument("--spoken_text_dir", help="of benchmarks/speak_text.py; without it those rows are left out")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/real_speech"), help="for runs and encoder states")
-    parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help=f"has {', '.join(STAGES)}")
+    parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help=f"has {', '.join((RECIPE, *STAGES))}")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "real_speech.json")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument(
