@@ -40,7 +40,7 @@ SPOKEN_CORPUS = "XED-spoken"
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """Two small corpora, two small encoders and the three recipes; the folder that holds them."""
+    """Two small corpora, two small encoders and the four recipes; the folder that holds them."""
     folder = tmp_path_factory.mktemp("given")
     write_corpus(folder / "speech")
     write_corpus(folder / "spoken")
@@ -56,7 +56,8 @@ def given(tmp_path_factory):
     (folder / "recipes").mkdir()
     (folder / "recipes" / "real_speech.json").write_text(json.dumps(STAGE_1))
     (folder / "recipes" / "real_speech_finetune.json").write_text(json.dumps(STAGE_2))
-    (folder / "recipes" / "real_speech_fuse.json").write_text(json.dumps(STAGE_1))
+    for name in ("audio", "fuse"):
+        (folder / "recipes" / f"real_speech_{name}.json").write_text(json.dumps(STAGE_1))
     return folder
 
 
@@ -126,13 +127,13 @@ def test_what_is_finished_is_not_done_again_unless_its_settings_change(script, w
 
 def test_a_changed_recipe_is_another_setting_also_for_what_starts_from_it(script, workers, arguments, tmp_path):
     arguments.recipes = tmp_path
-    for name in script.STAGES:
+    for name in (script.RECIPE, *script.STAGES):
         (tmp_path / name).write_text('{"learning_rate": 1}')
-    first = script.Row("first", "study", script.STAGE_1, keep=True)
+    first = script.Row("first", "study", script.RECIPE, keep=True)
     rows = [first, script.Row("second", "study", script.STAGE_2, starts_from="first")]
     rows.append(script.Row("third", "study", function="third"))
     study_of(script, workers, arguments, rows)
-    (tmp_path / script.STAGE_1).write_text('{"learning_rate": 2}')
+    (tmp_path / script.RECIPE).write_text('{"learning_rate": 2}')
     assert {run.row.name for run in script.plan(rows, rows, arguments)} == {"first", "second"}
 
 
@@ -226,8 +227,8 @@ def test_parts_that_change_nothing_are_left_out(script, arguments, tmp_path):
     names = {row.name for row in script.all_rows(arguments)}
     assert {"35 blocks", "5 blocks", "no text dropout", "mean pooling"} <= names
     arguments.recipes = tmp_path
-    (tmp_path / script.STAGE_1).write_text(json.dumps({"text_dropout": 0.0, "config_overrides": {"feature_size": 8}}))
-    for name in (script.STAGE_2, script.STAGE_3):
+    (tmp_path / script.RECIPE).write_text(json.dumps({"text_dropout": 0.0, "config_overrides": {"feature_size": 8}}))
+    for name in script.STAGES:
         (tmp_path / name).write_text("{}")
     assert names - {row.name for row in script.all_rows(arguments)} == {"35 blocks", "no text dropout"}
     arguments.spoken_text_dir = None
@@ -366,7 +367,15 @@ def test_the_stages_and_what_is_said_of_their_modalities(script, given, argument
     rows = script.all_rows(arguments)
     by_name = {row.name: row for row in rows}
     results = {}
-    names = (script.FROZEN, script.TUNED, script.BEST, "trained on speech", "trained on both", "mean pooling")
+    names = (
+        script.FROZEN,
+        script.HEARD,
+        script.TUNED,
+        script.BEST,
+        "trained on speech",
+        "trained on both",
+        "mean pooling",
+    )
     for name in names:
         run = script.Run(by_name[name], 0)
         results[name] = script.run_worker(run, rows, arguments)
@@ -407,7 +416,7 @@ def test_what_is_made_of_a_checkpoint_is_tested_as_it_is(script, given, argument
     small = script.COMPACT[0].name
     several = next(row for row in rows if row.function == "passes")
     once = dataclasses.replace(several, changes={"num_passes": 1})
-    stages = [by_name[name] for name in (script.FROZEN, script.TUNED, script.BEST)]
+    stages = [by_name[name] for name in (script.HEARD, script.TUNED, script.BEST)]
     runs = [script.Run(row, 0) for row in (*stages, by_name[small], once, several)]
     whole, result, once, several = [script.run_worker(run, rows, arguments) for run in runs][2:]
     assert result["scores"].keys() == {"model", "audio_only"} and result["parameters"] <= whole["parameters"]
