@@ -106,10 +106,7 @@ def load_audio(
             f"{name}: `sampling_rate` is required with an array of samples: the same numbers at another rate are "
             "another sound, and the array does not carry its rate"
         )
-    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, numbers.Real):
-        raise TypeError(f"{name}: `sampling_rate` must be a number in Hz, got {sampling_rate!r}")
-    if not MIN_SAMPLING_RATE <= sampling_rate < float("inf"):
-        raise ValueError(f"{name}: `sampling_rate` is in Hz and at least {MIN_SAMPLING_RATE}, got {sampling_rate}")
+    _check_rate(sampling_rate, name)
     bad = np.flatnonzero(~np.isfinite(samples))
     if bad.size:
         raise ValueError(f"{name}: {bad.size} of {samples.size} samples are NaN or infinite, the first at {bad[0]}")
@@ -118,6 +115,13 @@ def load_audio(
     if samples.size == 0:
         raise ValueError(f"{name}: empty, it holds no samples at {target_sampling_rate} Hz")
     return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _check_rate(sampling_rate: Any, name: str) -> None:
+    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, numbers.Real):
+        raise TypeError(f"{name}: `sampling_rate` must be a number in Hz, got {sampling_rate!r}")
+    if not MIN_SAMPLING_RATE <= float(sampling_rate) < float("inf"):
+        raise ValueError(f"{name}: `sampling_rate` is in Hz and at least {MIN_SAMPLING_RATE}, got {sampling_rate}")
 
 
 def _check_is_file(path: Path, name: str) -> None:
@@ -617,26 +621,26 @@ def stream_audio(
     Raises:
         As [`load_audio`]; NaN samples, or that a FLAC or MP3 file is cut short, show only when they are reached.
     """
-    if isinstance(audio, (bytes, bytearray)):
-        content = bytes(audio)
-        opened = _opened(io.BytesIO(content), content, name)
-    elif isinstance(audio, (str, os.PathLike)):
+    if isinstance(audio, (str, os.PathLike)):
         name, path = f"{name} '{os.fspath(audio)}'", Path(audio)
         _check_is_file(path, name)
         if not path.stat().st_size:
             raise ValueError(f"{name}: empty file")
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        opened = _opened(os.fspath(path), content, name)
+        with path.open("rb") as opened:
+            file: Any = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        content: bytes | mmap.mmap = file  # not the file itself, of which the extension would count
+    elif isinstance(audio, (bytes, bytearray)):
+        file, content = io.BytesIO(audio), bytes(audio)
     else:
         yield load_audio(audio, sampling_rate, target_sampling_rate, name=name)
         return
-    with opened as file:
-        rate = file.samplerate
+    with file, _opened(file, content, name) as sound:
+        rate = sound.samplerate
+        _check_rate(rate, name)
         resampler = None
         if rate != target_sampling_rate:
             resampler = soxr.ResampleStream(rate, target_sampling_rate, 1, dtype="float32", quality="HQ")
-        for samples in _blocks(file, name, max(1, round(block_seconds * rate))):
+        for samples in _blocks(sound, name, max(1, round(block_seconds * rate))):
             if not np.isfinite(samples).all():
                 raise ValueError(f"{name}: samples are NaN or infinite")
             yield samples if resampler is None else resampler.resample_chunk(samples)
@@ -695,12 +699,17 @@ def text_of_chunk(words: Sequence[dict], start: float, stop: float) -> str | Non
     Args:
         words: pieces of a transcript, as speech recognition pipelines return them as `chunks` when asked for
             timestamps: `{"text": str, "timestamp": (start, end)}`, in seconds; the last end may be None.
-        start, stop (`float`, seconds): a piece belongs where its middle lies.
+        start, stop (`float`, seconds): what is said between them is what fills half of this time, or lies between
+            them by half.
     """
     inside = []
     for word in words:
         begin, end = word["timestamp"]
-        if start <= (begin if end is None else (begin + end) / 2) < stop:
+        if end is None or end == begin:
+            is_inside = start <= begin < stop
+        else:
+            is_inside = min(stop, end) - max(start, begin) >= min(stop - start, end - begin) / 2
+        if is_inside:
             inside.append(word["text"].strip())
     return " ".join(inside) or None
 
@@ -725,21 +734,22 @@ class _Named(torch.utils.data.Dataset):
 
 def _size(item) -> tuple[float, int]:
     """(seconds of audio, characters of text) of a pipeline's input, from file headers; 0 if unreadable, or no file."""
-    audio, words, rate = item, "", None
-    if isinstance(item, dict):
-        audio = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
-        words = next((item[key] for key in TEXT_KEYS if item.get(key) is not None), "")
-        rate = item.get("sampling_rate")
-    seconds = 0.0
-    if isinstance(audio, (str, os.PathLike, bytes, bytearray)):
-        # What cannot be opened is reported, with its name, when its turn comes
-        with contextlib.suppress(soundfile.SoundFileError):
-            seconds = soundfile.info(
-                io.BytesIO(audio) if isinstance(audio, (bytes, bytearray)) else os.fspath(audio)
-            ).duration
-    elif isinstance(audio, Sized):
-        seconds = max(getattr(audio, "shape", (len(audio),)), default=0) / (rate or 16000)
-    return seconds, len(words) if isinstance(words, str) else 0
+    seconds, characters = 0.0, 0
+    # Only for a good order: what is wrong with an input is reported, with its name, when its turn comes
+    with contextlib.suppress(Exception):
+        audio, words, rate = item, "", None
+        if isinstance(item, dict):
+            audio = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
+            words = next((item[key] for key in TEXT_KEYS if item.get(key) is not None), "")
+            rate = item.get("sampling_rate")
+        characters = len(words)
+        if isinstance(audio, (str, os.PathLike)):
+            seconds = soundfile.info(os.fspath(audio)).duration
+        elif isinstance(audio, (bytes, bytearray)):
+            seconds = soundfile.info(io.BytesIO(audio)).duration
+        elif audio is not None:
+            seconds = max(np.shape(audio)) / (rate or 16000)
+    return seconds, characters
 
 
 class MMSERPipeline(Pipeline):
@@ -798,9 +808,10 @@ class MMSERPipeline(Pipeline):
             batch_size, num_workers (`int`): as in every pipeline; results do not depend on them. In a list, clips of
                 similar length share a batch.
             chunk_length_s (`float`, seconds): take each input for a recording of any length and classify it in chunks
-                of this length, `batch_size` at a time. Files are read as they are needed and never held in memory.
+                of this length, `batch_size` at a time. Files are read as they are needed and never held in memory
+                (what is behind an address is downloaded first).
                 In place of `text` a dict may hold `chunks`, a transcript with times, as speech recognition pipelines
-                return it for `return_timestamps=True` (or "word"): each chunk is given what was said in it.
+                return it for `return_timestamps="word"`: each chunk is given what was said in it.
             stride_length_s (`float` or pair, seconds): how much of a chunk, on its left and right, is context shared
                 with its neighbours; by default a sixth of a chunk on each side.
 
@@ -844,6 +855,10 @@ class MMSERPipeline(Pipeline):
         allowed = kwargs.get("allowed_labels")
         if allowed is not None and (isinstance(allowed, str) or not allowed or not set(allowed) <= set(self.labels)):
             raise ValueError(f"`allowed_labels` must be a non-empty list out of {self.labels}, got {allowed!r}")
+        if kwargs.get("stride_length_s") is not None:
+            options = {**getattr(self, "_preprocess_params", {}), **kwargs}
+            if options.get("chunk_length_s") is None:
+                raise ValueError("`stride_length_s` needs `chunk_length_s`")
         preprocess = {key: value for key, value in kwargs.items() if key in self.preprocess_options}
         postprocess = {key: value for key, value in kwargs.items() if key in self.postprocess_options}
         return preprocess, {}, postprocess
@@ -875,13 +890,15 @@ class MMSERPipeline(Pipeline):
         return batch
 
     def get_iterator(
-        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+        self, inputs: Any, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ):
         """The base method, which cannot batch two modalities of which one may be missing, written anew."""
         chunking, preprocess_params = self._chunking(preprocess_params)
         params = preprocess_params, forward_params, postprocess_params
         if chunking is not None:
-            recordings = enumerate(inputs)
+            # A data set ends where its length says, which going through it need not
+            indices: Any = range(len(inputs)) if isinstance(inputs, Sized) else None
+            recordings = enumerate(inputs) if indices is None else ((index, inputs[index]) for index in indices)
             return (self._classify_recording(i, item, chunking, batch_size, *params) for i, item in recordings)
         if isinstance(inputs, list) and batch_size > 1:
             # Clips of similar length together; the longest first, so that memory that is too small fails at once
@@ -914,19 +931,18 @@ class MMSERPipeline(Pipeline):
         options = dict(preprocess_params)
         seconds, stride = options.pop("chunk_length_s", None), options.pop("stride_length_s", None)
         if seconds is None:
-            if stride is not None:
-                raise ValueError("`stride_length_s` needs `chunk_length_s`")
             return None, options
-        strides = seconds / 6 if stride is None else stride
-        strides = [strides] * 2 if isinstance(strides, numbers.Real) else list(strides)
         extractor = self.processor.feature_extractor
-        limit = extractor.n_samples / extractor.sampling_rate if hasattr(extractor, "n_samples") else float("inf")
-        if not MIN_SECONDS <= seconds <= limit:
-            raise ValueError(f"`chunk_length_s` must be from {MIN_SECONDS} to {limit:g} s, got {seconds}")
-        if len(strides) != 2 or min(strides) < 0 or sum(strides) >= seconds:
+        limit = extractor.n_samples / extractor.sampling_rate if hasattr(extractor, "n_samples") else 3600.0
+        if not isinstance(seconds, (int, float)) or not MIN_SECONDS <= seconds <= limit:
+            raise ValueError(f"`chunk_length_s` must be a number from {MIN_SECONDS} to {limit:g} s, got {seconds!r}")
+        strides = seconds / 6 if stride is None else stride
+        strides = list(strides) if isinstance(strides, (list, tuple)) else [strides] * 2
+        is_number = all(isinstance(value, (int, float)) for value in strides)
+        if len(strides) != 2 or not (is_number and min(strides) >= 0 and sum(strides) < seconds):
             raise ValueError(
                 f"`stride_length_s` is one number or a left and a right one, from 0 up and together less than "
-                f"`chunk_length_s` ({seconds}), got {stride}"
+                f"`chunk_length_s` ({seconds}), got {stride!r}"
             )
         length, left, right = (round(value * extractor.sampling_rate) for value in (seconds, *strides))
         return (length, min(left, length - 1), min(right, length - 1 - left)), options

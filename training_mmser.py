@@ -384,34 +384,44 @@ class MMSERTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         if not hasattr(dataset, "lengths"):
             return RandomSampler(dataset) if has_length(dataset) else None
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # All that one step of the optimiser sees, so that it does not matter by how many processes it is seen
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = LengthGroupedSampler(batch_size, dataset.lengths, seed)
         self._set_epoch.targets.append(sampler)
         return sampler
 
     def _get_eval_sampler(self, eval_dataset):
+        return self._evaluation_order(eval_dataset)
+
+    def _evaluation_order(self, dataset) -> list[int] | None:
         """
-        From the longest clip to the shortest: hardly any padding, and memory that is too small fails at once.
-        `predict` puts its results back in the order of the data set, which is evaluated in it if no lengths are known.
+        From the longest clip to the shortest: hardly any padding, and memory that is too small fails at once. None
+        for the order of the data set: if no lengths are known, or the results are to be left in batches or in part.
         """
-        return evaluation_order(eval_dataset)
+        if not self.args.eval_do_concat_batches or self.args.dataloader_drop_last:
+            return None
+        return evaluation_order(dataset)
 
     def predict(self, test_dataset, *args, **kwargs):
-        """As usual, in the order of the data set, which is not that in which its clips are evaluated."""
+        """
+        As usual, in the order of the data set, which is not that in which its clips are evaluated: `compute_metrics`
+        gets them from the longest to the shortest. Rows that could not be read are left out.
+        """
         output = super().predict(test_dataset, *args, **kwargs)
-        order = evaluation_order(test_dataset)
+        order = self._evaluation_order(test_dataset)
         if order is None:
             return output
-        place = np.argsort(order)
+        skipped = getattr(test_dataset, "skipped", np.zeros(len(order), dtype=bool))
+        place = np.argsort([index for index in order if not skipped[index]])
 
         def reordered(values):
             if values is None or isinstance(values, tuple):
                 return None if values is None else tuple(map(reordered, values))
             if len(values) != len(place):
                 raise ValueError(
-                    f"{len(place)} clips were to be evaluated but {len(values)} could be read: their results cannot "
-                    "be told apart. Leave the others out first, with `drop_unreadable`."
+                    f"{len(place)} of {len(order)} clips could be read but there are {len(values)} results, which "
+                    "cannot be told apart. Leave bad rows out first, with `drop_unreadable`."
                 )
             return values[place]
 

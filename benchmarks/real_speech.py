@@ -656,7 +656,9 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
     flags |= {"seed": run.seed, "data_seed": DATA_SEED, "output_dir": run_folder(run, arguments) / "model"}
     settings = {**read_recipe(row.recipe, arguments), **flags}
     if settings.get("freeze_audio") or settings.get("freeze_text"):
-        flags["cache_encoder_states"] = states_folder(arguments)
+        # Those of an encoder that was tuned serve this run alone
+        own = run_folder(run, arguments) / "states"
+        flags["cache_encoder_states"] = own if row.starts_from else states_folder(arguments)
     if not torch.cuda.is_available():  # where the fused kernel's backward pass takes several times as long
         flags["attn_implementation"] = "eager"
     flags["disable_tqdm"] = True
@@ -700,8 +702,8 @@ def train(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
         data = data_folder(run.row, arguments)
         examined = gate_and_robustness(model, data, states_folder(arguments))
         result |= {"scores": result["scores"] | examined["scores"], "gate": examined["gate"]}
-    for checkpoint in model.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for leftover in (*model.glob("checkpoint-*"), *folder.glob("states")):
+        shutil.rmtree(leftover)
     if not run.row.keep:
         shutil.rmtree(model)
     return result
@@ -712,7 +714,7 @@ def examine(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tre
     start = start_of(run, rows)
     data = data_folder(run.row, arguments)
     model = run_folder(start, arguments) / "model"
-    if read_recipe(start.row.recipe, arguments).get("freeze_audio"):
+    if start.row.starts_from is None:  # the encoders are as they came
         return gate_and_robustness(model, data, states_folder(arguments))
     with tempfile.TemporaryDirectory(dir=run_folder(run, arguments)) as folder:  # states that nothing else will read
         return gate_and_robustness(model, data, Path(folder))
@@ -1168,17 +1170,25 @@ def _number_of_seeds(entry: Any) -> str:
     return "-" if entry is None else str(len(entry["seeds"]))
 
 
+def _seconds_of_training(entries: Tree, name: str | None) -> float | None:
+    """Of a row and of those whose checkpoints it starts from; None if it was not trained."""
+    stages = {row.name: row.starts_from for row in STUDY}
+    own = get(entries, name, "seconds", "training", "mean") if name else None
+    earlier = _seconds_of_training(entries, stages.get(name)) if own is not None else None
+    return own if own is None or earlier is None else own + earlier
+
+
 def study_table(results: Tree) -> str:
     entries = results["tables"]["study"]
     lines = []
     for name in results["rows"]["study"]:
         entry = entries.get(name)
         size = get(entry, "parameters")
-        seconds = get(entry, "seconds", "training", "mean")
+        seconds = _seconds_of_training(entries, name)
         lines.append(
             {
                 "model": name,
-                **_two(entry, "model", BOTH),
+                **_two(None if name in (HEARD, TUNED) else entry, "model", BOTH),  # which have not seen a text
                 **_two(entry, "audio_only", ALONE),
                 "parameters": "-" if size is None else f"{size / 1e6:.1f} M",
                 "seconds of training": "-" if seconds is None else f"{seconds:.0f}",

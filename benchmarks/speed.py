@@ -6,15 +6,15 @@
     python benchmarks/speed.py --sections export stream --checkpoint runs/mine --data_dir my_data
 
 Models have the default configuration at full size with random weights, on which speed does not depend. What is
-compared runs in turns, so that whatever slows the machine slows all of it; times are medians, and ratios are medians
-of the ratios of each turn. Prints tables and updates `benchmarks/results/speed.json`, section by section.
+told in times faster or slower ran in turns, so that whatever slows the machine slows all of it; times are medians,
+and ratios are medians of the ratios of each turn. Prints tables and updates `benchmarks/results/speed.json`, section
+by section.
 """
 
 import argparse
 import contextlib
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import (
     AutoModel,
     BertTokenizer,
@@ -174,15 +174,25 @@ def ratio(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.median(first / second))
 
 
-def peak_memory(device: torch.device) -> float:
-    """MB: of the device's tensors, on a CPU of the whole process."""
+def start_peak(device: torch.device) -> float:
+    """Count the peak from here; returns the MB in use: of the device's tensors, on a CPU of the whole process."""
+    gc.collect()
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")
-    if not status.exists():  # macOS
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    # Not `getrusage`: on Linux a child begins with the peak of its parent there
-    return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM:")) * 1024 / 1e6
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 1e6
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # see proc(5)
+    return _status("VmRSS")
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB, since `start_peak`."""
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    """MB, as Linux tells of this process. `getrusage` would begin with the peak of the parent."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
 
 
 def in_child(function: str, arguments: argparse.Namespace, **options: Any) -> dict[str, Any]:
@@ -194,11 +204,25 @@ def in_child(function: str, arguments: argparse.Namespace, **options: Any) -> di
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    """FLOP/s of a large matrix product, the best that a model of matrix products could reach."""
+def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Any], int]:
+    """A large matrix product, the best that a model of such could do, and its FLOPs."""
+    size, count = (8192, 10) if device.type == "cuda" else (1024, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = in_turns({"product": lambda: a @ b}, 7, device)["product"]
-    return 2 * size**3 / float(np.median(seconds))
+
+    def products():
+        for _ in range(count):
+            a @ b
+
+    return products, 2 * size**3 * count
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """FLOPs of matrix products, convolutions and attention."""
+    fused_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mapping = {fused_on_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 # ---- sections: each returns its rows
@@ -206,16 +230,15 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> f
 
 @torch.no_grad()
 def forward(arguments: argparse.Namespace) -> Rows:
-    """Forward passes of 5 s clips with 24 tokens; "beyond the encoders" is what ours takes on top of them."""
+    """Forward passes of 5 s clips with 24 tokens. The floor is the two bare encoders, called one after the other."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
-        rate = matrix_rate(dtype, arguments.device)
+        products, product_flops = matrix_product(dtype, arguments.device)
         for batch_size in BATCH_SIZES:
             functions = contenders(arguments, dtype, batch_size)
-            seconds = in_turns(functions, arguments.repeats, arguments.device)
+            seconds = in_turns({**functions, "products": products}, arguments.repeats, arguments.device)
+            rate = product_flops / seconds["products"]
             for name, function in functions.items():
-                with FlopCounterMode(display=False) as counter:
-                    function()
                 median = float(np.median(seconds[name]))
                 rows.append(
                     {
@@ -226,7 +249,7 @@ def forward(arguments: argparse.Namespace) -> Rows:
                         "clips/s": batch_size / median,
                         "real-time factor": median / (batch_size * SECONDS),
                         "times the floor": ratio(seconds[name], seconds[FLOOR]),
-                        "share of matrix rate": counter.get_total_flops() / median / rate,
+                        "share of matrix rate": float(np.median(count_flops(function) / seconds[name] / rate)),
                     }
                 )
             show(rows[-len(functions) :])
@@ -252,7 +275,7 @@ def forward_memory(arguments: argparse.Namespace, name: str, dtype_name: str) ->
     kind = OURS if name == AUDIO_ALONE else name
     model = build_model(kind, arguments, DTYPES[dtype_name])
     audio, text = build_batch(8, arguments, DTYPES[dtype_name])
-    before = peak_memory(arguments.device)
+    before = start_peak(arguments.device)
     with torch.no_grad():
         if kind == FLOOR:
             model[0](input_values=audio["input_values"])
@@ -270,7 +293,7 @@ def forward_memory(arguments: argparse.Namespace, name: str, dtype_name: str) ->
 
 
 def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype_name: str) -> dict[str, Any]:
-    """Three steps of AdamW on all weights; bf16 is mixed precision, as in training."""
+    """Steps of AdamW on all weights; bf16 is mixed precision, as in training."""
     batch_size = 16 if arguments.size == "full" else 2
     model = build_model(OURS, arguments).train()
     if checkpointing:
@@ -286,7 +309,9 @@ def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype_na
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = [seconds_of(step, arguments.device) for _ in range(3)]
+    step()  # makes the optimiser's states
+    start_peak(arguments.device)
+    seconds = [seconds_of(step, arguments.device) for _ in range(2)]
     return {
         "what": f"MMSER, training step, batch {batch_size}" + (", gradient checkpointing" if checkpointing else ""),
         "dtype": dtype_name,
@@ -445,8 +470,8 @@ def cache(arguments: argparse.Namespace) -> Rows:
         model.freeze_audio_encoder()
         model.freeze_text_encoder()
         plain = EmotionDataset(table, training=True, text_dropout=0.0, audio_dropout=0.0)
-        states = EncoderStateCache(Path(temporary) / "states", model, processor)
         start = time.perf_counter()
+        states = EncoderStateCache(Path(temporary) / "states", model, processor)
         cached = CachedStatesDataset(plain, states)
         filling = time.perf_counter() - start
 
@@ -526,7 +551,7 @@ def many_clips(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
         )
         trainer = MMSERTrainer(model, options, data_collator=MMSERDataCollator(processor))
         trainer.evaluate(EmotionDataset(table.select(range(64))))
-        before = peak_memory(arguments.device)
+        before = start_peak(arguments.device)
         seconds = seconds_of(lambda: trainer.evaluate(EmotionDataset(table)), arguments.device)
     return {
         "what": f"evaluation of {count:,} clips, tiny model",
@@ -590,8 +615,8 @@ def load_classifier(checkpoint: str | Path, arguments: argparse.Namespace) -> MM
 
 
 def weighted_f1(classifier: MMSERPipeline, arguments: argparse.Namespace) -> float | None:
-    """On the test split of `--data_dir`, if there is one."""
-    if not arguments.data_dir:
+    """Of `--checkpoint` on the test split of `--data_dir`, if both are given."""
+    if not (arguments.data_dir and arguments.checkpoint):
         return None
     splits, names = load_emotion_dataset(arguments.data_dir)[:2]
     clips = read_clips(splits["test"])
@@ -618,8 +643,8 @@ def stream(arguments: argparse.Namespace) -> Rows:
 def classify_recording(arguments: argparse.Namespace, export: str, path: str) -> dict[str, Any]:
     classifier = MMSERPipeline.from_onnx(export)
     options = {"chunk_length_s": 8, "stride_length_s": 1, "batch_size": 4}
-    classifier({"raw": np.zeros(20 * RATE), "sampling_rate": RATE}, **options)
-    before, result = peak_memory(torch.device("cpu")), {}
+    classifier({"raw": np.zeros(40 * RATE), "sampling_rate": RATE}, **options)
+    before, result = start_peak(torch.device("cpu")), {}
     seconds = seconds_of(lambda: result.update(classifier(path, **options)), arguments.device)
     duration = result["chunks"][-1]["timestamp"][1]
     return {
@@ -685,8 +710,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{section}: {SECTIONS[section].__doc__}", flush=True)
         rows = SECTIONS[section](parsed)
         setting = {"size": parsed.size, "repeats": parsed.repeats, **environment(parsed.device)}
+        if parsed.data_dir and section in ("lengths", "export"):
+            setting["data"] = Path(parsed.data_dir).name
         if section in ("export", "stream"):
-            setting["model"] = "checkpoint" if parsed.checkpoint else "default configuration, random weights"
+            setting["model"] = "a trained checkpoint" if parsed.checkpoint else "random weights"
         results[section] = {"description": SECTIONS[section].__doc__, "setting": setting, "rows": rows}
         parsed.output.parent.mkdir(parents=True, exist_ok=True)
         parsed.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -570,6 +570,11 @@ class TestPipeline:
         for item, result in zip(inputs, results, strict=True):
             assert_same(classifier(item), result)
 
+    def test_what_has_no_length_is_named_in_its_turn(self, classifier):
+        for bad in (np.float32(1), torch.tensor(1.0), {"raw": noise(900), "sampling_rate": "16000"}):
+            with pytest.raises((TypeError, ValueError), match=r"input 1: "):
+                classifier([{"text": "no"}, bad], batch_size=2)
+
     def test_workers(self, classifier):
         inputs = [{"text": "no"}, {"text": "glad"}, {"raw": noise(800), "sampling_rate": RATE}]
         for one, other in zip(classifier(inputs), classifier(inputs, num_workers=1, batch_size=2), strict=True):
@@ -697,11 +702,11 @@ class TestStreamAudio:
     @pytest.mark.parametrize("format_", ["WAV", "FLAC", "OGG", "MP3"])
     @pytest.mark.parametrize("rate", [8000, 16000, 44100])
     def test_joined_blocks_are_the_whole(self, tmp_path, rate, format_):
-        (tmp_path / "a").write_bytes(
+        (tmp_path / "a.raw").write_bytes(
             encoded(np.stack([noise(5 * rate), noise(5 * rate, 1)], axis=1), rate, format=format_)
         )
-        whole = load_audio(tmp_path / "a")
-        for audio in (tmp_path / "a", (tmp_path / "a").read_bytes()):
+        whole = load_audio(tmp_path / "a.raw")
+        for audio in (tmp_path / "a.raw", (tmp_path / "a.raw").read_bytes()):
             blocks = list(stream_audio(audio, block_seconds=0.7))
             assert len(blocks) > 5 and all(block.dtype == np.float32 for block in blocks)
             np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-6)
@@ -718,7 +723,8 @@ class TestStreamAudio:
                 list(stream_audio(path, block_seconds=0.1))
         (tmp_path / "nan.wav").write_bytes(encoded(np.full(RATE, np.nan, dtype=np.float32), subtype="FLOAT"))
         (tmp_path / "none.wav").write_bytes(b"")
-        for name, reason in (("nan.wav", "NaN"), ("none.wav", "empty")):
+        (tmp_path / "slow.wav").write_bytes(encoded(noise(100), rate=1))
+        for name, reason in (("nan.wav", "NaN"), ("none.wav", "empty"), ("slow.wav", "at least 1000")):
             with pytest.raises(ValueError, match=rf"{name}.*{reason}"):
                 list(stream_audio(tmp_path / name))
         with pytest.raises(FileNotFoundError, match=r"gone\.wav"):
@@ -755,6 +761,25 @@ class TestSplitIntoChunks:
         assert text_of_chunk(words, 0, 2) == "i am so glad"
         assert text_of_chunk(words, 1, 9) == "so glad came"
         assert text_of_chunk(words, 3, 9) is None and text_of_chunk([], 0, 9) is None
+
+    def test_segments_longer_than_a_chunk_and_past_the_end(self):
+        long = [{"text": "a", "timestamp": (0.0, 20.0)}]
+        assert text_of_chunk(long, 0, 8) == text_of_chunk(long, 6, 14) == text_of_chunk(long, 12, 20) == "a"
+        assert text_of_chunk(long, 18, 26) is None
+        assert text_of_chunk([{"text": "a", "timestamp": (58.0, 62.0)}], 52, 60) == "a"
+
+
+class RowsByNumber(torch.utils.data.Dataset):
+    """A data set that does not say where it ends but by its length."""
+
+    def __init__(self, rows):
+        self.rows = dict(enumerate(rows))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
 
 
 class TestRecordings:
@@ -806,17 +831,26 @@ class TestRecordings:
         assert isinstance(scores[0]["is_unknown"], bool)
 
     def test_lists_and_construction(self, classifier, processor):
-        streaming = MMSERPipeline(model=classifier.model, processor=processor, device="cpu", chunk_length_s=1)
+        options = {"chunk_length_s": 1, "stride_length_s": 0.1}
+        streaming = MMSERPipeline(model=classifier.model, processor=processor, device="cpu", **options)
         recordings = [{"raw": noise(seconds * RATE, seconds), "sampling_rate": RATE} for seconds in (2, 1, 3)]
         results = streaming(recordings, batch_size=2)
         assert [result["chunks"][-1]["timestamp"][1] for result in results] == [2, 1, 3]
-        assert list(streaming(iter_of(recordings))) == [streaming(recording) for recording in recordings]
+        numbered = RowsByNumber(recordings)
+        assert (
+            list(streaming(numbered))
+            == list(streaming(iter_of(recordings)))
+            == [streaming(recording) for recording in recordings]
+        )
         assert_same(streaming(recordings[1], chunk_length_s=None), classifier(recordings[1]))
 
     @pytest.mark.parametrize(
         ("item", "options", "reason"),
         [
-            (noise(RATE), {"chunk_length_s": 0}, "`chunk_length_s` must be from"),
+            (noise(RATE), {"chunk_length_s": 0}, "`chunk_length_s` must be a number from"),
+            (noise(RATE), {"chunk_length_s": "8"}, "`chunk_length_s` must be a number from"),
+            (noise(RATE), {"chunk_length_s": float("inf")}, "`chunk_length_s` must be a number from"),
+            (noise(RATE), {"chunk_length_s": 1, "stride_length_s": float("nan")}, "from 0 up"),
             (noise(RATE), {"chunk_length_s": 1, "stride_length_s": 0.5}, "together less than"),
             (noise(RATE), {"chunk_length_s": 1, "stride_length_s": (0.1, -0.1)}, "from 0 up"),
             (noise(RATE), {"stride_length_s": 0.1}, "needs `chunk_length_s`"),

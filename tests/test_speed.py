@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `benchmarks/speed.py`: what is compared takes turns, and every section runs, on a tiny model."""
+"""Tests of `benchmarks/speed.py`: what is compared takes turns, and what is told of it, on a tiny model."""
 
 import json
 import time
@@ -24,15 +24,14 @@ def test_turns_are_interleaved_and_the_first_is_not_counted(script):
 
 
 def test_seconds_and_ratios(script):
-    assert script.seconds_of(lambda: time.sleep(0.02), CPU) == pytest.approx(0.02, abs=0.02)
-    # The second turn was slow for both: the ratio of medians would be 2.5
-    assert script.ratio(np.array([2.0, 9.0, 4.0]), np.array([1.0, 4.5, 2.0])) == 2.0
+    assert 0.02 <= script.seconds_of(lambda: time.sleep(0.02), CPU) < 0.2
+    assert script.ratio(np.array([2.0, 9.0, 4.0]), np.array([1.0, 3.0, 4.0])) == 2.0  # not 4/3, that of the medians
 
 
-def test_the_peak_is_that_of_the_process(script):
-    before = script.peak_memory(CPU)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    block = np.ones(round(40e6 + before * 1e6 - pages * 4096), dtype=np.uint8)
+def test_the_peak_is_counted_from_where_it_is_told_to(script):
+    np.ones(60_000_000, dtype=np.uint8)
+    before = script.start_peak(CPU)
+    block = np.ones(40_000_000, dtype=np.uint8)
     assert block.all() and script.peak_memory(CPU) - before == pytest.approx(40, abs=10)
 
 
@@ -69,7 +68,7 @@ def test_sections(script, section, tmp_path, monkeypatch, capsys):
 def test_children_report_their_own_memory(script):
     arguments = script.parse_arguments(["--size", "tiny", "--device", "cpu", "--threads", "1"])
     row = script.in_child("forward_memory", arguments, name=script.OURS, dtype_name="fp32")
-    assert row["what"] == "MMSER, forward, batch 8" and row["peak MB"] >= row["before MB"] > 50
+    assert row["what"] == "MMSER, forward, batch 8" and row["peak MB"] > row["before MB"] > 50
 
 
 @pytest.mark.parametrize(("flags", "reason"), [(["--repeats", "0"], "at least 1"), (["--sections", "no"], "choose")])

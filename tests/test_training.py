@@ -621,12 +621,44 @@ def test_evaluation_goes_from_long_to_short_and_answers_in_order(splits, tmp_pat
     assert metrics["eval_accuracy"] == pytest.approx(accuracy)
 
 
-def test_results_that_cannot_be_told_apart_are_an_error(splits, tmp_path, monkeypatch):
-    trainer = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=4)
-    collate = trainer.data_collator
-    trainer.data_collator = lambda examples: collate(examples[:3])  # the last one of each batch is lost
-    with pytest.raises(ValueError, match=r"clips were to be evaluated but .* could be read"):
-        trainer.predict(EmotionDataset(splits["train"]))
+def test_bad_rows_are_left_out_and_the_rest_keeps_its_order(splits, tmp_path):
+    table = splits["train"].select(range(9))
+    audio = list(table["audio"])
+    audio[4] = str(tmp_path / "none.wav")
+    trainer = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=5)
+    whole = trainer.predict_outputs(EmotionDataset(table))
+    bad = EmotionDataset(table.remove_columns("audio").add_column("audio", audio), on_bad_example="skip")
+    rest = trainer.predict_outputs(bad)
+    kept = [index for index in range(9) if index != 4]
+    np.testing.assert_allclose(rest["logits"], whole["logits"][kept], atol=1e-5)
+    # Alone in its batch it would be replaced by another clip, whose result would count twice
+    trainer.args.per_device_eval_batch_size = 4
+    bad = EmotionDataset(table.remove_columns("audio").add_column("audio", audio), on_bad_example="skip")
+    with pytest.raises(ValueError, match=r"8 of 9 clips could be read but there are 9 results"):
+        trainer.predict(bad)
+
+
+@pytest.mark.parametrize("option", [{"eval_do_concat_batches": False}, {"dataloader_drop_last": True}])
+def test_results_in_batches_or_in_part_are_in_the_order_of_the_data_set(splits, tmp_path, option):
+    trainer = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=4, **option)
+    trainer.compute_metrics = None  # which would want them in one piece
+    dataset = EmotionDataset(splits["train"])
+    predictions = trainer.predict(dataset).predictions
+    in_batches = "eval_do_concat_batches" in option
+    logits = np.concatenate([batch[0] for batch in predictions]) if in_batches else predictions[0]
+    plain = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=4)
+    plain.model.load_state_dict(trainer.model.state_dict())
+    np.testing.assert_allclose(logits, plain.predict(dataset).predictions[0][: len(logits)], atol=1e-5)
+
+
+def test_groups_of_length_are_what_one_step_sees(splits, tmp_path, monkeypatch):
+    """So that N processes see the batches that one process with N-fold accumulation sees."""
+    sizes = {}
+    for processes, accumulation in ((2, 1), (1, 2), (1, 1)):
+        monkeypatch.setattr(MMSERTrainingArguments, "world_size", processes)
+        trainer = make_trainer(tiny_model(), splits, tmp_path, gradient_accumulation_steps=accumulation)
+        sizes[processes, accumulation] = trainer._get_train_sampler().batch_size
+    assert sizes == {(2, 1): 16, (1, 2): 16, (1, 1): 8}
 
 
 def test_a_checkpoint_is_only_complete_with_its_last_file(tmp_path):
