@@ -234,7 +234,7 @@ def forward(arguments: argparse.Namespace) -> Rows:
     rows = []
     for dtype_name, dtype in DTYPES.items():
         products, product_flops = matrix_product(dtype, arguments.device)
-        for batch_size in BATCH_SIZES:
+        for batch_size in arguments.batch_sizes:
             functions = contenders(arguments, dtype, batch_size)
             seconds = in_turns({**functions, "products": products}, arguments.repeats, arguments.device)
             rate = product_flops / seconds["products"]
@@ -687,6 +687,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--repeats", type=int, default=7, help="turns of which the median is taken")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="of section forward")
     parser.add_argument("--clips", type=int, default=64, help="clips of section lengths")
     parser.add_argument("--data_dir", help="data set whose test split gives clips (lengths) and scores (export)")
     parser.add_argument("--checkpoint", help="MMSER checkpoint to export, in place of random weights")

@@ -44,11 +44,11 @@ def test_floor_and_ours_are_of_the_same_encoders(script):
 
 
 @pytest.mark.parametrize("section", ["forward", "lengths", "cache"])
-def test_sections(script, section, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "BATCH_SIZES", (1, 2))
+def test_sections(script, section, tmp_path, capsys):
     output = tmp_path / "speed.json"
     output.write_text('{"before": 1}')
     flags = ["--size", "tiny", "--repeats", "2", "--clips", "20", "--device", "cpu", "--threads", "1"]
+    flags += ["--batch_sizes", "1", "2"]
     script.main([*flags, "--sections", section, "--output", str(output)])
     results = json.loads(output.read_text())
     assert results["before"] == 1 and results[section]["setting"]["repeats"] == 2
