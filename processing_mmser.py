@@ -142,7 +142,7 @@ def _decode(content: bytes, name: str) -> tuple[np.ndarray, int]:
 def _opened(file, content: bytes | mmap.mmap, name: str) -> Iterator[soundfile.SoundFile]:
     """An audio file opened for reading; `content` is the whole of it."""
     try:
-        with soundfile.SoundFile(file) as opened:
+        with soundfile.SoundFile(file, closefd=False) as opened:
             promised, held = _wav_data_size(content)
             if held < promised < UNKNOWN_WAV_SIZE:
                 raise ValueError(
@@ -626,15 +626,18 @@ def stream_audio(
         _check_is_file(path, name)
         if not path.stat().st_size:
             raise ValueError(f"{name}: empty file")
-        with path.open("rb") as opened:
-            file: Any = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        content: bytes | mmap.mmap = file  # not the file itself, of which the extension would count
+        file: Any = path.open("rb")
+        content: bytes | mmap.mmap = mmap.mmap(
+            file.fileno(), 0, access=mmap.ACCESS_READ
+        )  # of which the header is read
+        source: Any = file.fileno()  # neither the path nor the file, of which the extension would count
     elif isinstance(audio, (bytes, bytearray)):
-        file, content = io.BytesIO(audio), bytes(audio)
+        source, content = io.BytesIO(audio), bytes(audio)
+        file = source
     else:
         yield load_audio(audio, sampling_rate, target_sampling_rate, name=name)
         return
-    with file, _opened(file, content, name) as sound:
+    with file, _opened(source, content, name) as sound:
         rate = sound.samplerate
         _check_rate(rate, name)
         resampler = None
