@@ -627,10 +627,9 @@ def stream_audio(
         if not path.stat().st_size:
             raise ValueError(f"{name}: empty file")
         file: Any = path.open("rb")
-        content: bytes | mmap.mmap = mmap.mmap(
-            file.fileno(), 0, access=mmap.ACCESS_READ
-        )  # of which the header is read
-        source: Any = file.fileno()  # neither the path nor the file, of which the extension would count
+        # Only the header is read through the map. The source is neither the path nor the file: their extension counts
+        content: bytes | mmap.mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        source: Any = file.fileno()
     elif isinstance(audio, (bytes, bytearray)):
         source, content = io.BytesIO(audio), bytes(audio)
         file = source
@@ -735,6 +734,11 @@ class _Named(torch.utils.data.Dataset):
         return f"input {index}", self.items[index]
 
 
+def _first(item: dict, keys: tuple[str, ...]) -> Any:
+    """What is under the first of the keys that holds something, or None."""
+    return next((item[key] for key in keys if item.get(key) is not None), None)
+
+
 def _size(item) -> tuple[float, int]:
     """(seconds of audio, characters of text) of a pipeline's input, from file headers; 0 if unreadable, or no file."""
     seconds, characters = 0.0, 0
@@ -742,9 +746,7 @@ def _size(item) -> tuple[float, int]:
     with contextlib.suppress(Exception):
         audio, words, rate = item, "", None
         if isinstance(item, dict):
-            audio = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
-            words = next((item[key] for key in TEXT_KEYS if item.get(key) is not None), "")
-            rate = item.get("sampling_rate")
+            audio, words, rate = _first(item, AUDIO_KEYS), _first(item, TEXT_KEYS) or "", item.get("sampling_rate")
         characters = len(words)
         if isinstance(audio, (str, os.PathLike)):
             seconds = soundfile.info(os.fspath(audio)).duration
@@ -1027,8 +1029,7 @@ def _unpack(item, text_keys: tuple[str, ...]) -> tuple[Any, Any, int | None, str
             raise ValueError(
                 f"unknown keys {unknown} in the input; allowed are {[*AUDIO_KEYS, *text_keys]} and sampling_rate"
             )
-        audio = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
-        words = next((item[key] for key in text_keys if item.get(key) is not None), None)
+        audio, words = _first(item, AUDIO_KEYS), _first(item, text_keys)
         sampling_rate = item.get("sampling_rate")
     if isinstance(audio, str) and audio.startswith(("http://", "https://")):
         name, audio = f"audio '{audio}'", _download(audio)

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import soundfile
 import torch
@@ -124,20 +125,20 @@ def build_batch(batch_size: int, arguments: argparse.Namespace, dtype: torch.dty
     }
 
 
-def contenders(arguments: argparse.Namespace, dtype: torch.dtype, batch_size: int) -> dict[str, Callable[[], Any]]:
-    """Forward passes on one batch, by name."""
+def forward_passes(models: dict[str, Any], batch_size: int, arguments: argparse.Namespace, dtype: torch.dtype):
+    """Forward passes on one batch, by name; `models` holds, by kind, those that the passes to be called need."""
     audio, text = build_batch(batch_size, arguments, dtype)
-    floor, ours, stock = (build_model(kind, arguments, dtype) for kind in (FLOOR, OURS, STOCK))
 
     def bare_encoders():
-        floor[0](input_values=audio["input_values"])
-        floor[1](input_ids=text["input_ids"], attention_mask=text["text_attention_mask"])
+        audio_encoder, text_encoder = models[FLOOR]
+        audio_encoder(input_values=audio["input_values"])
+        text_encoder(input_ids=text["input_ids"], attention_mask=text["text_attention_mask"])
 
     return {
         FLOOR: bare_encoders,
-        OURS: lambda: ours(**audio, **text),
-        AUDIO_ALONE: lambda: ours(**audio),
-        STOCK: lambda: stock(input_values=audio["input_values"]),
+        OURS: lambda: models[OURS](**audio, **text),
+        AUDIO_ALONE: lambda: models[OURS](**audio),
+        STOCK: lambda: models[STOCK](input_values=audio["input_values"]),
     }
 
 
@@ -235,7 +236,8 @@ def forward(arguments: argparse.Namespace) -> Rows:
     for dtype_name, dtype in DTYPES.items():
         products, product_flops = matrix_product(dtype, arguments.device)
         for batch_size in arguments.batch_sizes:
-            functions = contenders(arguments, dtype, batch_size)
+            models = {kind: build_model(kind, arguments, dtype) for kind in (FLOOR, OURS, STOCK)}
+            functions = forward_passes(models, batch_size, arguments, dtype)
             seconds = in_turns({**functions, "products": products}, arguments.repeats, arguments.device)
             rate = product_flops / seconds["products"]
             for name, function in functions.items():
@@ -253,7 +255,7 @@ def forward(arguments: argparse.Namespace) -> Rows:
                     }
                 )
             show(rows[-len(functions) :])
-            del functions
+            del functions, models
             gc.collect()
     return rows
 
@@ -272,18 +274,11 @@ def memory(arguments: argparse.Namespace) -> Rows:
 
 
 def forward_memory(arguments: argparse.Namespace, name: str, dtype_name: str) -> dict[str, Any]:
-    kind = OURS if name == AUDIO_ALONE else name
-    model = build_model(kind, arguments, DTYPES[dtype_name])
-    audio, text = build_batch(8, arguments, DTYPES[dtype_name])
+    kind, dtype = OURS if name == AUDIO_ALONE else name, DTYPES[dtype_name]
+    functions = forward_passes({kind: build_model(kind, arguments, dtype)}, 8, arguments, dtype)
     before = start_peak(arguments.device)
     with torch.no_grad():
-        if kind == FLOOR:
-            model[0](input_values=audio["input_values"])
-            model[1](input_ids=text["input_ids"], attention_mask=text["text_attention_mask"])
-        elif kind == STOCK:
-            model(input_values=audio["input_values"])
-        else:
-            model(**audio, **(text if name == OURS else {}))
+        functions[name]()
     return {
         "what": f"{name}, forward, batch 8",
         "dtype": dtype_name,
@@ -325,11 +320,7 @@ def clips_of_real_lengths(arguments: argparse.Namespace, count: int) -> tuple[Ro
     rng = np.random.default_rng(0)
     if arguments.data_dir:
         table = load_emotion_dataset(arguments.data_dir)[0]["test"]
-        chosen = rng.permutation(len(table))[:count]
-        examples = EmotionDataset(table)
-        clips = [
-            {"raw": examples[int(i)]["audio"], "sampling_rate": RATE, "text": table[int(i)]["text"]} for i in chosen
-        ]
+        clips = read_clips(table.select(rng.permutation(len(table))[:count]))
         return clips, f"{len(clips)} clips of {Path(arguments.data_dir).name}"
     quantiles = np.linspace(0, 1, len(LENGTHS))
     seconds = np.interp(rng.random(count), quantiles, LENGTHS)
@@ -374,7 +365,6 @@ def lengths(arguments: argparse.Namespace) -> Rows:
         feature_extractor=Wav2Vec2FeatureExtractor(return_attention_mask=True),
         device=arguments.device,
     )
-    stock_clips = [{"raw": clip["raw"], "sampling_rate": RATE} for clip in clips]
     audio_clips = [{"raw": clip["raw"], "sampling_rate": RATE} for clip in clips]
     results: dict[str, list] = {}
 
@@ -389,8 +379,8 @@ def lengths(arguments: argparse.Namespace) -> Rows:
         fixed: keep(fixed, lambda: ours(Items(clips), batch_size=batch_size)),
         grouped: keep(grouped, lambda: ours(clips, batch_size=batch_size)),
         single: keep(single, lambda: ours(clips, batch_size=1)),
-        f"{grouped}, audio alone": keep("audio", lambda: ours(audio_clips, batch_size=batch_size)),
-        f"{STOCK} and its pipeline": keep("stock", lambda: stock(stock_clips, batch_size=batch_size)),
+        f"{grouped}, audio alone": lambda: ours(audio_clips, batch_size=batch_size),
+        f"{STOCK} and its pipeline": lambda: stock(audio_clips, batch_size=batch_size),
     }
     seconds = in_turns(functions, arguments.repeats, arguments.device)
     audio_seconds = sum(len(clip["raw"]) for clip in clips) / RATE
@@ -446,8 +436,8 @@ def compiled(arguments: argparse.Namespace) -> Rows:
     return rows
 
 
-def write_corpus(folder: Path, count: int, seconds: Sequence[float]) -> None:
-    """Clips of noise with the metadata of a data set, four speakers and all four classes."""
+def noise_table(folder: Path, count: int, seconds: Sequence[float]) -> datasets.Dataset:
+    """The training split of a data set of noise, with four speakers and all four classes, written to a new folder."""
     rng = np.random.default_rng(0)
     names = ("neutral", "happy", "sad", "angry")
     (folder / "train").mkdir(parents=True)
@@ -457,15 +447,31 @@ def write_corpus(folder: Path, count: int, seconds: Sequence[float]) -> None:
         soundfile.write(folder / "train" / f"{index}.wav", wave, RATE)
         lines.append(f"{index}.wav,{names[index % 4]},word word {index},s{index // 4 % 4}")
     (folder / "train" / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return load_emotion_dataset(folder, allow_speaker_overlap=True)[0]["train"]
+
+
+def build_trainer(
+    model, processor: MMSERProcessor, folder: str, arguments: argparse.Namespace, **data
+) -> MMSERTrainer:
+    """A trainer for one epoch that says and saves nothing."""
+    options = MMSERTrainingArguments(
+        output_dir=folder,
+        num_train_epochs=1,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        use_cpu=arguments.device.type == "cpu",
+    )
+    return MMSERTrainer(model, options, data_collator=MMSERDataCollator(processor), **data)
 
 
 def cache(arguments: argparse.Namespace) -> Rows:
     """An epoch of training with both encoders frozen, encoding each clip and reading its states from the cache."""
-    count = 64
     processor = build_processor()
     with tempfile.TemporaryDirectory() as temporary:
-        write_corpus(Path(temporary) / "corpus", count, [SECONDS])
-        table = load_emotion_dataset(Path(temporary) / "corpus", allow_speaker_overlap=True)[0]["train"]
+        table = noise_table(Path(temporary) / "corpus", 64, [SECONDS])
         model = MMSERForAudioClassification(build_config(arguments)).to(arguments.device)
         model.freeze_audio_encoder()
         model.freeze_text_encoder()
@@ -475,21 +481,10 @@ def cache(arguments: argparse.Namespace) -> Rows:
         cached = CachedStatesDataset(plain, states)
         filling = time.perf_counter() - start
 
-        def epoch(dataset) -> Callable[[], Any]:
-            options = MMSERTrainingArguments(
-                output_dir=temporary,
-                num_train_epochs=1,
-                eval_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_num_workers=0,
-                use_cpu=arguments.device.type == "cpu",
-            )
-            trainer = MMSERTrainer(model, options, train_dataset=dataset, data_collator=MMSERDataCollator(processor))
-            return trainer.train
-
-        functions = {"uncached": epoch(plain), "cached": epoch(cached)}
+        functions = {
+            name: build_trainer(model, processor, temporary, arguments, train_dataset=dataset).train
+            for name, dataset in (("uncached", plain), ("cached", cached))
+        }
         seconds = in_turns(functions, min(3, arguments.repeats), arguments.device)
     rows = [
         {
@@ -538,18 +533,9 @@ def many_clips(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     processor = build_processor()
     model = MMSERForAudioClassification(MMSERConfig(**TINY))
     with tempfile.TemporaryDirectory() as temporary:
-        write_corpus(Path(temporary) / "corpus", 100, [0.5, 1.0, 1.5])
-        table = load_emotion_dataset(Path(temporary) / "corpus", allow_speaker_overlap=True)[0]["train"]
+        table = noise_table(Path(temporary) / "corpus", 100, [0.5, 1.0, 1.5])
         table = table.select(np.arange(count) % len(table))
-        options = MMSERTrainingArguments(
-            output_dir=temporary,
-            report_to="none",
-            eval_strategy="no",
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            use_cpu=arguments.device.type == "cpu",
-        )
-        trainer = MMSERTrainer(model, options, data_collator=MMSERDataCollator(processor))
+        trainer = build_trainer(model, processor, temporary, arguments)
         trainer.evaluate(EmotionDataset(table.select(range(64))))
         before = start_peak(arguments.device)
         seconds = seconds_of(lambda: trainer.evaluate(EmotionDataset(table)), arguments.device)
