@@ -59,7 +59,13 @@ from reporting_mmser import (
     split_groups,
     write_results,
 )
-from training_mmser import MMSERTrainer, MMSERTrainingArguments, last_complete_checkpoint, parameter_table
+from training_mmser import (
+    MMSERTrainer,
+    MMSERTrainingArguments,
+    average_checkpoints,
+    last_complete_checkpoint,
+    parameter_table,
+)
 
 logger = logging.get_logger("train_hf")
 OWN_LOGGERS = ("train_hf", "eval_hf")
@@ -79,6 +85,13 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "MMSER checkpoint (Hub name or folder) to go on from, instead of two encoders."},
+    )
+    average_with: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "More MMSER checkpoints, fine-tuned from the same one: start from the mean of their weights and "
+            "those of --model_name_or_path (a model soup)."
+        },
     )
     audio_model_name_or_path: str = field(
         default="facebook/wav2vec2-base", metadata={"help": "Audio encoder: Hub name or folder."}
@@ -144,6 +157,8 @@ class ModelArguments:
         for kind in ("audio", "text"):
             if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
                 raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
+        if self.average_with and self.model_name_or_path is None:
+            raise ValueError("--average_with needs a first checkpoint: add --model_name_or_path.")
         if self.audio_num_hidden_layers is not None and (self.model_name_or_path or self.random_audio_encoder):
             raise ValueError(
                 "--audio_num_hidden_layers cuts a pretrained audio encoder: give it when starting from one."
@@ -299,6 +314,7 @@ def load_model(
             # those of the earlier training set, as many as it had labels, say nothing about this one
             **{"class_counts": None, **labels, **arguments.config_overrides},
         )
+        average_checkpoints(model, [arguments.model_name_or_path, *arguments.average_with])
     else:
         sources = {"audio": arguments.audio_model_name_or_path, "text": arguments.text_model_name_or_path}
         if arguments.random_text_encoder:

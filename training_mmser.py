@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
+from configuration_mmser import MMSERConfig
 from data_mmser import EmotionDataset, class_counts
 from evaluation_mmser import (
     build_compute_metrics,
@@ -193,6 +194,39 @@ class WeightAverage(TrainerCallback):
         finally:
             self.put(self.last)
             self.last = []
+
+
+@torch.no_grad()
+def average_checkpoints(model: MMSERForAudioClassification, names: Sequence[str]) -> None:
+    """
+    Give a model the mean of the weights and buffers of checkpoints: a uniform soup (Wortsman et al. 2022), as good as
+    an ensemble at the cost of one model, if all were fine-tuned from the same one.
+
+    Args:
+        model: loaded from the first of them.
+        names: the checkpoints, Hub names or folders.
+    Raises:
+        ValueError: one has other labels, or other weights than the model.
+    """
+    own = model.state_dict()
+    for count, name in enumerate(names[1:], 2):
+        labels, first_labels = (MMSERConfig.from_pretrained(source).id2label for source in (name, names[0]))
+        if labels != first_labels:
+            raise ValueError(
+                f"{name} cannot be averaged with {names[0]}: its labels are {labels}, not {first_labels}."
+            )
+        other = MMSERForAudioClassification.from_pretrained(name, dtype=torch.float32).state_dict()
+        bad = [
+            key for key in {**own, **other} if key not in own or key not in other or own[key].shape != other[key].shape
+        ]
+        if bad:
+            raise ValueError(
+                f"{name} cannot be averaged with {names[0]}: {len(bad)} weights are not in both with the same shape, "
+                f"such as {bad[0]}."
+            )
+        for key, value in own.items():
+            if value.is_floating_point():
+                value.lerp_(other[key], 1 / count)
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):

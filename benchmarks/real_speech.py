@@ -68,6 +68,8 @@ RECIPE = "real_speech.json"  # all that comes after frozen encoders, of which th
 STAGES = STAGE_1, STAGE_2, STAGE_3 = tuple(f"real_speech_{name}.json" for name in ("audio", "finetune", "fuse"))
 FROZEN, BEST = "MMSER, frozen encoder", "MMSER"
 HEARD, TUNED = "MMSER, first stage", "MMSER, second stage"
+ALONE_TUNED = "MMSER, tuned once"
+AGAIN = tuple(f"{TUNED}, other order {order}" for order in (1, 2))
 DATA_SEED = 42  # which clips are augmented how: the same for all seeds, so that the states of the encoders are reused
 SPEECH_PART, SPOKEN_PART = "acted speech", "spoken text"
 EXAMINED = ("model", "audio_only", "text_only", "swapped_text", "swapped_audio")
@@ -91,11 +93,18 @@ class Row:
     data: str = "speech"  # see `data_folder`
     leaves_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # column -> value, of a fold
     starts_from: str | None = None  # the row whose checkpoint of the same seed is the start
+    averages: tuple[str, ...] = ()  # rows whose checkpoints are averaged with it
+    order: int = 0  # runs of another order differ in which clips follow each other, and in how they are augmented
     needs: tuple[str, ...] = ()  # rows that must be finished before, with the same seed
     keep: bool = False  # keep the checkpoint
     examine: bool = False  # gates and wrong modalities as well
     same_for_all_seeds: bool = False
     note: str = ""
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """The rows whose checkpoints it starts from."""
+        return (self.starts_from, *self.averages) if self.starts_from else ()
 
 
 class Run(NamedTuple):
@@ -167,14 +176,41 @@ STUDY = [
         "study",
         function="whisper",
         changes={"learning_rate": 5e-5, "num_epochs": 40},
-        needs=(HEARD, TUNED, BEST),
-        note="as many seconds of training as the three stages of MMSER",
+        needs=(HEARD, TUNED, *AGAIN, BEST),
+        note="as many seconds of training as all stages of MMSER",
     ),
     Row("MMSER, published settings", "study", RECIPE, changes=PUBLISHED, patch="published architecture"),
     Row(FROZEN, "study", RECIPE, keep=True),
     Row(HEARD, "study", STAGE_1, keep=True, note="a plain head on the frozen audio encoder, trained with audio alone"),
     Row(TUNED, "study", STAGE_2, starts_from=HEARD, keep=True, note="it and the audio encoder, with audio alone"),
-    Row(BEST, "study", STAGE_3, starts_from=TUNED, keep=True, note="the third stage: text joins the tuned encoder"),
+    *(
+        Row(
+            name,
+            "study",
+            STAGE_2,
+            starts_from=HEARD,
+            order=order,
+            keep=True,
+            note="the same with clips in another order",
+        )
+        for order, name in enumerate(AGAIN, 1)
+    ),
+    Row(
+        ALONE_TUNED,
+        "study",
+        STAGE_3,
+        starts_from=TUNED,
+        note="the third stage: text joins the encoder that was tuned once",
+    ),
+    Row(
+        BEST,
+        "study",
+        STAGE_3,
+        starts_from=TUNED,
+        averages=AGAIN,
+        keep=True,
+        note="the third stage: text joins the mean of the encoders that were tuned three times",
+    ),
     Row(
         f"{BEST}, 5 passes over each clip",
         "study",
@@ -306,22 +342,27 @@ def states_folder(arguments: argparse.Namespace) -> Path:
 def needed_runs(run: Run, rows: Sequence[Row]) -> list[Run]:
     """What must be finished before a run."""
     by_name = {row.name: row for row in rows}
-    names = [*run.row.needs, *([run.row.starts_from] if run.row.starts_from else [])]
+    names = [*run.row.needs, *run.row.checkpoints]
     missing = [name for name in names if name not in by_name]
     if missing:
         raise ValueError(f"the row {run.row.name!r} needs {', '.join(missing)}, which is no row")
     return [Run(by_name[name], 0 if by_name[name].same_for_all_seeds else run.seed) for name in dict.fromkeys(names)]
 
 
-def start_of(run: Run, rows: Sequence[Row]) -> Run:
-    """The run whose checkpoint a run starts from."""
-    return next(needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from)
+def starts_of(run: Run, rows: Sequence[Row]) -> list[Run]:
+    """The runs whose checkpoints a run starts from."""
+    by_name = {needed.row.name: needed for needed in needed_runs(run, rows)}
+    return [by_name[name] for name in run.row.checkpoints]
 
 
 def fingerprint(row: Row, rows: Sequence[Row], arguments: argparse.Namespace) -> str:
     """A hash of all that was chosen for a row: its definition, its recipe, the names of data and encoders, and those
     of the rows that it needs."""
-    definition = {name: value for name, value in dataclasses.asdict(row).items() if name not in ("note", "keep")}
+    definition = {
+        field.name: getattr(row, field.name)
+        for field in dataclasses.fields(row)
+        if field.name not in ("note", "keep") and getattr(row, field.name) not in (field.default, {})
+    }
     paths = [arguments.data_dir, arguments.audio_encoder, arguments.text_encoder]
     if row.data in ("spoken", "mix"):
         paths.append(arguments.spoken_text_dir)
@@ -647,13 +688,14 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
     row = run.row
     flags: Tree = {"data_dir": data_folder(row, arguments)}
     if row.starts_from:
-        start = start_of(run, rows)
-        flags["model_name_or_path"] = run_folder(start, arguments) / "model"
+        first, *others = (run_folder(start, arguments) / "model" for start in starts_of(run, rows))
+        flags["model_name_or_path"] = first
+        flags |= {"average_with": others} if others else {}
     else:
         flags["audio_model_name_or_path"] = arguments.audio_encoder
         flags["text_model_name_or_path"] = arguments.text_encoder
     flags |= merged_changes(row, arguments)
-    flags |= {"seed": run.seed, "data_seed": DATA_SEED, "output_dir": run_folder(run, arguments) / "model"}
+    flags |= {"seed": run.seed, "data_seed": DATA_SEED + row.order, "output_dir": run_folder(run, arguments) / "model"}
     settings = {**read_recipe(row.recipe, arguments), **flags}
     if settings.get("freeze_audio") or settings.get("freeze_text"):
         # Those of an encoder that was tuned serve this run alone
@@ -670,9 +712,10 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
         write_atomically(recipe, json.dumps(kept))
     words = [str(recipe)]
     for name, value in flags.items():
-        if value is None:
-            continue
-        words += [f"--{name}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return words
 
 
@@ -711,7 +754,7 @@ def train(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
 
 def examine(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """What `gate_and_robustness` says of the checkpoint of another row."""
-    start = start_of(run, rows)
+    start, *_ = starts_of(run, rows)
     data = data_folder(run.row, arguments)
     model = run_folder(start, arguments) / "model"
     if start.row.starts_from is None:  # the encoders are as they came
@@ -815,7 +858,7 @@ def _mean_gates(gates: np.ndarray, groups: Mapping[str, np.ndarray]) -> Tree:
 
 def passes(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """The checkpoint of another row with test-time augmentation, as `eval_hf.py --tta` has it."""
-    start = start_of(run, rows)
+    start, *_ = starts_of(run, rows)
     folder = run_folder(start, arguments) / "model"
     register_auto_classes()
     processor = MMSERProcessor.from_pretrained(folder)
@@ -854,7 +897,7 @@ def passes(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree
 
 def compact(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """The checkpoint of another row as `export_hf.py` makes it small, run by onnxruntime through the pipeline."""
-    start = start_of(run, rows)
+    start, *_ = starts_of(run, rows)
     splits, label_names = load_emotion_dataset(data_folder(run.row, arguments))
     texts, test = [text for text in splits["train"]["text"] if text], splits["test"]
     with tempfile.TemporaryDirectory(dir=run_folder(run, arguments)) as folder:
@@ -949,7 +992,7 @@ def plan(chosen: Iterable[Row], rows: Sequence[Row], arguments: argparse.Namespa
         if (run.row.name, run.seed) in todo or (is_finished and (has_model(run, arguments) or not needs_model)):
             return
         for needed in needed_runs(run, rows):
-            visit(needed, needed.row.name == run.row.starts_from)
+            visit(needed, needed.row.name in run.row.checkpoints)
         todo[run.row.name, run.seed] = run
 
     for row in chosen:
@@ -1170,12 +1213,16 @@ def _number_of_seeds(entry: Any) -> str:
     return "-" if entry is None else str(len(entry["seeds"]))
 
 
-def _seconds_of_training(entries: Tree, name: str | None) -> float | None:
+def _seconds_of_training(entries: Tree, name: str) -> float | None:
     """Of a row and of those whose checkpoints it starts from; None if it was not trained."""
-    stages = {row.name: row.starts_from for row in STUDY}
-    own = get(entries, name, "seconds", "training", "mean") if name else None
-    earlier = _seconds_of_training(entries, stages.get(name)) if own is not None else None
-    return own if own is None or earlier is None else own + earlier
+    if get(entries, name, "seconds", "training") is None:
+        return None
+    checkpoints = {row.name: row.checkpoints for row in STUDY}
+    stages, unseen = set(), {name}
+    while unseen:
+        stages |= unseen
+        unseen = {start for stage in unseen for start in checkpoints[stage]} - stages
+    return sum(get(entries, stage, "seconds", "training", "mean") or 0.0 for stage in stages)
 
 
 def study_table(results: Tree) -> str:
@@ -1188,7 +1235,7 @@ def study_table(results: Tree) -> str:
         lines.append(
             {
                 "model": name,
-                **_two(None if name in (HEARD, TUNED) else entry, "model", BOTH),  # which have not seen a text
+                **_two(None if name in (HEARD, TUNED, *AGAIN) else entry, "model", BOTH),  # which have not seen a text
                 **_two(entry, "audio_only", ALONE),
                 "parameters": "-" if size is None else f"{size / 1e6:.1f} M",
                 "seconds of training": "-" if seconds is None else f"{seconds:.0f}",

@@ -206,9 +206,14 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, arguments
     for row in (row for row in rows if row.recipe):
         flags = script.train_flags(script.Run(row, 7), rows, arguments)
         model, data, training = train_hf.parse_arguments(flags)
-        assert (training.seed, training.data_seed) == (7, script.DATA_SEED)
+        assert (training.seed, training.data_seed) == (7, script.DATA_SEED + row.order)
+        starts = [
+            script.run_folder(script.Run(start.row, 7), arguments)
+            for start in script.starts_of(script.Run(row, 7), rows)
+        ]
+        named = [name for name in (model.model_name_or_path, *model.average_with) if name]
+        assert named == [f"{folder}/model" for folder in starts]
         assert data.cache_encoder_states is not None  # the text encoder is frozen in all recipes
-        assert (model.model_name_or_path is not None) == (row.name in (script.TUNED, script.BEST))
         published = row.name == "MMSER, published settings"
         # dictionaries of the recipe are merged with those of the row
         assert model.config_overrides["classifier_dropout"] == (0.15 if published else 0.25), row.name
@@ -371,6 +376,7 @@ def test_the_stages_and_what_is_said_of_their_modalities(script, given, argument
         script.FROZEN,
         script.HEARD,
         script.TUNED,
+        *script.AGAIN,
         script.BEST,
         "trained on speech",
         "trained on both",
@@ -383,6 +389,13 @@ def test_the_stages_and_what_is_said_of_their_modalities(script, given, argument
         assert script.has_model(run, arguments) == run.row.keep
         assert results[name]["seconds"]["total"] > 0 and results[name]["environment"]["dtype"] == "float32"
     speech, both = results["trained on speech"], results["trained on both"]
+    orders = [
+        json.loads((script.run_folder(script.Run(by_name[name], 0), arguments) / "training_args.json").read_text())[
+            "data_seed"
+        ]
+        for name in (script.TUNED, *script.AGAIN)
+    ]
+    assert orders == [42, 43, 44]
     parts = {script.SPEECH_PART, script.SPOKEN_PART}
     assert both["scores"].keys() >= set(script.EXAMINED) and both["gate"]["by_part"].keys() == parts
     assert "swapped_audio" not in speech["scores"] and speech["gate"]["by_part"].keys() == {script.SPEECH_PART}
@@ -416,9 +429,9 @@ def test_what_is_made_of_a_checkpoint_is_tested_as_it_is(script, given, argument
     small = script.COMPACT[0].name
     several = next(row for row in rows if row.function == "passes")
     once = dataclasses.replace(several, changes={"num_passes": 1})
-    stages = [by_name[name] for name in (script.HEARD, script.TUNED, script.BEST)]
+    stages = [by_name[name] for name in (script.HEARD, script.TUNED, *script.AGAIN, script.BEST)]
     runs = [script.Run(row, 0) for row in (*stages, by_name[small], once, several)]
-    whole, result, once, several = [script.run_worker(run, rows, arguments) for run in runs][2:]
+    whole, result, once, several = [script.run_worker(run, rows, arguments) for run in runs][-4:]
     assert result["scores"].keys() == {"model", "audio_only"} and result["parameters"] <= whole["parameters"]
     for condition in ("model", "audio_only"):  # the same weights, for the tokens that are there
         for metric in script.METRICS:
@@ -459,7 +472,7 @@ def test_whisper_gets_the_seconds_of_all_stages(script, arguments, monkeypatch):
     run = script.Run(by_name["WhisperForAudioClassification, fine-tuned"], 1)
     with pytest.raises(ValueError, match="run them first"):
         script.whisper(run, rows, arguments)
-    for needed, seconds in zip(script.needed_runs(run, rows), (30.0, 12.0, 0.5), strict=True):
+    for needed, seconds in zip(script.needed_runs(run, rows), (30.0, 12.0, 11.0, 13.0, 0.5), strict=True):
         assert needed.seed == 1
         result = {"settings": script.fingerprint(needed.row, rows, arguments), "seconds": {"training": seconds}}
         script.write_atomically(script.run_folder(needed, arguments) / "result.json", json.dumps(result))
@@ -472,11 +485,23 @@ def test_whisper_gets_the_seconds_of_all_stages(script, arguments, monkeypatch):
 
     monkeypatch.setattr(script.baselines, "fine_tune_whisper", fine_tune)
     result = script.run_worker(run, rows, arguments)
-    assert (asked["max_seconds_of_training"], asked["seed"], asked["learning_rate"]) == (42.5, 1, 5e-5)
+    assert (asked["max_seconds_of_training"], asked["seed"], asked["learning_rate"]) == (66.5, 1, 5e-5)
     assert result["scores"]["audio_only"]["accuracy"] == 0.25
 
 
 # ---- what is told
+
+
+def test_the_seconds_of_a_row_are_those_of_all_its_stages(script):
+    def entries(**seconds):
+        return {name: {"seconds": {"training": {"mean": value}}} for name, value in seconds.items()}
+
+    whole = entries(
+        **dict(zip((script.HEARD, script.TUNED, *script.AGAIN, script.BEST), (1, 10, 20, 40, 100), strict=True))
+    )
+    assert script._seconds_of_training(whole, script.BEST) == 171  # the first stage only once
+    assert script._seconds_of_training(whole, script.TUNED) == 11
+    assert script._seconds_of_training(whole, script.ALONE_TUNED) is None
 
 
 def test_means_and_deviations_are_numpys(script):

@@ -7,6 +7,7 @@ Order: what a run leaves behind, the flags, kinds of data, starting points, erro
 import csv
 import json
 import logging as python_logging
+import re
 import shutil
 import subprocess
 import sys
@@ -561,6 +562,48 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
     arguments, _, _ = train_hf.parse_arguments(["--model_name_or_path", str(checkpoint), "--use_cpu"])
     started = train_hf.load_model(arguments, ["a", "b", "c"], MMSERProcessor.from_pretrained(checkpoint))
     assert started.config.class_counts is None and started.config.num_labels == 3  # a stream's clips cannot be counted
+
+
+def save_another(folder, seed, **overrides):
+    """A checkpoint with the architecture of `checkpoint` and other weights."""
+    tiny_model(seed=seed, **overrides).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_averaged_checkpoints_are_the_mean_of_all(run, checkpoint, tmp_path):
+    others = [save_another(tmp_path / str(seed), seed) for seed in (5, 6)]
+    run("--average_with", *others, **continued(checkpoint), learning_rate=0.0, max_steps=1)
+    weights = [
+        dict(MMSERForAudioClassification.from_pretrained(name).named_parameters()) for name in (checkpoint, *others)
+    ]
+    later = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
+    for name, parameter in later.named_parameters():
+        mean = torch.stack([own[name].double() for own in weights]).mean(dim=0)
+        torch.testing.assert_close(parameter, mean.float(), atol=1e-6, rtol=0, msg=name)
+    assert not torch.equal(
+        weights[0]["classifier.blocks.0.down.weight"], weights[1]["classifier.blocks.0.down.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"classifier_num_layers": 1}, "weights are not in both with the same shape, such as"),
+        ({"fusion_hidden_size": 24}, "weights are not in both with the same shape, such as"),
+        ({"id2label": {0: "sad", 1: "neutral", 2: "happy", 3: "angry"}}, "its labels are {0: 'sad'"),
+    ],
+)
+def test_what_cannot_be_averaged_is_named(run, checkpoint, tmp_path, overrides, said):
+    other = save_another(tmp_path / "other", 5, **overrides)
+    with pytest.raises(ValueError, match=re.escape(f"{other} cannot be averaged with {checkpoint}: ")) as raised:
+        run("--average_with", other, **continued(checkpoint))
+    assert said in str(raised.value)
+
+
+def test_averaging_needs_a_first_checkpoint(run, checkpoint):
+    with pytest.raises(ValueError, match="add --model_name_or_path"):
+        run("--average_with", str(checkpoint))
 
 
 def test_distillation_from_a_teacher(run, checkpoint, tmp_path):
