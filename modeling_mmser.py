@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 try:
@@ -1445,7 +1446,8 @@ class MMSERModel(MMSERPreTrainedModel):
             else:
                 frame_mask = self._frame_mask(mask)
                 flags["mask_time_indices"] = self._spec_augment(frame_mask)
-                if isinstance(encoder.feature_extractor.conv_layers[0], MaskedGroupNormConvLayer):
+                is_masked = isinstance(encoder.feature_extractor.conv_layers[0], MaskedGroupNormConvLayer)
+                if is_masked and not _is_known_to_be_full(mask):
                     audio = torch.stack([audio, safe_mask.to(audio)], dim=1)  # (B, 2, T)
                 output = encoder(audio, attention_mask=safe_mask, **flags)
         return self._audio_layers(output), frame_mask, output
@@ -1587,6 +1589,11 @@ def _select_layers(
         return hidden_states
     kept = {index % len(hidden_states) for index in wanted}
     return tuple(states if index in kept else None for index, states in enumerate(hidden_states))
+
+
+def _is_known_to_be_full(mask: Tensor) -> bool:
+    """Nothing is padded. Not asked where it would mean waiting for the device, or leaving a compiled graph."""
+    return mask.device.type == "cpu" and not is_tracing(mask) and bool(mask.all())
 
 
 def _as_mask(attention_mask: Tensor | None, states: Tensor, name: str) -> Tensor:

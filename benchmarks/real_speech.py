@@ -69,7 +69,7 @@ STAGES = STAGE_1, STAGE_2, STAGE_3 = tuple(f"real_speech_{name}.json" for name i
 FROZEN, BEST = "MMSER, frozen encoder", "MMSER"
 HEARD, TUNED = "MMSER, first stage", "MMSER, second stage"
 ALONE_TUNED = "MMSER, tuned once"
-AGAIN = tuple(f"{TUNED}, other order {order}" for order in (1, 2))
+SEED_STEP = 10  # between the seeds of checkpoints that are averaged
 DATA_SEED = 42  # which clips are augmented how: the same for all seeds, so that the states of the encoders are reused
 SPEECH_PART, SPOKEN_PART = "acted speech", "spoken text"
 EXAMINED = ("model", "audio_only", "text_only", "swapped_text", "swapped_audio")
@@ -93,18 +93,12 @@ class Row:
     data: str = "speech"  # see `data_folder`
     leaves_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # column -> value, of a fold
     starts_from: str | None = None  # the row whose checkpoint of the same seed is the start
-    averages: tuple[str, ...] = ()  # rows whose checkpoints are averaged with it
-    order: int = 0  # runs of another order differ in which clips follow each other, and in how they are augmented
+    averages: int = 1  # start from the mean of that many checkpoints of that row: of this seed, and SEED_STEP further
     needs: tuple[str, ...] = ()  # rows that must be finished before, with the same seed
     keep: bool = False  # keep the checkpoint
     examine: bool = False  # gates and wrong modalities as well
     same_for_all_seeds: bool = False
     note: str = ""
-
-    @property
-    def checkpoints(self) -> tuple[str, ...]:
-        """The rows whose checkpoints it starts from."""
-        return (self.starts_from, *self.averages) if self.starts_from else ()
 
 
 class Run(NamedTuple):
@@ -176,40 +170,28 @@ STUDY = [
         "study",
         function="whisper",
         changes={"learning_rate": 5e-5, "num_epochs": 40},
-        needs=(HEARD, TUNED, *AGAIN, BEST),
-        note="as many seconds of training as all stages of MMSER",
+        needs=(HEARD, TUNED, ALONE_TUNED),
+        note="as many seconds of training as the three stages of MMSER, tuned once",
     ),
     Row("MMSER, published settings", "study", RECIPE, changes=PUBLISHED, patch="published architecture"),
     Row(FROZEN, "study", RECIPE, keep=True),
     Row(HEARD, "study", STAGE_1, keep=True, note="a plain head on the frozen audio encoder, trained with audio alone"),
     Row(TUNED, "study", STAGE_2, starts_from=HEARD, keep=True, note="it and the audio encoder, with audio alone"),
-    *(
-        Row(
-            name,
-            "study",
-            STAGE_2,
-            starts_from=HEARD,
-            order=order,
-            keep=True,
-            note="the same with clips in another order",
-        )
-        for order, name in enumerate(AGAIN, 1)
-    ),
     Row(
         ALONE_TUNED,
         "study",
         STAGE_3,
         starts_from=TUNED,
-        note="the third stage: text joins the encoder that was tuned once",
+        note="the third stage: text joins the tuned encoder",
     ),
     Row(
         BEST,
         "study",
         STAGE_3,
         starts_from=TUNED,
-        averages=AGAIN,
+        averages=3,
         keep=True,
-        note="the third stage: text joins the mean of the encoders that were tuned three times",
+        note="the same with the mean of what three seeds made of the first two stages",
     ),
     Row(
         f"{BEST}, 5 passes over each clip",
@@ -342,17 +324,18 @@ def states_folder(arguments: argparse.Namespace) -> Path:
 def needed_runs(run: Run, rows: Sequence[Row]) -> list[Run]:
     """What must be finished before a run."""
     by_name = {row.name: row for row in rows}
-    names = [*run.row.needs, *run.row.checkpoints]
-    missing = [name for name in names if name not in by_name]
+    names = [(name, run.seed) for name in run.row.needs]
+    if run.row.starts_from:
+        names += [(run.row.starts_from, run.seed + SEED_STEP * i) for i in range(run.row.averages)]
+    missing = [name for name, _ in names if name not in by_name]
     if missing:
         raise ValueError(f"the row {run.row.name!r} needs {', '.join(missing)}, which is no row")
-    return [Run(by_name[name], 0 if by_name[name].same_for_all_seeds else run.seed) for name in dict.fromkeys(names)]
+    return [Run(by_name[name], 0 if by_name[name].same_for_all_seeds else seed) for name, seed in dict.fromkeys(names)]
 
 
 def starts_of(run: Run, rows: Sequence[Row]) -> list[Run]:
     """The runs whose checkpoints a run starts from."""
-    by_name = {needed.row.name: needed for needed in needed_runs(run, rows)}
-    return [by_name[name] for name in run.row.checkpoints]
+    return [needed for needed in needed_runs(run, rows) if needed.row.name == run.row.starts_from]
 
 
 def fingerprint(row: Row, rows: Sequence[Row], arguments: argparse.Namespace) -> str:
@@ -695,7 +678,7 @@ def train_flags(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) ->
         flags["audio_model_name_or_path"] = arguments.audio_encoder
         flags["text_model_name_or_path"] = arguments.text_encoder
     flags |= merged_changes(row, arguments)
-    flags |= {"seed": run.seed, "data_seed": DATA_SEED + row.order, "output_dir": run_folder(run, arguments) / "model"}
+    flags |= {"seed": run.seed, "data_seed": DATA_SEED, "output_dir": run_folder(run, arguments) / "model"}
     settings = {**read_recipe(row.recipe, arguments), **flags}
     if settings.get("freeze_audio") or settings.get("freeze_text"):
         # Those of an encoder that was tuned serve this run alone
@@ -992,7 +975,7 @@ def plan(chosen: Iterable[Row], rows: Sequence[Row], arguments: argparse.Namespa
         if (run.row.name, run.seed) in todo or (is_finished and (has_model(run, arguments) or not needs_model)):
             return
         for needed in needed_runs(run, rows):
-            visit(needed, needed.row.name in run.row.checkpoints)
+            visit(needed, needed.row.name == run.row.starts_from)
         todo[run.row.name, run.seed] = run
 
     for row in chosen:
@@ -1213,16 +1196,12 @@ def _number_of_seeds(entry: Any) -> str:
     return "-" if entry is None else str(len(entry["seeds"]))
 
 
-def _seconds_of_training(entries: Tree, name: str) -> float | None:
+def _seconds_of_training(entries: Tree, name: str | None) -> float | None:
     """Of a row and of those whose checkpoints it starts from; None if it was not trained."""
-    if get(entries, name, "seconds", "training") is None:
-        return None
-    checkpoints = {row.name: row.checkpoints for row in STUDY}
-    stages, unseen = set(), {name}
-    while unseen:
-        stages |= unseen
-        unseen = {start for stage in unseen for start in checkpoints[stage]} - stages
-    return sum(get(entries, stage, "seconds", "training", "mean") or 0.0 for stage in stages)
+    row = next((row for row in STUDY if row.name == name), None)
+    own = get(entries, name, "seconds", "training", "mean") if row else None
+    earlier = _seconds_of_training(entries, row.starts_from) if row and own is not None else None
+    return own if own is None or earlier is None else own + row.averages * earlier
 
 
 def study_table(results: Tree) -> str:
@@ -1235,7 +1214,7 @@ def study_table(results: Tree) -> str:
         lines.append(
             {
                 "model": name,
-                **_two(None if name in (HEARD, TUNED, *AGAIN) else entry, "model", BOTH),  # which have not seen a text
+                **_two(None if name in (HEARD, TUNED) else entry, "model", BOTH),  # which have not seen a text
                 **_two(entry, "audio_only", ALONE),
                 "parameters": "-" if size is None else f"{size / 1e6:.1f} M",
                 "seconds of training": "-" if seconds is None else f"{seconds:.0f}",

@@ -99,7 +99,7 @@ def test_a_clip_alone_equals_the_clip_in_a_padded_batch(models, kind, longer):
         single = models[kind](**alone(batch, row))
         for name in OUTPUTS:
             assert difference(single[name][0].float(), together[name][row].float()) <= 1e-4, (name, row)
-        assert difference(single.logits[0], together.logits[row]) <= 2e-5
+        assert difference(single.logits[0], together.logits[row]) <= 5e-5
     assert together.logits.std(dim=0).mean() > 0.1  # the clips do differ
 
 
@@ -135,11 +135,12 @@ def test_unpadded_waveform_encoders_are_the_stock_ones(models, kind):
     stock.load_state_dict(ours.mmser.audio_encoder.state_dict(), strict=True)
     audio = {"input_values": torch.randn(2, 6000)}
     expected = stock(**audio, output_hidden_states=True).hidden_states
-    states = ours(**audio, output_hidden_states=True).hidden_states
-    assert len(states) == len(expected) == 3
-    for state, reference in zip(states, expected, strict=True):
-        # The first convolution rounds differently, by 4e-7, which grows in the layers above with their wide weights
-        assert difference(state, reference) <= 2e-5 * reference.abs().max()
+    whole = {"attention_mask": torch.ones(2, 6000, dtype=torch.long)}
+    for mask in ({}, whole):  # nothing is padded, so nothing is computed in another way
+        states = ours(**audio, **mask, output_hidden_states=True).hidden_states
+        assert len(states) == len(expected) == 3
+        for state, reference in zip(states, expected, strict=True):
+            assert torch.equal(state, reference)
 
 
 @torch.no_grad()

@@ -206,13 +206,11 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, arguments
     for row in (row for row in rows if row.recipe):
         flags = script.train_flags(script.Run(row, 7), rows, arguments)
         model, data, training = train_hf.parse_arguments(flags)
-        assert (training.seed, training.data_seed) == (7, script.DATA_SEED + row.order)
-        starts = [
-            script.run_folder(script.Run(start.row, 7), arguments)
-            for start in script.starts_of(script.Run(row, 7), rows)
-        ]
+        assert (training.seed, training.data_seed) == (7, script.DATA_SEED)
+        starts = [run for run in script.needed_runs(script.Run(row, 7), rows) if run.row.name == row.starts_from]
         named = [name for name in (model.model_name_or_path, *model.average_with) if name]
-        assert named == [f"{folder}/model" for folder in starts]
+        assert named == [str(script.run_folder(run, arguments) / "model") for run in starts]
+        assert [run.seed for run in starts] == [7, 17, 27][: row.averages if row.starts_from else 0]
         assert data.cache_encoder_states is not None  # the text encoder is frozen in all recipes
         published = row.name == "MMSER, published settings"
         # dictionaries of the recipe are merged with those of the row
@@ -372,30 +370,15 @@ def test_the_stages_and_what_is_said_of_their_modalities(script, given, argument
     rows = script.all_rows(arguments)
     by_name = {row.name: row for row in rows}
     results = {}
-    names = (
-        script.FROZEN,
-        script.HEARD,
-        script.TUNED,
-        *script.AGAIN,
-        script.BEST,
-        "trained on speech",
-        "trained on both",
-        "mean pooling",
-    )
-    for name in names:
-        run = script.Run(by_name[name], 0)
+    chains = [(name, seed) for seed in (0, 10, 20) for name in (script.HEARD, script.TUNED)]
+    others = (script.FROZEN, script.BEST, "trained on speech", "trained on both", "mean pooling")
+    for name, seed in (*chains, *((name, 0) for name in others)):
+        run = script.Run(by_name[name], seed)
         results[name] = script.run_worker(run, rows, arguments)
         assert script.read_result(run, rows, arguments) is not None
         assert script.has_model(run, arguments) == run.row.keep
         assert results[name]["seconds"]["total"] > 0 and results[name]["environment"]["dtype"] == "float32"
     speech, both = results["trained on speech"], results["trained on both"]
-    orders = [
-        json.loads((script.run_folder(script.Run(by_name[name], 0), arguments) / "training_args.json").read_text())[
-            "data_seed"
-        ]
-        for name in (script.TUNED, *script.AGAIN)
-    ]
-    assert orders == [42, 43, 44]
     parts = {script.SPEECH_PART, script.SPOKEN_PART}
     assert both["scores"].keys() >= set(script.EXAMINED) and both["gate"]["by_part"].keys() == parts
     assert "swapped_audio" not in speech["scores"] and speech["gate"]["by_part"].keys() == {script.SPEECH_PART}
@@ -429,7 +412,9 @@ def test_what_is_made_of_a_checkpoint_is_tested_as_it_is(script, given, argument
     small = script.COMPACT[0].name
     several = next(row for row in rows if row.function == "passes")
     once = dataclasses.replace(several, changes={"num_passes": 1})
-    stages = [by_name[name] for name in (script.HEARD, script.TUNED, *script.AGAIN, script.BEST)]
+    best = dataclasses.replace(by_name[script.BEST], averages=1)
+    rows = [best if row.name == best.name else row for row in rows]
+    stages = (by_name[script.HEARD], by_name[script.TUNED], best)
     runs = [script.Run(row, 0) for row in (*stages, by_name[small], once, several)]
     whole, result, once, several = [script.run_worker(run, rows, arguments) for run in runs][-4:]
     assert result["scores"].keys() == {"model", "audio_only"} and result["parameters"] <= whole["parameters"]
@@ -472,7 +457,7 @@ def test_whisper_gets_the_seconds_of_all_stages(script, arguments, monkeypatch):
     run = script.Run(by_name["WhisperForAudioClassification, fine-tuned"], 1)
     with pytest.raises(ValueError, match="run them first"):
         script.whisper(run, rows, arguments)
-    for needed, seconds in zip(script.needed_runs(run, rows), (30.0, 12.0, 11.0, 13.0, 0.5), strict=True):
+    for needed, seconds in zip(script.needed_runs(run, rows), (30.0, 12.0, 0.5), strict=True):
         assert needed.seed == 1
         result = {"settings": script.fingerprint(needed.row, rows, arguments), "seconds": {"training": seconds}}
         script.write_atomically(script.run_folder(needed, arguments) / "result.json", json.dumps(result))
@@ -485,7 +470,7 @@ def test_whisper_gets_the_seconds_of_all_stages(script, arguments, monkeypatch):
 
     monkeypatch.setattr(script.baselines, "fine_tune_whisper", fine_tune)
     result = script.run_worker(run, rows, arguments)
-    assert (asked["max_seconds_of_training"], asked["seed"], asked["learning_rate"]) == (66.5, 1, 5e-5)
+    assert (asked["max_seconds_of_training"], asked["seed"], asked["learning_rate"]) == (42.5, 1, 5e-5)
     assert result["scores"]["audio_only"]["accuracy"] == 0.25
 
 
@@ -493,15 +478,11 @@ def test_whisper_gets_the_seconds_of_all_stages(script, arguments, monkeypatch):
 
 
 def test_the_seconds_of_a_row_are_those_of_all_its_stages(script):
-    def entries(**seconds):
-        return {name: {"seconds": {"training": {"mean": value}}} for name, value in seconds.items()}
-
-    whole = entries(
-        **dict(zip((script.HEARD, script.TUNED, *script.AGAIN, script.BEST), (1, 10, 20, 40, 100), strict=True))
-    )
-    assert script._seconds_of_training(whole, script.BEST) == 171  # the first stage only once
-    assert script._seconds_of_training(whole, script.TUNED) == 11
-    assert script._seconds_of_training(whole, script.ALONE_TUNED) is None
+    seconds = {script.HEARD: 1.0, script.TUNED: 10.0, script.BEST: 100.0}
+    entries = {name: {"seconds": {"training": {"mean": value}}} for name, value in seconds.items()}
+    assert script._seconds_of_training(entries, script.BEST) == 133  # three times the first and the second
+    assert script._seconds_of_training(entries, script.TUNED) == 11
+    assert script._seconds_of_training(entries, script.ALONE_TUNED) is None
 
 
 def test_means_and_deviations_are_numpys(script):
