@@ -226,6 +226,15 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def costliest(function: Callable[[], Any], count: int = 8) -> dict[str, float]:
+    """Shares of a function's time on the CPU that its costliest operations have, without what they call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function()
+    seconds = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    whole = sum(seconds.values())
+    return {name: seconds[name] / whole for name in sorted(seconds, key=seconds.__getitem__, reverse=True)[:count]}
+
+
 # ---- sections: each returns its rows
 
 
@@ -257,6 +266,59 @@ def forward(arguments: argparse.Namespace) -> Rows:
             show(rows[-len(functions) :])
             del functions, models
             gc.collect()
+    return rows
+
+
+@contextlib.contextmanager
+def watch(modules: dict[str, torch.nn.Module], device: torch.device) -> Iterator[dict[str, list[float]]]:
+    """The seconds of each call of some modules, by name."""
+    laps: dict[str, list[float]] = {name: [] for name in modules}
+    starts: dict[str, float] = {}
+
+    def before(name: str, *_):
+        synchronize(device)
+        starts[name] = time.perf_counter()
+
+    def after(name: str, *_):
+        synchronize(device)
+        laps[name].append(time.perf_counter() - starts[name])
+
+    hooks = []
+    for name, module in modules.items():
+        hooks += [module.register_forward_pre_hook(partial(before, name))]
+        hooks += [module.register_forward_hook(partial(after, name))]
+    try:
+        yield laps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def parts(arguments: argparse.Namespace) -> Rows:
+    """Where the time of a forward pass goes: inside both encoders, as they are bare and as ours, and beyond them."""
+    rows = []
+    for dtype_name, dtype in DTYPES.items():
+        models = {kind: build_model(kind, arguments, dtype) for kind in (FLOOR, OURS)}
+        encoders = {FLOOR: models[FLOOR], OURS: (models[OURS].mmser.audio_encoder, models[OURS].mmser.text_encoder)}
+        modules = {}
+        for kind, (audio_encoder, text_encoder) in encoders.items():
+            modules |= {f"{kind}: audio encoder": audio_encoder, f"{kind}: text encoder": text_encoder}
+            modules[f"{kind}: first convolution"] = audio_encoder.feature_extractor.conv_layers[0]
+        for batch_size in (1, 8):
+            functions = forward_passes(models, batch_size, arguments, dtype)
+            with watch(modules, arguments.device) as laps:
+                totals = in_turns({kind: functions[kind] for kind in encoders}, arguments.repeats, arguments.device)
+            seconds = {name: np.array(values[1:]) for name, values in laps.items()}  # the first is not counted
+            for kind in encoders:
+                inside = seconds[f"{kind}: audio encoder"] + seconds[f"{kind}: text encoder"]
+                seconds[f"{kind}: beyond the encoders"] = totals[kind] - inside
+            for part in ("audio encoder", "first convolution", "text encoder", "beyond the encoders"):
+                both = {kind: 1000 * float(np.median(seconds[f"{kind}: {part}"])) / batch_size for kind in encoders}
+                name = "of which the first convolution" if part == "first convolution" else part
+                rows.append({"dtype": dtype_name, "batch": batch_size, "part": name})
+                rows[-1] |= {f"{kind}, ms per clip": value for kind, value in both.items()}
+            show(rows[-4:])
     return rows
 
 
@@ -493,6 +555,7 @@ def cache(arguments: argparse.Namespace) -> Rows:
             "cached epoch, s": float(np.median(seconds["cached"])),
             "times faster": ratio(seconds["uncached"], seconds["cached"]),
             "filling the cache, s": filling,
+            "operations of a cached epoch": costliest(functions["cached"]),
         }
     ]
     show(rows)
@@ -645,6 +708,7 @@ def classify_recording(arguments: argparse.Namespace, export: str, path: str) ->
 
 SECTIONS = {
     "forward": forward,
+    "parts": parts,
     "lengths": lengths,
     "memory": memory,
     "compile": compiled,
@@ -660,9 +724,13 @@ CHILDREN = {
 
 def show(rows: Rows) -> None:
     """Print rows, with as many digits as they deserve."""
-    short = [
-        {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
-    ]
+
+    def short_form(value: Any) -> Any:
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    short = [{name: short_form(value) for name, value in row.items()} for row in rows]
     print(format_table(short, list(dict.fromkeys(name for row in rows for name in row))), flush=True)
 
 

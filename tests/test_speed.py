@@ -43,7 +43,7 @@ def test_floor_and_ours_are_of_the_same_encoders(script):
         assert {name: shape for name, shape in shapes[0].items() if not name.startswith("pooler")} == shapes[1]
 
 
-@pytest.mark.parametrize("section", ["forward", "lengths", "cache"])
+@pytest.mark.parametrize("section", ["forward", "parts", "lengths", "cache"])
 def test_sections(script, section, tmp_path, capsys):
     output = tmp_path / "speed.json"
     output.write_text('{"before": 1}')
@@ -57,11 +57,17 @@ def test_sections(script, section, tmp_path, capsys):
         assert len(rows) == 2 * 2 * 4
         assert all(row["times the floor"] == 1 for row in rows if row["model"] == script.FLOOR)
         assert all(row["real-time factor"] * row["clips/s"] * script.SECONDS == pytest.approx(1) for row in rows)
+    elif section == "parts":
+        assert [row["part"] for row in rows] == 4 * [row["part"] for row in rows[:4]]
+        assert all(row[f"{kind}, ms per clip"] > 0 for row in rows for kind in (script.FLOOR, script.OURS))
+        assert all(row[f"{script.OURS}, ms per clip"] > row[f"{script.FLOOR}, ms per clip"] for row in rows[3::4])
     elif section == "lengths":
         differences = [row["largest difference of a score"] for row in rows if "in the order" in row["model"]]
         assert differences[0] < 1e-5
     else:
         assert rows[0]["cached epoch, s"] > 0 and rows[0]["clips"] > 0
+        shares = list(rows[0]["operations of a cached epoch"].values())
+        assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
     assert "| --" in capsys.readouterr().out
 
 
