@@ -1460,8 +1460,10 @@ class MMSERModel(MMSERPreTrainedModel):
             factors = F.softmax(self.layer_weights.float(), dim=0)[:, None] * factors
         offset = (factors * self.state_norm.mean.float()).sum(dim=0).to(layers[0])
         factors = factors.to(layers[0])
-        states: Any = sum(factor * layer for factor, layer in zip(factors, layers, strict=True))
-        return states - offset
+        states = -offset
+        for factor, layer in zip(factors, layers, strict=True):
+            states = torch.addcmul(states, factor, layer)
+        return states
 
     def _audio_layers(self, output: BaseModelOutput) -> tuple[Tensor, ...]:
         """The states that enter the weighted sum, one or one per layer, each [B, Ta, D]."""
