@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ LENGTHS = (
     *(0.55, 0.9, 0.99, 1.11, 1.43, 1.6, 1.77, 1.96, 2.0, 2.12, 2.36),
     *(2.53, 2.88, 3.0, 3.0, 3.0, 3.33, 3.5, 3.67, 3.9, 8.98),
 )
+
+ALL_CLIPS = 1000  # more than the test split of ser4 has
 
 TINY: dict[str, Any] = {
     "audio_config": {
@@ -412,9 +414,8 @@ class Items(torch.utils.data.Dataset):
 
 
 def lengths(arguments: argparse.Namespace) -> Rows:
-    """Pipelines over clips of real lengths, batch 16: in the order given, grouped by length, one by one, and stock."""
-    clips, what = clips_of_real_lengths(arguments, arguments.clips)
-    batch_size = 16
+    """Pipelines over clips of real lengths, batch 16: in the order given, grouped by length, one by one, and stock; a
+    trained checkpoint, if one is given, over as many clips as there are."""
     ours = MMSERPipeline(
         model=build_model(OURS, arguments),
         processor=build_processor(),
@@ -427,44 +428,63 @@ def lengths(arguments: argparse.Namespace) -> Rows:
         feature_extractor=Wav2Vec2FeatureExtractor(return_attention_mask=True),
         device=arguments.device,
     )
+    clips, what = clips_of_real_lengths(arguments, arguments.clips)
+    rows = orders("MMSER", ours, clips, what, arguments, {f"{STOCK} and its pipeline": stock})
+    if arguments.checkpoint:
+        clips, what = clips_of_real_lengths(arguments, ALL_CLIPS)
+        rows += orders("trained MMSER", load_classifier(arguments.checkpoint, arguments), clips, what, arguments)
+    return rows
+
+
+def orders(
+    name: str,
+    classifier: MMSERPipeline,
+    clips: Rows,
+    what: str,
+    arguments: argparse.Namespace,
+    others: Mapping[str, Any] | None = None,
+) -> Rows:
+    """A pipeline over clips (`what` they are) in several orders, and other pipelines that take their audio alone."""
+    batch_size = 16
     audio_clips = [{"raw": clip["raw"], "sampling_rate": RATE} for clip in clips]
     results: dict[str, list] = {}
 
-    def keep(name: str, function: Callable[[], Any]) -> Callable[[], None]:
+    def keep(key: str, function: Callable[[], Any]) -> Callable[[], None]:
         def run():
-            results[name] = list(function())
+            results[key] = list(function())
 
         return run
 
-    fixed, grouped, single = "MMSER, batches in the order given", "MMSER, grouped by length", "MMSER, batches of one"
-    functions = {
-        fixed: keep(fixed, lambda: ours(Items(clips), batch_size=batch_size)),
-        grouped: keep(grouped, lambda: ours(clips, batch_size=batch_size)),
-        single: keep(single, lambda: ours(clips, batch_size=1)),
-        f"{grouped}, audio alone": lambda: ours(audio_clips, batch_size=batch_size),
-        f"{STOCK} and its pipeline": lambda: stock(audio_clips, batch_size=batch_size),
+    fixed, grouped, single = f"{name}, batches in the order given", f"{name}, grouped by length", f"{name}, one by one"
+    functions: dict[str, Callable[[], Any]] = {
+        fixed: keep(fixed, lambda: classifier(Items(clips), batch_size=batch_size)),
+        grouped: keep(grouped, lambda: classifier(clips, batch_size=batch_size)),
+        single: keep(single, lambda: classifier(clips, batch_size=1)),
+        f"{grouped}, audio alone": lambda: classifier(audio_clips, batch_size=batch_size),
     }
+    for other, stock in (others or {}).items():
+        functions[other] = partial(stock, audio_clips, batch_size=batch_size)
     seconds = in_turns(functions, arguments.repeats, arguments.device)
     audio_seconds = sum(len(clip["raw"]) for clip in clips) / RATE
 
-    def scores(name: str) -> np.ndarray:
-        by_label = [{entry["label"]: entry["score"] for entry in result} for result in results[name]]
+    def scores(key: str) -> np.ndarray:
+        by_label = [{entry["label"]: entry["score"] for entry in result} for result in results[key]]
         return np.array([[clip[label] for label in sorted(clip)] for clip in by_label])
 
     rows = []
-    for name in functions:
-        median = float(np.median(seconds[name]))
+    for key in functions:
+        median = float(np.median(seconds[key]))
         rows.append(
             {
-                "model": name,
+                "model": key,
                 "clips": what,
                 "clips/s": len(clips) / median,
                 "real-time factor": median / audio_seconds,
-                "times faster than the order given": ratio(seconds[fixed], seconds[name]),
+                "times faster than the order given": ratio(seconds[fixed], seconds[key]),
             }
         )
-        if name in results:
-            rows[-1]["largest difference of a score"] = float(np.abs(scores(name) - scores(single)).max())
+        if key in results:
+            rows[-1]["largest difference of a score"] = float(np.abs(scores(key) - scores(single)).max())
     show(rows)
     return rows
 
@@ -744,7 +764,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="of section forward")
     parser.add_argument("--clips", type=int, default=64, help="clips of section lengths")
     parser.add_argument("--data_dir", help="data set whose test split gives clips (lengths) and scores (export)")
-    parser.add_argument("--checkpoint", help="MMSER checkpoint to export, in place of random weights")
+    parser.add_argument(
+        "--checkpoint", help="trained MMSER: exported in place of random weights, and timed too by section lengths"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "speed.json")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)

@@ -40,7 +40,9 @@ from modeling_mmser import (
     MMSERModel,
     OpenMax,
     UncertaintyHead,
+    WeightedLayerSum,
     time_mask,
+    weighted_layer_sum,
 )
 
 AUDIO_LENGTHS = {"waveform": [16000, 9001, 3205, 0], "whisper": [100, 57, 20, 0]}
@@ -203,6 +205,23 @@ def test_weighted_layer_sum(models, kind):
     hook.remove()
     assert len(weights) == 3 and weights.std() > 0.01
     torch.testing.assert_close(seen[0], torch.einsum("l,lbtd->btd", weights, layers), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_of_the_weighted_layer_sum(frozen):
+    """Against finite differences, and with the forward pass of evaluation."""
+    offset, factors = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4,), (3, 4)))
+    layers = [torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=not frozen) for _ in range(3)]
+    assert torch.autograd.gradcheck(WeightedLayerSum.apply, (offset, factors, *layers))
+    assert torch.autograd.gradgradcheck(WeightedLayerSum.apply, (offset, factors, *layers))
+    trained, evaluated = (function(offset, factors, *layers) for function in (WeightedLayerSum.apply, _evaluated))
+    assert torch.equal(trained, evaluated)
+    torch.testing.assert_close(evaluated, offset + torch.einsum("ld,lbtd->btd", factors, torch.stack(layers)))
+
+
+@torch.no_grad()
+def _evaluated(offset, factors, *layers):
+    return weighted_layer_sum(offset, factors, layers)
 
 
 # What goes in
