@@ -542,6 +542,35 @@ def test_a_resumed_run_goes_on_with_its_average(splits, tmp_path):
     torch.testing.assert_close(flat_parameters(resumed.model), flat_parameters(whole.model), atol=1e-5, rtol=0)
 
 
+def test_a_checkpoint_without_an_average_begins_one(splits, tmp_path):
+    """Resumed with `weight_averaging` that the run did not have before."""
+    start = tiny_model()
+    whole = resumable(splits, tmp_path / "whole", start)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-6"
+    resumed = resumable(splits, tmp_path / "resumed", start, weight_averaging=0.9, save_strategy="no")
+    remember = RememberWeights(resumed.model)
+    resumed.add_callback(remember)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5)
+    average = flat_parameters(MMSERForAudioClassification.from_pretrained(checkpoint)).double()
+    for step, last in enumerate(remember.weights[1:], start=7):
+        keep = min(0.9, (1 + step) / (10 + step))
+        average = keep * average + (1 - keep) * last
+    torch.testing.assert_close(flat_parameters(resumed.model).double(), average, atol=1e-6, rtol=0)
+
+
+def test_accumulated_steps_are_averaged_once(splits, tmp_path):
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 5}
+    trainer = resumable(splits, tmp_path, tiny_model(), **arguments, weight_averaging=0.9, save_strategy="no")
+    remember = RememberWeights(trainer.model)
+    trainer.add_callback(remember)
+    trainer.train()
+    assert len(remember.weights) == 6
+    expected = averages_of(remember.weights, 0.9)[-1]
+    torch.testing.assert_close(flat_parameters(trainer.model).double(), expected, atol=1e-6, rtol=0)
+
+
 def test_the_best_checkpoint_is_an_average_and_what_it_is_resumed_from_stays_beside_it(splits, tmp_path):
     arguments = {"save_steps": 2, "eval_steps": 2, "max_steps": 6, "load_best_model_at_end": True}
     trainer = resumable(splits, tmp_path, tiny_model(), **arguments, weight_averaging=0.9)
