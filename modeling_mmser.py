@@ -457,10 +457,11 @@ class Standardization(nn.Module):
 
 
 def weighted_layer_sum(offset: Tensor, factors: Tensor, layers: Sequence[Tensor]) -> Tensor:
-    """`offset + sum_l factors[l] * layers[l]`, with an offset [D], factors [L, D] and L layers [..., D]."""
-    states = torch.addcmul(offset, factors[0], layers[0])
+    """`offset + sum_l factors[l] * layers[l]`, with an offset [D], factors [L, D] and L layers [..., D]. They take the
+    type of the offset one by one: so there is never a copy of them all."""
+    states = torch.addcmul(offset, factors[0], layers[0].to(offset.dtype))
     for factor, layer in zip(factors[1:], layers[1:], strict=True):
-        states.addcmul_(factor, layer)
+        states.addcmul_(factor, layer.to(offset.dtype))
     return states
 
 
@@ -478,7 +479,7 @@ class WeightedLayerSum(torch.autograd.Function):
         times = tuple(range(grad.dim() - 1))
         return (
             grad.sum(dim=times),
-            torch.stack([(grad * layer).sum(dim=times) for layer in layers]),
+            torch.stack([(grad * layer.to(grad.dtype)).sum(dim=times) for layer in layers]),
             *(
                 grad * factor if is_needed else None
                 for factor, is_needed in zip(factors, ctx.needs_input_grad[2:], strict=True)
@@ -1356,7 +1357,7 @@ class MMSERModel(MMSERPreTrainedModel):
             layers, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
             audio_hidden = self._weigh_layers(layers)
         elif audio_states is not None:
-            audio_hidden = self._weigh_layers(audio_states.to(self.dtype).unbind(dim=2))
+            audio_hidden = self._weigh_layers(audio_states.unbind(dim=2), self.dtype)
             audio_mask = _as_mask(attention_mask, audio_states, "attention_mask")
         if input_ids is not None:
             text_flags = flags if record is None else {}
@@ -1482,14 +1483,16 @@ class MMSERModel(MMSERPreTrainedModel):
                 output = encoder(audio, attention_mask=safe_mask, **flags)
         return self._audio_layers(output), frame_mask, output
 
-    def _weigh_layers(self, layers: Sequence[Tensor]) -> Tensor:
-        """Standardise the layers' states, each [B, Ta, D], and sum them by their weights to [B, Ta, D]."""
+    def _weigh_layers(self, layers: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """Standardise the layers' states, each [B, Ta, D], and sum them by their weights to [B, Ta, D], of their own
+        or another type."""
         # sum_l w_l (layer_l - mean_l) scale_l, with all that does not depend on the clip taken together
+        dtype = dtype or layers[0].dtype
         factors = self.state_norm.scale.float()
         if self.layer_weights is not None:
             factors = F.softmax(self.layer_weights.float(), dim=0)[:, None] * factors
-        offset = (factors * self.state_norm.mean.float()).sum(dim=0).to(layers[0])
-        factors = factors.to(layers[0])
+        offset = (factors * self.state_norm.mean.float()).sum(dim=0).to(layers[0].device, dtype)
+        factors = factors.to(layers[0].device, dtype)
         if torch.is_grad_enabled() and factors.requires_grad:
             return cast(Tensor, WeightedLayerSum.apply(-offset, factors, *layers))
         return weighted_layer_sum(-offset, factors, layers)
