@@ -553,7 +553,7 @@ def cache(arguments: argparse.Namespace) -> Rows:
     """An epoch of training with both encoders frozen, encoding each clip and reading its states from the cache."""
     processor = build_processor()
     with tempfile.TemporaryDirectory() as temporary:
-        table = noise_table(Path(temporary) / "corpus", 64, [SECONDS])
+        table = noise_table(Path(temporary) / "corpus", arguments.cached_clips, [SECONDS])
         model = MMSERForAudioClassification(build_config(arguments)).to(arguments.device)
         model.freeze_audio_encoder()
         model.freeze_text_encoder()
@@ -763,6 +763,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=BATCH_SIZES, help="of section forward")
     parser.add_argument("--clips", type=int, default=64, help="clips of section lengths")
+    parser.add_argument("--cached_clips", type=int, default=128, help="clips of section cache")
     parser.add_argument("--data_dir", help="data set whose test split gives clips (lengths) and scores (export)")
     parser.add_argument(
         "--checkpoint", help="trained MMSER: exported in place of random weights, and timed too by section lengths"

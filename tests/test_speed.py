@@ -48,7 +48,7 @@ def test_sections(script, section, tmp_path, capsys):
     output = tmp_path / "speed.json"
     output.write_text('{"before": 1}')
     flags = ["--size", "tiny", "--repeats", "2", "--clips", "20", "--device", "cpu", "--threads", "1"]
-    flags += ["--batch_sizes", "1", "2"]
+    flags += ["--batch_sizes", "1", "2", "--cached_clips", "16"]
     script.main([*flags, "--sections", section, "--output", str(output)])
     results = json.loads(output.read_text())
     assert results["before"] == 1 and results[section]["setting"]["repeats"] == 2
