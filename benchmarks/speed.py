@@ -62,8 +62,6 @@ LENGTHS = (
     *(2.53, 2.88, 3.0, 3.0, 3.0, 3.33, 3.5, 3.67, 3.9, 8.98),
 )
 
-ALL_CLIPS = 1000  # more than the test split of ser4 has
-
 TINY: dict[str, Any] = {
     "audio_config": {
         "model_type": "wav2vec2",
@@ -379,8 +377,9 @@ def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype_na
     }
 
 
-def clips_of_real_lengths(arguments: argparse.Namespace, count: int) -> tuple[Rows, str]:
-    """Inputs of a pipeline: clips of a data set's test split, else noise of the lengths of ser4; and what they are."""
+def clips_of_real_lengths(arguments: argparse.Namespace, count: int | None) -> tuple[Rows, str]:
+    """Inputs of a pipeline: clips of a data set's test split, else noise of the lengths of ser4; and what they are.
+    No count takes all of a data set's."""
     rng = np.random.default_rng(0)
     if arguments.data_dir:
         table = load_emotion_dataset(arguments.data_dir)[0]["test"]
@@ -415,7 +414,7 @@ class Items(torch.utils.data.Dataset):
 
 def lengths(arguments: argparse.Namespace) -> Rows:
     """Pipelines over clips of real lengths, batch 16: in the order given, grouped by length, one by one, and stock; a
-    trained checkpoint, if one is given, over as many clips as there are."""
+    trained checkpoint over all clips, if one is given and a data set is."""
     ours = MMSERPipeline(
         model=build_model(OURS, arguments),
         processor=build_processor(),
@@ -430,8 +429,8 @@ def lengths(arguments: argparse.Namespace) -> Rows:
     )
     clips, what = clips_of_real_lengths(arguments, arguments.clips)
     rows = orders("MMSER", ours, clips, what, arguments, {f"{STOCK} and its pipeline": stock})
-    if arguments.checkpoint:
-        clips, what = clips_of_real_lengths(arguments, ALL_CLIPS)
+    if arguments.checkpoint and arguments.data_dir:
+        clips, what = clips_of_real_lengths(arguments, None)
         rows += orders("trained MMSER", load_classifier(arguments.checkpoint, arguments), clips, what, arguments)
     return rows
 
