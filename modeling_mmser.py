@@ -459,9 +459,16 @@ class Standardization(nn.Module):
 def weighted_layer_sum(offset: Tensor, factors: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """`offset + sum_l factors[l] * layers[l]`, with an offset [D], factors [L, D] and L layers [..., D]. They take the
     type of the offset one by one: so there is never a copy of them all."""
-    states = torch.addcmul(offset, factors[0], layers[0].to(offset.dtype))
-    for factor, layer in zip(factors[1:], layers[1:], strict=True):
-        states.addcmul_(factor, layer.to(offset.dtype))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither of which takes what is written in place
+        states = torch.addcmul(offset, factors[0], layers[0].to(offset.dtype))
+        for factor, layer in zip(factors[1:], layers[1:], strict=True):
+            states.addcmul_(factor, layer.to(offset.dtype))
+        return states
+    states = offset.new_empty(layers[0].shape)
+    for part, first, *others in _row_blocks(states, *layers):
+        torch.addcmul(offset, factors[0], first.to(offset.dtype), out=part)
+        for factor, layer in zip(factors[1:], others, strict=True):
+            part.addcmul_(factor, layer.to(offset.dtype))
     return states
 
 
@@ -476,15 +483,25 @@ class WeightedLayerSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (factors, *layers) = grads, ctx.saved_tensors
-        times = tuple(range(grad.dim() - 1))
         return (
-            grad.sum(dim=times),
-            torch.stack([(grad * layer.to(grad.dtype)).sum(dim=times) for layer in layers]),
+            grad.flatten(0, -2).sum(dim=0),
+            sum(
+                torch.stack([(part * layer.to(part.dtype)).sum(dim=0) for layer in rows])
+                for part, *rows in _row_blocks(grad, *layers)
+            ),
             *(
                 grad * factor if is_needed else None
                 for factor, is_needed in zip(factors, ctx.needs_input_grad[2:], strict=True)
             ),
         )
+
+
+def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of tensors [..., D] of one shape, flattened to [N, D], in blocks that a CPU keeps in its cache while it
+    goes through them several times; all at once on other devices."""
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    size = 256 if flat[0].device.type == "cpu" else max(1, len(flat[0]))
+    return zip(*(rows.split(size) for rows in flat), strict=True)
 
 
 class Moments:

@@ -219,6 +219,23 @@ def test_gradients_of_the_weighted_layer_sum(frozen):
     torch.testing.assert_close(evaluated, offset + torch.einsum("ld,lbtd->btd", factors, torch.stack(layers)))
 
 
+def test_weighted_layer_sum_of_long_states():
+    """More rows than are gone through at once, in half precision and not contiguous, as a cache gives them."""
+    states = torch.randn(3, 333, 4, 8).half()
+    offset, factors = (torch.randn(*shape, requires_grad=True) for shape in ((8,), (4, 8)))
+    weight = torch.randn(3, 333, 8)
+    for compute in (
+        lambda: WeightedLayerSum.apply(offset, factors, *states.unbind(dim=2)),
+        lambda: weighted_layer_sum(offset, factors, states.unbind(dim=2)),
+    ):
+        result = compute()
+        gradients = torch.autograd.grad((weight * result).sum(), (offset, factors))
+        exact = offset.double() + torch.einsum("ld,btld->btd", factors.double(), states.double())
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(gradients, torch.autograd.grad((weight * exact).sum(), (offset, factors)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 @torch.no_grad()
 def _evaluated(offset, factors, *layers):
     return weighted_layer_sum(offset, factors, layers)
