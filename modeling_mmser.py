@@ -417,7 +417,8 @@ class AttentiveStatsPooling(nn.Module):
         weights = (F.softmax(scores, dim=-1) * mask).unsqueeze(-1)  # (B, T, 1)
         states = hidden_states.float()
         mean = (weights * states).sum(dim=1)
-        variance = (weights * (states - mean[:, None]) ** 2).sum(dim=1)
+        # The slope of the variance by the mean is 0, so that no gradient need pass there
+        variance = (weights * (states - mean[:, None].detach()).square()).sum(dim=1)
         # The slope of a square root is infinite at 0, where a single valid position always is
         deviation = torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
         return torch.cat([mean, deviation], dim=-1).to(hidden_states.dtype)
@@ -568,8 +569,29 @@ class MissingModality(nn.Module):
         Returns: the states, their mask (one valid position in such a row), and which rows are present, bool [B].
         """
         present = mask.any(dim=1)
-        states = torch.where(present[:, None, None], hidden_states, self.embedding.to(hidden_states))
+        states = FillMissing.apply(hidden_states, self.embedding.to(hidden_states), present)
         return states, _attend_somewhere(mask), present
+
+
+class FillMissing(torch.autograd.Function):
+    """`torch.where(present[:, None, None], states, embedding)`, at no cost where all rows are known to be present."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, embedding: Tensor, present: Tensor) -> Tensor:
+        ctx.save_for_backward(present)
+        ctx.is_full = _is_known_to_be_full(present)
+        return states.view_as(states) if ctx.is_full else torch.where(present[:, None, None], states, embedding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (present,) = grads, ctx.saved_tensors
+        if ctx.is_full:
+            return grad, grad.new_zeros(grad.shape[-1]), None
+        return (
+            torch.where(present[:, None, None], grad, 0),
+            torch.where(present[:, None], 0, grad.sum(dim=1)).sum(dim=0),
+            None,
+        )
 
 
 def _attend_somewhere(mask: Tensor) -> Tensor:

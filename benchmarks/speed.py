@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import (
     AutoModel,
     BertTokenizer,
+    TrainerCallback,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForSequenceClassification,
     pipeline,
@@ -548,6 +549,19 @@ def build_trainer(
     return MMSERTrainer(model, options, data_collator=MMSERDataCollator(processor), **data)
 
 
+class EpochTimer(TrainerCallback):
+    """Seconds of each epoch, without what a trainer does before the first and after the last."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._start)
+
+
 def cache(arguments: argparse.Namespace) -> Rows:
     """An epoch of training with both encoders frozen, encoding each clip and reading its states from the cache."""
     processor = build_processor()
@@ -562,11 +576,13 @@ def cache(arguments: argparse.Namespace) -> Rows:
         cached = CachedStatesDataset(plain, states)
         filling = time.perf_counter() - start
 
-        functions = {
-            name: build_trainer(model, processor, temporary, arguments, train_dataset=dataset).train
-            for name, dataset in (("uncached", plain), ("cached", cached))
-        }
-        seconds = in_turns(functions, min(3, arguments.repeats), arguments.device)
+        timers = {"uncached": EpochTimer(), "cached": EpochTimer()}
+        functions = {}
+        for (name, timer), dataset in zip(timers.items(), (plain, cached), strict=True):
+            trainer = build_trainer(model, processor, temporary, arguments, train_dataset=dataset, callbacks=[timer])
+            functions[name] = trainer.train
+        in_turns(functions, min(3, arguments.repeats), arguments.device)
+        seconds = {name: np.array(timer.seconds[1:]) for name, timer in timers.items()}
     rows = [
         {
             "clips": len(table),

@@ -36,6 +36,7 @@ from modeling_mmser import (
     AttentiveStatsPooling,
     CrossModalAttention,
     DeepClassifier,
+    FillMissing,
     MMSERForAudioClassification,
     MMSERModel,
     OpenMax,
@@ -232,8 +233,21 @@ def test_weighted_layer_sum_of_long_states():
         gradients = torch.autograd.grad((weight * result).sum(), (offset, factors))
         exact = offset.double() + torch.einsum("ld,btld->btd", factors.double(), states.double())
         torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)
-        for ours, theirs in zip(gradients, torch.autograd.grad((weight * exact).sum(), (offset, factors)), strict=True):
+        for ours, theirs in zip(
+            gradients, torch.autograd.grad((weight * exact).sum(), (offset, factors)), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("present", [[True, True], [True, False], [False, False]])
+def test_missing_rows_take_the_embedding(present):
+    """Against torch.where and its gradients."""
+    states, embedding = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (4,)))
+    rows = torch.tensor(present)
+    ours, stock = FillMissing.apply(states, embedding, rows), torch.where(rows[:, None, None], states, embedding)
+    assert torch.equal(ours, stock)
+    assert torch.autograd.gradcheck(FillMissing.apply, (states, embedding, rows))
+    assert torch.autograd.gradgradcheck(FillMissing.apply, (states, embedding, rows))
 
 
 @torch.no_grad()
@@ -569,6 +583,26 @@ def test_statistics_pooling_against_a_loop():
         mean = sum(weight * x for weight, x in zip(weights, valid, strict=True))
         variance = sum(weight * (x - mean) ** 2 for weight, x in zip(weights, valid, strict=True))
         torch.testing.assert_close(pooled[row].double(), torch.cat([mean, variance.sqrt()]), rtol=0, atol=2e-6)
+
+
+def test_gradients_of_statistics_pooling():
+    """Against those of the deviation as the root of the mean square minus the square of the mean."""
+    torch.manual_seed(0)
+    pooling = randomize(AttentiveStatsPooling(5, 7)).double()
+    states, mask = torch.randn(3, 6, 5, dtype=torch.float64), torch.arange(6) < torch.tensor([[6], [4], [2]])
+
+    def pool_otherwise(states):
+        scores = pooling.score(torch.tanh(pooling.hidden(states))).masked_fill(~mask[..., None], -torch.inf)
+        weights = scores.softmax(dim=1)
+        mean, square = (torch.einsum("bti,btd->bd", weights, x) for x in (states, states**2))
+        return torch.cat([mean, (square - mean**2).sqrt()], dim=1)
+
+    weight, gradients = torch.randn(3, 10, dtype=torch.float64), []
+    for pool in (lambda states: pooling(states, mask), pool_otherwise):
+        leaf = states.clone().requires_grad_()
+        gradients.append(torch.autograd.grad((weight * pool(leaf)).sum(), [leaf, *pooling.parameters()]))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[1, 1], [0, 0], [6, 0], [2, 1]])
