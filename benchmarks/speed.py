@@ -126,9 +126,15 @@ def build_batch(batch_size: int, arguments: argparse.Namespace, dtype: torch.dty
     }
 
 
-def forward_passes(models: dict[str, Any], batch_size: int, arguments: argparse.Namespace, dtype: torch.dtype):
+def forward_passes(
+    models: dict[str, Any],
+    batch_size: int,
+    arguments: argparse.Namespace,
+    dtype: torch.dtype,
+    seconds: float = SECONDS,
+):
     """Forward passes on one batch, by name; `models` holds, by kind, those that the passes to be called need."""
-    audio, text = build_batch(batch_size, arguments, dtype)
+    audio, text = build_batch(batch_size, arguments, dtype, seconds)
 
     def bare_encoders():
         audio_encoder, text_encoder = models[FLOOR]
@@ -604,22 +610,24 @@ def growth(arguments: argparse.Namespace) -> Rows:
     for count in (100, 1000, 10000):
         rows.append(in_child("many_clips", arguments, count=count))
         show(rows[-1:])
-    model = build_model(OURS, arguments)
+    models = {kind: build_model(kind, arguments) for kind in (FLOOR, OURS)}
     lengths = (2.0, 4.0, 8.0, 16.0, 30.0)
     functions = {}
     for length in lengths:
-        audio, text = build_batch(1, arguments, torch.float32, length)
-        functions[f"{length:g} s"] = partial(model, **audio, **text)
+        passes = forward_passes(models, 1, arguments, torch.float32, length)
+        functions |= {f"{kind}, {length:g} s": passes[kind] for kind in models}
     seconds = in_turns(functions, arguments.repeats, arguments.device)
-    medians = [float(np.median(values)) for values in seconds.values()]
-    exponents = np.diff(np.log(medians)) / np.diff(np.log(lengths))
+    medians = {kind: [float(np.median(seconds[f"{kind}, {length:g} s"])) for length in lengths] for kind in models}
+    exponents = {kind: np.diff(np.log(medians[kind])) / np.diff(np.log(lengths)) for kind in models}
     for index, length in enumerate(lengths):
         rows.append(
             {
                 "what": f"one clip of {length:g} s, {arguments.size} size",
-                "ms per clip": 1000 * medians[index],
-                "ms per second of audio": 1000 * medians[index] / length,
-                "exponent since the last": float(exponents[index - 1]) if index else None,
+                "ms per clip": 1000 * medians[OURS][index],
+                "ms per second of audio": 1000 * medians[OURS][index] / length,
+                "exponent since the last": float(exponents[OURS][index - 1]) if index else None,
+                f"{FLOOR}, ms per clip": 1000 * medians[FLOOR][index],
+                f"{FLOOR}, exponent": float(exponents[FLOOR][index - 1]) if index else None,
             }
         )
     show(rows[-len(lengths) :])
