@@ -22,6 +22,8 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from tiny import WAVEFORM
 
+from training_mmser import WeightAverage
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 CODE_FILES = ("configuration_mmser.py", "modeling_mmser.py", "processing_mmser.py")
@@ -179,6 +181,7 @@ def author(wav, recipe):
 
     flags = ["--output_dir", "streamed", "--streaming", "--push_to_hub", "--hub_model_id", "me/streamed"]
     flags += ["--hub_strategy", "checkpoint", "--max_steps", "1", "--save_steps", "1", "--eval_steps", "1"]
+    flags += ["--weight_averaging", "0.9"]
     result["streamed_loss"] = train_hf.main([recipe, *flags])["training"]["train_loss"]
     result["checkpoints"] = [str(path.resolve()) for path in sorted(Path().glob("*/checkpoint-*"))]
 
@@ -404,10 +407,12 @@ def test_every_push_during_training_is_complete_and_without_pickles(story):
 
 
 def test_what_resuming_needs_is_pushed_only_on_request(story):
-    """`--hub_strategy checkpoint`: optimizer and random states are pickles, and are kept apart."""
+    """`--hub_strategy checkpoint`: optimizer and random states are pickles, and are kept apart, as are weights that
+    stand beside their average."""
     assert {
-        f"last-checkpoint/{name}" for name in ("config.json", "optimizer.pt", *CODE_FILES)
+        f"last-checkpoint/{name}" for name in ("config.json", "optimizer.pt", WeightAverage.file_name, *CODE_FILES)
     } <= story.streamed.keys()
+    assert WeightAverage.file_name not in story.streamed
     pickles = [path for path in story.streamed if path.endswith(PICKLES)]
     assert all(path.startswith("last-checkpoint/") for path in pickles), pickles
     assert "last-checkpoint/training_args.bin" not in story.streamed
