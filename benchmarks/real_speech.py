@@ -932,6 +932,7 @@ def run_worker(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> 
         "command": shlex.join(["python", "benchmarks/real_speech.py", *worker_flags(run, arguments)]),
         **result,
     }
+    result["command"] = _without_paths(result["command"], arguments)
     result["seconds"] = {**result.get("seconds", {}), "total": time.perf_counter() - start}
     measured_with = result.get("environment") or environment(device)
     result["environment"] = {**measured_with, "dtype": result.pop("dtype", "float32")}
@@ -948,6 +949,24 @@ def worker_flags(run: Run, arguments: argparse.Namespace) -> list[str]:
         value = getattr(arguments, name)
         flags += [] if value is None else [f"--{name}", str(value)]
     return flags
+
+
+def _without_paths(command: str, arguments: argparse.Namespace) -> str:
+    """Folders of this machine mean nothing to others."""
+    names = {
+        str(arguments.recipes): "recipes",
+        str(arguments.work_dir): "WORK",
+        arguments.data_dir: "DATA",
+        arguments.spoken_text_dir: "SPOKEN",
+        arguments.audio_encoder: "AUDIO_ENCODER",
+        arguments.text_encoder: "TEXT_ENCODER",
+    }
+    words = shlex.split(command)
+    for path in sorted((path for path in names if path), key=len, reverse=True):
+        words = [
+            names[path] + word[len(path) :] if word == path or word.startswith(f"{path}/") else word for word in words
+        ]
+    return shlex.join(words)
 
 
 def worker_command(run: Run, arguments: argparse.Namespace) -> list[str]:
@@ -1106,7 +1125,9 @@ def aggregate(rows: Sequence[Row], collected: Mapping[str, Sequence[Tree]], argu
     environments: list[Tree] = []
     for row in rows:
         results = collected.get(row.name) or []
-        environments += [result["environment"] for result in results if result["environment"] not in environments]
+        for result in results:
+            if result["environment"] not in environments:
+                environments.append(result["environment"])
         if not results:
             continue
         entry = {
@@ -1115,7 +1136,7 @@ def aggregate(rows: Sequence[Row], collected: Mapping[str, Sequence[Tree]], argu
             "leaves_out": row.leaves_out,
             "seeds": [result["seed"] for result in results],
         }
-        entry["commands"] = [_without_paths(result["command"], arguments) for result in results]
+        entry["commands"] = [result["command"] for result in results]
         for key in ("scores", "validation", "gate", "seconds", "megabytes"):
             if any(key in result for result in results):
                 entry[key] = summarise([result.get(key) for result in results])
@@ -1131,24 +1152,6 @@ def aggregate(rows: Sequence[Row], collected: Mapping[str, Sequence[Tree]], argu
         "rows": {table: [row.name for row in rows if row.table == table] for table in TABLES},
         "tables": tables,
     }
-
-
-def _without_paths(command: str, arguments: argparse.Namespace) -> str:
-    """Folders of this machine mean nothing to others."""
-    names = {
-        str(arguments.recipes): "recipes",
-        str(arguments.work_dir): "WORK",
-        arguments.data_dir: "DATA",
-        arguments.spoken_text_dir: "SPOKEN",
-        arguments.audio_encoder: "AUDIO_ENCODER",
-        arguments.text_encoder: "TEXT_ENCODER",
-    }
-    words = shlex.split(command)
-    for path in sorted((path for path in names if path), key=len, reverse=True):
-        words = [
-            names[path] + word[len(path) :] if word == path or word.startswith(f"{path}/") else word for word in words
-        ]
-    return shlex.join(words)
 
 
 def short_json(results: Tree) -> str:

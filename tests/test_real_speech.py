@@ -390,6 +390,8 @@ def test_the_stages_and_what_is_said_of_their_modalities(script, given, argument
     for condition in ("model", "audio_only", "text_only"):
         for metric in script.METRICS:
             assert speech["scores"][condition][metric] == pytest.approx(trained[condition][metric])
+    commands = "".join(result["command"] for result in results.values())
+    assert str(tmp_path) not in commands and str(given) not in commands
     assert shlex.split(results[script.FROZEN]["command"])[:2] == ["python", "train_hf.py"]
     assert shlex.split(results["mean pooling"]["command"])[1:4] == [
         "benchmarks/real_speech.py",
@@ -483,6 +485,15 @@ def test_the_seconds_of_a_row_are_those_of_all_its_stages(script):
     assert script._seconds_of_training(entries, script.BEST) == 133  # three times the first and the second
     assert script._seconds_of_training(entries, script.TUNED) == 11
     assert script._seconds_of_training(entries, script.ALONE_TUNED) is None
+
+
+def test_each_environment_is_told_once(script, workers, arguments):
+    rows = [script.Row("a", "study", function="a"), script.Row("b", "study", function="b")]
+    study_of(script, workers, arguments, rows)
+    path = script.run_folder(script.Run(rows[1], 1), arguments) / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "environment": {"dtype": "bfloat16"}}))
+    found = script.aggregate(rows, script.collect(rows, arguments), arguments)
+    assert found["environments"] == [{}, {"dtype": "bfloat16"}]
 
 
 def test_means_and_deviations_are_numpys(script):
