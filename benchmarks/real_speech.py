@@ -55,8 +55,8 @@ from modeling_mmser import (
     register_auto_classes,
 )
 from processing_mmser import MMSERPipeline, MMSERProcessor
-from reporting_mmser import RESULTS_NAME, environment, predict_passes, strict_json
-from training_mmser import PARAMETER_GROUPS, MMSERTrainer, MMSERTrainingArguments
+from reporting_mmser import RESULTS_NAME, environment, strict_json
+from training_mmser import PARAMETER_GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 Tree = dict[str, Any]  # nested mappings with numbers at the ends
@@ -192,14 +192,6 @@ STUDY = [
         averages=3,
         keep=True,
         note="the same with the mean of what three seeds made of the first two stages",
-    ),
-    Row(
-        f"{BEST}, 5 passes over each clip",
-        "study",
-        function="passes",
-        starts_from=BEST,
-        changes={"num_passes": 5},
-        note="test-time augmentation: the clip as it is and at four other speeds",
     ),
 ]
 
@@ -839,45 +831,6 @@ def _mean_gates(gates: np.ndarray, groups: Mapping[str, np.ndarray]) -> Tree:
     }
 
 
-def passes(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
-    """The checkpoint of another row with test-time augmentation, as `eval_hf.py --tta` has it."""
-    start, *_ = starts_of(run, rows)
-    folder = run_folder(start, arguments) / "model"
-    register_auto_classes()
-    processor = MMSERProcessor.from_pretrained(folder)
-    is_bfloat16 = _autocast(folder) is torch.bfloat16
-    training_arguments = MMSERTrainingArguments(
-        output_dir=str(run_folder(run, arguments) / "model"),
-        per_device_eval_batch_size=32,
-        dataloader_num_workers=0,
-        eval_strategy="no",
-        save_strategy="no",
-        bf16=is_bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = MMSERTrainer(
-        MMSERForAudioClassification.from_pretrained(folder, dtype=torch.float32),
-        training_arguments,
-        data_collator=MMSERDataCollator(processor),
-        processing_class=processor,
-    )
-    splits, label_names = load_emotion_dataset(data_folder(run.row, arguments))
-    test, num_passes = splits["test"], run.row.changes["num_passes"]
-    scores, begin = {}, time.perf_counter()
-    for name, use_text in (("model", True), ("audio_only", False)):
-        clips = EmotionDataset(test, sampling_rate=processor.feature_extractor.sampling_rate, use_text=use_text)
-        outputs = predict_passes(trainer, clips, num_passes, DATA_SEED)
-        scores[name] = score(outputs["logits"].argmax(axis=1), np.array(test["labels"]), label_names, groups_of(test))
-    return {
-        "scores": scores,
-        "seconds": {"testing": time.perf_counter() - begin},
-        "parameters": trainer.model.num_parameters(),
-        "dtype": "bfloat16 autocast" if is_bfloat16 else "float32",
-    }
-
-
 def compact(run: Run, rows: Sequence[Row], arguments: argparse.Namespace) -> Tree:
     """The checkpoint of another row as `export_hf.py` makes it small, run by onnxruntime through the pipeline."""
     start, *_ = starts_of(run, rows)
@@ -910,7 +863,6 @@ FUNCTIONS: dict[str, Callable[[Run, Sequence[Row], argparse.Namespace], Tree]] =
     "whisper": whisper,
     "examine": examine,
     "compact": compact,
-    "passes": passes,
 }
 
 
