@@ -543,8 +543,9 @@ def main(arguments: list[str] | None = None) -> dict:
     if is_new and not model_arguments.random_audio_encoder and data_arguments.standardize_clips:
         some = some_clips(splits["train"], data_arguments.standardize_clips)
         trainer.fit_standardization(evaluation_dataset(some))
+    first_step = step_of(checkpoint) if checkpoint else 0  # before training: `save_total_limit` may delete the checkpoint
     results["training"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if checkpoint and trainer.state.global_step == step_of(checkpoint):  # it was finished before
+    if checkpoint and trainer.state.global_step == first_step:  # it was finished before
         results["training"] = earlier_training(training_arguments.output_dir) or results["training"]
     results["training"]["skipped_clips"] = train_dataset.num_skipped if data_arguments.streaming else num_skipped
 
