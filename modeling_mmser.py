@@ -487,8 +487,11 @@ class WeightedLayerSum(torch.autograd.Function):
         return (
             grad.flatten(0, -2).sum(dim=0),
             sum(
-                torch.stack([(part * layer.to(part.dtype)).sum(dim=0) for layer in rows])
-                for part, *rows in _row_blocks(grad, *layers)
+                (
+                    torch.stack([(part * layer.to(part.dtype)).sum(dim=0) for layer in rows])
+                    for part, *rows in _row_blocks(grad, *layers)
+                ),
+                start=torch.zeros_like(factors),
             ),
             *(
                 grad * factor if is_needed else None

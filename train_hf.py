@@ -428,6 +428,8 @@ def checkpoint_to_resume(arguments: MMSERTrainingArguments) -> str | None:
     if wanted.lower() in ("false", "no"):
         return None
     if wanted.lower() not in ("none", "true"):
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"--resume_from_checkpoint: {wanted} is no checkpoint (no trainer_state.json).")
         return wanted
     checkpoint = last_complete_checkpoint(arguments.output_dir)
     if checkpoint:
@@ -459,6 +461,8 @@ def main(arguments: list[str] | None = None) -> dict:
     set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
 
+    checkpoint = checkpoint_to_resume(training_arguments)
+    first_step = step_of(checkpoint) if checkpoint else 0  # now: `save_total_limit` may delete the checkpoint
     data_seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
     splits, label_names, unknown = load_data(data_arguments, data_seed)
     processor = load_processor(model_arguments)
@@ -538,12 +542,10 @@ def main(arguments: list[str] | None = None) -> dict:
         "license": model_arguments.license,
     }
 
-    checkpoint = checkpoint_to_resume(training_arguments)
     is_new = checkpoint is None and model_arguments.model_name_or_path is None
     if is_new and not model_arguments.random_audio_encoder and data_arguments.standardize_clips:
         some = some_clips(splits["train"], data_arguments.standardize_clips)
         trainer.fit_standardization(evaluation_dataset(some))
-    first_step = step_of(checkpoint) if checkpoint else 0  # before training: `save_total_limit` may delete the checkpoint
     results["training"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if checkpoint and trainer.state.global_step == first_step:  # it was finished before
         results["training"] = earlier_training(training_arguments.output_dir) or results["training"]

@@ -181,6 +181,12 @@ def test_a_second_call_goes_on_from_the_last_checkpoint(run, tmp_path, caplog):
     assert len(expected) == 6 and results["training"]["epoch"] == 1.5
 
 
+def test_what_is_no_checkpoint_is_told_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_hf, "load_data", lambda *_: pytest.fail("The data were loaded."))
+    with pytest.raises(FileNotFoundError, match=r"--resume_from_checkpoint: .*nowhere is no checkpoint"):
+        run(resume_from_checkpoint=tmp_path / "nowhere")
+
+
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
