@@ -673,7 +673,7 @@ class ClassAnchorClustering(nn.Module):
         self.projection = nn.Linear(config.feature_size, config.anchor_size)
         self.anchors = nn.Parameter(torch.zeros(config.num_labels, config.anchor_size))
         # The logarithm is what is learned: the temperature is positive by construction
-        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.log_temperature = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """
