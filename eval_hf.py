@@ -46,7 +46,7 @@ from reporting_mmser import (
     split_groups,
 )
 from train_hf import SourceArguments, draw_clips, set_up_logging
-from training_mmser import MMSERTrainer, MMSERTrainingArguments
+from training_mmser import MMSERTrainer, MMSERTrainingArguments, leave_process_group
 
 logger = logging.get_logger("eval_hf")
 
@@ -365,5 +365,11 @@ def main(arguments: list[str] | None = None) -> dict:
     return report
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`mmser-eval`."""
     main()
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    command()

@@ -79,5 +79,10 @@ def main(arguments: list[str] | None = None) -> ExportReport:
     return report
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`mmser-export`."""
     main()
+
+
+if __name__ == "__main__":
+    command()

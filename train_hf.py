@@ -64,6 +64,7 @@ from training_mmser import (
     MMSERTrainingArguments,
     average_checkpoints,
     last_complete_checkpoint,
+    leave_process_group,
     parameter_table,
 )
 
@@ -579,5 +580,11 @@ def main(arguments: list[str] | None = None) -> dict:
     return results
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`mmser-train`."""
     main()
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    command()

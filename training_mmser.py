@@ -6,6 +6,7 @@ the log, an error instead of a non-finite loss, and `finalize`, which calibrates
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -705,6 +706,19 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
         if (step := folder.name.rsplit("-", 1)[1]).isdigit() and (folder / "trainer_state.json").exists()
     }
     return str(complete[max(complete)]) if complete else None
+
+
+def leave_process_group() -> None:
+    """
+    End what a program shares with the other processes of its run: the last thing it does, its trainers out of scope.
+
+    A thread of Gloo that lets go of a tensor while the interpreter ends aborts the process, and a run that has worked
+    counts as failed (https://github.com/pytorch/pytorch/issues/190489). The threads end with the group, and the group
+    with the last model that was wrapped for it: hence the collection.
+    """
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def parameter_table(model: nn.Module) -> list[dict]:
