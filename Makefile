@@ -31,7 +31,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy configuration_mmser.py modeling_mmser.py processing_mmser.py data_mmser.py caching_mmser.py
+	$(BIN)/mypy .
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -9,59 +9,19 @@ python export_hf.py --checkpoint runs/mine --output_dir runs/small --dtype int8 
 python export_hf.py --checkpoint me/model --output_dir runs/half --format safetensors --dtype float16 --languages de en
 """
 
-from dataclasses import dataclass, field
+import sys
 
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from export_mmser import DTYPES, FORMATS, OPSET, ExportReport, export_checkpoint
-from vocabulary_mmser import read_texts
-
-
-@dataclass
-class ExportArguments:
-    """What to export, and how."""
-
-    model_name_or_path: str = field(
-        metadata={"aliases": ["--checkpoint"], "help": "MMSER checkpoint: folder or Hub name."}
-    )
-    output_dir: str = field(metadata={"aliases": ["--save_dir"], "help": "Folder to write."})
-    format: list[str] = field(
-        default_factory=lambda: ["onnx"],
-        metadata={"help": f"One or more of {', '.join(FORMATS)}: for onnxruntime, for PyTorch."},
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={"choices": list(DTYPES), "help": "Of the weights. float16 is for GPUs, int8 for ONNX alone."},
-    )
-    languages: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the tokens that the scripts of these languages need (ISO 639-1 codes). Languages of one "
-            "script are not told apart: give texts for that."
-        },
-    )
-    vocabulary_text: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the tokens of the texts in these files (.txt, or .csv, .tsv, .jsonl with a column "
-            "transcription or text), and single characters for all other words."
-        },
-    )
-    check: bool = field(
-        default=True, metadata={"help": "Compare the export with PyTorch, and write nothing if they differ."}
-    )
-    tolerance: float | None = field(
-        default=None,
-        metadata={"help": "Largest difference of a probability to let through. Default: depends on --dtype."},
-    )
-    opset: int = field(default=OPSET, metadata={"help": "Version of the ONNX operators."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in --output_dir."})
+from mmser.arguments import ExportArguments, parse_arguments
+from mmser.export import ExportReport, export_checkpoint
+from mmser.vocabulary import read_texts
 
 
 def main(arguments: list[str] | None = None) -> ExportReport:
     """Export as the flags say, and print sizes and differences. Returns what is printed."""
-    (options,) = HfArgumentParser(ExportArguments, description=__doc__).parse_args_into_dataclasses(arguments)
+    command = sys.argv[1:] if arguments is None else arguments
+    (options,) = parse_arguments((ExportArguments,), command, __doc__)
     logging.set_verbosity_warning()
     report = export_checkpoint(
         options.model_name_or_path,

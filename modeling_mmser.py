@@ -1,335 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MMSER network, its losses and OpenMax.
+"""The MMSER network, top to bottom.
 
-Read top to bottom: losses, audio encoders made independent of padding, cross-modal attention, pooling, fusion, the
-classifier and its companions (anchors, uncertainty, prototypes, OpenMax), then `MMSERModel` (up to the fused vector)
-and `MMSERForAudioClassification` (heads, loss, calibration). Shape letters: B clips, T audio samples or mel frames,
-Ta audio states, L tokens, D an encoder's width, C classes.
+Cross-modal attention, pooling, fusion, the classifier and its companions (anchors, uncertainty, prototypes), then
+`MMSERModel` (up to the fused vector) and `MMSERForAudioClassification` (heads, loss, calibration). The encoders are in
+`encoders_mmser.py`, the losses in `losses_mmser.py`, OpenMax in `openmax_mmser.py`. Shape letters: B clips, T audio
+samples or mel frames, Ta audio states, L tokens, D an encoder's width, C classes.
 """
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
-from scipy.optimize import brentq
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, WhisperModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput, can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import capture_outputs
 
 try:
     from .configuration_mmser import MMSERConfig
+    from .encoders_mmser import (
+        MaskedGroupNormConvLayer,
+        build_audio_encoder,
+        build_text_encoder,
+        is_frozen,
+        keep_layers,
+        load_encoder,
+        time_mask,
+        valid_frames,
+        without_pooler,
+    )
+    from .losses_mmser import (
+        class_balanced_focal_loss,
+        class_balanced_weights,
+        clustering_loss,
+        distillation_loss,
+        prototype_loss,
+        supervised_contrastive_loss,
+        uncertainty_loss,
+    )
+    from .openmax_mmser import OpenMax
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
     from configuration_mmser import MMSERConfig
+    from encoders_mmser import (
+        MaskedGroupNormConvLayer,
+        build_audio_encoder,
+        build_text_encoder,
+        is_frozen,
+        keep_layers,
+        load_encoder,
+        time_mask,
+        valid_frames,
+        without_pooler,
+    )
+    from losses_mmser import (
+        class_balanced_focal_loss,
+        class_balanced_weights,
+        clustering_loss,
+        distillation_loss,
+        prototype_loss,
+        supervised_contrastive_loss,
+        uncertainty_loss,
+    )
+    from openmax_mmser import OpenMax
 
 logger = logging.get_logger(__name__)
-
-
-# Losses. All take float tensors of any precision, compute in float32 and return a scalar.
-
-
-def class_balanced_weights(class_counts: Iterable[int], beta: float) -> list[float]:
-    """
-    Class weights by the effective number of samples, `(1 - beta) / (1 - beta^n)` (Cui et al. 2019, eq. 2), scaled to
-    sum to C.
-
-    Args:
-        class_counts: clips of each class in the training set. A class without clips has weight 0.
-        beta: in [0, 1); 0 weighs all classes alike, towards 1 the weights approach the inverse class frequency.
-    Raises:
-        ValueError: `beta` outside [0, 1), or a negative count.
-    """
-    class_counts = list(class_counts)
-    if not 0 <= beta < 1:
-        raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
-    if any(count < 0 for count in class_counts):
-        raise ValueError(f"`class_counts` must not be negative, got {class_counts}.")
-    if not any(class_counts):
-        raise ValueError(f"`class_counts` has no clip at all: {class_counts}.")
-    weights = [(1 - beta) / (1 - beta**count) if count else 0.0 for count in class_counts]
-    return [weight * len(weights) / sum(weights) for weight in weights]
-
-
-def class_balanced_focal_loss(
-    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, gamma: float = 2.0
-) -> Tensor:
-    """
-    Mean over the batch of `-w_y (1 - p_y)^gamma log p_y`: the focal loss of Lin et al. 2017 (eq. 5) with softmax
-    probabilities and the class-balanced weights of Cui et al. 2019 as alpha.
-
-    Args:
-        logits: [B, C].
-        labels: int64 [B].
-        class_weights: [C], or None for no weighting.
-        gamma: focusing parameter; 0 gives the weighted cross-entropy.
-    """
-    log_probability = F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]
-    # Kept off 0, where a power below 1 has an infinite slope
-    error = (-torch.expm1(log_probability)).clamp(min=1e-12)
-    loss = -(error**gamma) * log_probability
-    if class_weights is not None:
-        loss = loss * class_weights.to(loss)[labels]
-    return loss.mean()
-
-
-def clustering_loss(anchor_logits: Tensor, anchor_distances: Tensor, labels: Tensor) -> Tensor:
-    """
-    Pull each clip to the anchor of its label and away from the others: cross-entropy over the anchor logits plus the
-    mean distance to the own anchor. After the class anchor clustering loss of Miller et al. 2021, whose anchors are
-    fixed; ours are learned, on the unit sphere, with a learned temperature.
-
-    Args:
-        anchor_logits: similarity to each anchor over the temperature, [B, C].
-        anchor_distances: distance to each anchor, [B, C].
-        labels: int64 [B].
-    """
-    own_distance = anchor_distances.float().gather(1, labels[:, None])
-    return F.cross_entropy(anchor_logits.float(), labels) + own_distance.mean()
-
-
-def uncertainty_loss(uncertainty: Tensor, logits: Tensor, labels: Tensor, error_weight: float = 1.0) -> Tensor:
-    """
-    Mean of `u` over correct and `error_weight * (1 - u)` over wrong predictions, so that u is pushed to 0 where the
-    prediction is right and to 1 where it is wrong. `error_weight=0` is the published form, which only learns a
-    constant.
-
-    Args:
-        uncertainty: in [0, 1], [B, 1].
-        logits: [B, C]; only their argmax is used.
-        labels: int64 [B].
-    """
-    correct = (logits.argmax(dim=-1) == labels).float()
-    uncertainty = uncertainty[:, 0].float()
-    return (uncertainty * correct + error_weight * (1 - uncertainty) * (1 - correct)).mean()
-
-
-def prototype_loss(prototype_logits: Tensor, labels: Tensor) -> Tensor:
-    """
-    Cross-entropy of the nearest-prototype classifier (Snell et al. 2017, eq. 2).
-
-    Args:
-        prototype_logits: soft-minimum negative squared distance to the prototypes of each class, [B, C].
-        labels: int64 [B].
-    """
-    return F.cross_entropy(prototype_logits.float(), labels)
-
-
-def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """
-    Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2), over the L2-normalised features of one batch. A
-    clip that shares its label with no other clip has no positive pair and does not count; a batch without any pair
-    gives 0.
-
-    Args:
-        features: [B, D].
-        labels: int64 [B].
-        temperature: greater than 0.
-    """
-    features = F.normalize(features.float(), dim=-1)
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    similarity = (features @ features.T / temperature).masked_fill(itself, float("-inf"))
-    positive = (labels[:, None] == labels[None, :]) & ~itself
-    log_probability = (similarity - similarity.logsumexp(dim=1, keepdim=True)).masked_fill(~positive, 0.0)
-    num_positive = positive.sum(dim=1)
-    per_clip = -log_probability.sum(dim=1) / num_positive.clamp(min=1)
-    return per_clip.sum() / (num_positive > 0).sum().clamp(min=1)
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
-    """
-    `T^2 KL(teacher || student)` of the softened distributions (Hinton et al. 2015, section 2), mean over the batch.
-
-    Args:
-        logits, teacher_logits: [B, C].
-        temperature: T, greater than 0.
-    """
-    student = F.log_softmax(logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def check_finite_losses(losses: dict[str, Tensor]) -> None:
-    """Raise `FloatingPointError` naming every NaN or infinite part of the loss. Reads the values: synchronises."""
-    values = torch.stack([value.float() for value in losses.values()]).tolist()  # one wait for the device, not many
-    bad = {name: value for name, value in zip(losses, values, strict=True) if not math.isfinite(value)}
-    if bad:
-        raise FloatingPointError(
-            f"The loss is not finite: {', '.join(f'{name}={value}' for name, value in bad.items())}. "
-            "Look for bad rows in the data, a learning rate that is too high, or fp16 where bf16 is needed."
-        )
-
-
-# Audio encoders. The pretrained encoders are Transformers' own; what follows only keeps padding out of their results.
-
-
-class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
-    """
-    First convolution of a GroupNorm feature encoder (wav2vec2-base), normalised over the valid frames of each clip.
-
-    The stock layer normalises each channel over time, padding included, so that a clip's result depends on its batch.
-    The sample mask arrives as a second row under the waveform, [B, 1, 2, T]: with no state kept between calls the
-    layer is safe to checkpoint, compile and export. Without a mask ([B, 1, T]) it is the stock layer. Parameter names
-    are kept.
-    """
-
-    conv: nn.Conv1d
-    activation: nn.Module
-    layer_norm: nn.GroupNorm
-
-    def __init__(self, layer: Any):
-        super().__init__()
-        self.conv = layer.conv
-        self.activation = layer.activation
-        self.layer_norm = layer.layer_norm
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dim() == 3:
-            return self.activation(self.layer_norm(self.conv(hidden_states)))
-        waveform, mask = hidden_states[:, :, 0], hidden_states[:, 0, 1]
-        mask = valid_frames(mask > 0.5, self.conv.kernel_size[0], self.conv.stride[0])[:, None]
-        # In place, as this is the largest tensor of all; the convolution's backward pass does not need it
-        hidden_states = self.conv(waveform).mul_(mask)  # (B, channels, frames), 0 where padded
-        # Sums over all frames are sums over the valid ones; `torch.var_mean` takes ten times as long on a CPU
-        count = mask.float().sum(dim=-1, keepdim=True).clamp(min=1)
-        mean = hidden_states.sum(dim=-1, keepdim=True, dtype=torch.float32) / count
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
-        second_moment = norm**2 / count
-        scale = torch.rsqrt((second_moment - mean**2).clamp(min=0) + self.layer_norm.eps)
-        scale = scale * self.layer_norm.weight[:, None]
-        shift = self.layer_norm.bias[:, None] - mean * scale
-        return self.activation(torch.addcmul(shift.to(hidden_states), hidden_states, scale.to(hidden_states)))
-
-
-class MaskedPositionalConvEmbedding(nn.Module):
-    """
-    Stacked positional convolutions (data2vec-audio) with the padding set to zero between them.
-
-    A clip on its own sees zeros beyond its end at every convolution; the stock stack lets them fill up in a padded
-    batch. The encoder zeroes padded states before this module, so they are recognised by being exactly 0.
-    """
-
-    layers: nn.ModuleList
-
-    def __init__(self, pos_conv_embed: Any):
-        super().__init__()
-        self.layers = pos_conv_embed.layers
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        mask = (hidden_states != 0).any(dim=-1)[:, None]  # (B, 1, Ta)
-        hidden_states = hidden_states.transpose(1, 2)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states) * mask
-        return hidden_states.transpose(1, 2)
-
-
-class MaskedWhisperEncoder(WhisperEncoder):
-    """
-    Whisper's encoder on clips of any length up to its maximum: sinusoidal positions are sliced to the clip, so 3 s
-    cost 3 s and not 30, and padded frames are masked. Parameter names are those of `WhisperEncoder`.
-    """
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """See `MMSERPreTrainedModel.is_custom_code`: here it would leave the positions without their sinusoids."""
-        return False
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
-        """Encode log-mel frames [B, mels, T] with mask [B, T] (1 = valid) to states [B, ceil(T / 2), D]."""
-        max_frames = self.max_source_positions * self.conv2.stride[0]
-        if input_features.shape[-1] > max_frames:
-            raise ValueError(
-                f"`input_features` has {input_features.shape[-1]} frames; this encoder takes at most {max_frames}. "
-                "Cut the clip into windows first."
-            )
-        if attention_mask is None:
-            attention_mask = input_features.new_ones(input_features[:, 0].shape, dtype=torch.long)
-        mask = attention_mask[:, None].to(input_features)
-        # The convolutions pad with zeros at the end of a clip, so the padding of a batch must be zero at each of them
-        hidden_states = F.gelu(self.conv1(input_features * mask)) * mask
-        hidden_states = F.gelu(self.conv2(hidden_states)).transpose(1, 2).contiguous()  # (B, Ta, D)
-        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
-        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
-        layer_mask = create_bidirectional_mask(self.config, hidden_states, valid_frames(attention_mask, 1, 2))
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, layer_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
-
-
-def valid_frames(mask: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Mask of an unpadded convolution's output, [B, T] -> [B, frames]: valid where the last sample seen is valid."""
-    # Not by a slice with steps: for one, export cannot tell that its length is that of the convolution's output
-    num_frames = (mask.shape[1] - kernel_size) // stride + 1
-    last_seen = torch.arange(num_frames, device=mask.device) * stride + kernel_size - 1
-    return mask[:, last_seen]
-
-
-def time_mask(mask: Tensor, probability: float, length: int, min_masks: int) -> Tensor:
-    """
-    Spans of a time mask (SpecAugment, Park et al. 2019), drawn on the device and only inside each clip.
-
-    Args:
-        mask: valid frames, bool [B, Ta].
-        probability: expected share of frames in a span, before overlaps.
-        length: frames per span. A clip shorter than one span is left alone.
-        min_masks: least number of spans per clip.
-    Returns: bool [B, Ta], True where masked.
-    """
-    num_frames = mask.sum(dim=1, keepdim=True)
-    max_spans = max(min_masks, int(probability * mask.shape[1] / length) + 1)
-    num_spans = probability * num_frames / length + torch.rand_like(num_frames, dtype=torch.float)
-    num_spans = num_spans.floor().clamp(min=min_masks) * (num_frames >= length)
-    start = torch.rand(len(mask), max_spans, device=mask.device) * (num_frames - length + 1)
-    frame = torch.arange(mask.shape[1], device=mask.device)
-    start = start.floor()[:, :, None]
-    inside = (frame >= start) & (frame < start + length)
-    chosen = torch.arange(max_spans, device=mask.device) < num_spans
-    return (inside & chosen[:, :, None]).any(dim=1)
-
-
-def build_audio_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the audio encoder of `config`, randomly started, its padding-dependent layers replaced by masked ones."""
-    if config.model_type == "whisper":
-        return MaskedWhisperEncoder._from_config(config)
-    encoder = AutoModel.from_config(config)
-    first_layer = encoder.feature_extractor.conv_layers[0]
-    if isinstance(getattr(first_layer, "layer_norm", None), nn.GroupNorm):
-        encoder.feature_extractor.conv_layers[0] = MaskedGroupNormConvLayer(first_layer)
-    if config.model_type == "data2vec-audio":
-        encoder.encoder.pos_conv_embed = MaskedPositionalConvEmbedding(encoder.encoder.pos_conv_embed)
-    return encoder
-
-
-def build_text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the text encoder of `config`, randomly started and without the pooler, which nothing here would use."""
-    return AutoModel.from_config(config, **_without_pooler(config))
-
-
-def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    model_class: Any = AutoModel._model_mapping[type(config)]
-    takes_argument = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    return {"add_pooling_layer": False} if takes_argument else {}
-
-
-# What joins the two modalities
 
 
 def eager_attention_forward(
@@ -603,9 +347,6 @@ def _attend_somewhere(mask: Tensor) -> Tensor:
     return mask | first
 
 
-# The classifier and its companions
-
-
 class ResidualBlock(nn.Module):
     """
     Bottleneck residual block with LayerNorm after it, in a stack of `classifier_num_layers`.
@@ -740,363 +481,6 @@ class PrototypeMemory(nn.Module):
         prototypes = F.normalize(self.prototypes.float(), dim=-1)
         squared_distance = 2 - 2 * torch.einsum("bd,ckd->bck", features, prototypes)
         return torch.logsumexp(-squared_distance, dim=-1) - math.log(prototypes.shape[1])
-
-
-class OpenMax(nn.Module):
-    """
-    OpenMax (Bendale & Boult 2016): an extra class "unknown" takes over from the others as far as a clip lies in the
-    tail of the distances that members of the class have, w_c being the share of members that lie nearer.
-
-    At the level of activations it is as published (algorithms 1 and 2, with the rank weights of the authors' code):
-    "unknown" takes omega_r w_c of the activation of the class of rank r, before the softmax. Activations are shifted
-    to be at least 0 in each row, which the published rule presumes. At the level of probabilities "unknown" takes
-    w_c of the probability of each class, after the softmax: a confident classifier then cannot outvote distance.
-    Either way a larger distance can only mean more "unknown".
-
-    The distance is not to one mean activation vector but to the nearest of `centroids_per_class` k-means centroids of
-    the class on the unit sphere, or (0) any distance that is given, such as that to the class anchors.
-
-    Args:
-        num_labels: C.
-        alpha: number of top-ranked classes to revise, at the level of activations.
-        level: "activation" or "probability".
-        centroids_per_class: K; 0 keeps none.
-        embedding_size: D, width of the vectors that the centroids are of.
-    """
-
-    min_tail = 5  # a Weibull fitted on fewer distances says next to nothing
-    # No score exceeds it, so that no clip is rejected. Finite: tools that compare checkpoints subtract the weights
-    no_threshold = torch.finfo(torch.float32).max
-    weibull_shape: Tensor
-    weibull_scale: Tensor
-    weibull_shift: Tensor
-    fitted: Tensor
-    rejection_thresholds: Tensor
-    centroids: Tensor
-
-    def __init__(
-        self,
-        num_labels: int,
-        alpha: int,
-        level: str = "activation",
-        centroids_per_class: int = 0,
-        embedding_size: int = 0,
-    ):
-        super().__init__()
-        self.alpha = alpha
-        self.level = level
-        for name in ("weibull_shape", "weibull_scale", "weibull_shift"):
-            self.register_buffer(name, torch.ones(num_labels, dtype=torch.float32))
-        # A float: `_keep_in_fp32_modules_strict` would turn a bool into one. One for each class: loading with another
-        # number of labels then leaves it out, like the fit that it stands for
-        self.register_buffer("fitted", torch.zeros(num_labels, dtype=torch.float32))
-        thresholds = torch.full((num_labels,), self.no_threshold, dtype=torch.float32)
-        self.register_buffer("rejection_thresholds", thresholds)
-        if centroids_per_class:
-            shape = (num_labels, centroids_per_class, embedding_size)
-            self.register_buffer("centroids", torch.zeros(shape, dtype=torch.float32))
-        # What `fitted` holds after a fit: one for the other kind of distance or the other level does not count
-        self._fitted_mark = 1.0 + bool(centroids_per_class) + 2 * (level == "probability")
-        self._known_fits: tuple[bool, bool] | None = None
-
-    @property
-    def has_centroids(self) -> bool:
-        """Whether distances are to centroids of the classes."""
-        return hasattr(self, "centroids")
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether `fit` has run."""
-        return self._fits[0]
-
-    @property
-    def has_thresholds(self) -> bool:
-        """Whether `fit_thresholds` has run and found some."""
-        return self._fits[1]
-
-    @property
-    def _fits(self) -> tuple[bool, bool]:
-        """Read from the buffers once, so that a forward pass neither waits for the device nor depends on data."""
-        if self._known_fits is None:
-            is_fitted = bool((self.fitted == self._fitted_mark).all())
-            if self.has_centroids:  # loading another number of them leaves them out
-                is_fitted = is_fitted and bool(self.centroids.any())
-            if not is_fitted and bool(self.fitted.any()):
-                logger.warning_once(
-                    "This OpenMax was fitted with another `openmax_distance`, `openmax_level` or number of centroids "
-                    "than its configuration asks for: it counts as not fitted, and nothing is rejected."
-                )
-            self._known_fits = is_fitted, bool((self.rejection_thresholds < self.no_threshold).any())
-        return self._known_fits
-
-    def train(self, mode: bool = True):
-        """Also look whether there are fits: loading ends with `eval()`, and an export must not branch on data."""
-        if not mode and not self.fitted.is_meta:
-            self._look_again()
-        return super().train(mode)
-
-    def _look_again(self) -> None:
-        self._known_fits = None
-        self._known_fits = self._fits
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._known_fits = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def reset(self) -> None:
-        """Forget every fit."""
-        for buffer in (self.weibull_shape, self.weibull_scale, self.weibull_shift):
-            buffer.fill_(1.0)
-        self.rejection_thresholds.fill_(self.no_threshold)
-        self.fitted.fill_(0.0)
-        if self.has_centroids:
-            self.centroids.fill_(0.0)
-        self._known_fits = None
-
-    def fit_centroids(self, embeddings: np.ndarray | Tensor, labels: np.ndarray | Tensor, seed: int = 0) -> None:
-        """
-        Place the centroids of each class by k-means (k-means++ start) over its L2-normalised members.
-
-        A distinct centroid has on average at least four members, so that few clips are centroids of their own; where
-        that leaves fewer than K, they are repeated. A class without members takes those of all clips and is named.
-        Fits on other centroids are void.
-
-        Args:
-            embeddings: [N, D], of training clips.
-            labels: class ids, [N].
-            seed: of the k-means++ start.
-        Raises:
-            ValueError: shapes that do not match, no clip, or values that are not finite.
-        """
-        embeddings, labels = (_as_array(values) for values in (embeddings, labels))
-        num_labels, _, size = self.centroids.shape
-        if embeddings.ndim != 2 or embeddings.shape[1] != size or labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"`embeddings` must be [N, {size}] and `labels` [N]; got {embeddings.shape} and {labels.shape}."
-            )
-        if not len(labels) or not np.isfinite(embeddings).all():
-            raise ValueError("`embeddings` must hold at least one clip and finite values only.")
-        directions = _normalized(embeddings.astype(np.float64))
-        self.reset()
-        for label in range(num_labels):
-            members = directions[labels == label]
-            if not len(members):
-                logger.warning(f"OpenMax: class {label} has no training clips; the centroids of all clips stand in.")
-                members = directions
-            self.centroids[label] = torch.from_numpy(self._k_means(members, seed))
-
-    def _k_means(self, members: np.ndarray, seed: int) -> np.ndarray:
-        """Unit vectors [K, D]."""
-        members = np.unique(members, axis=0)
-        number = min(self.centroids.shape[1], max(1, len(members) // 4))
-        centroids, _ = kmeans2(members, number, minit="++", rng=seed)
-        return _normalized(np.resize(centroids, self.centroids.shape[1:]))
-
-    def distances(self, embeddings: Tensor) -> Tensor:
-        """Euclidean distance on the unit sphere, `embeddings` [B, D] to the nearest centroid of each class [B, C]."""
-        directions = F.normalize(embeddings.float(), dim=-1)
-        # Not by a matrix product: autocast would round the similarities to bfloat16
-        distances = torch.cdist(
-            directions, self.centroids.float().flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        return distances.unflatten(1, self.centroids.shape[:2]).amin(dim=-1)
-
-    def fit(
-        self,
-        distances: np.ndarray | Tensor,
-        labels: np.ndarray | Tensor,
-        predictions: np.ndarray | Tensor,
-        tail_size: int = 20,
-    ) -> None:
-        """
-        Fit one Weibull per class on the largest distances between correctly classified clips and their own class.
-
-        As in libmr, a tail t is moved to t - min(t) + 1 before a maximum likelihood fit with location 0. A class with
-        fewer than 5 correct clips, or without spread in its tail, takes the fit over the clips of all classes; a
-        warning names it. Thresholds of rejection that were fitted before are void.
-
-        Args:
-            distances: to each class, [N, C].
-            labels, predictions: class ids, [N].
-            tail_size: number of largest distances used per class, at least 5.
-        Raises:
-            ValueError: shapes that do not match, values that are not finite, a tail below 5, or too few correct clips
-                over all classes.
-        """
-        distances, labels, predictions = (_as_array(values) for values in (distances, labels, predictions))
-        distances = distances.astype(np.float64)
-        num_labels = len(self.weibull_shape)
-        if distances.shape != (len(labels), num_labels) or labels.shape != predictions.shape or labels.ndim != 1:
-            raise ValueError(
-                f"`distances` must be [N, {num_labels}] and `labels`, `predictions` [N]; got {distances.shape}, "
-                f"{labels.shape}, {predictions.shape}."
-            )
-        if not np.isfinite(distances).all():
-            raise ValueError("`distances` has values that are not finite.")
-        if tail_size < self.min_tail:
-            raise ValueError(f"`tail_size` must be at least {self.min_tail}, got {tail_size}.")
-        correct = labels == predictions
-        own_distance = distances[np.arange(len(labels))[correct], labels[correct]]
-        tails = [own_distance[labels[correct] == label] for label in range(num_labels)]
-        fits = [self._fit_tail(tail, tail_size) for tail in tails]
-        pooled = self._fit_tail(own_distance, tail_size)
-        if pooled is None and None in fits:
-            raise ValueError(
-                f"OpenMax needs at least {self.min_tail} correctly classified clips with different distances, "
-                f"got {len(own_distance)} correct of {len(labels)}."
-            )
-        for label, (tail, fit) in enumerate(zip(tails, fits, strict=True)):
-            if fit is None:
-                logger.warning(
-                    f"OpenMax: class {label} has {len(tail)} correctly classified clips, too few or too alike for a "
-                    "Weibull of its own; the fit over all classes stands in."
-                )
-            shape, scale, shift = fit or cast(tuple[float, float, float], pooled)
-            self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
-        self.fitted.fill_(self._fitted_mark)
-        self.rejection_thresholds.fill_(self.no_threshold)
-        self._look_again()
-
-    def _fit_tail(self, distances: np.ndarray, tail_size: int) -> tuple[float, float, float] | None:
-        tail = np.sort(distances)[-tail_size:]
-        if len(tail) < self.min_tail or tail[-1] - tail[0] < 1e-4:
-            return None
-        logs = np.log1p(tail - tail[0])
-
-        def derivative(shape: float) -> float:
-            """Of the mean log-likelihood by the shape, at its best scale, negated: it crosses 0 once, upwards."""
-            weights = np.exp(shape * (logs - logs[-1]))
-            return float(weights @ logs / weights.sum() - logs.mean() - 1 / shape)
-
-        # A bracketed root: scipy's general `weibull_min.fit` stops far from the maximum on some ordinary tails
-        low = high = 1 / (logs[-1] - logs.mean())
-        while derivative(high) < 0:
-            high *= 2
-        shape = brentq(derivative, low, high)
-        scale = math.exp(logs[-1] + math.log(np.exp(shape * (logs - logs[-1])).mean()) / shape)
-        return shape, scale, tail[0]
-
-    def fit_thresholds(
-        self, rejection_scores: np.ndarray | Tensor, predictions: np.ndarray | Tensor, acceptance: float = 0.95
-    ) -> None:
-        """
-        Choose for each predicted class the smallest threshold that accepts the share `acceptance` of known clips.
-
-        It is the ceil((n + 1) acceptance)-th smallest score of the n clips that are predicted to be of the class, as
-        in split conformal prediction (Vovk et al. 2005): a new known clip is then accepted with at least that
-        probability. Predicted classes with too few clips for it share a threshold over all clips.
-
-        Args:
-            rejection_scores: of held-out clips of the known classes, [N]; see `rejection_scores`.
-            predictions: their predicted class ids, [N].
-            acceptance: in (0, 1).
-        Raises:
-            ValueError: shapes that do not match, scores that are not finite, a share outside (0, 1).
-        """
-        scores, predictions = (_as_array(values) for values in (rejection_scores, predictions))
-        if scores.ndim != 1 or scores.shape != predictions.shape or not np.isfinite(scores).all():
-            raise ValueError(
-                f"`rejection_scores` and `predictions` must be [N], finite; got {scores.shape}, {predictions.shape}."
-            )
-        if not 0 < acceptance < 1:
-            raise ValueError(f"`acceptance` must be between 0 and 1, got {acceptance!r}.")
-        pooled = _conformal_threshold(scores, acceptance)
-        too_few = []
-        for label in range(len(self.rejection_thresholds)):
-            threshold = _conformal_threshold(scores[predictions == label], acceptance)
-            if threshold is None:
-                too_few.append(label)
-                threshold = self.no_threshold if pooled is None else pooled
-            self.rejection_thresholds[label] = threshold
-        if too_few:
-            logger.warning(
-                f"OpenMax: too few of the {len(scores)} held-out clips are predicted as class "
-                f"{', '.join(map(str, too_few))} for a rejection threshold of its own; "
-                f"{'`openmax_threshold` decides' if pooled is None else 'the one over all classes stands in'}."
-            )
-        self._look_again()
-
-    def hazard(self, distances: Tensor) -> Tensor:
-        """-log of the share of members of each class that lie farther than `distances` [B, C]; 0 below the tail."""
-        # log1p keeps the digits of near distances that the large shapes of narrow tails ask for
-        log_moved = torch.log1p((distances.float() - self.weibull_shift).clamp(min=-1))
-        return torch.exp((self.weibull_shape * (log_moved - self.weibull_scale.log())).clamp(max=69))  # up to 1e30
-
-    def cdf(self, distances: Tensor) -> Tensor:
-        """Share of the members of each class that lie nearer than `distances` [B, C]; 0 below the tail's support."""
-        return -torch.expm1(-self.hazard(distances))
-
-    def forward(self, logits: Tensor, distances: Tensor) -> Tensor:
-        """
-        Args:
-            logits: [B, C].
-            distances: to each class, [B, C].
-        Returns: probabilities of the C classes and of "unknown" (last), float32 [B, C + 1].
-        Raises:
-            ValueError: OpenMax is not fitted.
-        """
-        return self.log_probabilities(logits, distances).exp()
-
-    def log_probabilities(self, logits: Tensor, distances: Tensor) -> Tensor:
-        """The logarithm of `forward`; for the classes it keeps its digits where the probability is next to 0."""
-        if not self.is_fitted:
-            raise ValueError(
-                "OpenMax is not fitted: call `model.fit_openmax(dataloader)` first, or pass `use_openmax=False`."
-            )
-        logits, hazard = logits.float(), self.hazard(distances)
-        taken_share = -torch.expm1(-hazard)
-        if self.level == "probability":
-            known = F.log_softmax(logits, dim=-1)
-            unknown = (known.exp() * taken_share).sum(dim=-1, keepdim=True)
-            return torch.cat([known - hazard, unknown.clamp(min=1e-38).log()], dim=-1)
-        activations = logits - logits.amin(dim=-1, keepdim=True)
-        rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the top class
-        omega = ((self.alpha - rank) / self.alpha).clamp(min=0)  # (alpha + 1 - r) / alpha with r = rank + 1
-        taken = activations * omega * taken_share
-        return F.log_softmax(torch.cat([activations - taken, taken.sum(dim=-1, keepdim=True)], dim=-1), dim=-1)
-
-    def rejection_scores(self, logits: Tensor, distances: Tensor) -> Tensor:
-        """
-        -log of the largest probability that is left to a class, [B] from [B, C] and [B, C]: high where a clip is far
-        from all classes and where it lies between them, the two reasons to reject of Bendale & Boult (2016).
-        """
-        return -self.log_probabilities(logits, distances)[:, :-1].amax(dim=-1)
-
-    def reject(
-        self, scores: Tensor, probabilities: Tensor, predictions: Tensor, threshold: float, use_fitted: bool = True
-    ) -> Tensor:
-        """
-        Which clips are none of the classes.
-
-        Args:
-            scores: of `rejection_scores`, [B].
-            probabilities: of `forward`, [B, C + 1].
-            predictions: predicted class ids, [B].
-            threshold: reject when "unknown" wins or is more probable than this; used without fitted thresholds.
-            use_fitted: go by the scores and the thresholds of `fit_thresholds`, if there are any.
-        Returns: bool [B].
-        """
-        if use_fitted and self.has_thresholds:
-            return scores > self.rejection_thresholds[predictions]
-        wins = probabilities.argmax(dim=-1) == probabilities.shape[-1] - 1
-        return wins | (probabilities[:, -1] > threshold)
-
-
-def _as_array(values: np.ndarray | Tensor) -> np.ndarray:
-    return np.asarray(torch.as_tensor(values).detach().cpu())
-
-
-def _normalized(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def _conformal_threshold(scores: np.ndarray, acceptance: float) -> float | None:
-    """The ceil((n + 1) acceptance)-th smallest of n scores; None where n is too small for it."""
-    rank = math.ceil((len(scores) + 1) * acceptance)
-    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else None
-
-
-# The models
 
 
 @dataclass
@@ -1250,17 +634,17 @@ class MMSERPreTrainedModel(PreTrainedModel):
             for source in (audio_name_or_path, text_name_or_path)
         )
         if audio_num_hidden_layers is not None:
-            audio_config = _keep_layers(audio_config, audio_num_hidden_layers)
+            audio_config = keep_layers(audio_config, audio_num_hidden_layers)
         config = MMSERConfig(audio_config=audio_config, text_config=text_config, **config_overrides)
         config.audio_config.dtype = config.text_config.dtype = torch.float32
         model = cls(config)
         base_model = cast(MMSERModel, model.base_model)
         if not isinstance(audio_name_or_path, PreTrainedConfig):
             source_class = WhisperModel if config.audio_config.model_type == "whisper" else AutoModel
-            _load_encoder(base_model.audio_encoder, source_class, audio_name_or_path, "encoder", **hub_kwargs)
+            load_encoder(base_model.audio_encoder, source_class, audio_name_or_path, "encoder", **hub_kwargs)
         if not isinstance(text_name_or_path, PreTrainedConfig):
-            hub_kwargs = {**hub_kwargs, **_without_pooler(config.text_config)}
-            _load_encoder(base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
+            hub_kwargs = {**hub_kwargs, **without_pooler(config.text_config)}
+            load_encoder(base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
         return model.eval()
 
     def freeze_audio_encoder(self):
@@ -1285,36 +669,6 @@ class MMSERPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         cast(MMSERModel, self.base_model).text_encoder.set_input_embeddings(value)
-
-
-def _load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str, part: str, **kwargs) -> None:
-    """Copy the pretrained weights of `name_or_path` into `encoder`; refuse a checkpoint that lacks some of them."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no report of the heads that are not built; what is missing is checked below
-    try:
-        source, report = source_class.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True, **kwargs
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    prefix = f"{part}." if source_class is WhisperModel else ""
-    missing = {key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)}
-    missing -= {"masked_spec_embed"}  # drawn at random where the checkpoint was trained without SpecAugment
-    if missing & set(encoder.state_dict()):
-        raise ValueError(f"{name_or_path!r} lacks weights of {type(encoder).__name__}: {sorted(missing)[:5]}...")
-    wanted = encoder.state_dict()  # an encoder with fewer layers leaves the others where they are
-    state_dict = (source.encoder if prefix else source).state_dict()
-    encoder.load_state_dict({key: value for key, value in state_dict.items() if key in wanted})
-
-
-def _keep_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """An audio encoder's configuration with the first `num_layers` of its layers; the one given is left as it is."""
-    available = config.num_hidden_layers
-    if not 1 <= num_layers <= available:
-        raise ValueError(f"`audio_num_hidden_layers` must be from 1 to {available}, got {num_layers}.")
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = num_layers
-    return config
 
 
 class MMSERModel(MMSERPreTrainedModel):
@@ -1348,7 +702,7 @@ class MMSERModel(MMSERPreTrainedModel):
         """Set training mode, except for a frozen encoder: frozen means no dropout and no SpecAugment either."""
         super().train(mode)
         for encoder in (self.audio_encoder, self.text_encoder):
-            if _is_frozen(encoder):
+            if is_frozen(encoder):
                 encoder.eval()
         return self
 
@@ -1462,7 +816,7 @@ class MMSERModel(MMSERPreTrainedModel):
     def frozen_encoders(self) -> set[str]:
         """Which of "audio" and "text" have an encoder without trainable parameters."""
         encoders = {"audio": self.audio_encoder, "text": self.text_encoder}
-        return {name for name, encoder in encoders.items() if _is_frozen(encoder)}
+        return {name for name, encoder in encoders.items() if is_frozen(encoder)}
 
     def _check_states(self, audio_states, text_states, audio: Tensor | None, input_ids: Tensor | None) -> None:
         if all(given is None for given in (audio, input_ids, audio_states, text_states)):
@@ -1512,7 +866,7 @@ class MMSERModel(MMSERPreTrainedModel):
             "output_attentions": output_attentions,
             "return_dict": True,
         }
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(encoder)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
             if self.config.uses_log_mel:
                 frame_mask = valid_frames(mask, 1, 2)
                 output = encoder(self._mask_log_mel(audio, mask), attention_mask=safe_mask, **flags)
@@ -1645,7 +999,7 @@ class MMSERModel(MMSERPreTrainedModel):
     ) -> tuple[Tensor, Tensor, BaseModelOutput]:
         """Return states [B, L, D], their bool mask [B, L] (rows without text all False), and the encoder's output."""
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.text_encoder)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.text_encoder)):
             output = self.text_encoder(
                 input_ids=input_ids, attention_mask=_attend_somewhere(mask).long(), return_dict=True, **flags
             )
@@ -1681,10 +1035,6 @@ def _as_mask(attention_mask: Tensor | None, states: Tensor, name: str) -> Tensor
             f"`{name}` must be that of the states, {tuple(states.shape[:2])}, got {tuple(attention_mask.shape)}."
         )
     return attention_mask.bool()
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 class MMSERForAudioClassification(MMSERPreTrainedModel):
@@ -1886,5 +1236,4 @@ def register_auto_classes() -> None:
 
 MMSERModel.register_for_auto_class("AutoModel")
 MMSERForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
-
 __all__ = ["MMSERForAudioClassification", "MMSERModel", "MMSEROutput", "MMSERPreTrainedModel", "OpenMax"]

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from data_mmser import EmotionDataset
+from mmser.examples import EmotionDataset
 
 logger = logging.get_logger(__name__)
 

@@ -25,11 +25,12 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configuration_mmser import DEFAULT_LABELS, MMSERConfig
-from evaluation_mmser import compute_classification_metrics, format_table
+from mmser.metrics import compute_classification_metrics
+from mmser.optimizer import parameter_groups
+from mmser.results import environment
+from mmser.tables import format_table
 from modeling_mmser import MMSERForAudioClassification, ResidualBlock
 from processing_mmser import MMSERProcessor
-from reporting_mmser import environment
-from training_mmser import parameter_groups
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.json"
 

@@ -27,14 +27,20 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configuration_mmser import OPENMAX_LEVELS, MMSERConfig
-from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset, load_emotion_split
 from demo import synthesize_non_speech
-from eval_hf import load_label_names
-from evaluation_mmser import auroc, format_table, fpr_at_95_tpr, knn_distance, oscr
-from modeling_mmser import MMSERForAudioClassification, OpenMax, register_auto_classes
+from mmser.arguments import MMSERTrainingArguments
+from mmser.batches import MMSERDataCollator
+from mmser.evaluation_run import load_label_names
+from mmser.examples import EmotionDataset
+from mmser.loading import load_emotion_dataset, load_emotion_split
+from mmser.open_set import auroc, fpr_at_95_tpr, knn_distance, oscr
+from mmser.results import environment
+from mmser.scores import open_set_scores, predict_clips
+from mmser.tables import format_table, strict_json
+from mmser.trainer import MMSERTrainer
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from openmax_mmser import OpenMax
 from processing_mmser import MMSERProcessor
-from reporting_mmser import environment, open_set_scores, predict_clips, strict_json
-from training_mmser import MMSERTrainer, MMSERTrainingArguments
 
 Outputs = dict[str, np.ndarray]
 

@@ -36,17 +36,24 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, BertConfig
 from transformers.utils import logging
 
+from mmser.arguments import TRAINING_ARGUMENTS
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_hf
 from benchmarks import baselines
 from benchmarks.head_depth import plain_post_norm
 from benchmarks.speak_text import CORPUS as SPOKEN
-from caching_mmser import CachedStatesDataset, EncoderStateCache
 from configuration_mmser import MMSERConfig
-from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset
-from eval_hf import load_label_names
-from evaluation_mmser import compute_classification_metrics, format_table
-from export_mmser import export_checkpoint
+from mmser.batches import MMSERDataCollator
+from mmser.caching import CachedStatesDataset, EncoderStateCache
+from mmser.evaluation_run import load_label_names
+from mmser.examples import EmotionDataset
+from mmser.export import export_checkpoint
+from mmser.loading import load_emotion_dataset
+from mmser.metrics import compute_classification_metrics
+from mmser.optimizer import PARAMETER_GROUPS
+from mmser.results import RESULTS_NAME, environment
+from mmser.tables import format_table, strict_json
 from modeling_mmser import (
     AttentiveStatsPooling,
     CrossModalAttention,
@@ -55,8 +62,6 @@ from modeling_mmser import (
     register_auto_classes,
 )
 from processing_mmser import MMSERPipeline, MMSERProcessor
-from reporting_mmser import RESULTS_NAME, environment, strict_json
-from training_mmser import PARAMETER_GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 Tree = dict[str, Any]  # nested mappings with numbers at the ends
@@ -285,7 +290,7 @@ def effective_settings(row: Row, arguments: argparse.Namespace) -> Tree:
     """What a row of a recipe trains with, whether it is a default or written down."""
     defaults = {
         field.name: field.default
-        for kind in (train_hf.ModelArguments, train_hf.DataArguments, train_hf.MMSERTrainingArguments)
+        for kind in TRAINING_ARGUMENTS
         for field in dataclasses.fields(kind)
         if field.default is not dataclasses.MISSING
     }

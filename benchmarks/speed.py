@@ -40,15 +40,19 @@ from transformers import (
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from caching_mmser import CachedStatesDataset, EncoderStateCache
 from configuration_mmser import MMSERConfig
-from data_mmser import EmotionDataset, MMSERDataCollator, load_emotion_dataset
-from evaluation_mmser import compute_classification_metrics, format_table
-from export_mmser import export_checkpoint
+from mmser.arguments import MMSERTrainingArguments
+from mmser.batches import MMSERDataCollator
+from mmser.caching import CachedStatesDataset, EncoderStateCache
+from mmser.examples import EmotionDataset
+from mmser.export import export_checkpoint
+from mmser.loading import load_emotion_dataset
+from mmser.metrics import compute_classification_metrics
+from mmser.results import environment
+from mmser.tables import format_table
+from mmser.trainer import MMSERTrainer
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERPipeline, MMSERProcessor
-from reporting_mmser import environment
-from training_mmser import MMSERTrainer, MMSERTrainingArguments
 
 Rows = list[dict[str, Any]]
 

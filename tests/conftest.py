@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-import train_hf
+from mmser.console import OWN_LOGGERS
 
 
 @pytest.fixture(scope="module")
@@ -38,5 +38,5 @@ def quiet():
     verbosity = logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
-    for name in train_hf.OWN_LOGGERS:
+    for name in OWN_LOGGERS:
         python_logging.getLogger(name).setLevel(python_logging.NOTSET)

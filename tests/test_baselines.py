@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification, WhisperModel
 
-from data_mmser import EmotionDataset
+from mmser.examples import EmotionDataset
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "baselines.py"
 RATE = 16_000

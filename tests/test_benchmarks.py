@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from configuration_mmser import MMSERConfig
-from evaluation_mmser import auroc, softmax
-from modeling_mmser import OpenMax
+from mmser.metrics import softmax
+from mmser.open_set import auroc
+from openmax_mmser import OpenMax
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "open_set.py"
 

@@ -19,10 +19,13 @@ from tiny_corpus import RATE, tiny_model, tiny_processor, write_corpus
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-import caching_mmser
-from caching_mmser import CachedStatesDataset, EncoderStateCache
-from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, TestTimeAugmentation, load_emotion_dataset
-from training_mmser import MMSERTrainer, MMSERTrainingArguments
+from mmser.arguments import MMSERTrainingArguments
+from mmser.augmentation import Augmenter
+from mmser.batches import MMSERDataCollator
+from mmser.caching import CachedStatesDataset, EncoderStateCache, StateStore
+from mmser.examples import EmotionDataset, TestTimeAugmentation
+from mmser.loading import load_emotion_dataset
+from mmser.trainer import MMSERTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 NOISY = {"training": True, "augmenter": Augmenter(), "max_seconds": 0.3, "text_dropout": 0.2, "audio_dropout": 0.2}
@@ -513,9 +516,9 @@ def test_workers_map_the_files_themselves(splits, tmp_path):
 def test_files_are_verified_once(splits, tmp_path, monkeypatch):
     CachedStatesDataset(EmotionDataset(splits["test"]), make_cache(tmp_path))
     verified = []
-    checksum = caching_mmser.StateStore._checksum_of
+    checksum = StateStore._checksum_of
     monkeypatch.setattr(
-        caching_mmser.StateStore, "_checksum_of", lambda self, shard: verified.append(shard) or checksum(self, shard)
+        StateStore, "_checksum_of", lambda self, shard: verified.append(shard) or checksum(self, shard)
     )
     cache = make_cache(tmp_path)
     for _ in range(3):

@@ -22,20 +22,12 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizer, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import logging
 
-from data_mmser import (
-    Augmenter,
-    DataColumns,
-    EmotionDataset,
-    EmotionIterableDataset,
-    MMSERDataCollator,
-    add_noise,
-    augmentation_generator,
-    change_speed,
-    class_counts,
-    duration_bands,
-    load_emotion_dataset,
-    load_emotion_split,
-)
+from mmser.augmentation import Augmenter, add_noise, augmentation_generator, change_speed
+from mmser.batches import MMSERDataCollator
+from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts
+from mmser.groups import duration_bands
+from mmser.loading import load_emotion_dataset, load_emotion_split
+from mmser.sources import DataColumns
 from processing_mmser import MMSERProcessor
 
 RATE = 16_000

@@ -23,7 +23,8 @@ from tiny import fit_openmax_by_chance
 from tiny_corpus import NAMES, tiny_model, tiny_processor, write_corpus, write_table
 
 import eval_hf
-import train_hf
+from mmser.arguments import DataArguments, EvaluationArguments, SourceArguments
+from mmser.evaluation_run import store_calibration
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
 
@@ -253,7 +254,7 @@ def test_the_code_of_the_checkpoint_is_replaced_with_the_calibration(run, checkp
         assert (copy / name).read_text() == (Path(eval_hf.__file__).parent / name).read_text()
 
 
-@pytest.mark.parametrize("step", ["measure", "evaluate_augmentation"])
+@pytest.mark.parametrize("step", ["measure", "try_augmentation"])
 def test_nothing_is_stored_before_everything_is_measured(step, run, checkpoint, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
@@ -292,12 +293,12 @@ def test_too_few_clips_to_calibrate_on_are_an_error_before_the_model_runs(run, c
 def test_a_checkpoint_from_the_hub_is_stored_in_the_output_folder(checkpoint, tmp_path):
     model, processor = tiny_model(), tiny_processor()
     model.temperature.fill_(3.0)
-    arguments = eval_hf.EvaluationArguments("someone/model", output_dir=str(tmp_path / "out"))
-    folder = eval_hf.store_calibration(model, processor, arguments)
+    arguments = EvaluationArguments("someone/model", output_dir=str(tmp_path / "out"))
+    folder = store_calibration(model, processor, arguments)
     assert folder == tmp_path / "out" / "checkpoint"
     assert MMSERForAudioClassification.from_pretrained(folder).temperature.item() == 3.0
     assert MMSERProcessor.from_pretrained(folder).tokenizer.model_max_length
-    assert eval_hf.EvaluationArguments("someone/model").output_dir == "runs/eval"
+    assert EvaluationArguments("someone/model").output_dir == "runs/eval"
 
 
 # --- kinds of data ---------------------------------------------------------------------------------------------------
@@ -442,5 +443,5 @@ def test_help_and_shared_flags(capsys):
     for flag in ("--checkpoint", "--ood_dir", "--calibrate", "--tta", "--group_by", "--save_dir", "--sex_column"):
         assert flag in shown, flag
     assert "95 % intervals" in shown
-    own = {field.name for field in dataclasses.fields(train_hf.SourceArguments)}
-    assert own < {field.name for field in dataclasses.fields(train_hf.DataArguments)}
+    own = {field.name for field in dataclasses.fields(SourceArguments)}
+    assert own < {field.name for field in dataclasses.fields(DataArguments)}

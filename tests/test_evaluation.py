@@ -22,7 +22,30 @@ from hypothesis import strategies as st
 from tiny import random_predictions
 from transformers import EvalPrediction
 
-import evaluation_mmser as evaluation
+from mmser.calibration import (
+    area_under_risk_coverage,
+    error_detection_auroc,
+    error_log_odds,
+    expected_calibration_error,
+    fit_error_probability,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability_bins,
+    risk_coverage_curve,
+)
+from mmser.groups import group_gap, grouped_metrics
+from mmser.metrics import (
+    MMSERMetric,
+    average_passes,
+    bootstrap_classification,
+    bootstrap_interval,
+    build_compute_metrics,
+    compute_classification_metrics,
+    confusion_matrix,
+    softmax,
+)
+from mmser.open_set import auroc, energy_score, fpr_at_95_tpr, knn_distance, oscr, oscr_curve, roc_curve
+from mmser.tables import format_table
 
 LABEL_NAMES = ["neutral", "happy", "sad", "angry"]
 TOLERANCE = 1e-6
@@ -66,7 +89,7 @@ def loop_metrics(predictions, references, num_labels):
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 def test_classification_metrics_match_loop_and_sklearn(rows):
     predictions, references = (list(column) for column in zip(*rows, strict=True))
-    metrics = evaluation.compute_classification_metrics(predictions, references, LABEL_NAMES)
+    metrics = compute_classification_metrics(predictions, references, LABEL_NAMES)
     for name, value in loop_metrics(predictions, references, 4).items():
         assert metrics[name] == pytest.approx(value, abs=TOLERANCE), name
     macro = sklearn.metrics.f1_score(references, predictions, average="macro", zero_division=0)
@@ -76,7 +99,7 @@ def test_classification_metrics_match_loop_and_sklearn(rows):
 
 def test_classification_metrics_match_torchmetrics():
     logits, labels = random_predictions(0)
-    metrics = evaluation.compute_classification_metrics(logits.argmax(1), labels, LABEL_NAMES)
+    metrics = compute_classification_metrics(logits.argmax(1), labels, LABEL_NAMES)
     predicted, target = torch.tensor(logits.argmax(1)), torch.tensor(labels)
     functional = torchmetrics.functional.classification
     for name, average in (("weighted_f1", "weighted"), ("macro_f1", "macro")):
@@ -87,17 +110,17 @@ def test_classification_metrics_match_torchmetrics():
 
 
 def test_missing_class_is_defined_and_not_punished():
-    metrics = evaluation.compute_classification_metrics([0, 1, 1], [0, 1, 1], LABEL_NAMES)
+    metrics = compute_classification_metrics([0, 1, 1], [0, 1, 1], LABEL_NAMES)
     assert metrics["f1_sad"] == metrics["f1_angry"] == 0
     for name in ("weighted_f1", "accuracy", "unweighted_average_recall", "macro_f1", "f1_neutral", "f1_happy"):
         assert metrics[name] == 1
     # one example
-    assert evaluation.compute_classification_metrics([2], [2], LABEL_NAMES)["macro_f1"] == 1
-    assert evaluation.compute_classification_metrics([2], [3], LABEL_NAMES)["macro_f1"] == 0
+    assert compute_classification_metrics([2], [2], LABEL_NAMES)["macro_f1"] == 1
+    assert compute_classification_metrics([2], [3], LABEL_NAMES)["macro_f1"] == 0
 
 
 def test_confusion_matrix_rows_are_true_classes():
-    matrix = evaluation.confusion_matrix(torch.tensor([1, 1, 0]), [0, 0, 2], 3)
+    matrix = confusion_matrix(torch.tensor([1, 1, 0]), [0, 0, 2], 3)
     assert matrix.tolist() == [[0, 2, 0], [0, 0, 0], [1, 0, 0]]
 
 
@@ -107,8 +130,8 @@ def test_metric_works_offline_and_combined(tmp_path, monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     predictions, references = [0, 1, 2, 2, 3], [0, 1, 2, 3, 3]
-    expected = evaluation.compute_classification_metrics(predictions, references, LABEL_NAMES)
-    metric = evaluation.MMSERMetric(cache_dir=str(tmp_path))
+    expected = compute_classification_metrics(predictions, references, LABEL_NAMES)
+    metric = MMSERMetric(cache_dir=str(tmp_path))
     result = metric.compute(predictions=predictions, references=torch.tensor(references))
     matrix = result.pop("confusion_matrix")
     assert result == expected
@@ -121,7 +144,7 @@ def test_metric_works_offline_and_combined(tmp_path, monkeypatch):
     metric.add_batch(predictions=predictions[3:], references=references[3:])
     assert metric.compute()["weighted_f1"] == expected["weighted_f1"]
 
-    binary = evaluation.MMSERMetric(["calm", "excited"], cache_dir=str(tmp_path), experiment_id="binary")
+    binary = MMSERMetric(["calm", "excited"], cache_dir=str(tmp_path), experiment_id="binary")
     combined = evaluate.combine({"four": metric, "two": binary}, force_prefix=True)
     result = combined.compute(predictions=[0, 1, 1], references=[0, 1, 0])
     assert result["two_f1_excited"] == result["four_f1_happy"] == pytest.approx(2 / 3)
@@ -132,8 +155,8 @@ def test_metric_works_offline_and_combined(tmp_path, monkeypatch):
 def test_compute_metrics_of_logits(as_tuple):
     logits, labels = random_predictions(1)
     predictions = (logits, np.zeros((len(logits), 1))) if as_tuple else logits
-    metrics = evaluation.build_compute_metrics(LABEL_NAMES)(EvalPrediction(predictions, labels))
-    expected = evaluation.compute_classification_metrics(logits.argmax(1), labels, LABEL_NAMES)
+    metrics = build_compute_metrics(LABEL_NAMES)(EvalPrediction(predictions, labels))
+    expected = compute_classification_metrics(logits.argmax(1), labels, LABEL_NAMES)
     recalls = sklearn.metrics.recall_score(labels, logits.argmax(1), average=None)
     assert {name: metrics[name] for name in expected} == expected
     assert metrics["recall_min"] == pytest.approx(recalls.min(), abs=TOLERANCE)
@@ -143,8 +166,8 @@ def test_compute_metrics_of_logits(as_tuple):
 
 def test_compute_metrics_detects_collapse(monkeypatch):
     messages = []
-    monkeypatch.setattr(evaluation.logger, "warning", messages.append)
-    compute_metrics = evaluation.build_compute_metrics(LABEL_NAMES)
+    monkeypatch.setattr("mmser.metrics.logger.warning", messages.append)
+    compute_metrics = build_compute_metrics(LABEL_NAMES)
     logits = np.tile([0.0, 0.0, 9.0, 0.0], (5, 1))
     metrics = compute_metrics(EvalPrediction(logits, np.array([0, 1, 2, 3, 2])))
     assert metrics["num_predicted_classes"] == 1 and metrics["recall_min"] == 0
@@ -160,7 +183,7 @@ def test_bootstrap_of_matrices_is_the_bootstrap_of_clips():
     """Against resampling the clips themselves, with scikit-learn's metrics: the same intervals up to chance."""
     logits, labels = random_predictions(11, size=120)
     predictions = logits.argmax(1)
-    intervals = evaluation.bootstrap_classification(predictions, labels, LABEL_NAMES, num_samples=4000)
+    intervals = bootstrap_classification(predictions, labels, LABEL_NAMES, num_samples=4000)
     metrics = {
         "weighted_f1": lambda p, r: sklearn.metrics.f1_score(r, p, average="weighted"),
         "macro_f1": lambda p, r: sklearn.metrics.f1_score(r, p, average="macro"),
@@ -169,20 +192,20 @@ def test_bootstrap_of_matrices_is_the_bootstrap_of_clips():
     }
     assert list(intervals) == ["weighted_f1", "accuracy", "unweighted_average_recall", "macro_f1"]
     for name, metric in metrics.items():
-        expected = evaluation.bootstrap_interval(metric, predictions, labels, num_samples=600, seed=3)
+        expected = bootstrap_interval(metric, predictions, labels, num_samples=600, seed=3)
         np.testing.assert_allclose(intervals[name], expected, atol=0.025, err_msg=name)
     exact = scipy.stats.binom(120, np.mean(predictions == labels)).ppf([0.025, 0.975]) / 120
     np.testing.assert_allclose(intervals["accuracy"], exact, atol=0.0101)  # the count of right clips is binomial
 
 
 def test_bootstrap_of_missing_classes_and_single_clips():
-    assert set(evaluation.bootstrap_classification([0, 1, 1], [0, 1, 1], LABEL_NAMES).values()) == {(1.0, 1.0)}
-    assert set(evaluation.bootstrap_classification([2], [3], LABEL_NAMES).values()) == {(0.0, 0.0)}
+    assert set(bootstrap_classification([0, 1, 1], [0, 1, 1], LABEL_NAMES).values()) == {(1.0, 1.0)}
+    assert set(bootstrap_classification([2], [3], LABEL_NAMES).values()) == {(0.0, 0.0)}
     rows = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 0]
-    first, second = (evaluation.bootstrap_classification(*rows, LABEL_NAMES, seed=seed) for seed in (1, 1))
-    assert first == second != evaluation.bootstrap_classification(*rows, LABEL_NAMES, seed=2)
-    narrow = evaluation.bootstrap_classification(*rows, LABEL_NAMES, level=0.5)["accuracy"]
-    low, high = evaluation.bootstrap_classification(*rows, LABEL_NAMES)["accuracy"]
+    first, second = (bootstrap_classification(*rows, LABEL_NAMES, seed=seed) for seed in (1, 1))
+    assert first == second != bootstrap_classification(*rows, LABEL_NAMES, seed=2)
+    narrow = bootstrap_classification(*rows, LABEL_NAMES, level=0.5)["accuracy"]
+    low, high = bootstrap_classification(*rows, LABEL_NAMES)["accuracy"]
     assert 0 <= low <= narrow[0] <= narrow[1] <= high <= 1
 
 
@@ -204,9 +227,9 @@ def loop_calibration_error(probabilities, labels, num_bins):
 @pytest.mark.parametrize("seed", range(3))
 def test_calibration_error_matches_loop_and_torchmetrics(seed, num_bins):
     logits, labels = random_predictions(seed)
-    probabilities = evaluation.softmax(logits)
+    probabilities = softmax(logits)
     np.testing.assert_allclose(probabilities, torch.softmax(torch.tensor(logits), dim=1), atol=1e-12)
-    error = evaluation.expected_calibration_error(probabilities, labels, num_bins)
+    error = expected_calibration_error(probabilities, labels, num_bins)
     assert error == pytest.approx(loop_calibration_error(probabilities, labels, num_bins), abs=TOLERANCE)
     # torchmetrics has bins [lo, hi); random values never fall on an edge
     reference = torchmetrics.functional.classification.multiclass_calibration_error(
@@ -217,41 +240,41 @@ def test_calibration_error_matches_loop_and_torchmetrics(seed, num_bins):
 
 def test_calibration_bins_are_closed_on_the_right():
     probabilities = np.array([[0.5, 0.5], [0.75, 0.25], [0.76, 0.24], [1.0, 0.0]])
-    bins = evaluation.reliability_bins(probabilities, [0, 1, 0, 0], num_bins=4)
+    bins = reliability_bins(probabilities, [0, 1, 0, 0], num_bins=4)
     assert bins.count.tolist() == [0, 1, 1, 2]
     np.testing.assert_allclose(bins.confidence, [np.nan, 0.5, 0.75, 0.88])
     np.testing.assert_allclose(bins.accuracy, [np.nan, 1, 0, 1])
     expected = (0.5 + 0.75 + 2 * 0.12) / 4
-    assert evaluation.expected_calibration_error(probabilities, [0, 1, 0, 0], 4) == pytest.approx(expected, abs=1e-12)
+    assert expected_calibration_error(probabilities, [0, 1, 0, 0], 4) == pytest.approx(expected, abs=1e-12)
     # the edges k / 15 themselves, exactly as they are stored
     confidences = np.linspace(0, 1, 16)[8:]
-    bins = evaluation.reliability_bins(np.stack([confidences, 1 - confidences], axis=1), np.zeros(8, dtype=int), 15)
+    bins = reliability_bins(np.stack([confidences, 1 - confidences], axis=1), np.zeros(8, dtype=int), 15)
     assert bins.count[7:].tolist() == [1] * 8
 
 
 def test_calibration_error_extremes():
     sure = np.eye(4)[[0, 1, 2, 3]]
-    assert evaluation.expected_calibration_error(sure, [0, 1, 2, 3]) == 0
-    assert evaluation.expected_calibration_error(sure, [1, 2, 3, 0]) == 1
-    assert evaluation.expected_calibration_error([[0.8, 0.2]], [0]) == pytest.approx(0.2)
+    assert expected_calibration_error(sure, [0, 1, 2, 3]) == 0
+    assert expected_calibration_error(sure, [1, 2, 3, 0]) == 1
+    assert expected_calibration_error([[0.8, 0.2]], [0]) == pytest.approx(0.2)
 
 
 @properties
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 20))
 def test_calibration_error_properties(seed, size, num_bins):
     logits, labels = random_predictions(seed, size)
-    probabilities = evaluation.softmax(logits)
-    error = evaluation.expected_calibration_error(probabilities, labels, num_bins)
+    probabilities = softmax(logits)
+    error = expected_calibration_error(probabilities, labels, num_bins)
     order = np.random.default_rng(seed).permutation(size)
     assert 0 <= error <= 1
-    assert evaluation.expected_calibration_error(probabilities[order], labels[order], num_bins) == pytest.approx(error)
+    assert expected_calibration_error(probabilities[order], labels[order], num_bins) == pytest.approx(error)
 
 
 def test_negative_log_likelihood_matches_torch():
     logits, labels = random_predictions(3)
     for temperature in (0.3, 1.0, 4.0):
         expected = torch.nn.functional.cross_entropy(torch.tensor(logits) / temperature, torch.tensor(labels))
-        value = evaluation.negative_log_likelihood(logits, labels, temperature)
+        value = negative_log_likelihood(logits, labels, temperature)
         assert value == pytest.approx(expected.item(), abs=1e-10)
 
 
@@ -259,41 +282,41 @@ def test_negative_log_likelihood_matches_torch():
 def test_temperature_matches_grid(scale):
     logits, labels = random_predictions(4)
     logits = logits * scale
-    temperature = evaluation.fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels)
     grid = np.exp(np.linspace(math.log(0.05), math.log(20), 4001))
     losses = [torch.nn.functional.cross_entropy(torch.tensor(logits / t), torch.tensor(labels)).item() for t in grid]
     best = int(np.argmin(losses))
     assert grid[best - 1] <= temperature <= grid[best + 1]
-    loss = evaluation.negative_log_likelihood(logits, labels, temperature)
+    loss = negative_log_likelihood(logits, labels, temperature)
     assert losses[best] - TOLERANCE <= loss <= losses[best]
 
 
 def test_temperature_undoes_a_known_scale():
     generator = np.random.default_rng(0)
     logits = 2 * generator.normal(size=(5000, 4))
-    labels = (generator.random((5000, 1)) > evaluation.softmax(logits).cumsum(1)).sum(1)
-    assert evaluation.fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.05)
-    assert evaluation.fit_temperature(logits, labels) == pytest.approx(1, rel=0.05)
+    labels = (generator.random((5000, 1)) > softmax(logits).cumsum(1)).sum(1)
+    assert fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.05)
+    assert fit_temperature(logits, labels) == pytest.approx(1, rel=0.05)
 
 
 @properties
 @given(st.integers(0, 10_000), st.integers(1, 30), st.floats(0.01, 50))
 def test_temperature_never_hurts(seed, size, scale):
     logits, labels = random_predictions(seed, size)
-    temperature = evaluation.fit_temperature(scale * logits, labels)
-    before = evaluation.negative_log_likelihood(scale * logits, labels)
-    after = evaluation.negative_log_likelihood(scale * logits, labels, temperature)
+    temperature = fit_temperature(scale * logits, labels)
+    before = negative_log_likelihood(scale * logits, labels)
+    after = negative_log_likelihood(scale * logits, labels, temperature)
     assert 0.05 <= temperature <= 20
     assert after <= before
 
 
 def test_temperature_limits(monkeypatch):
     messages = []
-    monkeypatch.setattr(evaluation.logger, "warning", messages.append)
-    assert evaluation.fit_temperature(np.zeros((5, 4)), [0, 1, 2, 3, 0]) == 1  # no T is better
+    monkeypatch.setattr("mmser.calibration.logger.warning", messages.append)
+    assert fit_temperature(np.zeros((5, 4)), [0, 1, 2, 3, 0]) == 1  # no T is better
     assert not messages
-    assert evaluation.fit_temperature(np.eye(4), [0, 1, 2, 3]) == 0.05  # all right: the sharper the better
-    assert evaluation.fit_temperature(np.eye(4), [1, 2, 3, 0]) == 20  # all wrong: the flatter the better
+    assert fit_temperature(np.eye(4), [0, 1, 2, 3]) == 0.05  # all right: the sharper the better
+    assert fit_temperature(np.eye(4), [1, 2, 3, 0]) == 20  # all wrong: the flatter the better
     assert len(messages) == 2
 
 
@@ -325,14 +348,12 @@ def brute_oscr(known_scores, known_correct, unknown_scores):
 def test_auroc_and_fpr95_match_references(rows):
     scores, flags = split(rows)
     if flags.all() or not flags.any():
-        assert math.isnan(evaluation.auroc(scores, flags))
-        assert math.isnan(evaluation.fpr_at_95_tpr(scores, flags))
+        assert math.isnan(auroc(scores, flags))
+        assert math.isnan(fpr_at_95_tpr(scores, flags))
         return
-    assert evaluation.auroc(scores, flags) == pytest.approx(
-        sklearn.metrics.roc_auc_score(flags, scores), abs=TOLERANCE
-    )
-    assert evaluation.fpr_at_95_tpr(scores, flags) == pytest.approx(brute_fpr95(scores, flags), abs=TOLERANCE)
-    false_positive_rate, true_positive_rate, thresholds = evaluation.roc_curve(scores, flags)
+    assert auroc(scores, flags) == pytest.approx(sklearn.metrics.roc_auc_score(flags, scores), abs=TOLERANCE)
+    assert fpr_at_95_tpr(scores, flags) == pytest.approx(brute_fpr95(scores, flags), abs=TOLERANCE)
+    false_positive_rate, true_positive_rate, thresholds = roc_curve(scores, flags)
     reference = sklearn.metrics.roc_curve(flags, scores, drop_intermediate=False)
     for ours, theirs in zip((false_positive_rate, true_positive_rate, thresholds), reference, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
@@ -343,25 +364,21 @@ def test_fpr95_catches_exactly_95_percent(num_unknown):
     generator = np.random.default_rng(num_unknown)
     scores = np.concatenate([generator.normal(size=150), 1 + generator.normal(size=num_unknown)])
     is_unknown = np.arange(len(scores)) >= 150
-    assert evaluation.fpr_at_95_tpr(scores, is_unknown) == pytest.approx(
-        brute_fpr95(scores, is_unknown), abs=TOLERANCE
-    )
-    assert evaluation.auroc(scores, is_unknown) == pytest.approx(
-        sklearn.metrics.roc_auc_score(is_unknown, scores), abs=TOLERANCE
-    )
+    assert fpr_at_95_tpr(scores, is_unknown) == pytest.approx(brute_fpr95(scores, is_unknown), abs=TOLERANCE)
+    assert auroc(scores, is_unknown) == pytest.approx(sklearn.metrics.roc_auc_score(is_unknown, scores), abs=TOLERANCE)
 
 
 def test_open_set_by_hand():
     is_unknown = [0, 0, 0, 1, 1]
-    assert evaluation.auroc([1, 2, 3, 4, 5], is_unknown) == 1  # unknown is positive: higher = more unknown
-    assert evaluation.fpr_at_95_tpr([1, 2, 3, 4, 5], is_unknown) == 0
-    assert evaluation.auroc([4, 5, 6, 1, 2], is_unknown) == 0
-    assert evaluation.fpr_at_95_tpr([4, 5, 6, 1, 2], is_unknown) == 1
+    assert auroc([1, 2, 3, 4, 5], is_unknown) == 1  # unknown is positive: higher = more unknown
+    assert fpr_at_95_tpr([1, 2, 3, 4, 5], is_unknown) == 0
+    assert auroc([4, 5, 6, 1, 2], is_unknown) == 0
+    assert fpr_at_95_tpr([4, 5, 6, 1, 2], is_unknown) == 1
     # everything tied: chance, and catching the unknown flags everyone
-    assert evaluation.auroc([1] * 5, is_unknown) == 0.5
-    assert evaluation.fpr_at_95_tpr([1] * 5, is_unknown) == 1
+    assert auroc([1] * 5, is_unknown) == 0.5
+    assert fpr_at_95_tpr([1] * 5, is_unknown) == 1
     # one known clip tied with the threshold is flagged
-    assert evaluation.fpr_at_95_tpr([1, 2, 4, 4, 5], is_unknown) == pytest.approx(1 / 3)
+    assert fpr_at_95_tpr([1, 2, 4, 4, 5], is_unknown) == pytest.approx(1 / 3)
 
 
 @properties
@@ -370,31 +387,31 @@ def test_ranking_metrics_ignore_monotone_transforms_and_order(rows, seed):
     scores, flags = split(rows)
     order = np.random.default_rng(seed).permutation(len(scores))
     metrics = (
-        evaluation.auroc,
-        evaluation.fpr_at_95_tpr,
-        evaluation.error_detection_auroc,
-        evaluation.area_under_risk_coverage,
+        auroc,
+        fpr_at_95_tpr,
+        error_detection_auroc,
+        area_under_risk_coverage,
     )
     for metric in metrics:
         value = metric(scores, flags)
         for transformed in (np.exp(scores), 5 * scores - 3, scores**3):
             assert metric(transformed, flags) == pytest.approx(value, abs=1e-12, nan_ok=True)
         assert metric(scores[order], flags[order]) == pytest.approx(value, abs=1e-12, nan_ok=True)
-    assert evaluation.auroc(-scores, flags) == pytest.approx(1 - evaluation.auroc(scores, flags), nan_ok=True)
+    assert auroc(-scores, flags) == pytest.approx(1 - auroc(scores, flags), nan_ok=True)
 
 
 @properties
 @given(tied_scores, st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.integers(0, 1000))
 def test_oscr_matches_pairs_and_is_at_most_accuracy(rows, unknown_scores, seed):
     known_scores, known_correct = split(rows)
-    area = evaluation.oscr(known_scores, known_correct, unknown_scores)
+    area = oscr(known_scores, known_correct, unknown_scores)
     assert area == pytest.approx(brute_oscr(known_scores, known_correct, unknown_scores), abs=TOLERANCE)
     assert 0 <= area <= known_correct.mean() + 1e-12
     order = np.random.default_rng(seed).permutation(len(known_scores))
-    shuffled = evaluation.oscr(known_scores[order], known_correct[order], unknown_scores[::-1])
+    shuffled = oscr(known_scores[order], known_correct[order], unknown_scores[::-1])
     assert shuffled == pytest.approx(area, abs=1e-12)
     # when every known clip is right it is the AUROC of known against unknown
-    everything_right = evaluation.oscr(known_scores, np.ones(len(known_scores)), unknown_scores)
+    everything_right = oscr(known_scores, np.ones(len(known_scores)), unknown_scores)
     scores = -np.concatenate([known_scores, unknown_scores])
     is_unknown = np.arange(len(scores)) >= len(known_scores)
     expected = sklearn.metrics.roc_auc_score(is_unknown, scores)
@@ -403,31 +420,31 @@ def test_oscr_matches_pairs_and_is_at_most_accuracy(rows, unknown_scores, seed):
 
 def test_oscr_curve_is_exact():
     known_scores, known_correct, unknown_scores = [0.9, 0.8, 0.6, 0.3], [1, 0, 1, 1], [0.8, 0.5, 0.1]
-    false_positive_rate, correct_rate, thresholds = evaluation.oscr_curve(known_scores, known_correct, unknown_scores)
+    false_positive_rate, correct_rate, thresholds = oscr_curve(known_scores, known_correct, unknown_scores)
     assert thresholds.tolist() == [np.inf, 0.9, 0.8, 0.6, 0.5, 0.3, 0.1]
     np.testing.assert_allclose(false_positive_rate, np.array([0, 0, 1, 1, 2, 2, 3]) / 3)
     np.testing.assert_allclose(correct_rate, np.array([0, 1, 1, 2, 2, 3, 3]) / 4)
     expected = sklearn.metrics.auc(false_positive_rate, correct_rate)
-    assert evaluation.oscr(known_scores, known_correct, unknown_scores) == pytest.approx(expected)
+    assert oscr(known_scores, known_correct, unknown_scores) == pytest.approx(expected)
 
 
 def test_undefined_open_set_metrics_are_nan():
-    assert math.isnan(evaluation.auroc([0.1, 0.2], [0, 0]))
-    assert math.isnan(evaluation.auroc([0.1], [1]))
-    assert math.isnan(evaluation.fpr_at_95_tpr([0.1], [1]))
-    assert math.isnan(evaluation.oscr([0.1, 0.4], [1, 0], []))
-    assert math.isnan(evaluation.oscr([], [], [0.3]))
-    assert math.isnan(evaluation.error_detection_auroc([0.1, 0.2], [False, False]))
-    assert evaluation.area_under_risk_coverage([0.1, 0.2], [False, False]) == 0
+    assert math.isnan(auroc([0.1, 0.2], [0, 0]))
+    assert math.isnan(auroc([0.1], [1]))
+    assert math.isnan(fpr_at_95_tpr([0.1], [1]))
+    assert math.isnan(oscr([0.1, 0.4], [1, 0], []))
+    assert math.isnan(oscr([], [], [0.3]))
+    assert math.isnan(error_detection_auroc([0.1, 0.2], [False, False]))
+    assert area_under_risk_coverage([0.1, 0.2], [False, False]) == 0
 
 
 def test_energy_score_is_that_of_the_paper():
     logits, _ = random_predictions(12, size=50)
     for temperature in (1.0, 0.5, 3.0):
         expected = -temperature * np.log(np.sum(np.exp(logits / temperature), axis=1))
-        np.testing.assert_allclose(evaluation.energy_score(logits, temperature), expected, rtol=1e-12)
-    assert evaluation.energy_score([[1000.0, 0.0]]).tolist() == [-1000.0]  # no overflow
-    confident, flat = evaluation.energy_score([[9.0, 0.0], [0.1, 0.0]])
+        np.testing.assert_allclose(energy_score(logits, temperature), expected, rtol=1e-12)
+    assert energy_score([[1000.0, 0.0]]).tolist() == [-1000.0]  # no overflow
+    confident, flat = energy_score([[9.0, 0.0], [0.1, 0.0]])
     assert flat > confident
 
 
@@ -437,19 +454,17 @@ def test_knn_distance_matches_scikit_learn():
     neighbours = sklearn.neighbors.NearestNeighbors().fit(sklearn.preprocessing.normalize(train))
     for k in (1, 7, 60):
         expected = neighbours.kneighbors(sklearn.preprocessing.normalize(features), k)[0][:, -1]
-        np.testing.assert_allclose(evaluation.knn_distance(train, features, k), expected, atol=TOLERANCE)
+        np.testing.assert_allclose(knn_distance(train, features, k), expected, atol=TOLERANCE)
     # length does not matter, only direction; a training clip is at distance 0 from itself
-    np.testing.assert_allclose(
-        evaluation.knn_distance(3 * train, 7 * features), evaluation.knn_distance(train, features), atol=TOLERANCE
-    )
-    np.testing.assert_allclose(evaluation.knn_distance(train, train, 1), 0, atol=TOLERANCE)
+    np.testing.assert_allclose(knn_distance(3 * train, 7 * features), knn_distance(train, features), atol=TOLERANCE)
+    np.testing.assert_allclose(knn_distance(train, train, 1), 0, atol=TOLERANCE)
 
 
 def test_knn_distance_of_few_clips_and_zeros():
     train = [[1.0, 0.0], [0.0, 1.0]]
-    np.testing.assert_allclose(evaluation.knn_distance(train, [[2.0, 0.0]]), [math.sqrt(2)])  # the farthest of two
-    np.testing.assert_allclose(evaluation.knn_distance(train, [[0.0, 0.0]], k=1), [1.0])
-    np.testing.assert_allclose(evaluation.knn_distance([[1.0, 0.0]], [[-1.0, 0.0]], k=1), [2.0])
+    np.testing.assert_allclose(knn_distance(train, [[2.0, 0.0]]), [math.sqrt(2)])  # the farthest of two
+    np.testing.assert_allclose(knn_distance(train, [[0.0, 0.0]], k=1), [1.0])
+    np.testing.assert_allclose(knn_distance([[1.0, 0.0]], [[-1.0, 0.0]], k=1), [2.0])
 
 
 # --- uncertainty -----------------------------------------------------------------------------------------------------
@@ -463,19 +478,19 @@ def test_risk_coverage_is_the_mean_over_orders_of_ties(rows):
     for order in itertools.permutations(range(len(rows))):
         if all(uncertainty[i] <= uncertainty[j] for i, j in itertools.pairwise(order)):
             curves.append([sum(is_wrong[list(order[: k + 1])]) / (k + 1) for k in range(len(rows))])
-    coverage, risk = evaluation.risk_coverage_curve(uncertainty, is_wrong)
+    coverage, risk = risk_coverage_curve(uncertainty, is_wrong)
     np.testing.assert_allclose(coverage, [(k + 1) / len(rows) for k in range(len(rows))])
     np.testing.assert_allclose(risk, np.mean(curves, axis=0), atol=TOLERANCE)
-    assert evaluation.area_under_risk_coverage(uncertainty, is_wrong) == pytest.approx(np.mean(curves), abs=TOLERANCE)
+    assert area_under_risk_coverage(uncertainty, is_wrong) == pytest.approx(np.mean(curves), abs=TOLERANCE)
 
 
 def test_uncertainty_by_hand():
     is_wrong = [False, False, True, True]
-    assert evaluation.error_detection_auroc([0.1, 0.2, 0.3, 0.4], is_wrong) == 1
-    assert evaluation.error_detection_auroc([0.5] * 4, is_wrong) == 0.5
+    assert error_detection_auroc([0.1, 0.2, 0.3, 0.4], is_wrong) == 1
+    assert error_detection_auroc([0.5] * 4, is_wrong) == 0.5
     # a constant uncertainty keeps random clips: the risk is the error rate at every coverage
-    np.testing.assert_allclose(evaluation.risk_coverage_curve([0.5] * 4, is_wrong)[1], 0.5)
-    assert evaluation.area_under_risk_coverage([0.1, 0.2, 0.3, 0.4], is_wrong) == pytest.approx((1 / 3 + 1 / 2) / 4)
+    np.testing.assert_allclose(risk_coverage_curve([0.5] * 4, is_wrong)[1], 0.5)
+    assert area_under_risk_coverage([0.1, 0.2, 0.3, 0.4], is_wrong) == pytest.approx((1 / 3 + 1 / 2) / 4)
 
 
 def error_scores(seed, size=300, informative=(1.0, 1.0), constant=-1.0):
@@ -495,18 +510,18 @@ def logits_of(*scores):
 def test_error_probability_is_a_logistic_regression(seed, size):
     """Of scikit-learn, whose C = 1 is the same penalty and whose intercept is free."""
     doubt, uncertainty, is_wrong = error_scores(seed, size, (0.9, 0.6))
-    weights = evaluation.fit_error_probability(doubt, uncertainty, is_wrong)
+    weights = fit_error_probability(doubt, uncertainty, is_wrong)
     reference = sklearn.linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)
     reference.fit(logits_of(doubt, uncertainty), is_wrong)
     expected = [*reference.coef_[0], *reference.intercept_]
     assert min(expected[:2]) > 0  # else the bounds would tell them apart
     np.testing.assert_allclose(weights, expected, atol=2e-3)
-    probabilities = scipy.special.expit(evaluation.error_log_odds(doubt, uncertainty, weights))
+    probabilities = scipy.special.expit(error_log_odds(doubt, uncertainty, weights))
     expected = reference.predict_proba(logits_of(doubt, uncertainty))[:, 1]
     np.testing.assert_allclose(probabilities, expected, atol=2e-3)
     assert probabilities.mean() == pytest.approx(is_wrong.mean(), abs=1e-3)
     order = np.random.default_rng(0).permutation(size)
-    again = evaluation.fit_error_probability(torch.tensor(doubt[order]), uncertainty[order].tolist(), is_wrong[order])
+    again = fit_error_probability(torch.tensor(doubt[order]), uncertainty[order].tolist(), is_wrong[order])
     np.testing.assert_allclose(again, weights, atol=1e-3)
 
 
@@ -515,7 +530,7 @@ def test_a_score_that_misleads_gets_no_weight():
         informative = [1.5, 1.5]
         informative[column] = -1.5
         scores = error_scores(3, 400, informative)
-        weights = evaluation.fit_error_probability(*scores)
+        weights = fit_error_probability(*scores)
         assert weights[column] == 0 and weights[1 - column] > 0.3
         reference = sklearn.linear_model.LogisticRegression(C=1.0, tol=1e-10)
         reference.fit(logits_of(scores[1 - column]), scores[2])
@@ -535,16 +550,16 @@ def test_no_other_weights_explain_the_errors_better(rows, other):
     )
 
     def loss(weights):
-        log_odds = evaluation.error_log_odds(doubt, uncertainty, weights)
+        log_odds = error_log_odds(doubt, uncertainty, weights)
         return np.logaddexp(0, np.where(is_wrong, -log_odds, log_odds)).sum() + (np.square(weights[:2])).sum() / 2
 
-    weights = evaluation.fit_error_probability(doubt, uncertainty, is_wrong)
+    weights = fit_error_probability(doubt, uncertainty, is_wrong)
     assert np.isfinite(weights).all() and (weights[:2] >= 0).all()
     assert all(loss(weights) <= loss(candidate) + 1e-6 for candidate in (other, (0, 1, 0), (1, 0, 0), (0, 0, 0)))
 
 
 def test_error_log_odds_by_hand():
-    log_odds = evaluation.error_log_odds([0.2, 0.5, 0.0], [0.5, 0.75, 1.0], [2.0, 3.0, -1.0])
+    log_odds = error_log_odds([0.2, 0.5, 0.0], [0.5, 0.75, 1.0], [2.0, 3.0, -1.0])
     limit = math.log((1 - 1e-6) / 1e-6)
     expected = [2 * math.log(0.25) - 1, 3 * math.log(3) - 1, -2 * limit + 3 * limit - 1]
     np.testing.assert_allclose(log_odds, expected, rtol=1e-9)
@@ -562,7 +577,7 @@ def test_average_passes_averages_probabilities():
         "features": generator.normal(size=(12, 6)).astype(np.float32),
         "is_unknown": np.array([1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1], dtype=bool),
     }
-    averaged = evaluation.average_passes(outputs, 3)
+    averaged = average_passes(outputs, 3)
     for clip in range(4):
         rows = slice(3 * clip, 3 * clip + 3)
         expected = torch.softmax(torch.tensor(outputs["logits"][rows]).double(), dim=1).mean(0)
@@ -580,9 +595,9 @@ def test_average_of_one_pass_and_of_certain_passes():
         "labels": np.array([1, 0]),
         "is_unknown": np.array([True, False]),
     }
-    same = evaluation.average_passes(outputs, 1)
+    same = average_passes(outputs, 1)
     assert all(np.array_equal(same[name], values) for name, values in outputs.items())
-    certain = evaluation.average_passes({"logits": np.array([[2000.0, 0.0], [2000.0, 0.0]])}, 2)["logits"]
+    certain = average_passes({"logits": np.array([[2000.0, 0.0], [2000.0, 0.0]])}, 2)["logits"]
     assert np.isfinite(certain).all()  # the logarithm of a probability that is 0 in floating point
 
 
@@ -591,25 +606,25 @@ def test_average_of_one_pass_and_of_certain_passes():
 
 def test_bootstrap_interval_of_a_mean():
     values = np.random.default_rng(0).normal(loc=2.0, size=400)
-    low, high = evaluation.bootstrap_interval(np.mean, values, seed=1)
+    low, high = bootstrap_interval(np.mean, values, seed=1)
     half_width = 1.96 * values.std() / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - half_width, abs=0.015)
     assert high == pytest.approx(values.mean() + half_width, abs=0.015)
-    assert (low, high) == evaluation.bootstrap_interval(np.mean, torch.tensor(values), seed=1)
-    assert (low, high) != evaluation.bootstrap_interval(np.mean, values, seed=2)
-    narrow = evaluation.bootstrap_interval(np.mean, values, level=0.5, seed=1)
+    assert (low, high) == bootstrap_interval(np.mean, torch.tensor(values), seed=1)
+    assert (low, high) != bootstrap_interval(np.mean, values, seed=2)
+    narrow = bootstrap_interval(np.mean, values, level=0.5, seed=1)
     assert low < narrow[0] < narrow[1] < high
 
 
 def test_bootstrap_interval_keeps_rows_together_and_skips_nan():
     generator = np.random.default_rng(0)
     first = generator.normal(size=(50, 3))
-    same = evaluation.bootstrap_interval(lambda a, b: np.abs(a.sum(1) - b).max(), first, first.sum(1), num_samples=50)
+    same = bootstrap_interval(lambda a, b: np.abs(a.sum(1) - b).max(), first, first.sum(1), num_samples=50)
     assert same == (0, 0)
-    assert evaluation.bootstrap_interval(np.mean, [3.0], num_samples=10) == (3, 3)
-    low, high = evaluation.bootstrap_interval(evaluation.auroc, [0.1, 0.2, 0.9], [0, 0, 1], num_samples=100)
+    assert bootstrap_interval(np.mean, [3.0], num_samples=10) == (3, 3)
+    low, high = bootstrap_interval(auroc, [0.1, 0.2, 0.9], [0, 0, 1], num_samples=100)
     assert (low, high) == (1, 1)  # resamples without an unknown clip do not count
-    undefined = evaluation.bootstrap_interval(evaluation.auroc, [0.1, 0.2], [0, 0], num_samples=10)
+    undefined = bootstrap_interval(auroc, [0.1, 0.2], [0, 0], num_samples=10)
     assert all(math.isnan(bound) for bound in undefined)
 
 
@@ -617,7 +632,7 @@ def test_grouped_metrics():
     logits, labels = random_predictions(5)
     predictions = logits.argmax(1)
     languages = np.random.default_rng(5).choice(["en", "de", "zh"], len(labels))
-    report = evaluation.grouped_metrics(predictions, labels, languages, LABEL_NAMES)
+    report = grouped_metrics(predictions, labels, languages, LABEL_NAMES)
     assert list(report) == ["de", "en", "zh"]
     assert sum(metrics["count"] for metrics in report.values()) == len(labels)
     for language, metrics in report.items():
@@ -625,26 +640,26 @@ def test_grouped_metrics():
         expected = sklearn.metrics.f1_score(labels[rows], predictions[rows], average="weighted")
         assert metrics["weighted_f1"] == pytest.approx(expected, abs=TOLERANCE)
         assert metrics["count"] == rows.sum()
-        expected = evaluation.bootstrap_classification(predictions[rows], labels[rows], LABEL_NAMES)["weighted_f1"]
+        expected = bootstrap_classification(predictions[rows], labels[rows], LABEL_NAMES)["weighted_f1"]
         assert metrics["weighted_f1_interval"] == expected
         assert "rejected" not in metrics and "mean_confidence" not in metrics
-    assert list(evaluation.grouped_metrics([0, 0], [0, 1], [None, 3], LABEL_NAMES)) == ["3", "None"]
-    assert list(evaluation.grouped_metrics([0, 0], [0, 1], torch.tensor([2, 1]), LABEL_NAMES)) == ["1", "2"]
+    assert list(grouped_metrics([0, 0], [0, 1], [None, 3], LABEL_NAMES)) == ["3", "None"]
+    assert list(grouped_metrics([0, 0], [0, 1], torch.tensor([2, 1]), LABEL_NAMES)) == ["1", "2"]
 
 
 def test_grouped_metrics_of_scores_and_rejection():
     logits, labels = random_predictions(15)
-    probabilities, predictions = evaluation.softmax(logits), logits.argmax(1)
+    probabilities, predictions = softmax(logits), logits.argmax(1)
     is_unknown = np.random.default_rng(15).random(len(labels)) < 0.2
     groups = np.arange(len(labels)) % 3
-    report = evaluation.grouped_metrics(predictions, labels, groups, LABEL_NAMES, probabilities, is_unknown)
+    report = grouped_metrics(predictions, labels, groups, LABEL_NAMES, probabilities, is_unknown)
     for group, metrics in report.items():
         rows = groups == int(group)
         assert metrics["mean_confidence"] == pytest.approx(probabilities[rows].max(1).mean())
-        expected = evaluation.expected_calibration_error(probabilities[rows], labels[rows])
+        expected = expected_calibration_error(probabilities[rows], labels[rows])
         assert metrics["expected_calibration_error"] == pytest.approx(expected)
         assert metrics["rejected"] == pytest.approx(is_unknown[rows].mean())
-    one = evaluation.grouped_metrics([1], [1], ["x"], ["a", "b"], [[0.2, 0.8]], [False])["x"]
+    one = grouped_metrics([1], [1], ["x"], ["a", "b"], [[0.2, 0.8]], [False])["x"]
     assert (one["count"], one["weighted_f1"], one["rejected"], one["mean_confidence"]) == (1, 1.0, 0.0, 0.8)
 
 
@@ -658,12 +673,12 @@ def test_group_gap_compares_large_groups():
         "fr": group(29, 0.1, 0.1),
         "tr": group(40, 0.7, 0.4),
     }
-    gap = evaluation.group_gap(groups)
+    gap = group_gap(groups)
     assert gap["weighted_f1"] == {"gap": 0.25, "highest": "en", "lowest": "de"}
     assert gap["unweighted_average_recall"]["lowest"] == "tr"
     assert gap["unweighted_average_recall"]["gap"] == pytest.approx(0.2)
-    assert evaluation.group_gap(groups, ["weighted_f1"], min_count=1)["weighted_f1"]["lowest"] == "fr"
-    assert evaluation.group_gap({"en": groups["en"], "fr": groups["fr"]}) == {}
+    assert group_gap(groups, ["weighted_f1"], min_count=1)["weighted_f1"]["lowest"] == "fr"
+    assert group_gap({"en": groups["en"], "fr": groups["fr"]}) == {}
 
 
 def test_format_table():
@@ -672,82 +687,82 @@ def test_format_table():
         {"group": "a|b\nc", "count": None, "f1": float("nan")},
         {"group": None},
     ]
-    assert evaluation.format_table(rows, ["group", "count", "f1"]).split("\n") == [
+    assert format_table(rows, ["group", "count", "f1"]).split("\n") == [
         "| group  | count |     f1 |",
         "| ------ | ----: | -----: |",
         "| en     |    12 | 0.5000 |",
         "| a\\|b c |       |    n/a |",
         "|        |       |        |",
     ]
-    assert evaluation.format_table([], ["x"]) == "| x   |\n| --- |"
+    assert format_table([], ["x"]) == "| x   |\n| --- |"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 GOOD = [[0.7, 0.3], [0.4, 0.6]]
 BAD_CALLS = [
-    (lambda: evaluation.auroc([0.1, float("nan"), 0.3], [0, 1, 0]), r"`scores` must be finite, got nan at index 1"),
-    (lambda: evaluation.auroc([0.1, float("inf")], [0, 1]), r"`scores` must be finite, got inf at index 1"),
-    (lambda: evaluation.auroc([], []), r"`scores` is empty"),
-    (lambda: evaluation.auroc([0.1, 0.2], [0, 2]), r"`is_unknown` must hold True/False or 1/0, got 2 at index 1"),
-    (lambda: evaluation.auroc([0.1, 0.2], [0]), r"same length, got `scores` 2, `is_unknown` 1"),
-    (lambda: evaluation.auroc([[0.1], [0.2]], [0, 1]), r"`scores` must have 1 dimension\(s\), got shape \(2, 1\)"),
-    (lambda: evaluation.auroc(["a", "b"], [0, 1]), r"`scores` must hold real numbers"),
-    (lambda: evaluation.auroc([1j, 0j], [0, 1]), r"`scores` must hold real numbers"),
-    (lambda: evaluation.fpr_at_95_tpr([], []), r"`scores` is empty"),
-    (lambda: evaluation.oscr([], [], []), r"both empty"),
-    (lambda: evaluation.oscr([0.1], [1], [float("nan")]), r"`unknown_scores` must be finite, got nan at index 0"),
-    (lambda: evaluation.oscr([0.1], [1, 0], [0.2]), r"`known_scores` 1, `known_correct` 2"),
-    (lambda: evaluation.error_detection_auroc([0.1], []), r"`is_wrong` is empty"),
-    (lambda: evaluation.risk_coverage_curve([float("nan")], [1]), r"`uncertainty` must be finite, got nan at index 0"),
-    (lambda: evaluation.softmax([[1.0, float("nan")]]), r"`logits` must be finite, got nan at index \(0, 1\)"),
-    (lambda: evaluation.softmax([[1.0], [1.0, 2.0]]), r"`logits` must be a rectangular array"),
-    (lambda: evaluation.softmax([1.0, 2.0]), r"`logits` must have 2 dimension\(s\)"),
-    (lambda: evaluation.fit_temperature(GOOD, [0, 2]), r"`labels` has label 2 at index 1; allowed are 0 to 1"),
-    (lambda: evaluation.fit_temperature(np.zeros((0, 4)), []), r"`logits` is empty"),
-    (lambda: evaluation.fit_temperature(GOOD, [0]), r"`logits` 2, `labels` 1"),
-    (lambda: evaluation.negative_log_likelihood(GOOD, [0, 1], 0), r"`temperature` must be positive"),
-    (lambda: evaluation.expected_calibration_error([[2.0, 1.0]], [0]), r"sum to 1 .* row 0 .*softmax"),
-    (lambda: evaluation.expected_calibration_error(GOOD, [0, -1]), r"label -1 at index 1"),
-    (lambda: evaluation.expected_calibration_error(GOOD, [0, 1], 0), r"`num_bins` must be a positive integer, got 0"),
-    (lambda: evaluation.confusion_matrix([0, 1], [0.0, 1.0], 2), r"`references` must hold integer class indices"),
-    (lambda: evaluation.confusion_matrix([], [], 2), r"`predictions` is empty"),
-    (lambda: evaluation.confusion_matrix([0], [0, 1], 2), r"`predictions` 1, `references` 2"),
-    (lambda: evaluation.confusion_matrix([[0]], [0], 2), r"`predictions` must be one-dimensional"),
-    (lambda: evaluation.compute_classification_metrics([0], [0], ["a", "a"]), r"distinct names"),
+    (lambda: auroc([0.1, float("nan"), 0.3], [0, 1, 0]), r"`scores` must be finite, got nan at index 1"),
+    (lambda: auroc([0.1, float("inf")], [0, 1]), r"`scores` must be finite, got inf at index 1"),
+    (lambda: auroc([], []), r"`scores` is empty"),
+    (lambda: auroc([0.1, 0.2], [0, 2]), r"`is_unknown` must hold True/False or 1/0, got 2 at index 1"),
+    (lambda: auroc([0.1, 0.2], [0]), r"same length, got `scores` 2, `is_unknown` 1"),
+    (lambda: auroc([[0.1], [0.2]], [0, 1]), r"`scores` must have 1 dimension\(s\), got shape \(2, 1\)"),
+    (lambda: auroc(["a", "b"], [0, 1]), r"`scores` must hold real numbers"),
+    (lambda: auroc([1j, 0j], [0, 1]), r"`scores` must hold real numbers"),
+    (lambda: fpr_at_95_tpr([], []), r"`scores` is empty"),
+    (lambda: oscr([], [], []), r"both empty"),
+    (lambda: oscr([0.1], [1], [float("nan")]), r"`unknown_scores` must be finite, got nan at index 0"),
+    (lambda: oscr([0.1], [1, 0], [0.2]), r"`known_scores` 1, `known_correct` 2"),
+    (lambda: error_detection_auroc([0.1], []), r"`is_wrong` is empty"),
+    (lambda: risk_coverage_curve([float("nan")], [1]), r"`uncertainty` must be finite, got nan at index 0"),
+    (lambda: softmax([[1.0, float("nan")]]), r"`logits` must be finite, got nan at index \(0, 1\)"),
+    (lambda: softmax([[1.0], [1.0, 2.0]]), r"`logits` must be a rectangular array"),
+    (lambda: softmax([1.0, 2.0]), r"`logits` must have 2 dimension\(s\)"),
+    (lambda: fit_temperature(GOOD, [0, 2]), r"`labels` has label 2 at index 1; allowed are 0 to 1"),
+    (lambda: fit_temperature(np.zeros((0, 4)), []), r"`logits` is empty"),
+    (lambda: fit_temperature(GOOD, [0]), r"`logits` 2, `labels` 1"),
+    (lambda: negative_log_likelihood(GOOD, [0, 1], 0), r"`temperature` must be positive"),
+    (lambda: expected_calibration_error([[2.0, 1.0]], [0]), r"sum to 1 .* row 0 .*softmax"),
+    (lambda: expected_calibration_error(GOOD, [0, -1]), r"label -1 at index 1"),
+    (lambda: expected_calibration_error(GOOD, [0, 1], 0), r"`num_bins` must be a positive integer, got 0"),
+    (lambda: confusion_matrix([0, 1], [0.0, 1.0], 2), r"`references` must hold integer class indices"),
+    (lambda: confusion_matrix([], [], 2), r"`predictions` is empty"),
+    (lambda: confusion_matrix([0], [0, 1], 2), r"`predictions` 1, `references` 2"),
+    (lambda: confusion_matrix([[0]], [0], 2), r"`predictions` must be one-dimensional"),
+    (lambda: compute_classification_metrics([0], [0], ["a", "a"]), r"distinct names"),
     (
-        lambda: evaluation.compute_classification_metrics([0], [5], ["a", "b"]),
+        lambda: compute_classification_metrics([0], [5], ["a", "b"]),
         r"label 5 at index 0; allowed are 0 to 1",
     ),
-    (lambda: evaluation.grouped_metrics([0], [0], [], ["a"]), r"`groups` 0"),
-    (lambda: evaluation.bootstrap_interval(np.mean), r"at least one array"),
-    (lambda: evaluation.bootstrap_interval(np.mean, []), r"at least one row"),
-    (lambda: evaluation.bootstrap_interval(np.mean, [1, 2], [1]), r"`arrays\[0\]` 2, `arrays\[1\]` 1"),
-    (lambda: evaluation.bootstrap_interval(np.mean, [1], level=95), r"`level` must be between 0 and 1, got 95"),
-    (lambda: evaluation.bootstrap_interval(np.mean, [1], num_samples=0), r"`num_samples`"),
-    (lambda: evaluation.format_table([], []), r"`columns`"),
-    (lambda: evaluation.energy_score([[1.0, float("nan")]]), r"`logits` must be finite, got nan at index \(0, 1\)"),
-    (lambda: evaluation.energy_score([[1.0, 2.0]], 0.0), r"`temperature` must be positive"),
-    (lambda: evaluation.knn_distance(GOOD, [[1.0]]), r"same width, got 2 and 1"),
-    (lambda: evaluation.knn_distance(np.zeros((0, 2)), GOOD), r"`train_features` is empty"),
-    (lambda: evaluation.knn_distance(GOOD, GOOD, 0), r"`k` must be a positive integer, got 0"),
-    (lambda: evaluation.average_passes({"logits": GOOD}, 0), r"`num_passes` must be a positive integer, got 0"),
-    (lambda: evaluation.average_passes({"logits": np.zeros((5, 2))}, 2), r"`logits` must have 2 rows for each clip"),
-    (lambda: evaluation.bootstrap_classification([], [], ["a", "b"]), r"`predictions` is empty"),
-    (lambda: evaluation.bootstrap_classification([0], [0], ["a"], num_samples=0), r"`num_samples`"),
-    (lambda: evaluation.bootstrap_classification([0], [0], ["a"], level=1), r"`level` must be between 0 and 1"),
-    (lambda: evaluation.grouped_metrics([0], [0], ["x"], ["a"], [[1.0], [1.0]]), r"`probabilities` 2"),
-    (lambda: evaluation.grouped_metrics([0], [0], ["x"], ["a"], None, [2]), r"`is_unknown` must hold True/False"),
-    (lambda: evaluation.fit_error_probability([0.1, 0.2], [0.1], [0, 1]), r"`doubt` 2, `uncertainty` 1"),
+    (lambda: grouped_metrics([0], [0], [], ["a"]), r"`groups` 0"),
+    (lambda: bootstrap_interval(np.mean), r"at least one array"),
+    (lambda: bootstrap_interval(np.mean, []), r"at least one row"),
+    (lambda: bootstrap_interval(np.mean, [1, 2], [1]), r"`arrays\[0\]` 2, `arrays\[1\]` 1"),
+    (lambda: bootstrap_interval(np.mean, [1], level=95), r"`level` must be between 0 and 1, got 95"),
+    (lambda: bootstrap_interval(np.mean, [1], num_samples=0), r"`num_samples`"),
+    (lambda: format_table([], []), r"`columns`"),
+    (lambda: energy_score([[1.0, float("nan")]]), r"`logits` must be finite, got nan at index \(0, 1\)"),
+    (lambda: energy_score([[1.0, 2.0]], 0.0), r"`temperature` must be positive"),
+    (lambda: knn_distance(GOOD, [[1.0]]), r"same width, got 2 and 1"),
+    (lambda: knn_distance(np.zeros((0, 2)), GOOD), r"`train_features` is empty"),
+    (lambda: knn_distance(GOOD, GOOD, 0), r"`k` must be a positive integer, got 0"),
+    (lambda: average_passes({"logits": GOOD}, 0), r"`num_passes` must be a positive integer, got 0"),
+    (lambda: average_passes({"logits": np.zeros((5, 2))}, 2), r"`logits` must have 2 rows for each clip"),
+    (lambda: bootstrap_classification([], [], ["a", "b"]), r"`predictions` is empty"),
+    (lambda: bootstrap_classification([0], [0], ["a"], num_samples=0), r"`num_samples`"),
+    (lambda: bootstrap_classification([0], [0], ["a"], level=1), r"`level` must be between 0 and 1"),
+    (lambda: grouped_metrics([0], [0], ["x"], ["a"], [[1.0], [1.0]]), r"`probabilities` 2"),
+    (lambda: grouped_metrics([0], [0], ["x"], ["a"], None, [2]), r"`is_unknown` must hold True/False"),
+    (lambda: fit_error_probability([0.1, 0.2], [0.1], [0, 1]), r"`doubt` 2, `uncertainty` 1"),
     (
-        lambda: evaluation.fit_error_probability([0.1, 1.2], [0.1, 0.1], [0, 1]),
+        lambda: fit_error_probability([0.1, 1.2], [0.1, 0.1], [0, 1]),
         r"`doubt` must be in \[0, 1\].*1\.2",
     ),
-    (lambda: evaluation.fit_error_probability([0.1, 0.2], [-1, 0.1], [0, 1]), r"`uncertainty` must be in \[0, 1\]"),
-    (lambda: evaluation.fit_error_probability([0.1, 0.2], [0.3, 0.1], [0, 0]), r"both right and wrong predictions"),
-    (lambda: evaluation.fit_error_probability([0.1, 0.2], [0.3, 0.1], [1, 1]), r"both right and wrong predictions"),
-    (lambda: evaluation.fit_error_probability([0.1, float("nan")], [0.3, 0.1], [1, 0]), r"`doubt` must be finite"),
-    (lambda: evaluation.fit_error_probability([], [], []), r"`doubt` is empty"),
+    (lambda: fit_error_probability([0.1, 0.2], [-1, 0.1], [0, 1]), r"`uncertainty` must be in \[0, 1\]"),
+    (lambda: fit_error_probability([0.1, 0.2], [0.3, 0.1], [0, 0]), r"both right and wrong predictions"),
+    (lambda: fit_error_probability([0.1, 0.2], [0.3, 0.1], [1, 1]), r"both right and wrong predictions"),
+    (lambda: fit_error_probability([0.1, float("nan")], [0.3, 0.1], [1, 0]), r"`doubt` must be finite"),
+    (lambda: fit_error_probability([], [], []), r"`doubt` is empty"),
 ]
 
 
@@ -762,8 +777,8 @@ def test_tensors_of_any_type_are_accepted(dtype):
     logits = torch.tensor([[2.0, 0.0], [0.5, 1.0], [0.0, 4.0]], dtype=dtype, requires_grad=True)
     labels = torch.tensor([0, 0, 1])
     exact = logits.detach().double().numpy()
-    assert evaluation.fit_temperature(logits, labels) == evaluation.fit_temperature(exact, labels.numpy())
+    assert fit_temperature(logits, labels) == fit_temperature(exact, labels.numpy())
     probabilities = torch.softmax(logits, dim=1)
-    expected = evaluation.expected_calibration_error(evaluation.softmax(exact), labels)
-    assert evaluation.expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-2)
-    assert evaluation.auroc(logits[:, 0], labels == 0) == 1
+    expected = expected_calibration_error(softmax(exact), labels)
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-2)
+    assert auroc(logits[:, 0], labels == 0) == 1

@@ -4,6 +4,7 @@
 One checkpoint of each family is exported once; a third export goes through the command line.
 """
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -18,8 +19,15 @@ from tiny import fit_openmax_by_chance, randomize
 from tiny_corpus import NAMES, tiny_model, tiny_processor
 
 import export_hf
-import export_mmser
-from export_mmser import ExportedForward, example_inputs, export_checkpoint, min_audio_length, quantize_onnx
+from mmser.export import (
+    Comparison,
+    ExportedForward,
+    check_tolerance,
+    example_inputs,
+    export_checkpoint,
+    min_audio_length,
+)
+from mmser.quantization import _to_int8, quantize_onnx
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
 
@@ -239,7 +247,7 @@ def test_int8_weights_are_as_near_as_they_can_be():
     """Half a step of scales that float16 can hold, for weights of every size."""
     values = np.random.default_rng(0).normal(size=(50, 7, 16)) * np.logspace(-9, 3, 50)[:, None, None]
     values[3] = 0
-    quantized, scale = export_mmser._to_int8(values.astype(np.float32))
+    quantized, scale = _to_int8(values.astype(np.float32))
     assert np.abs(quantized).max() <= 127 and np.array_equal(quantized, np.rint(quantized))
     assert np.array_equal(scale, scale.astype(np.float16)) and (scale > 0).all()
     assert (np.abs(quantized * scale - values) <= 0.5001 * scale).all()
@@ -292,9 +300,9 @@ def test_too_large_a_difference_leaves_nothing(tmp_path):
 
 
 def test_a_number_that_is_none_is_too_large_a_difference():
-    comparison = export_mmser.Comparison(1, 100, 5, {"logits": float("nan")})
+    comparison = Comparison(1, 100, 5, {"logits": float("nan")})
     with pytest.raises(ValueError, match="nan"):
-        export_mmser.check_tolerance([comparison], 1.0)
+        check_tolerance([comparison], 1.0)
 
 
 @pytest.mark.parametrize(
@@ -328,10 +336,8 @@ def test_a_full_folder_is_replaced_on_demand(tmp_path):
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
-    find_spec = export_mmser.importlib.util.find_spec
-    monkeypatch.setattr(
-        export_mmser.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name)
-    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     with pytest.raises(ImportError, match="pip install onnxscript"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -22,11 +22,14 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from tiny import WAVEFORM
 
-from training_mmser import WeightAverage
+from mmser.averaging import WeightAverage
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
-CODE_FILES = ("configuration_mmser.py", "modeling_mmser.py", "processing_mmser.py")
+MODULES = [*sorted(path.stem for path in ROOT.glob("*.py")), "mmser"]
+CODE_FILES = tuple(
+    f"{name}_mmser.py"
+    for name in ("audio", "configuration", "encoders", "losses", "modeling", "openmax", "pipeline", "processing")
+)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib")
 LABELS = ["bored", "calm", "tense"]  # not the default ones: a checkpoint must explain its own labels
 RECIPE = {
@@ -98,7 +101,10 @@ def provenance(*objects):
     import sys
 
     classes = [type(thing) for thing in objects]
-    own = ("configuration_mmser", "modeling_mmser", "processing_mmser")
+    own = [
+        f"{name}_mmser"
+        for name in ("audio", "configuration", "encoders", "losses", "modeling", "openmax", "pipeline", "processing")
+    ]
     return {
         "modules": [cls.__module__ for cls in classes],
         "files": [inspect.getfile(cls) for cls in classes],
@@ -118,7 +124,8 @@ def author(wav, recipe):
     from transformers import AutoModel, AutoModelForAudioClassification, BertTokenizer
 
     import train_hf
-    from data_mmser import load_emotion_dataset
+    from mmser import training_run
+    from mmser.loading import load_emotion_dataset
     from modeling_mmser import MMSERForAudioClassification, MMSERModel, register_auto_classes
     from processing_mmser import MMSERPipeline
 
@@ -166,12 +173,12 @@ def author(wav, recipe):
 
     trainers = []
 
-    class RememberedTrainer(train_hf.MMSERTrainer):
+    class RememberedTrainer(training_run.MMSERTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
-    train_hf.MMSERTrainer = RememberedTrainer
+    training_run.MMSERTrainer = RememberedTrainer
     flags = ["--output_dir", "run", "--push_to_hub", "--hub_model_id", "me/mmser-tiny"]
     train_hf.main([recipe, *flags, "--max_steps", "30", "--save_steps", "15", "--eval_steps", "15"])
     model, processor = trainers[0].model.eval(), trainers[0].processing_class

@@ -10,8 +10,7 @@ import pytest
 import scipy.special
 import sklearn.metrics
 
-import judgement_mmser as judgement
-from judgement_mmser import Measured, draw, judge, verdict, write_report
+from mmser.report import Measured, draw, judge, reproducible, verdict, write_report
 
 NAMES = ["neutral", "happy", "sad", "angry"]
 
@@ -229,5 +228,5 @@ def test_the_verdict_follows_the_numbers():
 
 def test_the_command_can_be_pasted_and_has_no_token():
     token = "hf_" + "aB3" * 12
-    command = judgement.reproducible(["eval_hf.py", "--data_dir", "my data", "--token", token, "--ood_dir", "hf_data"])
+    command = reproducible(["eval_hf.py", "--data_dir", "my data", "--token", token, "--ood_dir", "hf_data"])
     assert command == "eval_hf.py --data_dir 'my data' --token hf_... --ood_dir hf_data"

@@ -16,11 +16,8 @@ from scipy.stats import weibull_min
 from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch, tiny_config, tiny_model
 
 import modeling_mmser
-from modeling_mmser import (
-    ClassAnchorClustering,
-    MMSERForAudioClassification,
-    OpenMax,
-    PrototypeMemory,
+import openmax_mmser
+from losses_mmser import (
     check_finite_losses,
     class_balanced_focal_loss,
     class_balanced_weights,
@@ -30,6 +27,8 @@ from modeling_mmser import (
     supervised_contrastive_loss,
     uncertainty_loss,
 )
+from modeling_mmser import ClassAnchorClustering, MMSERForAudioClassification, PrototypeMemory
+from openmax_mmser import OpenMax
 
 PARTS = ("cross_entropy", "focal", "anchor", "uncertainty", "prototype", "supervised_contrastive", "distillation")
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
@@ -471,7 +470,7 @@ def test_a_class_without_a_fit_of_its_own_falls_back_and_is_named(rng, monkeypat
     else:
         distances[labels == 1, 1] = 0.5
     warnings = []
-    monkeypatch.setattr(modeling_mmser.logger, "warning", warnings.append)
+    monkeypatch.setattr(openmax_mmser.logger, "warning", warnings.append)
     openmax = OpenMax(3, alpha=2)
     openmax.fit(distances, labels, predictions)
     assert len(warnings) == 1 and "class 1 " in warnings[0]

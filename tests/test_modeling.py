@@ -32,6 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import modeling_mmser
 from configuration_mmser import MMSERConfig
+from encoders_mmser import time_mask
 from modeling_mmser import (
     AttentiveStatsPooling,
     CrossModalAttention,
@@ -39,12 +40,11 @@ from modeling_mmser import (
     FillMissing,
     MMSERForAudioClassification,
     MMSERModel,
-    OpenMax,
     UncertaintyHead,
     WeightedLayerSum,
-    time_mask,
     weighted_layer_sum,
 )
+from openmax_mmser import OpenMax
 
 AUDIO_LENGTHS = {"waveform": [16000, 9001, 3205, 0], "whisper": [100, 57, 20, 0]}
 TEXT_LENGTHS = [9, 4, 0, 6]

@@ -10,7 +10,8 @@ import pytest
 import soundfile
 from scipy.signal import periodogram, welch
 
-from data_mmser import EmotionDataset, load_emotion_split
+from mmser.examples import EmotionDataset
+from mmser.loading import load_emotion_split
 
 SCRIPT = Path(__file__).resolve().parents[1] / "demo" / "synthesize_non_speech.py"
 KINDS = ["noise", "tones", "music"]

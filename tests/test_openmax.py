@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch, tiny_config, tiny_model
 
-import modeling_mmser
-from modeling_mmser import MMSERForAudioClassification, OpenMax
+import openmax_mmser
+from modeling_mmser import MMSERForAudioClassification
+from openmax_mmser import OpenMax
 
 SIZE = 6  # width of the vectors
 LEVELS = ("activation", "probability")
@@ -37,7 +38,7 @@ def rng():
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []
-    monkeypatch.setattr(modeling_mmser.logger, "warning", messages.append)
+    monkeypatch.setattr(openmax_mmser.logger, "warning", messages.append)
     return messages
 
 

@@ -11,8 +11,19 @@ import numpy as np
 import pytest
 from tiny import random_predictions
 
-import evaluation_mmser as evaluation
-import plots_mmser as plots
+from mmser.calibration import expected_calibration_error, reliability_bins
+from mmser.groups import grouped_metrics
+from mmser.metrics import confusion_matrix, softmax
+from mmser.plots import (
+    _save,
+    plot_confusion_matrix,
+    plot_group_bars,
+    plot_open_set_roc,
+    plot_oscr,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_score_histograms,
+)
 
 matplotlib = pytest.importorskip("matplotlib")
 LABEL_NAMES = ["neutral", "happy", "sad", "angry"]
@@ -28,13 +39,13 @@ def read_png(path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
-    figures, save = [], plots._save
+    figures, save = [], _save
 
     def remember(figure, path):
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", remember)
+    monkeypatch.setattr("mmser.plots._save", remember)
     return figures
 
 
@@ -45,23 +56,23 @@ def texts(figure):
 
 def test_plots_are_pictures_and_leave_matplotlib_alone(tmp_path):
     logits, labels = random_predictions(6)
-    before, after = evaluation.softmax(logits), evaluation.softmax(logits / 3)
+    before, after = softmax(logits), softmax(logits / 3)
     predictions = logits.argmax(1)
     is_wrong = predictions != labels
-    known, unknown = after.max(1), evaluation.softmax(random_predictions(7)[0] / 5).max(1)
+    known, unknown = after.max(1), softmax(random_predictions(7)[0] / 5).max(1)
     scores, is_unknown = -np.concatenate([known, unknown]), np.repeat([0, 1], [len(known), len(unknown)])
-    groups = evaluation.grouped_metrics(predictions, labels, np.arange(len(labels)) % 3, LABEL_NAMES)
-    matrix = evaluation.confusion_matrix(predictions, labels, 4)
+    groups = grouped_metrics(predictions, labels, np.arange(len(labels)) % 3, LABEL_NAMES)
+    matrix = confusion_matrix(predictions, labels, 4)
     folder = tmp_path / "new" / "folder"
     settings_before, pyplot_before = matplotlib.rcParams.copy(), "matplotlib.pyplot" in sys.modules
     paths = [
-        plots.plot_confusion_matrix(matrix, LABEL_NAMES, folder / "matrix.png"),
-        plots.plot_reliability({"before": before, "after": after}, labels, folder / "reliability.png"),
-        plots.plot_risk_coverage({"max softmax": (-known, is_wrong)}, str(folder / "risk_coverage.png")),
-        plots.plot_open_set_roc({"max softmax": (scores, is_unknown)}, folder / "roc.png"),
-        plots.plot_oscr({"max softmax": (known, ~is_wrong, unknown)}, folder / "oscr.png"),
-        plots.plot_score_histograms(-known, -unknown, folder / "histograms.png"),
-        plots.plot_group_bars(groups, folder / "groups.png", overall=0.6),
+        plot_confusion_matrix(matrix, LABEL_NAMES, folder / "matrix.png"),
+        plot_reliability({"before": before, "after": after}, labels, folder / "reliability.png"),
+        plot_risk_coverage({"max softmax": (-known, is_wrong)}, str(folder / "risk_coverage.png")),
+        plot_open_set_roc({"max softmax": (scores, is_unknown)}, folder / "roc.png"),
+        plot_oscr({"max softmax": (known, ~is_wrong, unknown)}, folder / "oscr.png"),
+        plot_score_histograms(-known, -unknown, folder / "histograms.png"),
+        plot_group_bars(groups, folder / "groups.png", overall=0.6),
     ]
     assert matplotlib.rcParams.copy() == settings_before
     assert ("matplotlib.pyplot" in sys.modules) == pyplot_before
@@ -77,22 +88,22 @@ def test_plots_are_pictures_and_leave_matplotlib_alone(tmp_path):
 
 def test_plots_of_undefined_curves_say_so(tmp_path, drawn):
     scores, right = [0.1, 0.4, 0.4], [1, 0, 1]
-    plots.plot_oscr({"OpenMax": (scores, right, [])}, tmp_path / "oscr.png")
-    plots.plot_open_set_roc({"OpenMax": (scores, [0, 0, 0])}, tmp_path / "roc.png")
+    plot_oscr({"OpenMax": (scores, right, [])}, tmp_path / "oscr.png")
+    plot_open_set_roc({"OpenMax": (scores, [0, 0, 0])}, tmp_path / "roc.png")
     assert all("takes\nknown and unknown clips" in texts(figure) for figure in drawn)
     assert "AUROC undefined" in texts(drawn[1]) and "OSCR undefined" in texts(drawn[0])
     paths = [
-        plots.plot_score_histograms(scores, [], tmp_path / "histograms.png"),
-        plots.plot_risk_coverage({"uncertainty": ([0.5], [0])}, tmp_path / "risk.png"),
-        plots.plot_confusion_matrix([[0, 0], [1, 2]], ["a", "b"], tmp_path / "matrix.png"),
-        plots.plot_reliability({"all": [[0.9, 0.1]]}, [0], tmp_path / "reliability.png"),
+        plot_score_histograms(scores, [], tmp_path / "histograms.png"),
+        plot_risk_coverage({"uncertainty": ([0.5], [0])}, tmp_path / "risk.png"),
+        plot_confusion_matrix([[0, 0], [1, 2]], ["a", "b"], tmp_path / "matrix.png"),
+        plot_reliability({"all": [[0.9, 0.1]]}, [0], tmp_path / "reliability.png"),
     ]
     for path in paths:
         assert read_png(path).std() > 5
 
 
 def test_the_confusion_matrix_shows_shares_and_counts(tmp_path, drawn):
-    plots.plot_confusion_matrix([[3, 1], [0, 0]], ["calm", "excited"], tmp_path / "matrix.png")
+    plot_confusion_matrix([[3, 1], [0, 0]], ["calm", "excited"], tmp_path / "matrix.png")
     written = texts(drawn[0])
     assert "75%\n3" in written and "25%\n1" in written and "calm\n(4 clips)" in written
     assert "0%" not in written  # a class without clips has no shares
@@ -106,7 +117,7 @@ def test_error_bars_are_the_intervals(tmp_path, drawn):
         "none": {"count": 0, "weighted_f1": math.nan, "weighted_f1_interval": (math.nan, math.nan)},
         "fr": {"count": 50, "weighted_f1": 0.75},
     }
-    plots.plot_group_bars(groups, tmp_path / "bars.png", title="By language", overall=0.6)
+    plot_group_bars(groups, tmp_path / "bars.png", title="By language", overall=0.6)
     axes = drawn[0].axes[0]
     bars = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "|"]
     assert bars == [[0.4, 0.65], [1.0, 1.0]]
@@ -120,7 +131,7 @@ def test_error_bars_are_the_intervals(tmp_path, drawn):
 @pytest.mark.parametrize("number", [1, 2, 12])
 def test_nothing_overlaps_in_the_bars(number, tmp_path, drawn):
     groups = {f"a group with a long name {i}": {"count": 10**i % 977, "weighted_f1": i / 12} for i in range(number)}
-    plots.plot_group_bars(groups, tmp_path / "bars.png", overall=0.5)
+    plot_group_bars(groups, tmp_path / "bars.png", overall=0.5)
     figure = drawn[0]
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     boxes += [text.get_window_extent() for text in figure.axes[0].texts]
@@ -136,9 +147,9 @@ def test_nothing_overlaps_in_the_bars(number, tmp_path, drawn):
 def test_legends_are_outside_the_curves(number, tmp_path, drawn):
     scores, flags = np.linspace(0, 1, 20), np.arange(20) > 9
     names = [f"a method with quite a long name {i}" for i in range(number)]
-    plots.plot_open_set_roc({name: (scores, flags) for name in names}, tmp_path / "roc.png")
-    plots.plot_oscr({name: (scores, flags, scores) for name in names}, tmp_path / "oscr.png")
-    plots.plot_risk_coverage({name: (scores, flags) for name in names}, tmp_path / "risk.png")
+    plot_open_set_roc({name: (scores, flags) for name in names}, tmp_path / "roc.png")
+    plot_oscr({name: (scores, flags, scores) for name in names}, tmp_path / "oscr.png")
+    plot_risk_coverage({name: (scores, flags) for name in names}, tmp_path / "risk.png")
     for figure in drawn:
         legend, axes = figure.legends[0].get_window_extent(), figure.axes[0]
         assert not legend.overlaps(axes.get_window_extent())
@@ -149,32 +160,30 @@ def test_legends_are_outside_the_curves(number, tmp_path, drawn):
 
 def test_the_points_of_the_reliability_diagram_are_its_bins(tmp_path, drawn):
     logits, labels = random_predictions(8)
-    probabilities = evaluation.softmax(logits)
-    plots.plot_reliability(
-        {"before": probabilities, "after": evaluation.softmax(logits / 3)}, labels, tmp_path / "r.png"
-    )
-    bins = evaluation.reliability_bins(probabilities, labels)
+    probabilities = softmax(logits)
+    plot_reliability({"before": probabilities, "after": softmax(logits / 3)}, labels, tmp_path / "r.png")
+    bins = reliability_bins(probabilities, labels)
     filled = bins.count > 0
     points = drawn[0].axes[0].collections[0].get_offsets()
     np.testing.assert_allclose(points, np.stack([bins.confidence[filled], bins.accuracy[filled]], axis=1))
-    error = evaluation.expected_calibration_error(probabilities, labels)
+    error = expected_calibration_error(probabilities, labels)
     assert f"before (ECE {error:.3f})" in texts(drawn[0])
 
 
 def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"`matrix` must hold counts"):
-        plots.plot_confusion_matrix([[1, 2]], ["a", "b"], tmp_path / "x.png")
+        plot_confusion_matrix([[1, 2]], ["a", "b"], tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"`methods` must map 1 to 6 names"):
-        plots.plot_oscr([0.1, 0.2], tmp_path / "x.png")
+        plot_oscr([0.1, 0.2], tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"`methods` must map 1 to 6 names"):
-        plots.plot_reliability({}, [0], tmp_path / "x.png")
+        plot_reliability({}, [0], tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"holds `recall`"):
-        plots.plot_group_bars({"en": {"count": 1}}, tmp_path / "x.png", metric="recall")
+        plot_group_bars({"en": {"count": 1}}, tmp_path / "x.png", metric="recall")
     with pytest.raises(ValueError, match="both empty"):
-        plots.plot_score_histograms([], [], tmp_path / "x.png")
+        plot_score_histograms([], [], tmp_path / "x.png")
     with pytest.raises(ValueError, match="`scores` must be finite, got nan at index 1"):
-        plots.plot_open_set_roc({"OpenMax": ([0.1, math.nan], [0, 1])}, tmp_path / "x.png")
+        plot_open_set_roc({"OpenMax": ([0.1, math.nan], [0, 1])}, tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install \.\[report\]"):
-        plots.plot_confusion_matrix([[1]], ["a"], tmp_path / "x.png")
+        plot_confusion_matrix([[1]], ["a"], tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()

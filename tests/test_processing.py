@@ -32,15 +32,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 import processing_mmser
-from processing_mmser import (
-    MMSERPipeline,
-    MMSERProcessor,
-    load_audio,
-    pad_and_stack,
-    split_into_chunks,
-    stream_audio,
-    text_of_chunk,
-)
+from audio_mmser import load_audio, stream_audio
+from pipeline_mmser import split_into_chunks, text_of_chunk
+from processing_mmser import MMSERPipeline, MMSERProcessor, pad_and_stack
 
 RATE = 16000
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "i", "am", "so", "glad", "you", "came", "##s", "sad", "no"]
@@ -557,14 +551,14 @@ class TestPipeline:
         soundfile.write(tmp_path / "a.wav", noise(9000, 9000), RATE, subtype="FLOAT")
         inputs[1] = tmp_path / "a.wav"
         inputs[2]["text"] = "no"
-        padding, collate = [], classifier._collate
+        padding, collate = [], classifier.processor.pad
 
         def spy(rows):
             batch = collate(rows)
             padding.append(1 - batch["attention_mask"].mean())
             return batch
 
-        monkeypatch.setattr(classifier, "_collate", spy)
+        monkeypatch.setattr(classifier.processor, "pad", spy)
         results = classifier(inputs, batch_size=3)
         assert len(padding) == 2 and max(padding) < 0.2
         for item, result in zip(inputs, results, strict=True):

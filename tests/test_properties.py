@@ -20,14 +20,7 @@ from scipy.optimize import fmin
 from scipy.stats import rv_continuous, weibull_min
 from tiny import randomize, tiny_batch, tiny_config, tiny_model
 
-import evaluation_mmser as evaluation
-from modeling_mmser import (
-    AttentiveStatsPooling,
-    ClassAnchorClustering,
-    DeepClassifier,
-    OpenMax,
-    PrototypeMemory,
-    UncertaintyHead,
+from losses_mmser import (
     class_balanced_focal_loss,
     class_balanced_weights,
     clustering_loss,
@@ -35,6 +28,26 @@ from modeling_mmser import (
     prototype_loss,
     uncertainty_loss,
 )
+from mmser.calibration import (
+    area_under_risk_coverage,
+    error_detection_auroc,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability_bins,
+    risk_coverage_curve,
+)
+from mmser.groups import grouped_metrics
+from mmser.metrics import compute_classification_metrics, confusion_matrix, softmax
+from mmser.open_set import auroc, fpr_at_95_tpr, oscr, oscr_curve, roc_curve
+from modeling_mmser import (
+    AttentiveStatsPooling,
+    ClassAnchorClustering,
+    DeepClassifier,
+    PrototypeMemory,
+    UncertaintyHead,
+)
+from openmax_mmser import OpenMax
 
 # The same examples in every run; drawing may be slow on a loaded machine
 properties = settings(
@@ -71,7 +84,7 @@ def labelled_rows(draw, elements, min_size=1, max_size=12):
     return matrix(draw, elements, num_rows, num_labels), labels
 
 
-def softmax(row):
+def slow_softmax(row):
     exponentials = [math.exp(x - max(row)) for x in row]
     return [x / sum(exponentials) for x in exponentials]
 
@@ -317,8 +330,8 @@ def loop_openmax(openmax, logits, distances):
             shares = [
                 weibull_min.cdf(d, k, loc=t - 1, scale=s) for d, (k, s, t) in zip(distance, weibulls, strict=True)
             ]
-            taken = [p * w for p, w in zip(softmax(row), shares, strict=True)]
-            left = [p * (1 - w) for p, w in zip(softmax(row), shares, strict=True)]
+            taken = [p * w for p, w in zip(slow_softmax(row), shares, strict=True)]
+            left = [p * (1 - w) for p, w in zip(slow_softmax(row), shares, strict=True)]
             probabilities.append([*left, math.fsum(taken)])
             continue
         revised, unknown = [x - min(row) for x in row], 0.0
@@ -329,7 +342,7 @@ def loop_openmax(openmax, logits, distances):
             omega = (openmax.alpha + 1 - r) / openmax.alpha
             unknown += revised[label] * omega * w
             revised[label] -= revised[label] * omega * w
-        probabilities.append(softmax([*revised, unknown]))
+        probabilities.append(slow_softmax([*revised, unknown]))
     return np.array(probabilities)
 
 
@@ -494,7 +507,7 @@ def test_focal_loss_equals_the_formula(rows, gamma, choice):
     weights = choice.draw(st.lists(st.floats(0, 4, width=32), min_size=len(logits[0]), max_size=len(logits[0])))
     terms = []
     for row, label in zip(logits, labels, strict=True):
-        wrong = math.fsum(p for other, p in enumerate(softmax(row)) if other != label)
+        wrong = math.fsum(p for other, p in enumerate(slow_softmax(row)) if other != label)
         terms.append(-weights[label] * wrong**gamma * log_softmax(row)[label])
     loss = class_balanced_focal_loss(torch.tensor(logits), torch.tensor(labels), torch.tensor(weights), gamma)
     assert loss.item() == pytest.approx(mean(terms), rel=2e-6, abs=1e-6)
@@ -579,7 +592,7 @@ def loop_pooling(pooling, states):
             for row, b in zip(weight, bias, strict=True)
         ]
         scores.append(math.fsum(v * h for v, h in zip(score, hidden, strict=True)))
-    attention = softmax(scores)
+    attention = slow_softmax(scores)
     columns = list(zip(*states, strict=True))
     means = [math.fsum(a * x for a, x in zip(attention, column, strict=True)) for column in columns]
     variances = [
@@ -674,7 +687,7 @@ def dyadic_probabilities(draw):
 @properties
 @given(dyadic_probabilities(), st.sampled_from([1, 2, 4, 8, 16, 64]))
 def test_calibration_error_is_exact_on_the_edges_of_its_bins(rows, num_bins):
-    error = evaluation.expected_calibration_error(*rows, num_bins)
+    error = expected_calibration_error(*rows, num_bins)
     assert error == pytest.approx(exact_calibration_error(*rows, num_bins), abs=1e-12)
 
 
@@ -682,10 +695,10 @@ def test_calibration_error_is_exact_on_the_edges_of_its_bins(rows, num_bins):
 @given(labelled_rows(st.floats(-20, 20), max_size=25), st.integers(1, 30), SEEDS)
 def test_calibration_error_properties(rows, num_bins, seed):
     logits, labels = rows
-    probabilities, rng = [softmax(row) for row in logits], np.random.default_rng(seed)
+    probabilities, rng = [slow_softmax(row) for row in logits], np.random.default_rng(seed)
 
     def error(probabilities, labels, num_bins=num_bins):
-        return evaluation.expected_calibration_error(probabilities, labels, num_bins)
+        return expected_calibration_error(probabilities, labels, num_bins)
 
     right = [row.index(max(row)) == label for row, label in zip(probabilities, labels, strict=True)]
     overall = abs(mean(right) - mean(max(row) for row in probabilities))
@@ -710,7 +723,7 @@ def nll_slope(logits, labels, inverse_temperature):
     """Derivative of the mean NLL by 1 / T: expected minus own logit. It never falls: the NLL is convex in 1 / T."""
     slopes = []
     for row, label in zip(logits, labels, strict=True):
-        probabilities = softmax([x * inverse_temperature for x in row])
+        probabilities = slow_softmax([x * inverse_temperature for x in row])
         slopes.append(math.fsum(p * x for p, x in zip(probabilities, row, strict=True)) - row[label])
     return mean(slopes)
 
@@ -728,10 +741,10 @@ def bisected_temperature(logits, labels):
 def test_temperature_is_the_root_of_the_derivative(rows, scale):
     """Also with one clip, tied logits and missing classes, where the best T may be a bound or any T at all."""
     logits, labels = [[scale * x for x in row] for row in rows[0]], rows[1]
-    fitted, expected = evaluation.fit_temperature(logits, labels), bisected_temperature(logits, labels)
+    fitted, expected = fit_temperature(logits, labels), bisected_temperature(logits, labels)
     best = loop_nll(logits, labels, expected)
     assert loop_nll(logits, labels, fitted) == pytest.approx(best, rel=1e-9, abs=1e-9)
-    assert evaluation.negative_log_likelihood(logits, labels, fitted) == pytest.approx(best, rel=1e-9, abs=1e-9)
+    assert negative_log_likelihood(logits, labels, fitted) == pytest.approx(best, rel=1e-9, abs=1e-9)
     bend = nll_slope(logits, labels, 1.001 / expected) - nll_slope(logits, labels, 0.999 / expected)
     if bend > 1e-4:  # flatter minima say little about where they lie
         assert fitted == pytest.approx(expected, rel=1e-5 if 0.051 < expected < 19.9 else 1e-2)
@@ -744,10 +757,10 @@ def test_temperature_is_the_root_of_the_derivative(rows, scale):
 )
 def test_temperature_never_raises_the_nll(rows, as_tensor):
     logits, labels = (torch.tensor(values) for values in rows) if as_tensor else rows
-    temperature = evaluation.fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels)
     assert 0.05 <= temperature <= 20
-    before = evaluation.negative_log_likelihood(logits, labels)
-    assert evaluation.negative_log_likelihood(logits, labels, temperature) <= before
+    before = negative_log_likelihood(logits, labels)
+    assert negative_log_likelihood(logits, labels, temperature) <= before
 
 
 @properties
@@ -762,7 +775,7 @@ def test_temperature_follows_the_scale_and_nothing_else(rows, scale, constant, s
     assume(bend > 1e-4 and min(expected, expected * scale) > 0.06 and max(expected, expected * scale) < 19)
     order, classes = rng.permutation(len(labels)), rng.permutation(logits.shape[1])
     changed = scale * logits[order][:, classes] + constant * rng.random((len(labels), 1))
-    fitted = evaluation.fit_temperature(changed, np.argsort(classes)[labels[order]])
+    fitted = fit_temperature(changed, np.argsort(classes)[labels[order]])
     assert fitted == pytest.approx(scale * expected, rel=1e-4)
 
 
@@ -797,7 +810,7 @@ def exact_fpr95(known, unknown):
 def test_auroc_and_fpr95_are_exact(rows):
     scores, flags = zip(*rows, strict=True)
     known, unknown = split(rows)
-    area, rate = evaluation.auroc(scores, flags), evaluation.fpr_at_95_tpr(scores, flags)
+    area, rate = auroc(scores, flags), fpr_at_95_tpr(scores, flags)
     if not known or not unknown:
         assert math.isnan(area) and math.isnan(rate)
         return
@@ -805,7 +818,7 @@ def test_auroc_and_fpr95_are_exact(rows):
     assert rate == pytest.approx(float(exact_fpr95(known, unknown)), abs=1e-12)
     # One more known clip, tied with the last unknown one: ties are never split in the method's favour
     worse = [*rows, (min(unknown), False)]
-    against = evaluation.fpr_at_95_tpr(*zip(*worse, strict=True))
+    against = fpr_at_95_tpr(*zip(*worse, strict=True))
     assert against == pytest.approx(float(exact_fpr95([*known, min(unknown)], unknown)), abs=1e-12)
 
 
@@ -816,7 +829,7 @@ def test_fpr95_flags_the_fewest_known_clips_at_any_number_of_unknown_ones(num_un
     rng = np.random.default_rng(seed)
     known, unknown = (rng.integers(0, 150 // step, size).tolist() for size in (60, num_unknown))
     flags = [0] * len(known) + [1] * len(unknown)
-    rate = evaluation.fpr_at_95_tpr(known + unknown, flags)
+    rate = fpr_at_95_tpr(known + unknown, flags)
     assert rate == pytest.approx(float(exact_fpr95(known, unknown)), abs=1e-12)
 
 
@@ -829,7 +842,7 @@ def test_open_set_scores_move_the_right_way(rows, choice):
 
     def judge(known, unknown):
         scores, flags = known + unknown, [0] * len(known) + [1] * len(unknown)
-        return np.array([evaluation.auroc(scores, flags), -evaluation.fpr_at_95_tpr(scores, flags)])
+        return np.array([auroc(scores, flags), -fpr_at_95_tpr(scores, flags)])
 
     before = judge(known, unknown)
     position, score = choice.draw(st.integers(0, len(unknown) - 1)), choice.draw(SCORE)
@@ -847,10 +860,10 @@ def test_oscr_is_exact(rows):
     """The mean over known clips of: right, times the share of unknown clips that score lower (a tie is one half)."""
     (scores, right), unknown = zip(*rows[0], strict=True), rows[1]
     shares = [sum(2 * (k > u) + (k == u) for u in unknown) * r for k, r in zip(scores, right, strict=True)]
-    area = evaluation.oscr(scores, right, unknown)
+    area = oscr(scores, right, unknown)
     assert area == pytest.approx(float(Fraction(sum(shares), 2 * len(scores) * len(unknown))), abs=1e-12)
     assert area <= min(mean(right), 1 - float(exact_auroc(list(scores), unknown))) + 1e-12
-    false_positive_rate, correct_rate, thresholds = evaluation.oscr_curve(scores, right, unknown)
+    false_positive_rate, correct_rate, thresholds = oscr_curve(scores, right, unknown)
     assert thresholds.tolist() == [math.inf, *sorted({*scores, *unknown}, reverse=True)]
     for x, y, t in zip(false_positive_rate, correct_rate, thresholds, strict=True):
         assert x == pytest.approx(mean(u >= t for u in unknown), abs=1e-12)
@@ -866,48 +879,48 @@ def test_any_small_data_set_has_defined_results(rows, choice):
     """One clip, missing classes, ties, no unknown clips: a number in [0, 1], or nan exactly where a group is empty."""
     logits, labels = rows
     size, names = len(labels), [f"class {i}" for i in range(len(logits[0]))]
-    probabilities = evaluation.softmax(logits)
-    np.testing.assert_allclose(probabilities, [softmax(row) for row in logits], atol=1e-12)
+    probabilities = softmax(logits)
+    np.testing.assert_allclose(probabilities, [slow_softmax(row) for row in logits], atol=1e-12)
     predictions = probabilities.argmax(axis=1)
     wrong, confidence = predictions != labels, probabilities.max(axis=1)
     is_unknown = np.array(choice.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-    results = evaluation.compute_classification_metrics(predictions, labels, names)
+    results = compute_classification_metrics(predictions, labels, names)
     results |= {
-        "error": evaluation.expected_calibration_error(probabilities, labels),
-        "risk": evaluation.area_under_risk_coverage(-confidence, wrong),
+        "error": expected_calibration_error(probabilities, labels),
+        "risk": area_under_risk_coverage(-confidence, wrong),
     }
     assert all(0 <= value <= 1 for value in results.values())
     assert results["risk"] == 0 if not wrong.any() else results["risk"] > 0
-    assert evaluation.confusion_matrix(predictions, labels, len(names)).sum() == size
-    groups = evaluation.grouped_metrics(predictions, labels, labels, names)
+    assert confusion_matrix(predictions, labels, len(names)).sum() == size
+    groups = grouped_metrics(predictions, labels, labels, names)
     assert {name: group["count"] for name, group in groups.items()} == {str(y): labels.count(y) for y in labels}
     maybe = [
-        (evaluation.auroc(-confidence, is_unknown), is_unknown),
-        (evaluation.fpr_at_95_tpr(-confidence, is_unknown), is_unknown),
-        (evaluation.error_detection_auroc(-confidence, wrong), wrong),
-        (evaluation.oscr(confidence[~is_unknown], ~wrong[~is_unknown], confidence[is_unknown]), is_unknown),
+        (auroc(-confidence, is_unknown), is_unknown),
+        (fpr_at_95_tpr(-confidence, is_unknown), is_unknown),
+        (error_detection_auroc(-confidence, wrong), wrong),
+        (oscr(confidence[~is_unknown], ~wrong[~is_unknown], confidence[is_unknown]), is_unknown),
     ]
     for value, flags in maybe:
         assert math.isnan(value) if flags.all() or not flags.any() else 0 <= value <= 1
 
 
 TAKE_SCORES = {
-    "scores": [evaluation.auroc, evaluation.fpr_at_95_tpr, evaluation.roc_curve],
+    "scores": [auroc, fpr_at_95_tpr, roc_curve],
     "uncertainty": [
-        evaluation.error_detection_auroc,
-        evaluation.risk_coverage_curve,
-        evaluation.area_under_risk_coverage,
+        error_detection_auroc,
+        risk_coverage_curve,
+        area_under_risk_coverage,
     ],
-    "known_scores": [lambda scores, flags: evaluation.oscr(scores, flags, [0.5])],
-    "unknown_scores": [lambda scores, flags: evaluation.oscr([0.5], [1], scores)],
+    "known_scores": [lambda scores, flags: oscr(scores, flags, [0.5])],
+    "unknown_scores": [lambda scores, flags: oscr([0.5], [1], scores)],
 }
 TAKE_ROWS = {
     "logits": [
-        evaluation.fit_temperature,
-        evaluation.negative_log_likelihood,
-        lambda rows, _: evaluation.softmax(rows),
+        fit_temperature,
+        negative_log_likelihood,
+        lambda rows, _: softmax(rows),
     ],
-    "probabilities": [evaluation.expected_calibration_error, evaluation.reliability_bins],
+    "probabilities": [expected_calibration_error, reliability_bins],
 }
 
 

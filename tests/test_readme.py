@@ -33,10 +33,8 @@ from transformers import (
     Wav2Vec2ForPreTraining,
 )
 
-import eval_hf
-import export_hf
-import train_hf
-from data_mmser import load_emotion_dataset
+from mmser.arguments import EVALUATION_ARGUMENTS, TRAINING_ARGUMENTS, ExportArguments, parse_arguments
+from mmser.loading import load_emotion_dataset
 from processing_mmser import MMSERPipeline
 
 ROOT = Path(__file__).parents[1]
@@ -321,9 +319,9 @@ def test_the_metadata_example_is_read_as_it_looks(tmp_path):
 
 
 def test_every_flag_is_one_of_the_command_lines():
-    training = (train_hf.ModelArguments, train_hf.DataArguments, train_hf.MMSERTrainingArguments)
-    evaluation = (eval_hf.EvaluationArguments, train_hf.SourceArguments)
-    programs = (training, evaluation, (export_hf.ExportArguments,))
+    training = TRAINING_ARGUMENTS
+    evaluation = EVALUATION_ARGUMENTS
+    programs = (training, evaluation, (ExportArguments,))
     known = {flag for classes in programs for flag in HfArgumentParser(classes)._option_string_actions}
     flags = set(re.findall(r"(?<![\w-])--\w+", TEXT_OF_README))
     assert flags
@@ -334,12 +332,12 @@ def test_arguments_in_the_prose_are_parsed(monkeypatch):
     monkeypatch.chdir(ROOT)
     spans = [shlex.split(span) for _, span in code_spans() if re.match(r"--\w+ |train_hf\.py ", span)]
     assert spans
-    exporting = HfArgumentParser(export_hf.ExportArguments)
+    exporting = HfArgumentParser(ExportArguments)
     for words in spans:
         if words[0] in exporting._option_string_actions:
             exporting.parse_args_into_dataclasses(["--checkpoint", "runs/mine", "--output_dir", "runs/small", *words])
         else:
-            train_hf.parse_arguments(words[1:] if words[0] == "train_hf.py" else words)
+            parse_arguments(TRAINING_ARGUMENTS, words[1:] if words[0] == "train_hf.py" else words)
 
 
 def test_the_table_of_files_is_complete_and_true():

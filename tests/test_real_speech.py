@@ -15,10 +15,11 @@ from tiny import tiny_config
 from tiny_corpus import AUDIO, JOINT, NAMES, TEXT, tiny_tokenizer, write_corpus, write_table
 from transformers import BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
-import train_hf
-from data_mmser import load_emotion_dataset
+from audio_mmser import load_audio
+from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
+from mmser.loading import load_emotion_dataset
+from mmser.sources import DataColumns
 from modeling_mmser import AttentiveStatsPooling, DeepClassifier, MMSERForAudioClassification
-from processing_mmser import load_audio
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "real_speech.py"
 STAGE_1 = {
@@ -205,7 +206,7 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, arguments
     rows = script.all_rows(arguments)
     for row in (row for row in rows if row.recipe):
         flags = script.train_flags(script.Run(row, 7), rows, arguments)
-        model, data, training = train_hf.parse_arguments(flags)
+        model, data, training = parse_arguments(TRAINING_ARGUMENTS, flags)
         assert (training.seed, training.data_seed) == (7, script.DATA_SEED)
         starts = [run for run in script.needed_runs(script.Run(row, 7), rows) if run.row.name == row.starts_from]
         named = [name for name in (model.model_name_or_path, *model.average_with) if name]
@@ -217,8 +218,8 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, arguments
         assert model.config_overrides["classifier_dropout"] == (0.15 if published else 0.25), row.name
         assert training.lr_multipliers["classifier"] == (1.5 if published else 3.0)
     by_name = {row.name: row for row in rows}
-    model, data, training = train_hf.parse_arguments(
-        script.train_flags(script.Run(by_name["MMSER, published settings"], 0), rows, arguments)
+    model, data, training = parse_arguments(
+        TRAINING_ARGUMENTS, script.train_flags(script.Run(by_name["MMSER, published settings"], 0), rows, arguments)
     )
     assert (data.augment, data.standardize_clips, data.text_dropout, training.learning_rate) == (False, 0, 0, 1e-4)
     assert training.weight_decay is None  # although the recipe has one
@@ -281,7 +282,7 @@ def test_a_language_of_one_corpus_is_one_fold(script, tmp_path):
                 for i, (corpus, lang) in enumerate([("one", "de"), ("two", "en"), ("three", "en"), ("one", "de")])
             ],
         )
-    splits, _ = script.load_emotion_dataset(tmp_path, columns=script.train_hf.DataColumns(audio=None))
+    splits, _ = script.load_emotion_dataset(tmp_path, columns=DataColumns(audio=None))
     script_rows = {name: [{**clip, "audio": clip["row"]} for clip in split] for name, split in splits.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "read_rows", lambda folder: (script_rows, NAMES))

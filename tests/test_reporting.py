@@ -15,24 +15,21 @@ import sklearn.metrics
 import torch
 from huggingface_hub import ModelCard
 
-import reporting_mmser
-from reporting_mmser import (
-    describe_data,
+from mmser.groups import split_groups
+from mmser.results import describe_data, format_results
+from mmser.scores import (
     describe_predictions,
     describe_rejection,
     describe_rows,
     evaluate_augmentation,
     evaluate_open_set,
-    format_results,
     linear_probe,
-    model_card_template,
     open_set_scores,
     predict_clips,
     predict_rows,
-    split_groups,
-    strict_json,
-    write_results,
 )
+from mmser.tables import strict_json
+from mmser.training_run import write_results
 
 NAMES = ["neutral", "happy", "sad", "angry"]
 
@@ -296,7 +293,7 @@ def test_test_time_augmentation_is_averaged_by_clip(monkeypatch):
                 logits[passes + number] = 4 * np.eye(4)[3]
             return {"logits": logits, "uncertainty": np.zeros(clips * passes), "labels": np.repeat(labels, passes)}
 
-    monkeypatch.setattr(reporting_mmser, "TestTimeAugmentation", Passes)
+    monkeypatch.setattr("mmser.scores.TestTimeAugmentation", Passes)
     clips = type("Clips", (), {"dataset": table(3)})()
     report = evaluate_augmentation(Trainer(), clips, [1, 3], NAMES, seed=7)
     assert [(row["passes"], row["clips"]) for row in report] == [(1, 3), (3, 3)]
@@ -474,15 +471,3 @@ def test_strict_json_has_no_nan():
 def test_tables_without_rows_are_empty():
     tables = format_results({"label_names": NAMES, "parameters": make_results()["parameters"]})
     assert {name for name, text in tables.items() if text} == {"parameters"}
-
-
-def test_the_template_is_found_in_a_clone_and_in_an_installation(tmp_path, monkeypatch):
-    assert model_card_template().read_text(encoding="utf-8").startswith("---\n{{ card_data }}\n---")
-    monkeypatch.setattr(reporting_mmser, "__file__", str(tmp_path / "site-packages" / "reporting_mmser.py"))
-    monkeypatch.setattr(reporting_mmser.sysconfig, "get_path", lambda name: str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match=r"model_card\.md is at none of"):
-        model_card_template()
-    installed = tmp_path / "data" / "share" / "mmser" / "model_card.md"
-    installed.parent.mkdir(parents=True)
-    installed.touch()
-    assert model_card_template() == installed

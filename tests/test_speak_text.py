@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_mmser import EmotionDataset, load_emotion_dataset
+from mmser.examples import EmotionDataset
+from mmser.loading import load_emotion_dataset
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "speak_text.py"
 EMOTIONS = ("neutral", "happy", "sad", "angry")

@@ -31,7 +31,11 @@ from tiny_corpus import (
 from transformers import WhisperConfig, WhisperModel, pipeline
 
 import train_hf
-from caching_mmser import EncoderStateCache
+from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
+from mmser.caching import EncoderStateCache
+from mmser.examples import EmotionDataset
+from mmser.model_loading import check_spec_augment, load_model
+from mmser.trainer import last_complete_checkpoint
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
@@ -193,37 +197,37 @@ def test_what_is_no_checkpoint_is_told_before_any_work(run, tmp_path, monkeypatc
 def test_short_spellings_of_the_flags():
     words = ["--data_dir", "d", "--save_dir", "s", "--epochs", "3", "--batch_size", "5", "--lr", "0.5"]
     words += ["--use_amp", "--no_augment", "--use_cpu"]
-    _, data, training = train_hf.parse_arguments(words)
+    _, data, training = parse_arguments(TRAINING_ARGUMENTS, words)
     assert (data.data_dir, data.augment) == ("d", False)
     assert (training.output_dir, training.num_train_epochs, training.per_device_train_batch_size) == ("s", 3, 5)
     assert (training.learning_rate, training.use_amp, training.bf16) == (0.5, True, True)
-    assert train_hf.parse_arguments(["--augment", "--use_cpu"])[1].augment is True
+    assert parse_arguments(TRAINING_ARGUMENTS, ["--augment", "--use_cpu"])[1].augment is True
 
 
 def test_flags_win_over_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.json"
     content = {"data_dir": "d", "lr": 0.5, "epochs": 3, "use_cpu": True, "augment": False, "labels": ["a", "b"]}
     recipe.write_text(json.dumps({**content, "config_overrides": {"feature_size": 7}}))
-    model, data, training = train_hf.parse_arguments([str(recipe), "--epochs", "9"])
+    model, data, training = parse_arguments(TRAINING_ARGUMENTS, [str(recipe), "--epochs", "9"])
     assert (data.data_dir, data.augment, data.labels) == ("d", False, ["a", "b"])
     assert (training.learning_rate, training.num_train_epochs) == (0.5, 9)
     assert model.config_overrides == {"feature_size": 7}
     for wrong in ("learning_rat", "no_augment"):
         recipe.write_text(json.dumps({wrong: True}))
         with pytest.raises(ValueError, match=f"recipe.json has unknown keys: {wrong}"):
-            train_hf.parse_arguments([str(recipe)])
+            parse_arguments(TRAINING_ARGUMENTS, [str(recipe)])
 
 
 def test_the_recipes_parse():
     recipes = sorted((Path(train_hf.__file__).parent / "recipes").glob("*.json"))
     assert recipes
     for recipe in recipes:
-        train_hf.parse_arguments([str(recipe), "--use_cpu"])
+        parse_arguments(TRAINING_ARGUMENTS, [str(recipe), "--use_cpu"])
 
 
 def test_overrides_without_a_random_encoder_are_an_error():
     with pytest.raises(ValueError, match="add --random_audio_encoder"):
-        train_hf.parse_arguments(["--audio_config_overrides", '{"hidden_size": 16}'])
+        parse_arguments(TRAINING_ARGUMENTS, ["--audio_config_overrides", '{"hidden_size": 16}'])
 
 
 def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corpus, tokenizer, tmp_path):
@@ -244,12 +248,11 @@ def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corp
         assert norm.mean.any() and (norm.scale != 1).any()  # standardised, as every pretrained encoder
     for flag in (["--model_name_or_path", "somewhere"], ["--random_audio_encoder"]):
         with pytest.raises(ValueError, match="--audio_num_hidden_layers cuts a pretrained audio encoder"):
-            train_hf.parse_arguments(["--audio_num_hidden_layers", "2", "--use_cpu", *flag])
+            parse_arguments(TRAINING_ARGUMENTS, ["--audio_num_hidden_layers", "2", "--use_cpu", *flag])
 
 
 def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(corpus, tokenizer, tmp_path, monkeypatch):
     implementations, results = {}, {}
-    load_model = train_hf.load_model
 
     def remember(arguments, *others):
         model = load_model(arguments, *others)
@@ -272,19 +275,19 @@ def test_spec_augment_can_be_set_for_any_encoder_that_learns(corpus, tokenizer, 
     config = MMSERForAudioClassification.from_pretrained(tmp_path / "out").config.audio_config
     assert {name: getattr(config, name) for name in flags} == flags
     with pytest.raises(ValueError, match="no effect with --freeze_audio"):
-        train_hf.parse_arguments(["--mask_time_prob", "0.1", "--freeze_audio", "--use_cpu"])
+        parse_arguments(TRAINING_ARGUMENTS, ["--mask_time_prob", "0.1", "--freeze_audio", "--use_cpu"])
 
 
 def test_spec_augment_that_cannot_work_is_an_error_and_what_it_lacks_is_made():
     whisper = tiny_model(whisper=True)
     whisper.config.audio_config.mask_time_prob = 0.1
     with pytest.raises(ValueError, match="no effect without --apply_spec_augment"):
-        train_hf.check_spec_augment(whisper)
+        check_spec_augment(whisper)
     model = tiny_model()
     encoder, config = model.mmser.audio_encoder, model.config.audio_config
     del encoder.masked_spec_embed  # as where the share was 0 when it was made
     config.mask_time_prob = 0.1
-    train_hf.check_spec_augment(model)
+    check_spec_augment(model)
     assert encoder.masked_spec_embed.shape == (config.hidden_size,) and encoder.masked_spec_embed.requires_grad
 
 
@@ -328,9 +331,9 @@ def test_cached_states_give_the_scores_of_a_run_without_cache(run, finished, cor
 
 @pytest.mark.parametrize("copies", [None, 2])
 def test_augmented_copies_in_the_cache(run, tmp_path, caplog, copies):
-    with caplog.at_level(python_logging.INFO, logger="caching_mmser"):
+    with caplog.at_level(python_logging.INFO, logger="mmser.caching"):
         run(**FROZEN, max_steps=1, cache_encoder_states=tmp_path / "cache", augmented_copies=copies)
-    lines = [record.getMessage() for record in caplog.records if record.name == "caching_mmser"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "mmser.caching"]
     assert f"Encoder states of 32 clips: {32 * (copies or 4)} of audio encoded, 0 reused" in lines[0]
     states = {path.parent.name.split("-")[0] for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert states == {"audio", "text"}
@@ -367,13 +370,13 @@ def test_freezing_the_feature_encoder_alone(run):
 
 def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, monkeypatch):
     made = []
-    original = train_hf.EmotionDataset
+    original = EmotionDataset
 
     def remember(*args, **kwargs):
         made.append(kwargs)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train_hf, "EmotionDataset", remember)
+    monkeypatch.setattr("mmser.training_run.EmotionDataset", remember)
     run(max_steps=1, text_dropout=0.3, audio_dropout=0.2, max_seconds=0.3, seed=7)
     training = [kwargs for kwargs in made if kwargs.get("training")]
     assert len(training) == 1 and training[0]["augmenter"].snr_db_range is not None
@@ -492,7 +495,7 @@ def test_the_same_command_again_evaluates_and_keeps_what_was_measured(run, tmp_p
     again = run(**whole)
     assert again["training"] == first["training"]  # no step was run: nothing new was measured
     assert again["test"]["model"]["confusion_matrix"] == first["test"]["model"]["confusion_matrix"]
-    last = train_hf.last_complete_checkpoint(tmp_path / "out")
+    last = last_complete_checkpoint(tmp_path / "out")
     assert run(**whole, resume_from_checkpoint=last + "/")["training"] == first["training"]
     anew = run(**whole, resume_from_checkpoint="false")
     assert anew["training"]["train_runtime"] != first["training"]["train_runtime"]
@@ -566,8 +569,8 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
     assert not model.openmax.is_fitted or model.openmax.weibull_shape.shape == (3,)
     earlier = MMSERForAudioClassification.from_pretrained(checkpoint)
     assert torch.equal(model.classifier.feature_projection.weight, earlier.classifier.feature_projection.weight)
-    arguments, _, _ = train_hf.parse_arguments(["--model_name_or_path", str(checkpoint), "--use_cpu"])
-    started = train_hf.load_model(arguments, ["a", "b", "c"], MMSERProcessor.from_pretrained(checkpoint))
+    arguments, _, _ = parse_arguments(TRAINING_ARGUMENTS, ["--model_name_or_path", str(checkpoint), "--use_cpu"])
+    started = load_model(arguments, ["a", "b", "c"], MMSERProcessor.from_pretrained(checkpoint))
     assert started.config.class_counts is None and started.config.num_labels == 3  # a stream's clips cannot be counted
 
 

@@ -27,19 +27,17 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
 
-from data_mmser import Augmenter, EmotionDataset, MMSERDataCollator, drop_unreadable, load_emotion_dataset
-from evaluation_mmser import build_compute_metrics
-from modeling_mmser import MMSERForAudioClassification, OpenMax
-from training_mmser import (
-    PARAMETER_GROUPS,
-    LengthGroupedSampler,
-    MMSERTrainer,
-    MMSERTrainingArguments,
-    WeightAverage,
-    last_complete_checkpoint,
-    parameter_groups,
-    parameter_table,
-)
+from mmser.arguments import MMSERTrainingArguments
+from mmser.augmentation import Augmenter
+from mmser.averaging import WeightAverage
+from mmser.batches import LengthGroupedSampler, MMSERDataCollator
+from mmser.examples import EmotionDataset, drop_unreadable
+from mmser.loading import load_emotion_dataset
+from mmser.metrics import build_compute_metrics
+from mmser.optimizer import PARAMETER_GROUPS, parameter_groups, parameter_table
+from mmser.trainer import MMSERTrainer, last_complete_checkpoint
+from modeling_mmser import MMSERForAudioClassification
+from openmax_mmser import OpenMax
 
 # As published: learning rate multiplier and weight decay of each group.
 PUBLISHED = {
@@ -217,7 +215,7 @@ def test_the_optimiser_has_the_groups_and_the_log_their_names_and_sizes(splits, 
     optimizer = trainer.create_optimizer()
     assert {group["name"]: group["lr"] for group in optimizer.param_groups}["pooling"] == pytest.approx(7e-3)
     assert isinstance(optimizer, torch.optim.AdamW)
-    lines = [record.message for record in log.records if record.name == "training_mmser"]
+    lines = [record.message for record in log.records if record.name == "mmser.trainer"]
     for name, modules in modules_of_groups(trainer.model).items():
         size = sum(parameter.numel() for module in modules for parameter in module.parameters())
         size += trainer.model.mmser.layer_weights.numel() if name == "layer_weights" else 0
@@ -371,7 +369,7 @@ import torch
 from test_training import (
     DETERMINISTIC, flat_parameters, load_splits, make_trainer, resumable, training_lines, training_losses
 )
-from data_mmser import EmotionDataset
+from mmser.examples import EmotionDataset
 from modeling_mmser import MMSERForAudioClassification
 
 corpus, start, folder = sys.argv[1:]

@@ -9,7 +9,8 @@ import pytest
 import soundfile
 from torch.utils.data import DataLoader
 
-from data_mmser import Augmenter, EmotionDataset, TestTimeAugmentation
+from mmser.augmentation import Augmenter
+from mmser.examples import EmotionDataset, TestTimeAugmentation
 
 RATE = 16_000
 FREQUENCIES = (300.0, 600.0, 1200.0, 2400.0, 4800.0)  # an octave apart: no speed turns one into another

@@ -12,8 +12,8 @@ import torch
 from tiny import tiny_model
 from transformers import BertTokenizer, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, XLMRobertaTokenizer
 
+from mmser.vocabulary import choose_tokens, is_written_in, read_texts, scripts_of, trim_tokenizer, trim_vocabulary
 from processing_mmser import MMSERProcessor
-from vocabulary_mmser import choose_tokens, is_written_in, read_texts, scripts_of, trim_tokenizer, trim_vocabulary
 
 TEXTS = ["the table is here", "Der Tisch ist da, и всё!", "42 tables"]
 WORDS = [

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: `MMSERTrainingArguments` (our defaults) and `MMSERTrainer`.
+"""`MMSERTrainer`: Transformers' own trainer plus what this model needs.
 
-The trainer is Transformers' own plus what this model needs: the published parameter groups, every part of the loss in
-the log, an error instead of a non-finite loss, and `finalize`, which calibrates the model and fits its OpenMax.
+That is: the published parameter groups, every part of the loss in the log, an error in place of a loss that is not
+finite, and `finalize`, which calibrates the model and fits its OpenMax.
 """
 
 import contextlib
 import gc
-import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,121 +19,28 @@ from huggingface_hub import upload_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
-from configuration_mmser import MMSERConfig
-from data_mmser import EmotionDataset, class_counts
-from evaluation_mmser import (
-    build_compute_metrics,
+from losses_mmser import check_finite_losses
+from mmser.arguments import MMSERTrainingArguments
+from mmser.averaging import WeightAverage
+from mmser.batches import LengthGroupedSampler, evaluation_order
+from mmser.calibration import (
     error_detection_auroc,
     error_log_odds,
     expected_calibration_error,
     fit_error_probability,
     fit_temperature,
     negative_log_likelihood,
-    softmax,
 )
-from modeling_mmser import MMSERForAudioClassification, MMSEROutput, check_finite_losses
+from mmser.examples import EmotionDataset, class_counts
+from mmser.metrics import build_compute_metrics, softmax
+from mmser.optimizer import parameter_groups
+from modeling_mmser import MMSERForAudioClassification, MMSEROutput
 
 logger = logging.get_logger(__name__)
-
-# name: (prefixes of the parameters, learning rate multiplier, weight decay), as published but for the layer weights
-PARAMETER_GROUPS = {
-    "audio_encoder": (("mmser.audio_encoder.",), 0.1, 0.025),
-    "text_encoder": (("mmser.text_encoder.",), 0.1, 0.025),
-    "cross_modal_attention": (("mmser.audio_attention.", "mmser.text_attention."), 1.0, 0.05),
-    "pooling": (("mmser.audio_pooling.", "mmser.text_pooling."), 1.0, 0.05),
-    # Not published. A dozen numbers for all dimensions: at the learning rate of the others they stay where they are
-    "layer_weights": (("mmser.layer_weights",), 20.0, 0.0),
-    "fusion": (("mmser.fusion.", "mmser.missing_audio.", "mmser.missing_text."), 1.0, 0.05),
-    "classifier": (("classifier.",), 1.5, 0.06),
-    "anchors": (("anchors.",), 2.0, 0.04),
-    "uncertainty": (("uncertainty.",), 1.0, 0.05),
-    "prototypes": (("prototypes.",), 1.0, 0.05),
-}
-
-
-@dataclass
-class MMSERTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for fine-tuning MMSER and the short spellings of the most used flags."""
-
-    output_dir: str = field(
-        default="runs/mmser",
-        metadata={"aliases": ["--save_dir"], "help": "Folder for the checkpoints and the results."},
-    )
-    num_train_epochs: float = field(default=10.0, metadata={"aliases": ["--epochs"], "help": "Passes over the data."})
-    per_device_train_batch_size: int = field(
-        default=16, metadata={"aliases": ["--batch_size"], "help": "Clips per device and training step."}
-    )
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Clips per device in evaluation."})
-    learning_rate: float = field(
-        default=1e-4, metadata={"aliases": ["--lr"], "help": "Peak learning rate; each parameter group multiplies it."}
-    )
-    lr_multipliers: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON: learning rate multipliers that differ from the published ones, e.g. "
-            f"'{{\"audio_encoder\": 1}}'. Groups: {', '.join(PARAMETER_GROUPS)}."
-        },
-    )
-    weight_decay: float | None = field(
-        default=None, metadata={"help": "One weight decay for all groups instead of the published one for each."}
-    )
-    use_amp: bool = field(
-        default=False,
-        metadata={
-            "help": "Mixed precision: bf16 where the device has it, else fp16. `--bf16` and `--fp16` choose one."
-        },
-    )
-    weight_averaging: float = field(
-        default=0.0,
-        metadata={
-            "help": "Decay per step of an exponential average of the trained weights, such as 0.99; it is what is "
-            "evaluated and saved. 0: no average."
-        },
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1: the share of all steps."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints to keep (the best one is kept too)."}
-    )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint at the end."})
-    metric_for_best_model: str | None = field(
-        default="weighted_f1", metadata={"help": "What makes a checkpoint best."}
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "group_by_length (clips of similar length in a batch, less padding), random or sequential."},
-    )
-    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})
-
-    def __post_init__(self):
-        if isinstance(self.lr_multipliers, str):
-            self.lr_multipliers = json.loads(self.lr_multipliers)
-        unknown = set(self.lr_multipliers or {}) - set(PARAMETER_GROUPS)
-        if unknown:
-            raise ValueError(
-                f"`lr_multipliers` names {sorted(unknown)}; the groups are {', '.join(PARAMETER_GROUPS)}."
-            )
-        if not 0 <= self.weight_averaging < 1:
-            raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
-        if self.use_amp and not (self.bf16 or self.fp16):
-            has_bf16 = self.use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-            self.bf16, self.fp16 = has_bf16, not has_bf16
-        if self.bf16 and not torch.cuda.is_available():
-            self.use_cpu = True  # without it, bf16 is refused on a machine that has no GPU
-        self.label_names = ["labels"]
-        # A loss that is not finite is an error here, not something to be averaged away in the log
-        self.logging_nan_inf_filter = False
-        if self.eval_strategy == "no" or self.save_strategy == "no":
-            self.load_best_model_at_end = False
-        super().__post_init__()
 
 
 class _SetEpoch(TrainerCallback):
@@ -147,128 +52,6 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         for target in self.targets:
             target.set_epoch(int(state.epoch))
-
-
-class WeightAverage(TrainerCallback):
-    """
-    Exponential moving average of the trained weights (Polyak & Juditsky 1992), with the decay of its first steps
-    lowered so that the start is soon forgotten (Tarvainen & Valpola 2017, section 2): min(decay, (1 + t) / (10 + t)).
-
-    Args:
-        parameters: those that are trained; each process averages its own copies, which are alike.
-        decay: share of the average that a step keeps, in (0, 1).
-    """
-
-    file_name = "last_weights.safetensors"  # in a checkpoint: what training goes on from
-
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.decay = decay
-        self.last: list[torch.Tensor] = []
-        self.restart()
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Begin the average at the present weights."""
-        self.averages = [parameter.detach().float().clone() for parameter in self.parameters]
-
-    @torch.no_grad()
-    def on_step_end(self, args, state, control, **kwargs):
-        step = state.global_step
-        decay = min(self.decay, (1 + step) / (10 + step))
-        last = [parameter.to(average) for parameter, average in zip(self.parameters, self.averages, strict=True)]
-        torch._foreach_lerp_(self.averages, last, 1 - decay)
-
-    @torch.no_grad()
-    def put(self, weights: Iterable[torch.Tensor]) -> None:
-        """Copy weights into the parameters."""
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            parameter.copy_(weight)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model has the averages inside; the weights that it gets back after are in `last`."""
-        self.last = [parameter.detach().clone() for parameter in self.parameters]
-        self.put(self.averages)
-        try:
-            yield
-        finally:
-            self.put(self.last)
-            self.last = []
-
-
-@torch.no_grad()
-def average_checkpoints(model: MMSERForAudioClassification, names: Sequence[str]) -> None:
-    """
-    Give a model the mean of the weights and buffers of checkpoints: a uniform soup (Wortsman et al. 2022), as good as
-    an ensemble at the cost of one model, if all were fine-tuned from the same one.
-
-    Args:
-        model: loaded from the first of them.
-        names: the checkpoints, Hub names or folders.
-    Raises:
-        ValueError: one has other labels, or other weights than the model.
-    """
-    own = model.state_dict()
-    for count, name in enumerate(names[1:], 2):
-        labels, first_labels = (MMSERConfig.from_pretrained(source).id2label for source in (name, names[0]))
-        if labels != first_labels:
-            raise ValueError(
-                f"{name} cannot be averaged with {names[0]}: its labels are {labels}, not {first_labels}."
-            )
-        other = MMSERForAudioClassification.from_pretrained(name, dtype=torch.float32).state_dict()
-        bad = [
-            key for key in {**own, **other} if key not in own or key not in other or own[key].shape != other[key].shape
-        ]
-        if bad:
-            raise ValueError(
-                f"{name} cannot be averaged with {names[0]}: {len(bad)} weights are not in both with the same shape, "
-                f"such as {bad[0]}."
-            )
-        for key, value in own.items():
-            if value.is_floating_point():
-                value.lerp_(other[key], 1 / count)
-
-
-class LengthGroupedSampler(torch.utils.data.Sampler):
-    """
-    Batches of clips of similar length, in an order drawn from the seed and the epoch alone, so that a resumed run goes
-    on in it.
-
-    Transformers' sampler of this name sorts 50 batches at a time and goes through them from long to short. Emotions
-    differ in length, so neighbouring batches hold the same few of them. This one sorts `pool` batches at a time, which
-    saves most of the padding, and shuffles them.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, pool: int = 8):
-        self.batch_size = batch_size
-        self.lengths = torch.tensor(lengths)
-        self.seed = seed
-        self.pool = pool
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self), generator=generator)
-        whole, rest = [], []
-        for members in order.split(self.pool * self.batch_size):
-            batches = members[self.lengths[members].argsort(descending=True)].split(self.batch_size)
-            for index in torch.randperm(len(batches), generator=generator).tolist():
-                (whole if len(batches[index]) == self.batch_size else rest).append(batches[index])
-        return iter(torch.cat(whole + rest).tolist())  # the short batch last, or it would shift all after it
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-
-def evaluation_order(dataset) -> list[int] | None:
-    """The clips of a data set from the longest to the shortest; None if their `lengths` are not known."""
-    if not hasattr(dataset, "lengths"):
-        return None
-    return np.argsort(-np.asarray(dataset.lengths), kind="stable").tolist()
 
 
 class MMSERTrainer(Trainer):
@@ -654,48 +437,6 @@ class MMSERTrainer(Trainer):
             openmax.fit_thresholds(scores, logits.argmax(dim=-1), config.openmax_acceptance)
 
 
-def parameter_groups(
-    model: nn.Module,
-    learning_rate: float,
-    lr_multipliers: dict[str, float] | None = None,
-    weight_decay: float | None = None,
-) -> list[dict]:
-    """
-    Split the trainable parameters into the published groups; each group is split again, as biases, norms and other
-    vectors are not decayed.
-
-    Args:
-        model: `MMSERForAudioClassification`.
-        learning_rate: multiplied by each group's multiplier.
-        lr_multipliers: multipliers that differ from the published ones, by group name.
-        weight_decay: one value for all groups in place of the published ones.
-    Returns: groups for a `torch.optim` optimiser, with a `name`.
-    Raises:
-        ValueError: a trainable parameter that belongs to no group.
-    """
-    multipliers = {name: multiplier for name, (_, multiplier, _) in PARAMETER_GROUPS.items()} | (lr_multipliers or {})
-    groups: dict[tuple[str, bool], dict] = {}
-    for parameter_name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        names = [name for name, (prefixes, _, _) in PARAMETER_GROUPS.items() if parameter_name.startswith(prefixes)]
-        if len(names) != 1:
-            raise ValueError(f"Parameter {parameter_name!r} belongs to {len(names)} groups; it must belong to one.")
-        decayed = parameter.ndim > 1
-        published = PARAMETER_GROUPS[names[0]][2] if weight_decay is None else weight_decay
-        group = groups.setdefault(
-            (names[0], decayed),
-            {
-                "name": names[0],
-                "params": [],
-                "lr": learning_rate * multipliers[names[0]],
-                "weight_decay": published if decayed else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, key=lambda key: (list(PARAMETER_GROUPS).index(key[0]), not key[1]))]
-
-
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest checkpoint in `output_dir` that was written to its end: a run may be killed while it saves one."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -719,18 +460,3 @@ def leave_process_group() -> None:
     gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def parameter_table(model: nn.Module) -> list[dict]:
-    """Count the parameters, all and trainable, of each group of `MMSERForAudioClassification` and of the whole."""
-    rows = []
-    for name, prefixes in [*((name, group[0]) for name, group in PARAMETER_GROUPS.items()), ("all", ("",))]:
-        own = [parameter for key, parameter in model.named_parameters() if key.startswith(prefixes)]
-        rows.append(
-            {
-                "part": name,
-                "parameters": sum(parameter.numel() for parameter in own),
-                "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
-            }
-        )
-    return rows

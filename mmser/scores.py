@@ -1,87 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trained model to its scores, the summary table, `eval_results.json` and the model card.
+"""What a model says about clips (`predict_*`), and the scores of it (`describe_*`, `evaluate_*`).
 
-`predict_rows` runs the model over a split (both modalities, each alone), `describe_rows` scores what it said, beside a
-linear probe and the majority class, `evaluate_open_set` and `describe_rejection` how well it tells that a clip is none
-of the classes, `write_results` writes the files. All numbers are measured.
+`predict_rows` runs the model over a split, with both modalities and with each alone. `describe_rows` scores what it
+said, beside a linear probe and the majority class. `evaluate_open_set` and `describe_rejection` score how well it
+tells that a clip is none of the classes.
 """
 
-import json
 import math
-import platform
-import re
-import shlex
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from data_mmser import Augmenter, EmotionDataset, TestTimeAugmentation
-from evaluation_mmser import (
+from mmser.augmentation import Augmenter
+from mmser.calibration import (
     area_under_risk_coverage,
-    auroc,
+    error_detection_auroc,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
+from mmser.examples import EmotionDataset, TestTimeAugmentation
+from mmser.groups import grouped_metrics
+from mmser.metrics import (
     average_passes,
     bootstrap_classification,
     bootstrap_interval,
     compute_classification_metrics,
     confusion_matrix,
-    energy_score,
-    error_detection_auroc,
-    expected_calibration_error,
-    format_table,
-    fpr_at_95_tpr,
-    grouped_metrics,
-    knn_distance,
-    negative_log_likelihood,
-    oscr,
     softmax,
 )
-from training_mmser import MMSERTrainer
-
-CARD_NAME = "model_card.md"
-RESULTS_NAME = "eval_results.json"
-GROUPS = ("corpus", "language", "sex")
-NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
-
-
-def describe_data(
-    name: str, splits: Mapping[str, datasets.Dataset | datasets.IterableDataset], is_hub: bool = False
-) -> dict[str, Any]:
-    """Name, clips per split, languages, and whether speakers are shared between splits, as far as the data say."""
-    result: dict[str, Any] = {
-        "name": name if is_hub else Path(name).resolve().name,
-        "type": name if is_hub else "audiofolder",
-        "clips": {},
-        "speakers": "Speakers are not known.",
-        "overlap": False,
-        "languages": [],
-    }
-    speakers = {}
-    for split, table in splits.items():
-        if isinstance(table, datasets.Dataset):
-            result["clips"][split] = len(table)
-            if "language" in table.column_names:
-                result["languages"] = sorted({*result["languages"], *table["language"]} - {""})
-            if "speaker" in table.column_names:
-                corpora = table["corpus"] if "corpus" in table.column_names else [""] * len(table)
-                speakers[split] = {pair for pair in zip(corpora, table["speaker"], strict=True) if pair[1]}
-    if speakers:
-        counts = ", ".join(f"{len(names)} in {split}" for split, names in speakers.items())
-        pairs = [(a, b) for a in speakers for b in speakers if a < b]
-        result["overlap"] = any(speakers[a] & speakers[b] for a, b in pairs)
-        result["speakers"] = f"Speakers: {counts}{'' if result['overlap'] else ', none in two splits'}."
-    return result
+from mmser.open_set import auroc, energy_score, fpr_at_95_tpr, knn_distance, oscr
+from mmser.trainer import MMSERTrainer
 
 
 def predict_clips(trainer: MMSERTrainer, dataset: torch.utils.data.Dataset, rows: list[str]) -> dict[str, np.ndarray]:
@@ -133,6 +88,16 @@ def predict_rows(
                     "index": index,
                 }
     return rows
+
+
+def predict_passes(
+    trainer: MMSERTrainer, dataset: EmotionDataset, passes: int, seed: int = 42
+) -> dict[str, np.ndarray]:
+    """`predict_clips` with test-time augmentation: the mean over passes of the same clip, all but the first at another
+    speed. Speed alone: averaging over noisy copies as well did worse on held-out real speech."""
+    several = TestTimeAugmentation(dataset, passes, Augmenter(snr_db_range=None, probability=1.0), seed)
+    rows = [row for row in dataset.dataset["row"] for _ in range(passes)]
+    return average_passes(predict_clips(trainer, several, rows), passes)
 
 
 def describe_decisions(
@@ -225,19 +190,6 @@ def describe_rows(
         majority = np.full(len(outputs["labels"]), np.argmax(class_counts))
         described["majority"] = describe_decisions(majority, outputs["labels"], label_names, num_samples)
     return described
-
-
-def split_groups(
-    split: datasets.Dataset | datasets.IterableDataset, names: Iterable[str] = GROUPS
-) -> dict[str, list[str]]:
-    """The group of each clip, for those of the columns `names` that the data have; empty cells are "unknown"."""
-    if not isinstance(split, datasets.Dataset):
-        return {}
-    return {
-        name: ["unknown" if value in ("", None) else str(value) for value in split[name]]
-        for name in names
-        if name in split.column_names
-    }
 
 
 def open_set_scores(
@@ -334,16 +286,6 @@ def describe_rejection(
     }
 
 
-def predict_passes(
-    trainer: MMSERTrainer, dataset: EmotionDataset, passes: int, seed: int = 42
-) -> dict[str, np.ndarray]:
-    """`predict_clips` with test-time augmentation: the mean over passes of the same clip, all but the first at another
-    speed. Speed alone: averaging over noisy copies as well did worse on held-out real speech."""
-    several = TestTimeAugmentation(dataset, passes, Augmenter(snr_db_range=None, probability=1.0), seed)
-    rows = [row for row in dataset.dataset["row"] for _ in range(passes)]
-    return average_passes(predict_clips(trainer, several, rows), passes)
-
-
 def evaluate_augmentation(
     trainer: MMSERTrainer,
     dataset: EmotionDataset,
@@ -373,163 +315,3 @@ def evaluate_augmentation(
             {"passes": passes, "seconds": seconds, **describe_predictions(outputs, label_names, None, num_samples)}
         )
     return report
-
-
-def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """The machine and the versions that numbers were measured with; `device` is the CPU by default."""
-    is_cuda = device is not None and device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-SUMMARY_COLUMNS = (
-    *("split", "row", "clips", "weighted_f1", "unweighted_average_recall", "accuracy"),
-    *("expected_calibration_error", "error_auroc_of_uncertainty"),
-)
-
-
-def format_results(results: Mapping[str, Any]) -> dict[str, str]:
-    """
-    Tables of `results` in Markdown.
-
-    Returns: `summary`, `classes`, `confusion`, `open_set`, `parameters`, `corpus`, `language` and `sex`; a table
-        without rows is an empty string.
-    """
-    names = results["label_names"]
-    split = "test" if "test" in results else "validation"
-    scored = [name for name in ("validation", "test") if name in results]
-    summary = [{"split": name, "row": row, **values} for name in scored for row, values in results[name].items()]
-    tables = {"summary": format_table(summary, SUMMARY_COLUMNS) if summary else ""}
-    rows = results.get(split, {})
-    per_class = [{"row": row, **{name: values[f"f1_{name}"] for name in names}} for row, values in rows.items()]
-    tables["classes"] = format_table(per_class, ["row", *names]) if per_class else ""
-    model = rows.get("model", {})
-    matrix = model.get("confusion_matrix", [])
-    confusion = [
-        {"true \\ predicted": name, **dict(zip(names, row, strict=True))}
-        for name, row in zip(names, matrix, strict=False)
-    ]
-    tables["confusion"] = format_table(confusion, ["true \\ predicted", *names]) if confusion else ""
-    for group in GROUPS:
-        metrics = ["count", "weighted_f1", "unweighted_average_recall", *(f"f1_{name}" for name in names)]
-        grouped = [{group: name, **values} for name, values in model.get(f"by_{group}", {}).items()]
-        tables[group] = format_table(grouped, [group, *metrics]) if grouped else ""
-    open_set = [{"score": name, **values} for name, values in results.get("open_set", {}).items()]
-    tables["open_set"] = (
-        format_table(open_set, ["score", "clips", "auroc", "fpr_at_95_tpr", "oscr"]) if open_set else ""
-    )
-    tables["parameters"] = format_table(results["parameters"], ["part", "parameters", "trainable"])
-    return tables
-
-
-def earlier_training(output_dir: str | Path) -> dict[str, Any] | None:
-    """What `eval_results.json` says of the training: for a run that is only evaluated again, as it was finished."""
-    path = Path(output_dir) / RESULTS_NAME
-    return json.loads(path.read_text(encoding="utf-8"))["training"] if path.exists() else None
-
-
-def write_results(
-    results: dict[str, Any],
-    output_dir: str | Path,
-    command: list[str] | None = None,
-    device: torch.device | None = None,
-) -> str:
-    """
-    Write `eval_results.json` and the model card `README.md` into `output_dir`.
-
-    Returns: the tables, to print at the end of a run.
-    """
-    folder = Path(output_dir)
-    results = {**results, "environment": environment(device), "command": shlex.join(command or sys.argv)}
-    (folder / RESULTS_NAME).write_text(strict_json(results), encoding="utf-8")
-    write_model_card(results, folder)
-    tables = format_results(results)
-    titles = {
-        "summary": "Summary",
-        "classes": "F1 of each class",
-        "confusion": "Confusion matrix",
-        "corpus": "By corpus",
-        "language": "By language",
-        "sex": "By sex",
-        "open_set": "Clips that are none of the classes",
-    }
-    parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
-    return "\n\n".join([*parts, f"Checkpoint, eval_results.json and README.md (the model card): {folder}"])
-
-
-def strict_json(value: Any) -> str:
-    """JSON text of numbers, names, lists and mappings; what is not finite (a score that is not defined) is null."""
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """What strict JSON can hold: numbers that are not finite (a score that is not defined) become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (np.generic, torch.Tensor)):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _language_codes(names: Iterable[str]) -> list[str] | None:
-    """The names that are codes of a language as a model card takes them: two or three letters, without a region."""
-    codes = {name.replace("_", "-").split("-")[0].lower() for name in names}
-    return sorted(code for code in codes - NO_LANGUAGE if re.fullmatch("[a-z]{2,3}", code)) or None
-
-
-def model_card_template() -> Path:
-    """`model_card.md`, beside this file in a clone or under `share/mmser` of an installation."""
-    candidates = [Path(__file__).parent / CARD_NAME, Path(sysconfig.get_path("data")) / "share" / "mmser" / CARD_NAME]
-    found = [path for path in candidates if path.exists()]
-    if not found:
-        raise FileNotFoundError(f"{CARD_NAME} is at none of: {', '.join(map(str, candidates))}")
-    return found[0]
-
-
-def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path:
-    """Fill `model_card.md` with `results` (as in `eval_results.json`) and write it as `README.md`."""
-    folder = Path(output_dir)
-    split = "test" if "test" in results else "validation"
-    scores = results.get(split, {}).get("model", {})
-    name = results.get("model_name") or folder.resolve().name
-    evaluated = (
-        [
-            EvalResult(
-                task_type="audio-classification",
-                dataset_type=results["data"]["type"],
-                dataset_name=f"{results['data']['name']} ({split})",
-                metric_type="f1",
-                metric_name="Weighted F1",
-                metric_value=round(scores["weighted_f1"], 4),
-            )
-        ]
-        if scores
-        else []
-    )
-    card_data = ModelCardData(
-        language=_language_codes(results["data"]["languages"]),
-        license=results.get("license"),
-        library_name="transformers",
-        pipeline_tag="audio-classification",
-        tags=["speech-emotion-recognition", "multimodal", "mmser", "audio", "text"],
-        model_name=name,
-        eval_results=evaluated or None,
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(model_card_template()),
-        name=name,
-        results=results,
-        scores=scores,
-        split=split,
-        tables=format_results(results),
-    )
-    card.save(folder / "README.md")
-    return folder / "README.md"

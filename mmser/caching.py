@@ -26,17 +26,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from data_mmser import EmotionDataset, augmentation_generator
+from mmser.augmentation import augmentation_generator
+from mmser.examples import EmotionDataset
 from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 
 logger = logging.get_logger(__name__)
-
 FORMAT_VERSION = 1  # raise it whenever the same inputs would give other states
 MASK_NAMES = {"audio": "attention_mask", "text": "text_attention_mask"}
 NUM_THREADS = 8
-
-
-# ------------------------------------------------------------------------------------------------------ 1. storage
 
 
 class Place(NamedTuple):
@@ -228,9 +225,6 @@ def _hash(*parts: Any) -> str:
     return _checksum(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
-# ----------------------------------------------------------------------------------------------------- 2. encoding
-
-
 @dataclass(frozen=True)
 class _Clip:
     """Something to encode: the audio or text of row `index`, `copy` of its augmented copies (None: as it is)."""
@@ -397,9 +391,6 @@ def _text_settings(processor: MMSERProcessor) -> Any:
     limit = min(tokenizer.model_max_length, MAX_TEXT_TOKENS)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return [type(tokenizer).__name__, rules, limit, tokenizer.truncation_side, special, tokenizer.get_added_vocab()]
-
-
-# ----------------------------------------------------------------------------------------------------- 3. examples
 
 
 class CachedStatesDataset(EmotionDataset):

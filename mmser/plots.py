@@ -13,18 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation_mmser import (
-    auroc,
-    check_floats,
-    check_label_names,
-    expected_calibration_error,
-    fpr_at_95_tpr,
-    oscr,
-    oscr_curve,
-    reliability_bins,
-    risk_coverage_curve,
-    roc_curve,
-)
+from mmser.calibration import expected_calibration_error, reliability_bins, risk_coverage_curve
+from mmser.metrics import check_floats, check_label_names
+from mmser.open_set import auroc, fpr_at_95_tpr, oscr, oscr_curve, roc_curve
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 LINES = [

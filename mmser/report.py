@@ -15,15 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation_mmser import (
-    area_under_risk_coverage,
-    expected_calibration_error,
-    format_table,
-    group_gap,
-    negative_log_likelihood,
-    softmax,
-)
-from plots_mmser import (
+from mmser.calibration import area_under_risk_coverage, expected_calibration_error, negative_log_likelihood
+from mmser.groups import group_gap
+from mmser.metrics import softmax
+from mmser.plots import (
     plot_confusion_matrix,
     plot_group_bars,
     plot_open_set_roc,
@@ -32,7 +27,8 @@ from plots_mmser import (
     plot_risk_coverage,
     plot_score_histograms,
 )
-from reporting_mmser import describe_rejection, describe_rows, evaluate_open_set, open_set_scores, strict_json
+from mmser.scores import describe_rejection, describe_rows, evaluate_open_set, open_set_scores
+from mmser.tables import format_table, strict_json
 
 ROW_NAMES = {
     "model": "the model",
@@ -194,9 +190,6 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name) or "_"
 
 
-# ------------------------------------------------------------------------------------------------------- in words
-
-
 def _percent(share: float) -> str:
     return "n/a" if math.isnan(share) else f"{100 * share:.0f} %"
 
@@ -275,9 +268,6 @@ def _verdict_on_doubt(report: Mapping[str, Any]) -> str:
         accepted = _percent(report["rejection"]["known_accepted"])
         parts.append(f"By its own rule it accepts {accepted} of the known clips and rejects {rejected}.")
     return " ".join(parts)
-
-
-# ------------------------------------------------------------------------------------------------------ the report
 
 
 def summary_table(report: Mapping[str, Any]) -> str:

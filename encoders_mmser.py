@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoders: Transformers' own, made independent of padding; building them, loading them, cutting them.
+
+Read in this order: the layers that keep padding out of the results, masks, SpecAugment, then building and loading.
+Shape letters: B clips, T audio samples or mel frames, Ta audio states, D the width of an encoder.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, WhisperModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
+    """
+    First convolution of a GroupNorm feature encoder (wav2vec2-base), normalised over the valid frames of each clip.
+
+    The stock layer normalises each channel over time, padding included, so that a clip's result depends on its batch.
+    The sample mask arrives as a second row under the waveform, [B, 1, 2, T]: with no state kept between calls the
+    layer is safe to checkpoint, compile and export. Without a mask ([B, 1, T]) it is the stock layer. Parameter names
+    are kept.
+    """
+
+    conv: nn.Conv1d
+    activation: nn.Module
+    layer_norm: nn.GroupNorm
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.conv = layer.conv
+        self.activation = layer.activation
+        self.layer_norm = layer.layer_norm
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dim() == 3:
+            return self.activation(self.layer_norm(self.conv(hidden_states)))
+        waveform, mask = hidden_states[:, :, 0], hidden_states[:, 0, 1]
+        mask = valid_frames(mask > 0.5, self.conv.kernel_size[0], self.conv.stride[0])[:, None]
+        # In place, as this is the largest tensor of all; the convolution's backward pass does not need it
+        hidden_states = self.conv(waveform).mul_(mask)  # (B, channels, frames), 0 where padded
+        # Sums over all frames are sums over the valid ones; `torch.var_mean` takes ten times as long on a CPU
+        count = mask.float().sum(dim=-1, keepdim=True).clamp(min=1)
+        mean = hidden_states.sum(dim=-1, keepdim=True, dtype=torch.float32) / count
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+        second_moment = norm**2 / count
+        scale = torch.rsqrt((second_moment - mean**2).clamp(min=0) + self.layer_norm.eps)
+        scale = scale * self.layer_norm.weight[:, None]
+        shift = self.layer_norm.bias[:, None] - mean * scale
+        return self.activation(torch.addcmul(shift.to(hidden_states), hidden_states, scale.to(hidden_states)))
+
+
+class MaskedPositionalConvEmbedding(nn.Module):
+    """
+    Stacked positional convolutions (data2vec-audio) with the padding set to zero between them.
+
+    A clip on its own sees zeros beyond its end at every convolution; the stock stack lets them fill up in a padded
+    batch. The encoder zeroes padded states before this module, so they are recognised by being exactly 0.
+    """
+
+    layers: nn.ModuleList
+
+    def __init__(self, pos_conv_embed: Any):
+        super().__init__()
+        self.layers = pos_conv_embed.layers
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mask = (hidden_states != 0).any(dim=-1)[:, None]  # (B, 1, Ta)
+        hidden_states = hidden_states.transpose(1, 2)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states) * mask
+        return hidden_states.transpose(1, 2)
+
+
+class MaskedWhisperEncoder(WhisperEncoder):
+    """
+    Whisper's encoder on clips of any length up to its maximum: sinusoidal positions are sliced to the clip, so 3 s
+    cost 3 s and not 30, and padded frames are masked. Parameter names are those of `WhisperEncoder`.
+    """
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """See `MMSERPreTrainedModel.is_custom_code`: here it would leave the positions without their sinusoids."""
+        return False
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
+        """Encode log-mel frames [B, mels, T] with mask [B, T] (1 = valid) to states [B, ceil(T / 2), D]."""
+        max_frames = self.max_source_positions * self.conv2.stride[0]
+        if input_features.shape[-1] > max_frames:
+            raise ValueError(
+                f"`input_features` has {input_features.shape[-1]} frames; this encoder takes at most {max_frames}. "
+                "Cut the clip into windows first."
+            )
+        if attention_mask is None:
+            attention_mask = input_features.new_ones(input_features[:, 0].shape, dtype=torch.long)
+        mask = attention_mask[:, None].to(input_features)
+        # The convolutions pad with zeros at the end of a clip, so the padding of a batch must be zero at each of them
+        hidden_states = F.gelu(self.conv1(input_features * mask)) * mask
+        hidden_states = F.gelu(self.conv2(hidden_states)).transpose(1, 2).contiguous()  # (B, Ta, D)
+        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
+        layer_mask = create_bidirectional_mask(self.config, hidden_states, valid_frames(attention_mask, 1, 2))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layer_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+
+def valid_frames(mask: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Mask of an unpadded convolution's output, [B, T] -> [B, frames]: valid where the last sample seen is valid."""
+    # Not by a slice with steps: for one, export cannot tell that its length is that of the convolution's output
+    num_frames = (mask.shape[1] - kernel_size) // stride + 1
+    last_seen = torch.arange(num_frames, device=mask.device) * stride + kernel_size - 1
+    return mask[:, last_seen]
+
+
+def time_mask(mask: Tensor, probability: float, length: int, min_masks: int) -> Tensor:
+    """
+    Spans of a time mask (SpecAugment, Park et al. 2019), drawn on the device and only inside each clip.
+
+    Args:
+        mask: valid frames, bool [B, Ta].
+        probability: expected share of frames in a span, before overlaps.
+        length: frames per span. A clip shorter than one span is left alone.
+        min_masks: least number of spans per clip.
+    Returns: bool [B, Ta], True where masked.
+    """
+    num_frames = mask.sum(dim=1, keepdim=True)
+    max_spans = max(min_masks, int(probability * mask.shape[1] / length) + 1)
+    num_spans = probability * num_frames / length + torch.rand_like(num_frames, dtype=torch.float)
+    num_spans = num_spans.floor().clamp(min=min_masks) * (num_frames >= length)
+    start = torch.rand(len(mask), max_spans, device=mask.device) * (num_frames - length + 1)
+    frame = torch.arange(mask.shape[1], device=mask.device)
+    start = start.floor()[:, :, None]
+    inside = (frame >= start) & (frame < start + length)
+    chosen = torch.arange(max_spans, device=mask.device) < num_spans
+    return (inside & chosen[:, :, None]).any(dim=1)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def build_audio_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the audio encoder of `config`, randomly started, its padding-dependent layers replaced by masked ones."""
+    if config.model_type == "whisper":
+        return MaskedWhisperEncoder._from_config(config)
+    encoder = AutoModel.from_config(config)
+    first_layer = encoder.feature_extractor.conv_layers[0]
+    if isinstance(getattr(first_layer, "layer_norm", None), nn.GroupNorm):
+        encoder.feature_extractor.conv_layers[0] = MaskedGroupNormConvLayer(first_layer)
+    if config.model_type == "data2vec-audio":
+        encoder.encoder.pos_conv_embed = MaskedPositionalConvEmbedding(encoder.encoder.pos_conv_embed)
+    return encoder
+
+
+def build_text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the text encoder of `config`, randomly started and without the pooler, which nothing here would use."""
+    return AutoModel.from_config(config, **without_pooler(config))
+
+
+def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    model_class: Any = AutoModel._model_mapping[type(config)]
+    takes_argument = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_argument else {}
+
+
+def load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str, part: str, **kwargs) -> None:
+    """Copy the pretrained weights of `name_or_path` into `encoder`; refuse a checkpoint that lacks some of them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no report of the heads that are not built; what is missing is checked below
+    try:
+        source, report = source_class.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    prefix = f"{part}." if source_class is WhisperModel else ""
+    missing = {key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)}
+    missing -= {"masked_spec_embed"}  # drawn at random where the checkpoint was trained without SpecAugment
+    if missing & set(encoder.state_dict()):
+        raise ValueError(f"{name_or_path!r} lacks weights of {type(encoder).__name__}: {sorted(missing)[:5]}...")
+    wanted = encoder.state_dict()  # an encoder with fewer layers leaves the others where they are
+    state_dict = (source.encoder if prefix else source).state_dict()
+    encoder.load_state_dict({key: value for key, value in state_dict.items() if key in wanted})
+
+
+def keep_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """An audio encoder's configuration with the first `num_layers` of its layers; the one given is left as it is."""
+    available = config.num_hidden_layers
+    if not 1 <= num_layers <= available:
+        raise ValueError(f"`audio_num_hidden_layers` must be from 1 to {available}, got {num_layers}.")
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = num_layers
+    return config

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of all commands, and how they are parsed: flags after an optional JSON recipe."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from mmser.export import DTYPES, FORMATS, OPSET
+from mmser.optimizer import PARAMETER_GROUPS
+from mmser.sources import DataColumns
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "MMSER checkpoint (Hub name or folder) to go on from, instead of two encoders."},
+    )
+    average_with: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "More MMSER checkpoints, fine-tuned from the same one: start from the mean of their weights and "
+            "those of --model_name_or_path (a model soup)."
+        },
+    )
+    audio_model_name_or_path: str = field(
+        default="facebook/wav2vec2-base", metadata={"help": "Audio encoder: Hub name or folder."}
+    )
+    text_model_name_or_path: str = field(
+        default="google-bert/bert-base-multilingual-cased", metadata={"help": "Text encoder: Hub name or folder."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not beside the text encoder."})
+    random_audio_encoder: bool = field(
+        default=False, metadata={"help": "Start the audio encoder at random: only its configuration is read."}
+    )
+    random_text_encoder: bool = field(
+        default=False, metadata={"help": "Start the text encoder at random: only its configuration is read."}
+    )
+    audio_config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": "JSON: fields of the audio encoder's configuration; with --random_audio_encoder."},
+    )
+    text_config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": "JSON: fields of the text encoder's configuration; with --random_text_encoder."},
+    )
+    audio_num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Keep only that many layers of the pretrained audio encoder, the first ones."}
+    )
+    config_overrides: dict | str | None = field(
+        default=None, metadata={"help": "JSON: fields of MMSERConfig, e.g. '{\"classifier_num_layers\": 5}'."}
+    )
+    freeze_audio: bool = field(default=False, metadata={"help": "Freeze the audio encoder."})
+    freeze_text: bool = field(default=False, metadata={"help": "Freeze the text encoder."})
+    freeze_feature_encoder: bool = field(
+        default=False, metadata={"help": "Freeze only the convolutions in front of the audio encoder."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of all parts: sdpa (the default), flash_attention_2, or eager (trains faster on CPUs)."
+        },
+    )
+    apply_spec_augment: bool | None = field(
+        default=None,
+        metadata={"help": "SpecAugment while the audio encoder learns; by default as the encoder is configured."},
+    )
+    mask_time_prob: float | None = field(default=None, metadata={"help": "SpecAugment: share of frames in a span."})
+    mask_time_length: int | None = field(
+        default=None, metadata={"help": "Frames per span: 10 ms each for log-mel encoders, 20 ms for others."}
+    )
+    mask_feature_prob: float | None = field(
+        default=None, metadata={"help": "SpecAugment: share of mel bands (of a wav2vec2's features) in a span."}
+    )
+    mask_feature_length: int | None = field(default=None, metadata={"help": "Mel bands, or features, per span."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the checkpoint for its card, as the encoders and the data allow."}
+    )
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "MMSER checkpoint to distil from; set distillation_loss_weight as well."}
+    )
+
+    def __post_init__(self):
+        for name in ("audio_config_overrides", "text_config_overrides", "config_overrides"):
+            value = getattr(self, name)
+            setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
+        for kind in ("audio", "text"):
+            if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
+                raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
+        if self.average_with and self.model_name_or_path is None:
+            raise ValueError("--average_with needs a first checkpoint: add --model_name_or_path.")
+        if self.audio_num_hidden_layers is not None and (self.model_name_or_path or self.random_audio_encoder):
+            raise ValueError(
+                "--audio_num_hidden_layers cuts a pretrained audio encoder: give it when starting from one."
+            )
+        if self.freeze_audio and any(getattr(self, name) for name in SPEC_AUGMENT):
+            raise ValueError("SpecAugment masks what an encoder learns from: it has no effect with --freeze_audio.")
+
+
+SPEC_AUGMENT = ("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")
+
+
+@dataclass
+class SourceArguments:
+    """Where the clips come from. Give one of data_dir, manifest and dataset_name."""
+
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with train/, validation/, test/, each with metadata.csv or .jsonl."}
+    )
+    manifest: str | None = field(default=None, metadata={"help": "One CSV or JSONL file that lists all clips."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_split: str | None = field(default=None, metadata={"help": "Name of the training split in the source."})
+    validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
+    test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
+    audio_column: str = field(default="file_name", metadata={"help": "Column with the audio file."})
+    label_column: str = field(default="label", metadata={"help": "Column with the label, a name or an id."})
+    text_column: str = field(default="transcription", metadata={"help": "Column with the transcript."})
+    speaker_column: str = field(default="speaker", metadata={"help": "Column with the speaker."})
+    language_column: str = field(default="language", metadata={"help": "Column with the language."})
+    corpus_column: str = field(default="corpus", metadata={"help": "Column with the corpus."})
+    sex_column: str = field(default="sex", metadata={"help": "Column with the speaker's sex."})
+    allow_speaker_overlap: bool = field(
+        default=False, metadata={"help": "Accept speakers that are in two splits. The scores will be too good."}
+    )
+    on_bad_example: str = field(
+        default="error", metadata={"help": "error, or skip: leave out bad rows and count them."}
+    )
+    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are cropped, at random in training."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate each split on that many clips, drawn at random."}
+    )
+
+    @property
+    def columns(self) -> DataColumns:
+        names = [column.name for column in dataclasses.fields(DataColumns)]
+        given = {name: getattr(self, f"{name}_column") for name in names}
+        return DataColumns(**{name: None if column.lower() == "none" else column for name, column in given.items()})
+
+    @property
+    def source(self) -> dict:
+        """The same as keyword arguments of `load_emotion_dataset`."""
+        names = ("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split")
+        names += ("test_split", "allow_speaker_overlap", "on_bad_example", "columns")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def name(self) -> str:
+        """What the source is called."""
+        return self.data_dir or self.manifest or self.dataset_name
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Which data to train and evaluate on."""
+
+    streaming: bool = field(default=False, metadata={"help": "Read the Hub data set while training; set --max_steps."})
+    ood_dir: str | None = field(
+        default=None, metadata={"help": "Folder of clips that are none of the classes, for the open-set check."}
+    )
+    labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
+    validation_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
+    test_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on that many clips, drawn at random."}
+    )
+    standardize_clips: int = field(
+        default=500,
+        metadata={
+            "help": "Training clips whose mean and deviation standardise the states of a pretrained audio encoder "
+            "before training; 0: leave them as they are."
+        },
+    )
+    augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
+    augment_noise: bool = field(
+        default=True, metadata={"help": "Noise too; without it, augmentation changes the speed alone."}
+    )
+    cache_encoder_states: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the states of frozen encoders: computed once, read in every later epoch and run."
+        },
+    )
+    augmented_copies: int = field(
+        default=4, metadata={"help": "Augmented copies of each clip in that folder; epochs take turns with them."}
+    )
+    text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
+    audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
+
+
+@dataclass
+class MMSERTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for fine-tuning MMSER and the short spellings of the most used flags."""
+
+    output_dir: str = field(
+        default="runs/mmser",
+        metadata={"aliases": ["--save_dir"], "help": "Folder for the checkpoints and the results."},
+    )
+    num_train_epochs: float = field(default=10.0, metadata={"aliases": ["--epochs"], "help": "Passes over the data."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"aliases": ["--batch_size"], "help": "Clips per device and training step."}
+    )
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Clips per device in evaluation."})
+    learning_rate: float = field(
+        default=1e-4, metadata={"aliases": ["--lr"], "help": "Peak learning rate; each parameter group multiplies it."}
+    )
+    lr_multipliers: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON: learning rate multipliers that differ from the published ones, e.g. "
+            f"'{{\"audio_encoder\": 1}}'. Groups: {', '.join(PARAMETER_GROUPS)}."
+        },
+    )
+    weight_decay: float | None = field(
+        default=None, metadata={"help": "One weight decay for all groups instead of the published one for each."}
+    )
+    use_amp: bool = field(
+        default=False,
+        metadata={
+            "help": "Mixed precision: bf16 where the device has it, else fp16. `--bf16` and `--fp16` choose one."
+        },
+    )
+    weight_averaging: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay per step of an exponential average of the trained weights, such as 0.99; it is what is "
+            "evaluated and saved. 0: no average."
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1: the share of all steps."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep (the best one is kept too)."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint at the end."})
+    metric_for_best_model: str | None = field(
+        default="weighted_f1", metadata={"help": "What makes a checkpoint best."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "group_by_length (clips of similar length in a batch, less padding), random or sequential."},
+    )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})
+
+    def __post_init__(self):
+        if isinstance(self.lr_multipliers, str):
+            self.lr_multipliers = json.loads(self.lr_multipliers)
+        unknown = set(self.lr_multipliers or {}) - set(PARAMETER_GROUPS)
+        if unknown:
+            raise ValueError(
+                f"`lr_multipliers` names {sorted(unknown)}; the groups are {', '.join(PARAMETER_GROUPS)}."
+            )
+        if not 0 <= self.weight_averaging < 1:
+            raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
+        if self.use_amp and not (self.bf16 or self.fp16):
+            has_bf16 = self.use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+            self.bf16, self.fp16 = has_bf16, not has_bf16
+        if self.bf16 and not torch.cuda.is_available():
+            self.use_cpu = True  # without it, bf16 is refused on a machine that has no GPU
+        self.label_names = ["labels"]
+        # A loss that is not finite is an error here, not something to be averaged away in the log
+        self.logging_nan_inf_filter = False
+        if self.eval_strategy == "no" or self.save_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()
+
+
+COMPARED_GROUPS = ("sex", "language", "corpus", "duration")
+SPLITS = ("test", "validation", "train")  # the first that is there is evaluated
+
+
+def _same_flag(name: str, *aliases: str):
+    """The flag `name` as training has it, with its default and its help text."""
+    flag = MMSERTrainingArguments.__dataclass_fields__[name]
+    return field(default=flag.default, metadata={**flag.metadata, **({"aliases": list(aliases)} if aliases else {})})
+
+
+@dataclass
+class EvaluationArguments:
+    """What to judge, and how."""
+
+    model_name_or_path: str = field(
+        metadata={"aliases": ["--checkpoint"], "help": "MMSER checkpoint: folder or Hub name."}
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--save_dir"],
+            "help": "Folder for report.md, report.json and plots/. Default: `evaluation` in the checkpoint, or "
+            "runs/eval for a checkpoint from the Hub.",
+        },
+    )
+    split: str | None = field(
+        default=None,
+        metadata={"choices": list(SPLITS), "help": "What to evaluate. Default: test, else validation, else train."},
+    )
+    ood_dir: list[str] | None = field(
+        default=None, metadata={"help": "Folders of clips that are none of the classes, each a set of its own."}
+    )
+    calibrate: bool = field(
+        default=False, metadata={"help": "Fit temperature and rejection on held-out clips; store them."}
+    )
+    calibration_split: str = field(
+        default="validation",
+        metadata={
+            "choices": ["validation", "train"],
+            "help": "Clips for --calibrate; train only if the model was not trained on them.",
+        },
+    )
+    tta: list[int] | None = field(
+        default=None, metadata={"help": "Test-time augmentation: numbers of passes over each clip, e.g. 1 5 10."}
+    )
+    group_by: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns to compare groups by, or duration. Default: those present of "
+            f"{', '.join(COMPARED_GROUPS)}."
+        },
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Training clips for the linear probe and the kNN distance, drawn at random."}
+    )
+    bootstrap_samples: int = field(default=1000, metadata={"help": "Resamples for the 95 %% intervals."})
+    per_device_eval_batch_size: int = _same_flag("per_device_eval_batch_size", "--batch_size")
+    dataloader_num_workers: int = _same_flag("dataloader_num_workers")
+    use_amp: bool = _same_flag("use_amp")
+    use_cpu: bool = _same_flag("use_cpu")
+    seed: int = field(default=42, metadata={"help": "Seed of the clips that are drawn and of the augmentation."})
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            checkpoint = Path(self.model_name_or_path)
+            self.output_dir = str(checkpoint / "evaluation") if checkpoint.is_dir() else "runs/eval"
+        if min(self.tta or [1]) < 1:
+            raise ValueError(f"--tta takes numbers of passes of at least 1, got {self.tta}.")
+        for name in ("bootstrap_samples", "max_train_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass
+class ExportArguments:
+    """What to export, and how."""
+
+    model_name_or_path: str = field(
+        metadata={"aliases": ["--checkpoint"], "help": "MMSER checkpoint: folder or Hub name."}
+    )
+    output_dir: str = field(metadata={"aliases": ["--save_dir"], "help": "Folder to write."})
+    format: list[str] = field(
+        default_factory=lambda: ["onnx"],
+        metadata={"help": f"One or more of {', '.join(FORMATS)}: for onnxruntime, for PyTorch."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"choices": list(DTYPES), "help": "Of the weights. float16 is for GPUs, int8 for ONNX alone."},
+    )
+    languages: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the tokens that the scripts of these languages need (ISO 639-1 codes). Languages of one "
+            "script are not told apart: give texts for that."
+        },
+    )
+    vocabulary_text: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the tokens of the texts in these files (.txt, or .csv, .tsv, .jsonl with a column "
+            "transcription or text), and single characters for all other words."
+        },
+    )
+    check: bool = field(
+        default=True, metadata={"help": "Compare the export with PyTorch, and write nothing if they differ."}
+    )
+    tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Largest difference of a probability to let through. Default: depends on --dtype."},
+    )
+    opset: int = field(default=OPSET, metadata={"help": "Version of the ONNX operators."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in --output_dir."})
+
+
+TRAINING_ARGUMENTS = (ModelArguments, DataArguments, MMSERTrainingArguments)
+EVALUATION_ARGUMENTS = (EvaluationArguments, SourceArguments)
+
+
+def parse_arguments(kinds: Sequence[type], arguments: Sequence[str], description: str | None = None) -> tuple:
+    """
+    Parse the flags of a command, after an optional JSON recipe whose keys are the names of the flags.
+
+    Args:
+        kinds: dataclasses with the fields that are flags, such as `TRAINING_ARGUMENTS`.
+        arguments: the words of the command line.
+        description: what `--help` says of the command.
+    Returns: an object of each kind.
+    Raises:
+        ValueError: a key of the recipe that is no flag, or values that do not go together.
+    """
+    parser = HfArgumentParser(kinds, description=description)
+    words = list(arguments)
+    if words and words[0].endswith(".json"):
+        path = Path(words.pop(0))
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        destination = {
+            option.removeprefix("--"): action.dest
+            for action in parser._actions
+            for option in action.option_strings
+            if action.const is not False  # --no_augment and its like: in a recipe it is "augment": false
+        }
+        unknown = sorted(set(recipe) - set(destination))
+        if unknown:
+            raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}. `--help` shows the flags.")
+        parser.set_defaults(**{destination[key]: value for key, value in recipe.items()})
+    return parser.parse_args_into_dataclasses(words)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of `eval_hf.py`: clips, groups, what the model says of them, calibration."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers.utils import logging
+
+from configuration_mmser import MMSERConfig
+from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, MMSERTrainingArguments, SourceArguments
+from mmser.batches import MMSERDataCollator
+from mmser.examples import EmotionDataset, drop_unreadable
+from mmser.groups import duration_bands, split_groups
+from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
+from mmser.report import Measured, reproducible
+from mmser.results import describe_data, environment
+from mmser.scores import evaluate_augmentation, predict_clips, predict_rows
+from mmser.trainer import MMSERTrainer
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
+
+logger = logging.get_logger(__name__)
+ALL = "all"  # what the only split of undivided data is called here
+MIN_CALIBRATION_CLIPS = 19  # with fewer there is no threshold that accepts 95 % of the clips to come
+
+
+@dataclass
+class Clips:
+    """The tables that one evaluation needs: `evaluated` is the split `split`; the others may be missing."""
+
+    split: str
+    evaluated: datasets.Dataset
+    train: datasets.Dataset | None
+    calibration: datasets.Dataset | None
+    unknown: dict[str, datasets.Dataset]
+
+
+def load_label_names(checkpoint: str) -> list[str]:
+    """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone."""
+    content, _ = MMSERConfig.get_config_dict(checkpoint)
+    if content.get("model_type") != MMSERConfig.model_type:
+        found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
+        raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")
+    id2label = MMSERConfig.from_dict(content).id2label
+    return [id2label[index] for index in range(len(id2label))]
+
+
+def load_clips(source: SourceArguments, arguments: EvaluationArguments, label_names: list[str]) -> Clips:
+    """Load what is needed, and nothing else; what is missing or does not fit is an error here."""
+    wanted = [name for name in arguments.group_by or [] if name != "duration"]
+    splits, _ = load_emotion_dataset(
+        **source.source, label_names=label_names, extra_columns=wanted, validation_fraction=0.0, test_fraction=0.0
+    )
+    if arguments.split is None and list(splits) == ["train"]:  # not divided into splits
+        splits = {ALL: splits["train"]}
+    split = arguments.split or next(name for name in (*SPLITS, ALL) if name in splits)
+    if split not in splits:
+        raise ValueError(f"{source.name} has no {split} split (--split); it has: {', '.join(splits)}.")
+    calibration = None
+    if arguments.calibrate:
+        calibration = splits.get(arguments.calibration_split)
+        if calibration is None:
+            raise ValueError(
+                f"--calibrate needs held-out clips, but {source.name} has no {arguments.calibration_split} split "
+                f"(--calibration_split); it has: {', '.join(splits)}."
+            )
+        if arguments.calibration_split == split:
+            raise ValueError(
+                f"--calibrate must not use the clips that are evaluated, and both are the {split} split: choose "
+                "another one with --split or --calibration_split."
+            )
+        if len(calibration) < MIN_CALIBRATION_CLIPS:
+            raise ValueError(
+                f"--calibrate needs {MIN_CALIBRATION_CLIPS} clips or more; the {arguments.calibration_split} split of "
+                f"{source.name} has {len(calibration)}."
+            )
+    train = splits.get("train") if split != "train" else None
+    unknown = load_unknown(arguments.ood_dir or [], source, label_names)
+    return Clips(
+        split=split,
+        evaluated=draw_clips(splits[split], source.max_eval_samples, arguments.seed),
+        train=None if train is None else draw_clips(train, arguments.max_train_samples, arguments.seed),
+        calibration=calibration,
+        unknown={name: draw_clips(table, source.max_eval_samples, arguments.seed) for name, table in unknown.items()},
+    )
+
+
+def load_unknown(folders: list[str], source: SourceArguments, label_names: list[str]) -> dict[str, datasets.Dataset]:
+    """One table for each open-set folder, named after it; clips in them that have one of the classes are left out."""
+    paths = [Path(folder).resolve() for folder in folders]
+    tables = {}
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"--ood_dir {path} does not exist.")
+        is_alone = sum(other.name == path.name for other in paths) == 1
+        name = path.name if is_alone else "/".join(path.parts[-2:])
+        if name in tables or name == "mean":  # the report has a row of that name
+            raise ValueError(f"--ood_dir {path}: the name {name!r} is taken in the report; rename the folder.")
+        table = load_emotion_split(
+            path, columns=source.columns, label_names=label_names, on_bad_example=source.on_bad_example
+        )
+        rows = [index for index, label in enumerate(table["labels"]) if label < 0]
+        if not rows:
+            raise ValueError(f"--ood_dir {path}: all of its clips have one of the classes {', '.join(label_names)}.")
+        if len(rows) < len(table):
+            logger.warning(f"{path}: left out {len(table) - len(rows)} clips that have one of the classes.")
+        tables[name] = table.select(rows)
+    return tables
+
+
+def check_clips(clips: Clips, on_bad_example: str, **reader_options) -> Clips:
+    """Try every clip once: unreadable ones are an error, or are left out (`on_bad_example`)."""
+
+    def check(table: datasets.Dataset | None) -> datasets.Dataset | None:
+        return None if table is None else drop_unreadable(table, on_bad_example=on_bad_example, **reader_options)
+
+    unknown = {name: check(table) for name, table in clips.unknown.items()}
+    return Clips(clips.split, check(clips.evaluated), check(clips.train), check(clips.calibration), unknown)
+
+
+def group_clips(dataset: EmotionDataset, names: list[str] | None) -> dict[str, list[str]]:
+    """The groups to compare: those that were asked for, or those in which the clips differ."""
+    groups = split_groups(dataset.dataset, names or COMPARED_GROUPS)
+    has_audio = "audio" in dataset.dataset.column_names
+    if "duration" in (names or ()) and not has_audio:
+        raise ValueError("--group_by duration needs audio, and these data have none.")
+    if "duration" in (names or COMPARED_GROUPS) and has_audio:
+        rate = dataset.reader.sampling_rate
+        lengths = dataset.lengths
+        bands = duration_bands([length / rate for length in lengths])
+        groups["duration"] = [band if length else "no audio" for band, length in zip(bands, lengths, strict=True)]
+    order = names or COMPARED_GROUPS
+    return {name: groups[name] for name in order if name in groups and (names or len(set(groups[name])) > 1)}
+
+
+def store_calibration(
+    model: MMSERForAudioClassification, processor: MMSERProcessor, arguments: EvaluationArguments
+) -> Path:
+    """Save the calibrated model: into the checkpoint's own folder, or into the output folder if it is on the Hub."""
+    folder = Path(arguments.model_name_or_path)
+    if not folder.is_dir():
+        folder = Path(arguments.output_dir) / "checkpoint"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+    # Never half a file: each takes its place whole, the weights (with the calibration) last. The code too, as older
+    # code might read the calibration in another way
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)  # of this only the code
+        weights = sorted(Path(temporary).glob("model*.safetensors*"))
+        for file in (*sorted(Path(temporary).glob("*.py")), Path(temporary) / "config.json", *weights):
+            os.replace(file, folder / file.name)
+    logger.info(f"The calibrated checkpoint is in {folder}")
+    return folder
+
+
+def notes_on(clips: Clips, source: SourceArguments, arguments: EvaluationArguments) -> list[str]:
+    """What a reader must know to understand the numbers."""
+    notes = []
+    if arguments.calibrate and arguments.calibration_split == "train":
+        notes.append("Calibrated on the train split: if the model was trained on it, it is now too sure of itself.")
+    if clips.split == "validation":
+        notes.append("There is no test split here: the validation clips may have chosen the checkpoint.")
+    if clips.split in ("train", ALL):
+        notes.append("If the model was trained on clips among these, the scores are too good.")
+    if clips.train is None:
+        notes.append("Without training clips there is no linear probe and no kNN distance.")
+    if source.allow_speaker_overlap:
+        notes.append("Speakers may be in two splits (--allow_speaker_overlap): the scores may be too good.")
+    return notes
+
+
+def make_training_arguments(arguments: EvaluationArguments) -> MMSERTrainingArguments:
+    """The flags that evaluation shares with training, as the trainer takes them."""
+    names = ("output_dir", "per_device_eval_batch_size", "dataloader_num_workers", "use_amp", "use_cpu", "seed")
+    shared = {name: getattr(arguments, name) for name in names}
+    return MMSERTrainingArguments(**shared, report_to="none", eval_strategy="no", save_strategy="no")
+
+
+def measure(
+    trainer: MMSERTrainer,
+    clips: Clips,
+    make_dataset: Callable[..., EmotionDataset],
+    groups: dict[str, list[str]],
+    label_names: list[str],
+) -> Measured:
+    """Run the model over everything that the report needs."""
+
+    def predict(name: str, table: datasets.Dataset) -> dict:
+        logger.info(f"Running the model over {len(table)} clips: {name}")
+        return predict_clips(trainer, make_dataset(table), table["row"])
+
+    logger.info(f"Running the model over {len(clips.evaluated)} clips: {clips.split}, and with each modality alone")
+    return Measured(
+        label_names=label_names,
+        rows=predict_rows(trainer, clips.evaluated, make_dataset),
+        groups=groups,
+        unknown_sets={name: predict(name, table) for name, table in clips.unknown.items()},
+        train_outputs=None if clips.train is None else predict("train", clips.train),
+        class_counts=trainer.model.config.class_counts,
+        temperature=trainer.model.temperature.item(),
+    )
+
+
+def load_trainer(checkpoint: str, processor: MMSERProcessor, arguments: MMSERTrainingArguments) -> MMSERTrainer:
+    """A trainer that only predicts, with the model of the checkpoint."""
+    model = MMSERForAudioClassification.from_pretrained(checkpoint)
+    return MMSERTrainer(model, arguments, data_collator=MMSERDataCollator(processor), processing_class=processor)
+
+
+def calibrate(
+    trainer: MMSERTrainer, clips: Clips, make_dataset: Callable[..., EmotionDataset], arguments: EvaluationArguments
+) -> dict[str, Any] | None:
+    """Calibrate the model on the clips that were asked for. Returns what changed; None if nothing was asked for."""
+    if clips.calibration is None:
+        return None
+    logger.info(f"Calibrating on {len(clips.calibration)} clips: {arguments.calibration_split}")
+    return {"split": arguments.calibration_split, **trainer.calibrate(make_dataset(clips.calibration))}
+
+
+def try_augmentation(
+    trainer: MMSERTrainer, dataset: EmotionDataset, arguments: EvaluationArguments, label_names: list[str]
+) -> list[dict[str, Any]]:
+    """The scores with test-time augmentation, for each number of passes that was asked for."""
+    if not arguments.tta:
+        return []
+    logger.info(f"Test-time augmentation, passes: {', '.join(map(str, arguments.tta))}")
+    return evaluate_augmentation(
+        trainer, dataset, arguments.tta, label_names, arguments.seed, arguments.bootstrap_samples
+    )
+
+
+def describe_evaluation(
+    clips: Clips, source: SourceArguments, arguments: EvaluationArguments, command: list[str], device: torch.device
+) -> dict[str, Any]:
+    """What the report says of an evaluation besides its numbers: model, data, notes, command, machine."""
+    checkpoint = arguments.model_name_or_path
+    tables = {clips.split: clips.evaluated, **({} if clips.train is None else {"train": clips.train})}
+    return {
+        "model_name": Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint,
+        "data": {
+            **describe_data(source.name, tables, is_hub=source.dataset_name is not None),
+            "languages": describe_data(source.name, {clips.split: clips.evaluated})["languages"],
+        },
+        "split": clips.split,
+        "unknown_clips": {name: len(table) for name, table in clips.unknown.items()},
+        "notes": notes_on(clips, source, arguments),
+        "command": reproducible(["python", "eval_hf.py", *command]),
+        "environment": environment(device),
+    }

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to examples: decode, crop and augment inside the DataLoader's workers.
+
+Read `ExampleReader` first, then `EmotionDataset`, `TestTimeAugmentation` (each clip several times) and
+`EmotionIterableDataset` (streams).
+"""
+
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import soundfile
+import torch
+from transformers.utils import logging
+
+from audio_mmser import MIN_SECONDS, load_audio
+from mmser.augmentation import Augmenter, augmentation_generator
+from mmser.loading import check_on_bad_example
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ExampleReader:
+    """Makes an example from a row: decode, crop, augment. Random only if `training`.
+
+    Args:
+        sampling_rate: rate of the waveforms, in Hz.
+        training: crop at random, augment and drop modalities; else the middle of a long clip is taken as it is.
+        augmenter: used in training only.
+        text_dropout, audio_dropout: probability, in training, to hide the text or the audio (never both) of an
+            example that has both.
+        max_seconds: longer clips are cropped.
+        use_audio, use_text: False hides that modality of every example, to score the other one alone.
+    """
+
+    sampling_rate: int = 16_000
+    training: bool = False
+    augmenter: Augmenter | None = None
+    text_dropout: float = 0.0
+    audio_dropout: float = 0.0
+    max_seconds: float | None = None
+    use_audio: bool = True
+    use_text: bool = True
+    min_samples: int = field(init=False)
+    max_samples: int | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        self.min_samples = round(MIN_SECONDS * self.sampling_rate)
+        if min(self.text_dropout, self.audio_dropout) < 0 or self.text_dropout + self.audio_dropout > 1:
+            raise ValueError(
+                "text_dropout and audio_dropout must be >= 0 and sum to at most 1, got "
+                f"{self.text_dropout} and {self.audio_dropout}"
+            )
+        if self.max_seconds is not None:
+            self.max_samples = round(self.max_seconds * self.sampling_rate)
+            if self.max_samples < self.min_samples:
+                raise ValueError(f"max_seconds must be at least {MIN_SECONDS}, got {self.max_seconds}")
+
+    def __call__(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Make the example of one row of `load_emotion_dataset`.
+
+        Returns:
+            `labels` (int), `length` (samples, 0 without audio), `audio` ([T] float32 or None) if the data set has an
+            audio column, and `text` (str or None) if it has a text column.
+
+        Raises:
+            ValueError: naming the row, if its audio cannot be read or it has neither audio nor text.
+        """
+        source, text = self.draw_modalities(_audio_source(row.get("audio")), row.get("text"), rng)
+        audio = self._waveform(source, row["row"], rng) if source else None
+        if audio is None and text is None:
+            raise ValueError(f"{row['row']} has neither audio nor text")
+        example: dict[str, Any] = {"labels": int(row["labels"]), "length": 0 if audio is None else len(audio)}
+        if "audio" in row:
+            example["audio"] = audio
+        if "text" in row:
+            example["text"] = text
+        return example
+
+    def draw_modalities(self, audio: Any, text: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+        """Hide what is not to be seen of an example.
+
+        Args:
+            audio, text: whatever stands for the two; what is missing is falsy.
+            rng: drawn from once in training, if the example has both.
+
+        Returns:
+            (audio, text), with None for what is missing, hidden or dropped.
+        """
+        audio = (audio or None) if self.use_audio else None
+        text = (text or None) if self.use_text else None
+        if self.training and audio and text:
+            draw = rng.random()
+            if draw < self.text_dropout:
+                text = None
+            elif draw < self.text_dropout + self.audio_dropout:
+                audio = None
+        return audio, text
+
+    def waveform(self, row: dict[str, Any], rng: np.random.Generator) -> np.ndarray | None:
+        """The `audio` ([T] float32) that a row's example has when its audio is not dropped; None without audio."""
+        source = _audio_source(row.get("audio"))
+        self.draw_modalities(source, row.get("text"), rng)  # what is random afterwards depends on this draw
+        return self._waveform(source, row["row"], rng) if source else None
+
+    def content(self, row: dict[str, Any]) -> bytes | None:
+        """The bytes of the encoded file of a row's audio; None without audio, or where it is hidden."""
+        source = _audio_source(row.get("audio")) if self.use_audio else None
+        if not source:
+            return None
+        try:
+            content = _fetch(source)
+            return content if isinstance(content, bytes) else Path(content).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{row['row']}: cannot read {str(source)[:200]}: {error}") from error
+
+    def _waveform(self, source: str | bytes, row: str, rng: np.random.Generator) -> np.ndarray:
+        name = "embedded audio" if isinstance(source, bytes) else source
+        try:
+            audio = load_audio(_fetch(source), target_sampling_rate=self.sampling_rate, name=name)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{row}: cannot read {name}: {error}") from error
+        if len(audio) < self.min_samples:
+            raise ValueError(
+                f"{row}: {name} is too short, {len(audio)} samples at {self.sampling_rate} Hz; the minimum is "
+                f"{self.min_samples} ({MIN_SECONDS} s)"
+            )
+        spare = 0 if self.max_samples is None else max(0, len(audio) - self.max_samples)
+        if spare:
+            start = int(rng.integers(spare + 1)) if self.training else spare // 2
+            audio = audio[start : len(audio) - spare + start]
+        return self.augment(audio, self.augmenter, rng) if self.training and self.augmenter is not None else audio
+
+    def augment(self, audio: np.ndarray, augmenter: Augmenter, rng: np.random.Generator) -> np.ndarray:
+        """Augment a waveform ([T] float32) within the limits of its length; one that gets too short stays as it is."""
+        augmented = augmenter(audio, rng)[: self.max_samples]  # slowed down, it can be longer again
+        return augmented if len(augmented) >= self.min_samples else audio
+
+    def length(self, row: dict[str, Any]) -> int:
+        """Samples of a row's clip without augmentation, from the file's header alone; 0 without audio."""
+        source = _audio_source(row.get("audio")) if self.use_audio else None
+        if not source:
+            return 0
+        try:
+            fetched = _fetch(source)
+            info = soundfile.info(io.BytesIO(fetched) if isinstance(fetched, bytes) else fetched)
+        except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
+            raise ValueError(f"{row['row']}: cannot read {str(source)[:200]}: {error}") from error
+        samples = round(info.frames * self.sampling_rate / info.samplerate)
+        return samples if self.max_samples is None else min(samples, self.max_samples)
+
+
+def _audio_source(audio: str | dict | None) -> str | bytes | None:
+    """What a cell of the audio column refers to: encoded bytes if it has them, else a path, else nothing."""
+    if isinstance(audio, dict):
+        return audio.get("bytes") or audio.get("path") or None
+    return audio or None
+
+
+def _fetch(source: str | bytes) -> str | bytes:
+    """The bytes behind an address (`hf://`, `zip://`, ... as streamed data sets give them); others as they are."""
+    if isinstance(source, str) and "://" in source:
+        with fsspec.open(source, "rb") as file:
+            return file.read()
+    return source
+
+
+class EmotionDataset(torch.utils.data.Dataset):
+    """Examples of a data set with random access. Decoding happens on access, so inside the DataLoader's workers.
+
+    Args:
+        dataset: a split of `load_emotion_dataset`.
+        seed: with the epoch and the index it decides all that is random in an example.
+        on_bad_example: an unreadable file raises ("error") or is left out of its batch ("skip": a warning names the
+            row, `skipped` marks it; `dataset[index]` is None).
+        **reader_options: of `ExampleReader`: sampling_rate, training, augmenter, text_dropout, audio_dropout,
+            max_seconds, use_audio, use_text.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, seed: int = 42, on_bad_example: str = "error", **reader_options):
+        check_on_bad_example(on_bad_example)
+        self.dataset = dataset
+        self.seed = seed
+        self.on_bad_example = on_bad_example
+        self.reader = ExampleReader(**reader_options)
+        # in shared memory: workers, also persistent ones, see a new epoch, and we see what they skipped
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._skipped = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._lengths: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        """The example (see `ExampleReader`) at `index`, or None if it is bad and `on_bad_example` is "skip"."""
+        index = range(len(self))[index]
+        rng = augmentation_generator(self.seed, int(self._epoch), index)
+        try:
+            return self._example(index, rng)
+        except ValueError as error:
+            if self.on_bad_example == "error":
+                raise
+            self._skipped[index] = True
+            logger.warning_once(f"skipped: {error}")
+            return None
+
+    def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        return self.reader(self.dataset[index], rng)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The good examples among `indices`; if none is good, the next good one, so that no batch is empty."""
+        examples = [example for example in map(self.__getitem__, indices) if example is not None]
+        for step in range(1, len(self)):
+            if examples:
+                break
+            example = self[(indices[-1] + step) % len(self)]
+            examples = [] if example is None else [example]
+        if not examples:
+            raise ValueError(f"none of the {len(self)} examples can be read")
+        return examples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw new augmentation from now on, in all workers."""
+        self._epoch.fill_(int(epoch))
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """[N] bool: the rows that were found bad so far."""
+        return self._skipped.numpy().copy()
+
+    @property
+    def num_skipped(self) -> int:
+        """How many rows were found bad so far, each counted once."""
+        return int(self._skipped.sum())
+
+    @property
+    def lengths(self) -> list[int]:
+        """[N] samples of each clip before augmentation, read from the headers on first use; for length grouping."""
+        if self._lengths is None:
+            with ThreadPool(8) as pool:
+                lengths = pool.imap(self._length, range(len(self)), chunksize=64)
+                progress = logging.tqdm(lengths, "reading lengths", len(self), disable=len(self) <= 2000)
+                self._lengths = list(progress)
+        return self._lengths
+
+    def _length(self, index: int) -> int:
+        try:
+            return self.reader.length(self.dataset[index])
+        except ValueError as error:
+            if self.on_bad_example == "error":
+                raise
+            logger.warning_once(f"no length: {error}")
+            return 0
+
+
+class TestTimeAugmentation(torch.utils.data.Dataset):
+    """Every clip of a data set `num_passes` times in a row: as it is, then augmented, each time in another way.
+
+    Item i is pass `i % num_passes` of clip `i // num_passes`. What is random in it depends on the seed, the pass and
+    the clip alone. Clips without audio are the same in all passes. A clip that cannot be read raises, so leave such
+    clips out before, with `drop_unreadable`.
+
+    Args:
+        dataset: the clips, as they are for evaluation.
+        num_passes: passes over each clip, >= 1.
+        augmenter: makes passes 1, 2, ...; with a `probability` below 1 it leaves some of them as they are.
+        seed: seed of the augmentation.
+
+    Raises:
+        TypeError: for a stream, which has no clip i.
+        ValueError: if the data set is one for training, which is random itself, or `num_passes` is not positive.
+    """
+
+    __test__ = False  # pytest: the name only looks like that of a test
+
+    def __init__(self, dataset: EmotionDataset, num_passes: int, augmenter: Augmenter, seed: int = 42):
+        if not isinstance(dataset, EmotionDataset):
+            raise TypeError(f"test-time augmentation needs an EmotionDataset, got {type(dataset).__name__}")
+        if dataset.reader.training:
+            raise ValueError("test-time augmentation needs a data set for evaluation, got one with training=True")
+        if not isinstance(num_passes, int) or num_passes < 1:
+            raise ValueError(f"num_passes must be an integer of at least 1, got {num_passes!r}")
+        self.dataset = dataset
+        self.num_passes = num_passes
+        self.augmenter = augmenter
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.num_passes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The example (see `ExampleReader`) at `index`."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples at `indices`; each clip among them is decoded once."""
+        clips: dict[int, dict[str, Any]] = {}
+        examples = []
+        for index in indices:
+            clip, number = divmod(range(len(self))[index], self.num_passes)
+            rng = augmentation_generator(self.seed, number, clip)  # the pass in the place of the epoch
+            if clip not in clips:
+                clips[clip] = self.dataset.reader(self.dataset.dataset[clip], rng)  # not random: not for training
+            example = dict(clips[clip])
+            if number > 0 and example.get("audio") is not None:
+                example["audio"] = self.dataset.reader.augment(example["audio"], self.augmenter, rng)
+                example["length"] = len(example["audio"])
+            examples.append(example)
+        return examples
+
+    @property
+    def lengths(self) -> list[int]:
+        """[N * num_passes] samples of each clip before augmentation, as `EmotionDataset.lengths`."""
+        return [length for length in self.dataset.lengths for _ in range(self.num_passes)]
+
+
+def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **reader_options) -> datasets.Dataset:
+    """Try each row once, before work is spent: leave out those of which no example can be made, and count them.
+
+    With every row readable, all batches are whole: predictions line up with the rows, on any number of processes.
+
+    Args:
+        dataset: a split of `load_emotion_dataset`.
+        on_bad_example: "skip", or "error" to raise at the first bad row.
+        **reader_options: of `ExampleReader`.
+
+    Raises:
+        ValueError: if no row is left, or naming the row, for "error".
+    """
+    examples = EmotionDataset(dataset, on_bad_example=on_bad_example, **reader_options)
+    with ThreadPool(8) as pool:
+        tried = pool.imap(lambda index: examples[index] is not None, range(len(examples)), chunksize=16)
+        progress = logging.tqdm(tried, "checking clips", len(examples), disable=len(examples) <= 2000)
+        readable = [index for index, is_readable in enumerate(progress) if is_readable]
+    if len(readable) == len(dataset):
+        return dataset
+    if not readable:
+        raise ValueError(f"none of the {len(dataset)} examples can be read, the first is {dataset[0]['row']}")
+    logger.warning(f"skipped {examples.num_skipped} of {len(dataset)} clips that cannot be read")
+    return dataset.select(readable)
+
+
+class EmotionIterableDataset(torch.utils.data.IterableDataset):
+    """Examples of a streamed data set; its shards are shared out among the workers.
+
+    Args: as for `EmotionDataset`, with a split of `load_emotion_dataset(..., streaming=True)`. Instead of the index,
+    which a stream does not have, a checksum of the content seeds the augmentation of an example.
+    """
+
+    def __init__(
+        self, dataset: datasets.IterableDataset, seed: int = 42, on_bad_example: str = "error", **reader_options
+    ):
+        check_on_bad_example(on_bad_example)
+        self.dataset = dataset
+        self.seed = seed
+        self.on_bad_example = on_bad_example
+        self.reader = ExampleReader(**reader_options)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # one slot per worker, as they count at the same time and a lock could not travel to spawned workers
+        self._num_skipped = torch.zeros(256, dtype=torch.int64).share_memory_()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch = int(self._epoch)
+        for row in self.dataset:
+            if row["labels"] is None:  # a bad label, reported where it was found
+                self._count_skipped()
+                continue
+            try:
+                yield self.reader(row, augmentation_generator(self.seed, epoch, _checksum(row)))
+            except ValueError as error:
+                if self.on_bad_example == "error":
+                    raise
+                self._count_skipped()
+                logger.warning_once(f"skipped: {error}")
+
+    def _count_skipped(self) -> None:
+        worker = torch.utils.data.get_worker_info()
+        self._num_skipped[worker.id % len(self._num_skipped) if worker else 0] += 1
+
+    @property
+    def num_skipped(self) -> int:
+        """How many rows were skipped so far, counted again in each pass."""
+        return int(self._num_skipped.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw new augmentation (and a new order, if the stream is shuffled) from the next pass on."""
+        self._epoch.fill_(int(epoch))
+        self.dataset.set_epoch(epoch)
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    source = _audio_source(row.get("audio")) or b""
+    content = source if isinstance(source, bytes) else source.encode()
+    return zlib.crc32((row.get("text") or "").encode(), zlib.crc32(content))
+
+
+def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) -> list[int]:
+    """Number of rows of each class, [num_labels]; unknown rows (-1) are not counted.
+
+    Raises:
+        TypeError: for a stream, whose rows cannot be counted beforehand.
+        ValueError: if a label is not below `num_labels`.
+    """
+    table = dataset.dataset if isinstance(dataset, EmotionDataset) else dataset
+    if not isinstance(table, datasets.Dataset):
+        raise TypeError(f"class counts need a data set with random access, got {type(dataset).__name__}")
+    labels = np.asarray(table["labels"], dtype=np.int64)
+    if labels.size and labels.max() >= num_labels:
+        raise ValueError(f"label {labels.max()} is out of range; allowed: 0 to {num_labels - 1}")
+    return np.bincount(labels[labels >= 0], minlength=num_labels).tolist()

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of clips (language, corpus, sex, duration): which there are, and how a model does on each."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from mmser.calibration import (
+    expected_calibration_error,
+)
+from mmser.metrics import (
+    bootstrap_classification,
+    check_flags,
+    check_label_names,
+    check_labels,
+    check_probabilities,
+    check_same_length,
+    compute_classification_metrics,
+)
+
+
+def grouped_metrics(
+    predictions: Any,
+    references: Any,
+    groups: Any,
+    label_names: Sequence[str],
+    probabilities: Any = None,
+    is_unknown: Any = None,
+    num_samples: int = 1000,
+) -> dict[str, dict[str, Any]]:
+    """What is said about each group of clips (language, corpus, sex, duration).
+
+    Args:
+        predictions: int [N] predicted class indices.
+        references: int [N] true class indices.
+        groups: N names (or anything that `str` turns into one).
+        label_names: C names; the position is the class index.
+        probabilities: float [N, C], for the calibration within each group.
+        is_unknown: bool [N], whether the model rejects the clip.
+        num_samples: resamples for the interval.
+
+    Returns:
+        Group name -> `count`, `compute_classification_metrics`, `weighted_f1_interval` (95 %, bootstrap) and, if the
+        arrays are given, `mean_confidence` and `expected_calibration_error`, and the share of clips `rejected`;
+        sorted by name.
+
+    Raises:
+        ValueError: empty input, unequal lengths, or a label out of range.
+    """
+    names = check_label_names(label_names)
+    predictions = check_labels(predictions, "predictions", len(names))
+    references = check_labels(references, "references", len(names))
+    groups = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    group_names = np.array([str(group) for group in groups])
+    arrays = {"predictions": predictions, "references": references, "groups": group_names}
+    if probabilities is not None:
+        arrays["probabilities"] = probabilities = check_probabilities(probabilities)
+    if is_unknown is not None:
+        arrays["is_unknown"] = is_unknown = check_flags(is_unknown, "is_unknown")
+    check_same_length(**arrays)
+    report: dict[str, dict[str, Any]] = {}
+    for group in np.unique(group_names).tolist():
+        rows = group_names == group
+        own = predictions[rows], references[rows]
+        values = {"count": int(rows.sum()), **compute_classification_metrics(*own, names)}
+        values["weighted_f1_interval"] = bootstrap_classification(*own, names, num_samples)["weighted_f1"]
+        if probabilities is not None:
+            values["mean_confidence"] = float(probabilities[rows].max(axis=1).mean())
+            values["expected_calibration_error"] = expected_calibration_error(probabilities[rows], references[rows])
+        if is_unknown is not None:
+            values["rejected"] = float(is_unknown[rows].mean())
+        report[group] = values
+    return report
+
+
+def group_gap(
+    groups: Mapping[str, Mapping[str, Any]],
+    metrics: Sequence[str] = ("weighted_f1", "unweighted_average_recall"),
+    min_count: int = 30,
+) -> dict[str, dict[str, Any]]:
+    """How far the best and the worst group are apart, among those with enough clips to say so.
+
+    Args:
+        groups: result of `grouped_metrics`.
+        metrics: names of the metrics to compare.
+        min_count: groups with fewer clips do not take part.
+
+    Returns:
+        Metric name -> `gap`, and the names of the groups with the `highest` and the `lowest` value (the first by name
+        among equals); empty if fewer than two groups have `min_count` clips.
+    """
+    large = {name: values for name, values in groups.items() if values["count"] >= min_count}
+    if len(large) < 2:
+        return {}
+    report = {}
+    for metric in metrics:
+        values = {name: group[metric] for name, group in large.items()}
+        highest, lowest = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
+        report[metric] = {"gap": values[highest] - values[lowest], "highest": highest, "lowest": lowest}
+    return report
+
+
+def duration_bands(seconds: Sequence[float] | np.ndarray) -> list[str]:
+    """The band of each clip's duration, to compare scores by; the names of the bands sort in their order.
+
+    Args:
+        seconds: [N] durations, >= 0.
+
+    Returns:
+        N names: "0-1 s", "1-2 s", "2-4 s", "4-8 s" or "8+ s". A band has its lower bound, but not its upper one.
+
+    Raises:
+        ValueError: for a negative or non-finite duration, naming the first.
+    """
+    names = ("0-1 s", "1-2 s", "2-4 s", "4-8 s", "8+ s")
+    durations = np.asarray(seconds, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(durations) | (durations < 0))
+    if bad.size:
+        raise ValueError(f"durations must be finite and >= 0, got {durations[bad[0]]} at index {bad[0]}")
+    return [names[band] for band in np.searchsorted([1, 2, 4, 8], durations, side="right")]
+
+
+GROUPS = ("corpus", "language", "sex")
+
+
+def split_groups(
+    split: datasets.Dataset | datasets.IterableDataset, names: Iterable[str] = GROUPS
+) -> dict[str, list[str]]:
+    """The group of each clip, for those of the columns `names` that the data have; empty cells are "unknown"."""
+    if not isinstance(split, datasets.Dataset):
+        return {}
+    return {
+        name: ["unknown" if value in ("", None) else str(value) for value in split[name]]
+        for name in names
+        if name in split.column_names
+    }

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of `train_hf.py`: what to go on from, data, model, work, report.
+
+Read in this order: `find_checkpoint`, `load_data`, `Examples` (how clips become examples),
+`make_trainer`, `train`, `evaluate`, `write_results`.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from mmser.arguments import DataArguments, MMSERTrainingArguments, ModelArguments
+from mmser.augmentation import Augmenter
+from mmser.batches import MMSERDataCollator
+from mmser.caching import CachedStatesDataset, EncoderStateCache
+from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable
+from mmser.groups import split_groups
+from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
+from mmser.model_card import write_model_card
+from mmser.model_loading import encoder_name
+from mmser.optimizer import parameter_table
+from mmser.results import RESULTS_NAME, describe_data, earlier_training, environment, format_results
+from mmser.scores import describe_rows, evaluate_open_set, predict_clips, predict_rows
+from mmser.tables import format_table, strict_json
+from mmser.trainer import MMSERTrainer, last_complete_checkpoint
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
+
+logger = logging.get_logger(__name__)
+STREAM_BUFFER = 1000  # clips held to shuffle a stream
+STREAM_SAMPLE = 2000  # clips of a stream that OpenMax is fitted on
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that training goes on from, and the step at which it was saved."""
+
+    folder: str
+    step: int
+
+
+def find_checkpoint(arguments: MMSERTrainingArguments) -> Checkpoint | None:
+    """
+    The checkpoint that was asked for; by default the last complete one in the output folder, if there is one.
+
+    Its step is read here: `save_total_limit` may delete the checkpoint while training goes on.
+    """
+    wanted = str(arguments.resume_from_checkpoint)
+    if wanted.lower() in ("false", "no"):
+        return None
+    folder: str | None = wanted
+    if wanted.lower() in ("none", "true"):
+        folder = last_complete_checkpoint(arguments.output_dir)
+        if folder is None:
+            return None
+        logger.info(f"Resuming from {folder}. Choose another --output_dir to start anew.")
+    state = Path(folder) / "trainer_state.json"
+    if not state.is_file():
+        raise FileNotFoundError(f"--resume_from_checkpoint: {folder} is no checkpoint (no trainer_state.json).")
+    return Checkpoint(folder, json.loads(state.read_text(encoding="utf-8"))["global_step"])
+
+
+@dataclass
+class TrainingData:
+    """
+    The clips of a run.
+
+    Args:
+        splits: "train" and, as far as there are any, "validation" and "test".
+        label_names: in the order of the class ids.
+        unknown: clips that are none of the classes, if there are any.
+        skipped_clips: how many could not be read and were left out; 0 for a stream, which is not tried beforehand.
+    """
+
+    splits: dict[str, datasets.Dataset | datasets.IterableDataset]
+    label_names: list[str]
+    unknown: datasets.Dataset | None = None
+    skipped_clips: int = 0
+
+
+def load_data(arguments: DataArguments, seed: int) -> TrainingData:
+    """Load the clips that the flags name, and draw as many of them as the flags say."""
+    splits, label_names = load_emotion_dataset(
+        **arguments.source,
+        label_names=arguments.labels,
+        streaming=arguments.streaming,
+        validation_fraction=arguments.validation_fraction,
+        test_fraction=arguments.test_fraction,
+        seed=seed,
+    )
+    limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
+    data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)
+    if arguments.ood_dir:
+        data.unknown = load_emotion_split(
+            arguments.ood_dir,
+            columns=arguments.columns,
+            label_names=label_names,
+            on_bad_example=arguments.on_bad_example,
+        )
+    if arguments.streaming:
+        # A stream comes in stored order, which often is by class
+        data.splits["train"] = data.splits["train"].shuffle(seed=seed, buffer_size=STREAM_BUFFER)
+        logger.warning("The clips of a stream are not counted beforehand: the focal loss weighs all classes alike.")
+    return data
+
+
+def leave_out_unreadable(data: TrainingData, arguments: DataArguments, sampling_rate: int) -> None:
+    """Try every clip once, before work is spent; a stream is tried while it is read."""
+    if arguments.streaming:
+        return
+    options = {"sampling_rate": sampling_rate, "max_seconds": arguments.max_seconds}
+    num_clips = sum(map(len, data.splits.values()))
+    data.splits = {
+        name: drop_unreadable(split, arguments.on_bad_example, **options) for name, split in data.splits.items()
+    }
+    data.skipped_clips = num_clips - sum(map(len, data.splits.values()))
+    if data.unknown is not None:
+        data.unknown = drop_unreadable(data.unknown, arguments.on_bad_example, **options)
+
+
+def some_clips(split, number: int):
+    """Clips from all over a split, the same on every process; the first ones of a stream."""
+    if isinstance(split, datasets.IterableDataset):
+        return split.take(number)
+    return split.select(np.unique(np.linspace(0, len(split) - 1, min(number, len(split))).round().astype(int)))
+
+
+class Examples:
+    """
+    Makes the examples of a run from its clips: decoded, or as states of frozen encoders from the cache.
+
+    Args:
+        arguments: of the data.
+        training_arguments: say the precision and the seed.
+        model: whose frozen encoders fill the cache.
+        processor: of the model.
+    Raises:
+        ValueError: a cache is asked for a stream, or without a frozen encoder.
+    """
+
+    def __init__(
+        self,
+        arguments: DataArguments,
+        training_arguments: MMSERTrainingArguments,
+        model: MMSERForAudioClassification,
+        processor: MMSERProcessor,
+    ):
+        self.arguments, self.training_arguments = arguments, training_arguments
+        self.dataset_class = EmotionIterableDataset if arguments.streaming else EmotionDataset
+        self.options = {
+            "seed": data_seed(training_arguments),
+            "on_bad_example": arguments.on_bad_example,
+            "sampling_rate": processor.feature_extractor.sampling_rate,
+            "max_seconds": arguments.max_seconds,
+        }
+        self.cache = None
+        if arguments.cache_encoder_states is not None:
+            if arguments.streaming:
+                raise ValueError("--cache_encoder_states reads the clips before training: it cannot with --streaming.")
+            bf16, fp16 = training_arguments.bf16, training_arguments.fp16
+            precision = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
+            model.to(training_arguments.device)
+            self.cache = EncoderStateCache(arguments.cache_encoder_states, model, processor, autocast=precision)
+
+    def for_training(self, split):
+        """Examples with augmentation and with modalities dropped."""
+        augmenter = Augmenter() if self.arguments.augment_noise else Augmenter(snr_db_range=None)
+        dataset = self.dataset_class(
+            split,
+            training=True,
+            augmenter=augmenter if self.arguments.augment else None,
+            text_dropout=self.arguments.text_dropout,
+            audio_dropout=self.arguments.audio_dropout,
+            **self.options,
+        )
+        return self._cached(dataset, self.arguments.augmented_copies if self.arguments.augment else 0)
+
+    def for_evaluation(self, split, **modalities):
+        """Examples as the clips are; `use_audio=False` or `use_text=False` hides a modality."""
+        return self._cached(self.dataset_class(split, **self.options, **modalities), 0)
+
+    def _cached(self, dataset, copies: int):
+        if self.cache is None:
+            return dataset
+        with self.training_arguments.main_process_first():
+            return CachedStatesDataset(dataset, self.cache, copies)
+
+
+def data_seed(arguments: MMSERTrainingArguments) -> int:
+    """The seed of everything that is drawn of the data."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
+
+
+def make_trainer(
+    model: MMSERForAudioClassification,
+    teacher: MMSERForAudioClassification | None,
+    processor: MMSERProcessor,
+    data: TrainingData,
+    examples: Examples,
+    arguments: MMSERTrainingArguments,
+) -> MMSERTrainer:
+    """The trainer, with class counts for class balancing; a run without validation clips has no best checkpoint."""
+    if isinstance(data.splits["train"], datasets.Dataset):
+        counts = class_counts(data.splits["train"], len(data.label_names))
+        model.config.class_counts = counts
+        logger.info(f"Training clips per class: {dict(zip(data.label_names, counts, strict=True))}")
+    parameters = format_table(parameter_table(model), ["part", "parameters", "trainable"])
+    logger.info(f"Parameters:\n{parameters}")
+    train_dataset = examples.for_training(data.splits["train"])
+    held_out = data.splits.get("validation")
+    if held_out is None:
+        arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
+    return MMSERTrainer(
+        model=model,
+        args=arguments,
+        teacher=teacher,
+        train_dataset=train_dataset,
+        eval_dataset=None if held_out is None else examples.for_evaluation(held_out),
+        data_collator=MMSERDataCollator(processor),
+        processing_class=processor,
+    )
+
+
+def train(
+    trainer: MMSERTrainer, data: TrainingData, examples: Examples, standardize_clips: int, resumed: Checkpoint | None
+) -> dict[str, Any]:
+    """
+    Train, then calibrate on the validation clips and save.
+
+    Args:
+        standardize_clips: how many training clips standardise the encoder's states before training; 0 for none.
+        resumed: the checkpoint to go on from.
+    Returns: `training` and `calibration`, for `eval_results.json`.
+    """
+    if standardize_clips and resumed is None:
+        trainer.fit_standardization(examples.for_evaluation(some_clips(data.splits["train"], standardize_clips)))
+    training = trainer.train(resume_from_checkpoint=resumed.folder if resumed else None).metrics
+    if resumed and trainer.state.global_step == resumed.step:  # it was finished before
+        training = earlier_training(trainer.args.output_dir) or training
+    is_stream = isinstance(data.splits["train"], datasets.IterableDataset)
+    training["skipped_clips"] = trainer.train_dataset.num_skipped if is_stream else data.skipped_clips
+    known_clips = data.splits["train"].take(STREAM_SAMPLE) if is_stream else data.splits["train"]
+    held_out = data.splits.get("validation")
+    calibration = trainer.finalize(
+        examples.for_evaluation(known_clips), None if held_out is None else examples.for_evaluation(held_out)
+    )
+    trainer.save_model()
+    trainer.save_state()
+    return {"training": training, "calibration": calibration}
+
+
+def evaluate(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dict[str, Any]:
+    """The scores on the validation and test clips, and on those that are none of the classes, by name."""
+    results: dict[str, Any] = {}
+    known = None
+    for name in ("validation", "test"):
+        if name in data.splits:
+            split = data.splits[name]
+            rows = predict_rows(trainer, split, examples.for_evaluation)
+            results[name] = describe_rows(rows, data.label_names, split_groups(split), trainer.train_outputs)
+            known = rows["model"]
+    if data.unknown is not None and known is not None:
+        outputs = predict_clips(trainer, examples.for_evaluation(data.unknown), data.unknown["row"])
+        temperature = trainer.model.temperature.item()
+        sets = evaluate_open_set(known, {"unknown": outputs}, trainer.train_outputs, temperature)
+        results["open_set"] = sets["unknown"]
+    return results
+
+
+def describe_run(
+    trainer: MMSERTrainer, data: TrainingData, model_arguments: ModelArguments, data_arguments: DataArguments
+) -> dict[str, Any]:
+    """What `eval_results.json` says of a run besides its scores."""
+    return {
+        "model_name": trainer.hub_model_id or Path(trainer.args.output_dir).resolve().name,
+        "label_names": data.label_names,
+        "encoders": {kind: encoder_name(model_arguments, kind) for kind in ("audio", "text")},
+        "parameters": parameter_table(trainer.model),
+        "data": describe_data(data_arguments.name, data.splits, is_hub=data_arguments.dataset_name is not None),
+        "license": model_arguments.license,
+    }
+
+
+def write_results(
+    results: dict[str, Any],
+    output_dir: str | Path,
+    command: list[str] | None = None,
+    device: torch.device | None = None,
+) -> str:
+    """
+    Write `eval_results.json` and the model card `README.md` into `output_dir`.
+
+    Returns: the tables, to print at the end of a run.
+    """
+    folder = Path(output_dir)
+    results = {**results, "environment": environment(device), "command": shlex.join(command or sys.argv)}
+    (folder / RESULTS_NAME).write_text(strict_json(results), encoding="utf-8")
+    write_model_card(results, folder)
+    tables = format_results(results)
+    titles = {
+        "summary": "Summary",
+        "classes": "F1 of each class",
+        "confusion": "Confusion matrix",
+        "corpus": "By corpus",
+        "language": "By language",
+        "sex": "By sex",
+        "open_set": "Clips that are none of the classes",
+    }
+    parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
+    return "\n\n".join([*parts, f"Checkpoint, eval_results.json and README.md (the model card): {folder}"])

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OpenMax`: an extra class "unknown" (Bendale & Boult 2016): centroids, Weibulls, thresholds, rejection."""
+
+import math
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
+from scipy.optimize import brentq
+from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class OpenMax(nn.Module):
+    """
+    OpenMax (Bendale & Boult 2016): an extra class "unknown" takes over from the others as far as a clip lies in the
+    tail of the distances that members of the class have, w_c being the share of members that lie nearer.
+
+    At the level of activations it is as published (algorithms 1 and 2, with the rank weights of the authors' code):
+    "unknown" takes omega_r w_c of the activation of the class of rank r, before the softmax. Activations are shifted
+    to be at least 0 in each row, which the published rule presumes. At the level of probabilities "unknown" takes
+    w_c of the probability of each class, after the softmax: a confident classifier then cannot outvote distance.
+    Either way a larger distance can only mean more "unknown".
+
+    The distance is not to one mean activation vector but to the nearest of `centroids_per_class` k-means centroids of
+    the class on the unit sphere, or (0) any distance that is given, such as that to the class anchors.
+
+    Args:
+        num_labels: C.
+        alpha: number of top-ranked classes to revise, at the level of activations.
+        level: "activation" or "probability".
+        centroids_per_class: K; 0 keeps none.
+        embedding_size: D, width of the vectors that the centroids are of.
+    """
+
+    min_tail = 5  # a Weibull fitted on fewer distances says next to nothing
+    # No score exceeds it, so that no clip is rejected. Finite: tools that compare checkpoints subtract the weights
+    no_threshold = torch.finfo(torch.float32).max
+    weibull_shape: Tensor
+    weibull_scale: Tensor
+    weibull_shift: Tensor
+    fitted: Tensor
+    rejection_thresholds: Tensor
+    centroids: Tensor
+
+    def __init__(
+        self,
+        num_labels: int,
+        alpha: int,
+        level: str = "activation",
+        centroids_per_class: int = 0,
+        embedding_size: int = 0,
+    ):
+        super().__init__()
+        self.alpha = alpha
+        self.level = level
+        for name in ("weibull_shape", "weibull_scale", "weibull_shift"):
+            self.register_buffer(name, torch.ones(num_labels, dtype=torch.float32))
+        # A float: `_keep_in_fp32_modules_strict` would turn a bool into one. One for each class: loading with another
+        # number of labels then leaves it out, like the fit that it stands for
+        self.register_buffer("fitted", torch.zeros(num_labels, dtype=torch.float32))
+        thresholds = torch.full((num_labels,), self.no_threshold, dtype=torch.float32)
+        self.register_buffer("rejection_thresholds", thresholds)
+        if centroids_per_class:
+            shape = (num_labels, centroids_per_class, embedding_size)
+            self.register_buffer("centroids", torch.zeros(shape, dtype=torch.float32))
+        # What `fitted` holds after a fit: one for the other kind of distance or the other level does not count
+        self._fitted_mark = 1.0 + bool(centroids_per_class) + 2 * (level == "probability")
+        self._known_fits: tuple[bool, bool] | None = None
+
+    @property
+    def has_centroids(self) -> bool:
+        """Whether distances are to centroids of the classes."""
+        return hasattr(self, "centroids")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` has run."""
+        return self._fits[0]
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether `fit_thresholds` has run and found some."""
+        return self._fits[1]
+
+    @property
+    def _fits(self) -> tuple[bool, bool]:
+        """Read from the buffers once, so that a forward pass neither waits for the device nor depends on data."""
+        if self._known_fits is None:
+            is_fitted = bool((self.fitted == self._fitted_mark).all())
+            if self.has_centroids:  # loading another number of them leaves them out
+                is_fitted = is_fitted and bool(self.centroids.any())
+            if not is_fitted and bool(self.fitted.any()):
+                logger.warning_once(
+                    "This OpenMax was fitted with another `openmax_distance`, `openmax_level` or number of centroids "
+                    "than its configuration asks for: it counts as not fitted, and nothing is rejected."
+                )
+            self._known_fits = is_fitted, bool((self.rejection_thresholds < self.no_threshold).any())
+        return self._known_fits
+
+    def train(self, mode: bool = True):
+        """Also look whether there are fits: loading ends with `eval()`, and an export must not branch on data."""
+        if not mode and not self.fitted.is_meta:
+            self._look_again()
+        return super().train(mode)
+
+    def _look_again(self) -> None:
+        self._known_fits = None
+        self._known_fits = self._fits
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._known_fits = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget every fit."""
+        for buffer in (self.weibull_shape, self.weibull_scale, self.weibull_shift):
+            buffer.fill_(1.0)
+        self.rejection_thresholds.fill_(self.no_threshold)
+        self.fitted.fill_(0.0)
+        if self.has_centroids:
+            self.centroids.fill_(0.0)
+        self._known_fits = None
+
+    def fit_centroids(self, embeddings: np.ndarray | Tensor, labels: np.ndarray | Tensor, seed: int = 0) -> None:
+        """
+        Place the centroids of each class by k-means (k-means++ start) over its L2-normalised members.
+
+        A distinct centroid has on average at least four members, so that few clips are centroids of their own; where
+        that leaves fewer than K, they are repeated. A class without members takes those of all clips and is named.
+        Fits on other centroids are void.
+
+        Args:
+            embeddings: [N, D], of training clips.
+            labels: class ids, [N].
+            seed: of the k-means++ start.
+        Raises:
+            ValueError: shapes that do not match, no clip, or values that are not finite.
+        """
+        embeddings, labels = (_as_array(values) for values in (embeddings, labels))
+        num_labels, _, size = self.centroids.shape
+        if embeddings.ndim != 2 or embeddings.shape[1] != size or labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"`embeddings` must be [N, {size}] and `labels` [N]; got {embeddings.shape} and {labels.shape}."
+            )
+        if not len(labels) or not np.isfinite(embeddings).all():
+            raise ValueError("`embeddings` must hold at least one clip and finite values only.")
+        directions = _normalized(embeddings.astype(np.float64))
+        self.reset()
+        for label in range(num_labels):
+            members = directions[labels == label]
+            if not len(members):
+                logger.warning(f"OpenMax: class {label} has no training clips; the centroids of all clips stand in.")
+                members = directions
+            self.centroids[label] = torch.from_numpy(self._k_means(members, seed))
+
+    def _k_means(self, members: np.ndarray, seed: int) -> np.ndarray:
+        """Unit vectors [K, D]."""
+        members = np.unique(members, axis=0)
+        number = min(self.centroids.shape[1], max(1, len(members) // 4))
+        centroids, _ = kmeans2(members, number, minit="++", rng=seed)
+        return _normalized(np.resize(centroids, self.centroids.shape[1:]))
+
+    def distances(self, embeddings: Tensor) -> Tensor:
+        """Euclidean distance on the unit sphere, `embeddings` [B, D] to the nearest centroid of each class [B, C]."""
+        directions = F.normalize(embeddings.float(), dim=-1)
+        # Not by a matrix product: autocast would round the similarities to bfloat16
+        distances = torch.cdist(
+            directions, self.centroids.float().flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        return distances.unflatten(1, self.centroids.shape[:2]).amin(dim=-1)
+
+    def fit(
+        self,
+        distances: np.ndarray | Tensor,
+        labels: np.ndarray | Tensor,
+        predictions: np.ndarray | Tensor,
+        tail_size: int = 20,
+    ) -> None:
+        """
+        Fit one Weibull per class on the largest distances between correctly classified clips and their own class.
+
+        As in libmr, a tail t is moved to t - min(t) + 1 before a maximum likelihood fit with location 0. A class with
+        fewer than 5 correct clips, or without spread in its tail, takes the fit over the clips of all classes; a
+        warning names it. Thresholds of rejection that were fitted before are void.
+
+        Args:
+            distances: to each class, [N, C].
+            labels, predictions: class ids, [N].
+            tail_size: number of largest distances used per class, at least 5.
+        Raises:
+            ValueError: shapes that do not match, values that are not finite, a tail below 5, or too few correct clips
+                over all classes.
+        """
+        distances, labels, predictions = (_as_array(values) for values in (distances, labels, predictions))
+        distances = distances.astype(np.float64)
+        num_labels = len(self.weibull_shape)
+        if distances.shape != (len(labels), num_labels) or labels.shape != predictions.shape or labels.ndim != 1:
+            raise ValueError(
+                f"`distances` must be [N, {num_labels}] and `labels`, `predictions` [N]; got {distances.shape}, "
+                f"{labels.shape}, {predictions.shape}."
+            )
+        if not np.isfinite(distances).all():
+            raise ValueError("`distances` has values that are not finite.")
+        if tail_size < self.min_tail:
+            raise ValueError(f"`tail_size` must be at least {self.min_tail}, got {tail_size}.")
+        correct = labels == predictions
+        own_distance = distances[np.arange(len(labels))[correct], labels[correct]]
+        tails = [own_distance[labels[correct] == label] for label in range(num_labels)]
+        fits = [self._fit_tail(tail, tail_size) for tail in tails]
+        pooled = self._fit_tail(own_distance, tail_size)
+        if pooled is None and None in fits:
+            raise ValueError(
+                f"OpenMax needs at least {self.min_tail} correctly classified clips with different distances, "
+                f"got {len(own_distance)} correct of {len(labels)}."
+            )
+        for label, (tail, fit) in enumerate(zip(tails, fits, strict=True)):
+            if fit is None:
+                logger.warning(
+                    f"OpenMax: class {label} has {len(tail)} correctly classified clips, too few or too alike for a "
+                    "Weibull of its own; the fit over all classes stands in."
+                )
+            shape, scale, shift = fit or cast(tuple[float, float, float], pooled)
+            self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
+        self.fitted.fill_(self._fitted_mark)
+        self.rejection_thresholds.fill_(self.no_threshold)
+        self._look_again()
+
+    def _fit_tail(self, distances: np.ndarray, tail_size: int) -> tuple[float, float, float] | None:
+        tail = np.sort(distances)[-tail_size:]
+        if len(tail) < self.min_tail or tail[-1] - tail[0] < 1e-4:
+            return None
+        logs = np.log1p(tail - tail[0])
+
+        def derivative(shape: float) -> float:
+            """Of the mean log-likelihood by the shape, at its best scale, negated: it crosses 0 once, upwards."""
+            weights = np.exp(shape * (logs - logs[-1]))
+            return float(weights @ logs / weights.sum() - logs.mean() - 1 / shape)
+
+        # A bracketed root: scipy's general `weibull_min.fit` stops far from the maximum on some ordinary tails
+        low = high = 1 / (logs[-1] - logs.mean())
+        while derivative(high) < 0:
+            high *= 2
+        shape = brentq(derivative, low, high)
+        scale = math.exp(logs[-1] + math.log(np.exp(shape * (logs - logs[-1])).mean()) / shape)
+        return shape, scale, tail[0]
+
+    def fit_thresholds(
+        self, rejection_scores: np.ndarray | Tensor, predictions: np.ndarray | Tensor, acceptance: float = 0.95
+    ) -> None:
+        """
+        Choose for each predicted class the smallest threshold that accepts the share `acceptance` of known clips.
+
+        It is the ceil((n + 1) acceptance)-th smallest score of the n clips that are predicted to be of the class, as
+        in split conformal prediction (Vovk et al. 2005): a new known clip is then accepted with at least that
+        probability. Predicted classes with too few clips for it share a threshold over all clips.
+
+        Args:
+            rejection_scores: of held-out clips of the known classes, [N]; see `rejection_scores`.
+            predictions: their predicted class ids, [N].
+            acceptance: in (0, 1).
+        Raises:
+            ValueError: shapes that do not match, scores that are not finite, a share outside (0, 1).
+        """
+        scores, predictions = (_as_array(values) for values in (rejection_scores, predictions))
+        if scores.ndim != 1 or scores.shape != predictions.shape or not np.isfinite(scores).all():
+            raise ValueError(
+                f"`rejection_scores` and `predictions` must be [N], finite; got {scores.shape}, {predictions.shape}."
+            )
+        if not 0 < acceptance < 1:
+            raise ValueError(f"`acceptance` must be between 0 and 1, got {acceptance!r}.")
+        pooled = _conformal_threshold(scores, acceptance)
+        too_few = []
+        for label in range(len(self.rejection_thresholds)):
+            threshold = _conformal_threshold(scores[predictions == label], acceptance)
+            if threshold is None:
+                too_few.append(label)
+                threshold = self.no_threshold if pooled is None else pooled
+            self.rejection_thresholds[label] = threshold
+        if too_few:
+            logger.warning(
+                f"OpenMax: too few of the {len(scores)} held-out clips are predicted as class "
+                f"{', '.join(map(str, too_few))} for a rejection threshold of its own; "
+                f"{'`openmax_threshold` decides' if pooled is None else 'the one over all classes stands in'}."
+            )
+        self._look_again()
+
+    def hazard(self, distances: Tensor) -> Tensor:
+        """-log of the share of members of each class that lie farther than `distances` [B, C]; 0 below the tail."""
+        # log1p keeps the digits of near distances that the large shapes of narrow tails ask for
+        log_moved = torch.log1p((distances.float() - self.weibull_shift).clamp(min=-1))
+        return torch.exp((self.weibull_shape * (log_moved - self.weibull_scale.log())).clamp(max=69))  # up to 1e30
+
+    def cdf(self, distances: Tensor) -> Tensor:
+        """Share of the members of each class that lie nearer than `distances` [B, C]; 0 below the tail's support."""
+        return -torch.expm1(-self.hazard(distances))
+
+    def forward(self, logits: Tensor, distances: Tensor) -> Tensor:
+        """
+        Args:
+            logits: [B, C].
+            distances: to each class, [B, C].
+        Returns: probabilities of the C classes and of "unknown" (last), float32 [B, C + 1].
+        Raises:
+            ValueError: OpenMax is not fitted.
+        """
+        return self.log_probabilities(logits, distances).exp()
+
+    def log_probabilities(self, logits: Tensor, distances: Tensor) -> Tensor:
+        """The logarithm of `forward`; for the classes it keeps its digits where the probability is next to 0."""
+        if not self.is_fitted:
+            raise ValueError(
+                "OpenMax is not fitted: call `model.fit_openmax(dataloader)` first, or pass `use_openmax=False`."
+            )
+        logits, hazard = logits.float(), self.hazard(distances)
+        taken_share = -torch.expm1(-hazard)
+        if self.level == "probability":
+            known = F.log_softmax(logits, dim=-1)
+            unknown = (known.exp() * taken_share).sum(dim=-1, keepdim=True)
+            return torch.cat([known - hazard, unknown.clamp(min=1e-38).log()], dim=-1)
+        activations = logits - logits.amin(dim=-1, keepdim=True)
+        rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the top class
+        omega = ((self.alpha - rank) / self.alpha).clamp(min=0)  # (alpha + 1 - r) / alpha with r = rank + 1
+        taken = activations * omega * taken_share
+        return F.log_softmax(torch.cat([activations - taken, taken.sum(dim=-1, keepdim=True)], dim=-1), dim=-1)
+
+    def rejection_scores(self, logits: Tensor, distances: Tensor) -> Tensor:
+        """
+        -log of the largest probability that is left to a class, [B] from [B, C] and [B, C]: high where a clip is far
+        from all classes and where it lies between them, the two reasons to reject of Bendale & Boult (2016).
+        """
+        return -self.log_probabilities(logits, distances)[:, :-1].amax(dim=-1)
+
+    def reject(
+        self, scores: Tensor, probabilities: Tensor, predictions: Tensor, threshold: float, use_fitted: bool = True
+    ) -> Tensor:
+        """
+        Which clips are none of the classes.
+
+        Args:
+            scores: of `rejection_scores`, [B].
+            probabilities: of `forward`, [B, C + 1].
+            predictions: predicted class ids, [B].
+            threshold: reject when "unknown" wins or is more probable than this; used without fitted thresholds.
+            use_fitted: go by the scores and the thresholds of `fit_thresholds`, if there are any.
+        Returns: bool [B].
+        """
+        if use_fitted and self.has_thresholds:
+            return scores > self.rejection_thresholds[predictions]
+        wins = probabilities.argmax(dim=-1) == probabilities.shape[-1] - 1
+        return wins | (probabilities[:, -1] > threshold)
+
+
+def _as_array(values: np.ndarray | Tensor) -> np.ndarray:
+    return np.asarray(torch.as_tensor(values).detach().cpu())
+
+
+def _normalized(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _conformal_threshold(scores: np.ndarray, acceptance: float) -> float | None:
+    """The ceil((n + 1) acceptance)-th smallest of n scores; None where n is too small for it."""
+    rank = math.ceil((len(scores) + 1) * acceptance)
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else None

@@ -1,0 +1,620 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MMSERPipeline`: anything to labelled scores, with a PyTorch model or an exported one.
+
+Read in this order: `MMSEROnnxForAudioClassification` (an exported model, run by onnxruntime), `split_into_chunks` (a
+long recording in pieces), `MMSERPipeline`. The pipeline is handed its processor: this file does not import it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import urllib.request
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from transformers import AutoConfig, BatchFeature, Pipeline, PreTrainedConfig
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import ModelOutput, cached_file
+
+try:
+    from .audio_mmser import MIN_SECONDS, load_audio, stream_audio
+except ImportError:
+    if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
+        raise
+    from audio_mmser import MIN_SECONDS, load_audio, stream_audio
+
+AUDIO_KEYS = ("raw", "array", "bytes", "path", "file")  # what a dict given to the pipeline may hold
+TEXT_KEYS = ("text", "transcription")
+
+
+class MMSEROnnxConfig(PreTrainedConfig):
+    """What an exported model says of itself: its labels, and whatever else `export_hf.py` noted in the ONNX file."""
+
+    model_type = "mmser-onnx"
+
+
+@dataclass
+class MMSEROnnxOutput(ModelOutput):
+    """
+    Output of an exported model, as of `MMSERForAudioClassification`. The last four are None if OpenMax was not fitted.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): divided by the temperature.
+        probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels)`): their softmax.
+        uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): the probability that the prediction is wrong.
+        unknown_probability (`torch.FloatTensor` of shape `(batch_size, 1)`): of being none of the classes.
+        open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): "unknown" last.
+        rejection_score (`torch.FloatTensor` of shape `(batch_size, 1)`): what rejection goes by.
+        is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): which clips are rejected.
+    """
+
+    logits: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    unknown_probability: torch.Tensor | None = None
+    open_set_probabilities: torch.Tensor | None = None
+    rejection_score: torch.Tensor | None = None
+    is_unknown: torch.Tensor | None = None
+
+
+class MMSEROnnxForAudioClassification:
+    """
+    A model that `export_hf.py` wrote, run by onnxruntime. It is called like the PyTorch model, with the output of
+    `MMSERProcessor`, and holds none of its weights.
+
+    Args:
+        session (`onnxruntime.InferenceSession`): the opened ONNX file.
+        config (`MMSEROnnxConfig`): by default what is noted in the file.
+    """
+
+    config_class = MMSEROnnxConfig
+    file_name = "model.onnx"
+    input_modalities = ("audio", "text")
+    # What a pipeline asks of a model: tensors come and go as float32 on the CPU, wherever onnxruntime computes
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, session, config: MMSEROnnxConfig | None = None):
+        self.session = session
+        self.notes = session.get_modelmeta().custom_metadata_map
+        self.config = MMSEROnnxConfig(**json.loads(self.notes["config"])) if config is None else config
+        self.inputs = {node.name: node.shape for node in session.get_inputs()}
+        self.output_names = [node.name for node in session.get_outputs()]
+        self.main_input_name = next(name for name in self.inputs if name in ("input_values", "input_features"))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, config=None, providers: Sequence[str] | None = None, **kwargs
+    ):
+        """
+        Open an exported model.
+
+        Args:
+            name_or_path: a folder or Hub repository with `model.onnx`, or such a file.
+            config (`MMSEROnnxConfig`): by default what is noted in the file.
+            providers: execution providers of onnxruntime in order of preference; CUDA, if there, then CPU by default.
+            kwargs: `revision`, `token`, `cache_dir`... for a repository; what only PyTorch models take is passed over.
+
+        Raises:
+            ImportError: onnxruntime is not installed.
+            ValueError: an ONNX file of something else.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError("An exported model needs onnxruntime: `pip install onnxruntime`") from error
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        path = name_or_path
+        if not Path(path).is_file():
+            options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            path = cached_file(os.fspath(name_or_path), cls.file_name, **options)
+        if providers is None:
+            available = onnxruntime.get_available_providers()
+            providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+        if "config" not in session.get_modelmeta().custom_metadata_map:
+            raise ValueError(f"{os.fspath(name_or_path)!r} was not written by export_hf.py: it lacks its notes")
+        return cls(session, config)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModelForAudioClassification") -> None:
+        """The `Auto*` classes call this on what they load; an exported folder names its code from the start."""
+
+    def to(self, *args, **kwargs):
+        """Where it runs is chosen by `providers`."""
+        return self
+
+    def eval(self):
+        """It is never anything else."""
+        return self
+
+    def can_generate(self) -> bool:
+        return False
+
+    def __call__(
+        self,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+    ) -> MMSEROnnxOutput:
+        """
+        Args:
+            input_values, attention_mask, input_ids, text_attention_mask, input_features: tensors or arrays, as
+                `MMSERProcessor` makes them. Either modality may be left out.
+
+        Raises:
+            ValueError: neither audio nor text, or the wrong kind of audio.
+        """
+        audio, wrong = input_values, input_features
+        if self.main_input_name == "input_features":
+            audio, wrong = wrong, audio
+        if wrong is not None:
+            raise ValueError(f"The audio of this model is `{self.main_input_name}`")
+        if audio is None and input_ids is None:
+            raise ValueError(f"Give audio (`{self.main_input_name}`), `input_ids`, or both")
+        audio, attention_mask = self._with_mask(self.main_input_name, audio, attention_mask, like=input_ids)
+        input_ids, text_attention_mask = self._with_mask("input_ids", input_ids, text_attention_mask, like=audio)
+        feeds = {
+            self.main_input_name: _as_array(audio, np.float32),
+            "attention_mask": _as_array(attention_mask, np.int64),
+            "input_ids": _as_array(input_ids, np.int64),
+            "text_attention_mask": _as_array(text_attention_mask, np.int64),
+        }
+        outputs = self.session.run(self.output_names, feeds)
+        return MMSEROnnxOutput(
+            **{name: torch.from_numpy(value) for name, value in zip(self.output_names, outputs, strict=True)}
+        )
+
+    def _with_mask(self, name: str, values, mask, like) -> tuple[Any, Any]:
+        """One modality and its mask; what the batch `like` lacks is the shortest input there is, all of it masked."""
+        if values is not None:
+            return values, np.ones((values.shape[0], values.shape[-1])) if mask is None else mask
+        if name == "input_ids":
+            return np.full((len(like), 1), int(self.notes["pad_token_id"])), np.zeros((len(like), 1))
+        length = int(self.notes["min_audio_length"])
+        return np.zeros((len(like), *self.inputs[name][1:-1], length)), np.zeros((len(like), length))
+
+
+def _as_array(values, dtype) -> np.ndarray:
+    return np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values, dtype=dtype)
+
+
+@dataclass
+class Chunk:
+    """
+    A piece of a recording.
+
+    Args:
+        samples (`np.ndarray` of shape (time,)): what is classified, with what lies around the piece as context.
+        start, stop (`int`, samples): the piece; those of all chunks tile the recording.
+        first (`int`, samples): where `samples` begins.
+    """
+
+    samples: np.ndarray
+    start: int
+    stop: int
+    first: int
+
+
+def split_into_chunks(blocks: Iterable[np.ndarray], length: int, left: int, right: int) -> Iterator[Chunk]:
+    """
+    Cut a stream into overlapping chunks, holding little more than one chunk and one block.
+
+    Args:
+        blocks: samples of shape (time,), in order, of any lengths.
+        length (`int`, samples): length of each chunk. The last one reaches back to have it too; only a recording
+            shorter than that is shorter.
+        left, right (`int`, samples): context on each side of a chunk's piece, less at the ends of the recording.
+    """
+    step = length - left - right
+    first, done = 0, 0
+    buffer, previous = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.float32)
+    for block in blocks:
+        buffer = np.concatenate([buffer, block])
+        while len(buffer) > length:  # so that this chunk is not the last
+            stop = first + length - right
+            yield Chunk(buffer[:length], done, stop, first)
+            previous, buffer = buffer[:step], buffer[step:]
+            first, done = first + step, stop
+    end = first + len(buffer)
+    if end:
+        missing = min(length - len(buffer), len(previous))
+        buffer = np.concatenate([previous[len(previous) - missing :], buffer])
+        yield Chunk(buffer, done, end, first - missing)
+
+
+def text_of_chunk(words: Sequence[dict], start: float, stop: float) -> str | None:
+    """
+    What is said between two times.
+
+    Args:
+        words: pieces of a transcript, as speech recognition pipelines return them as `chunks` when asked for
+            timestamps: `{"text": str, "timestamp": (start, end)}`, in seconds; the last end may be None.
+        start, stop (`float`, seconds): what is said between them is what fills half of this time, or lies between
+            them by half.
+    """
+    inside = []
+    for word in words:
+        begin, end = word["timestamp"]
+        if end is None or end == begin:
+            is_inside = start <= begin < stop
+        else:
+            is_inside = min(stop, end) - max(start, begin) >= min(stop - start, end - begin) / 2
+        if is_inside:
+            inside.append(word["text"].strip())
+    return " ".join(inside) or None
+
+
+class _Named(torch.utils.data.Dataset):
+    """Items of a sequence, each with what an error calls it."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return f"input {index}", self.items[index]
+
+
+def _first(item: dict, keys: tuple[str, ...]) -> Any:
+    """What is under the first of the keys that holds something, or None."""
+    return next((item[key] for key in keys if item.get(key) is not None), None)
+
+
+def _size(item) -> tuple[float, int]:
+    """(seconds of audio, characters of text) of a pipeline's input, from file headers; 0 if unreadable, or no file."""
+    seconds, characters = 0.0, 0
+    # Only for a good order: what is wrong with an input is reported, with its name, when its turn comes
+    with contextlib.suppress(Exception):
+        audio, words, rate = item, "", None
+        if isinstance(item, dict):
+            audio, words, rate = _first(item, AUDIO_KEYS), _first(item, TEXT_KEYS) or "", item.get("sampling_rate")
+        characters = len(words)
+        if isinstance(audio, (str, os.PathLike)):
+            seconds = soundfile.info(os.fspath(audio)).duration
+        elif isinstance(audio, (bytes, bytearray)):
+            seconds = soundfile.info(io.BytesIO(audio)).duration
+        elif audio is not None:
+            seconds = max(np.shape(audio)) / (rate or 16000)
+    return seconds, characters
+
+
+class MMSERPipeline(Pipeline):
+    """Audio classification with optional text: `pipeline("audio-classification", model, trust_remote_code=True)`.
+
+    Example:
+        >>> classifier("clip.wav")
+        >>> classifier({"path": "clip.wav", "text": "I am so glad you came"}, return_uncertainty=True)
+        >>> classifier(["a.wav", "b.mp3"], batch_size=2, allowed_labels=["happy", "sad"])
+        >>> classifier("meeting.flac", chunk_length_s=8, stride_length_s=1, batch_size=4)  # of any length
+    """
+
+    processor: Any
+    processor_class: Any = None  # `MMSERProcessor`, once `processing_mmser` is imported
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    functions = ("softmax", "sigmoid", "none")
+    preprocess_options = ("sampling_rate", "chunk_length_s", "stride_length_s")
+    postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "function_to_apply")
+
+    @classmethod
+    def from_onnx(cls, name_or_path: str | os.PathLike, providers: Sequence[str] | None = None, **kwargs):
+        """
+        The pipeline of a folder or Hub repository that `export_hf.py` wrote; needs onnxruntime, and loads no PyTorch
+        weights. Elsewhere `pipeline("audio-classification", model, trust_remote_code=True)` does the same.
+
+        Args:
+            name_or_path, providers: see [`MMSEROnnxForAudioClassification.from_pretrained`].
+            kwargs: `revision`, `token`... for a repository; otherwise as for any pipeline, e.g. `top_k`.
+        """
+        AutoConfig.register(MMSEROnnxConfig.model_type, MMSEROnnxConfig, exist_ok=True)  # loading a tokenizer asks
+        hub_kwargs = {name: kwargs.pop(name) for name in ("cache_dir", "revision", "token") if name in kwargs}
+        model: Any = MMSEROnnxForAudioClassification.from_pretrained(name_or_path, providers=providers, **hub_kwargs)
+        processor = cls.processor_class.from_pretrained(name_or_path, **hub_kwargs)
+        return cls(model=model, processor=processor, task="audio-classification", device=model.device, **kwargs)
+
+    def __call__(self, inputs, **kwargs):
+        """Classify one clip, or a list, generator or torch dataset of clips.
+
+        Args:
+            inputs: a path, an http(s) URL, the bytes of a file, an array or tensor of samples, or a dict with one of
+                `raw`, `array`, `bytes`, `path`, `file`, and optionally `sampling_rate` and `text` (or
+                `transcription`); a dict with text alone is classified from its words.
+            sampling_rate (`int`, Hz): rate of arrays that do not come with one.
+            top_k (`int`): number of labels to return; all by default.
+            allowed_labels (`list[str]`): keep only these labels; softmax scores then sum to one over them.
+            return_uncertainty (`bool`): also give `uncertainty`, `unknown_probability` and `is_unknown` in each dict,
+                properties of the clip, the same for all of its labels. A clip `is_unknown` if OpenMax leaves no class
+                as much as the threshold fitted for the predicted one, which known clips seldom miss
+                (`config.openmax_acceptance`); without fitted ones, if "unknown" comes first or exceeds
+                `config.openmax_threshold`; False if that is None. The last two are None while OpenMax is not fitted.
+            function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
+            batch_size, num_workers (`int`): as in every pipeline; results do not depend on them. In a list, clips of
+                similar length share a batch.
+            chunk_length_s (`float`, seconds): take each input for a recording of any length and classify it in chunks
+                of this length, `batch_size` at a time. Files are read as they are needed and never held in memory
+                (what is behind an address is downloaded first).
+                In place of `text` a dict may hold `chunks`, a transcript with times, as speech recognition pipelines
+                return it for `return_timestamps="word"`: each chunk is given what was said in it.
+            stride_length_s (`float` or pair, seconds): how much of a chunk, on its left and right, is context shared
+                with its neighbours; by default a sixth of a chunk on each side.
+
+        Returns:
+            `list` of `{"label": str, "score": float}`, best first; a list of such lists for a list of clips. With
+            `chunk_length_s`, a dict for each recording: `chunks`, a list of `{"timestamp": (start, end), "scores":
+            list}` whose times (seconds, without context) tile the recording, and `scores`, their mean over time
+            (`is_unknown` if most of the time is).
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: an unusable input (the message names it) or option.
+        """
+        if isinstance(inputs, list) and not inputs:
+            return []
+        is_single = not isinstance(inputs, (list, Generator, torch.utils.data.Dataset))
+        if is_single and kwargs.get("chunk_length_s", self._preprocess_params.get("chunk_length_s")) is not None:
+            return super().__call__([inputs], **kwargs)[0]
+        return super().__call__(inputs, **kwargs)
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        _, preprocess_params = self._chunking(preprocess_params)
+        return super().run_single(inputs, preprocess_params, forward_params, postprocess_params)
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names in the order of the logits."""
+        id2label: Any = self.model.config.id2label
+        return [id2label[index] for index in range(len(id2label))]
+
+    def _sanitize_parameters(self, **kwargs):
+        known = (*self.preprocess_options, *self.postprocess_options)
+        unknown = [key for key in kwargs if key not in known]
+        if unknown:
+            raise ValueError(f"Unknown arguments {unknown}; allowed are {list(known)}, batch_size and num_workers")
+        top_k = kwargs.get("top_k")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"`top_k` must be a positive integer or None, got {top_k!r}")
+        function = kwargs.get("function_to_apply")
+        if function is not None and function not in self.functions:
+            raise ValueError(f"`function_to_apply` must be one of {list(self.functions)}, got {function!r}")
+        allowed = kwargs.get("allowed_labels")
+        if allowed is not None and (isinstance(allowed, str) or not allowed or not set(allowed) <= set(self.labels)):
+            raise ValueError(f"`allowed_labels` must be a non-empty list out of {self.labels}, got {allowed!r}")
+        if kwargs.get("stride_length_s") is not None:
+            options = {**getattr(self, "_preprocess_params", {}), **kwargs}
+            if options.get("chunk_length_s") is None:
+                raise ValueError("`stride_length_s` needs `chunk_length_s`")
+        preprocess = {key: value for key, value in kwargs.items() if key in self.preprocess_options}
+        postprocess = {key: value for key, value in kwargs.items() if key in self.postprocess_options}
+        return preprocess, {}, postprocess
+
+    def preprocess(self, inputs, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
+        """One input of any kind -> model inputs with a batch axis of 1, as NumPy arrays."""
+        audio, text, own_rate, name = _unpack(inputs, TEXT_KEYS)
+        sampling_rate = own_rate or sampling_rate
+        if audio is not None:
+            rate = self.processor.feature_extractor.sampling_rate
+            audio, sampling_rate = [load_audio(audio, sampling_rate, rate, name=name)], rate
+        options: dict[str, Any] = {"sampling_rate": sampling_rate, "return_tensors": "np"}
+        return dict(self.processor(audio, text, **options))
+
+    def _preprocess_named(self, named, **preprocess_params):
+        """`preprocess` for one (name, item), whose errors give the name."""
+        name, item = named
+        with _errors_named(name):
+            return self.preprocess(item, **preprocess_params)
+
+    def get_iterator(
+        self, inputs: Any, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ):
+        """The base method, which cannot batch two modalities of which one may be missing, written anew."""
+        chunking, preprocess_params = self._chunking(preprocess_params)
+        params = preprocess_params, forward_params, postprocess_params
+        if chunking is not None:
+            # A data set ends where its length says, which going through it need not
+            indices: Any = range(len(inputs)) if isinstance(inputs, Sized) else None
+            recordings = enumerate(inputs) if indices is None else ((index, inputs[index]) for index in indices)
+            return (self._classify_recording(i, item, chunking, batch_size, *params) for i, item in recordings)
+        if isinstance(inputs, list) and batch_size > 1:
+            # Clips of similar length together; the longest first, so that memory that is too small fails at once
+            order = sorted(range(len(inputs)), key=lambda index: _size(inputs[index]), reverse=True)
+            items = [(f"input {index}", inputs[index]) for index in order]
+            outputs = dict(zip(order, self._classify_clips(items, num_workers, batch_size, *params), strict=True))
+            return iter([outputs[index] for index in range(len(inputs))])
+        if isinstance(inputs, Sized):
+            return self._classify_clips(_Named(inputs), num_workers, batch_size, *params)
+        # A generator cannot be shared among worker processes
+        named = ((f"input {index}", item) for index, item in enumerate(inputs))
+        return self._classify_clips(named, 0, batch_size, *params)
+
+    def _classify_clips(
+        self, named, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ):
+        """The labels of each (name, clip), in order."""
+        kind: Any = PipelineDataset if isinstance(named, Sized) else PipelineIterator
+        loader: Any = torch.utils.data.DataLoader(
+            kind(named, self._preprocess_named, preprocess_params),
+            num_workers=num_workers,
+            batch_size=batch_size,
+            collate_fn=self.processor.pad,
+        )
+        outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
+
+    def _chunking(self, preprocess_params: dict) -> tuple[tuple[int, int, int] | None, dict]:
+        """(samples of a chunk, of its left and of its right context) or None, and the options of single clips."""
+        options = dict(preprocess_params)
+        seconds, stride = options.pop("chunk_length_s", None), options.pop("stride_length_s", None)
+        if seconds is None:
+            return None, options
+        extractor = self.processor.feature_extractor
+        limit = extractor.n_samples / extractor.sampling_rate if hasattr(extractor, "n_samples") else 3600.0
+        if not isinstance(seconds, (int, float)) or not MIN_SECONDS <= seconds <= limit:
+            raise ValueError(f"`chunk_length_s` must be a number from {MIN_SECONDS} to {limit:g} s, got {seconds!r}")
+        strides = seconds / 6 if stride is None else stride
+        strides = list(strides) if isinstance(strides, (list, tuple)) else [strides] * 2
+        is_number = all(isinstance(value, (int, float)) for value in strides)
+        if len(strides) != 2 or not (is_number and min(strides) >= 0 and sum(strides) < seconds):
+            raise ValueError(
+                f"`stride_length_s` is one number or a left and a right one, from 0 up and together less than "
+                f"`chunk_length_s` ({seconds}), got {stride!r}"
+            )
+        length, left, right = (round(value * extractor.sampling_rate) for value in (seconds, *strides))
+        return (length, min(left, length - 1), min(right, length - 1 - left)), options
+
+    def _classify_recording(
+        self, index: int, item, chunking, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ) -> dict[str, list]:
+        """A recording of any length -> its chunks, with times and scores, and their mean over time."""
+        rate = self.processor.feature_extractor.sampling_rate
+        times = []
+
+        def clips():
+            with _errors_named(f"input {index}"):
+                audio, words, own_rate, name = _unpack(item, ("chunks",))
+                if audio is None:
+                    raise ValueError("a recording is needed: there are no chunks of text alone")
+                words = _check_words(words)
+                blocks = stream_audio(audio, own_rate or preprocess_params.get("sampling_rate"), rate, name=name)
+                for chunk in split_into_chunks(blocks, *chunking):
+                    times.append((chunk.start / rate, chunk.stop / rate))
+                    end = chunk.first + len(chunk.samples)
+                    text = text_of_chunk(words, chunk.first / rate, end / rate)
+                    yield (
+                        f"input {index} at {times[-1][0]:.2f} s",
+                        {"raw": chunk.samples, "sampling_rate": rate, "text": text},
+                    )
+                if not times:
+                    raise ValueError(f"{name}: empty, it holds no samples")
+
+        whole = {**postprocess_params, "top_k": None}  # labels that come last in one chunk may be first in the mean
+        scores = list(self._classify_clips(clips(), 0, batch_size, preprocess_params, forward_params, whole))
+        top_k = postprocess_params.get("top_k")
+        shares = np.diff(times)[:, 0] / times[-1][1]
+        return {
+            "scores": _mean_scores(scores, shares)[:top_k],
+            "chunks": [
+                {"timestamp": time, "scores": labels[:top_k]} for time, labels in zip(times, scores, strict=True)
+            ],
+        }
+
+    def _forward(self, input_tensors, **forward_parameters):
+        inputs = BatchFeature(input_tensors, tensor_type="pt").to(self.device, dtype=self.dtype)
+        outputs = self.model(**inputs)
+        names = ("logits", "uncertainty", "unknown_probability", "is_unknown")
+        return {name: getattr(outputs, name, None) for name in names}
+
+    def postprocess(
+        self, model_outputs, top_k=None, allowed_labels=None, return_uncertainty=False, function_to_apply=None
+    ) -> list[dict]:
+        """Outputs for one clip -> its labels with their scores, best first."""
+        if function_to_apply is None:
+            by_problem = {"regression": "none", "multi_label_classification": "sigmoid"}
+            function_to_apply = by_problem.get(self.model.config.problem_type or "", "softmax")
+        labels = self.labels
+        kept = [index for index, label in enumerate(labels) if allowed_labels is None or label in allowed_labels]
+        scores = model_outputs["logits"][0].float()[kept]  # softmax over these is the renormalised probability
+        if function_to_apply == "softmax":
+            scores = scores.softmax(-1)
+        elif function_to_apply == "sigmoid":
+            scores = scores.sigmoid()
+        best = scores.argsort(descending=True)[:top_k].tolist()
+        results = [{"label": labels[kept[index]], "score": scores[index].item()} for index in best]
+        if return_uncertainty:
+            values = {name: model_outputs[name] for name in ("uncertainty", "unknown_probability", "is_unknown")}
+            values = {name: None if value is None else value.flatten()[0].item() for name, value in values.items()}
+            if values["unknown_probability"] is not None and values["is_unknown"] is None:
+                values["is_unknown"] = False  # rejection is switched off
+            for result in results:
+                result.update(values)
+        return results
+
+
+def _unpack(item, text_keys: tuple[str, ...]) -> tuple[Any, Any, int | None, str]:
+    """A pipeline's input -> (audio or None, what is under one of `text_keys`, sampling rate, the audio's name)."""
+    audio, words, sampling_rate, name = item, None, None, "audio"
+    if isinstance(item, dict):
+        unknown = [key for key in item if key not in (*AUDIO_KEYS, *text_keys, "sampling_rate")]
+        if unknown:
+            raise ValueError(
+                f"unknown keys {unknown} in the input; allowed are {[*AUDIO_KEYS, *text_keys]} and sampling_rate"
+            )
+        audio, words = _first(item, AUDIO_KEYS), _first(item, text_keys)
+        sampling_rate = item.get("sampling_rate")
+    if isinstance(audio, str) and audio.startswith(("http://", "https://")):
+        name, audio = f"audio '{audio}'", _download(audio)
+    return audio, words, sampling_rate, name
+
+
+@contextlib.contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    """Errors about an input begin with its name."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        kinds = (ValueError, TypeError, FileNotFoundError, OSError)
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{name}: {error}") from error
+
+
+def _check_words(words) -> list[dict]:
+    """A transcript with times, as a list of `{"text": str, "timestamp": (start, end)}`."""
+    for index, word in enumerate(words or []):
+        try:
+            start, end = word["timestamp"]
+            is_valid = isinstance(word["text"], str) and start >= 0 and (end is None or end >= start)
+        except (TypeError, KeyError, ValueError):
+            is_valid = False
+        if not is_valid:
+            raise ValueError(
+                f"`chunks` row {index} must be {{'text': str, 'timestamp': (start, end)}} in seconds, got {word!r}"
+            )
+    return words or []
+
+
+def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
+    """Mean of the labels' scores, and of what else is told of each chunk, weighted by `shares`, which sum to 1."""
+    extras = {name: value for name, value in results[0][0].items() if name not in ("label", "score")}
+    means: dict[str, Any] = {name: None if value is None else 0.0 for name, value in extras.items()}
+    scores = dict.fromkeys((result["label"] for result in results[0]), 0.0)
+    for labels, share in zip(results, shares.tolist(), strict=True):
+        for result in labels:
+            scores[result["label"]] += share * result["score"]
+        for name in means:
+            if means[name] is not None:
+                means[name] += share * labels[0][name]
+    if means.get("is_unknown") is not None:
+        means["is_unknown"] = means["is_unknown"] > 0.5
+    best = sorted(scores, key=lambda label: scores[label], reverse=True)
+    return [{"label": label, "score": scores[label], **means} for label in best]
+
+
+def _download(url: str) -> bytes:
+    """The content behind an http(s) URL."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except OSError as error:  # urllib's errors are OSErrors
+        raise ValueError(f"audio '{url}': cannot be downloaded ({error})") from error
+
+
+__all__ = [
+    "MMSEROnnxConfig",
+    "MMSEROnnxForAudioClassification",
+    "MMSEROnnxOutput",
+    "MMSERPipeline",
+]
