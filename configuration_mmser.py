@@ -5,7 +5,8 @@ What is frozen, how long one trains and on which files belongs to `train_hf.py`;
 the network and to explain its own labels is here.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -17,9 +18,45 @@ DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 LOG_MEL_MODEL_TYPES = ("whisper",)
-FUSION_NORMS = ("standardization", "layer_norm")
-OPENMAX_DISTANCES = ("centroid", "anchor")
-OPENMAX_LEVELS = ("probability", "activation")
+# Options of audio encoders that make a clip's result depend on its batch, and why
+PADDING_DEPENDENT = {
+    "conv_pos_batch_norm": "it mixes the clips of a batch",
+    "add_adapter": "its convolutions mix padding into the clip",
+}
+
+# Names of fields, what their values must fulfil, and the same in words
+CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        (
+            *("cross_attention_hidden_size", "cross_attention_heads", "pooling_hidden_size", "fusion_hidden_size"),
+            *("classifier_hidden_size", "classifier_bottleneck", "classifier_checkpoint_interval", "feature_size"),
+            *("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class"),
+            *("openmax_alpha", "openmax_centroids_per_class", "distillation_temperature"),
+        ),
+        lambda value: value > 0,
+        "greater than 0",
+    ),
+    (
+        (
+            *("cross_entropy_loss_weight", "focal_loss_weight", "anchor_loss_weight", "uncertainty_loss_weight"),
+            *("prototype_loss_weight", "supervised_contrastive_loss_weight", "distillation_loss_weight"),
+            *("classifier_num_layers", "uncertainty_error_weight", "focal_gamma"),
+        ),
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    (
+        ("cross_attention_dropout", "fusion_dropout", "classifier_dropout", "label_smoothing", "class_balanced_beta"),
+        lambda value: 0 <= value < 1,
+        "in [0, 1)",
+    ),
+    (("openmax_tail_size",), lambda value: value >= 5, "at least 5"),
+    (("openmax_acceptance",), lambda value: value is None or 0 < value < 1, "None or in (0, 1)"),
+    (("openmax_threshold",), lambda value: value is None or 0 <= value <= 1, "None or in [0, 1]"),
+    (("fusion_norm",), ("standardization", "layer_norm").__contains__, "one of standardization, layer_norm"),
+    (("openmax_distance",), ("centroid", "anchor").__contains__, "one of centroid, anchor"),
+    (("openmax_level",), ("probability", "activation").__contains__, "one of probability, activation"),
+)
 
 # Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
 # at the code beside it, also after it has been loaded from one repository and pushed to another.
@@ -64,6 +101,10 @@ class MMSERConfig(PreTrainedConfig):
         classifier_hidden_size, classifier_bottleneck, classifier_dropout:
             Width of the blocks, their inner width, and the dropout probability.
         classifier_checkpoint_interval (`int`): residual blocks per group under gradient checkpointing.
+        zero_init_branches (`bool`): start the last linear layer of each residual block and of the attention between
+            the modalities at zero. False starts them at random, as published.
+        scale_branches_by_depth (`bool`): scale the branches of the residual blocks by one over the square root of
+            their number. False does not scale them, as published.
         feature_size (`int`): width of the feature vector before the last linear layer.
         anchor_size (`int`), anchor_temperature (`float`): width of the anchor space; initial (learnable) temperature.
         uncertainty_hidden_size (`int`): width of the uncertainty head.
@@ -89,7 +130,7 @@ class MMSERConfig(PreTrainedConfig):
             Clips of each class in the training set; `None` weighs all classes alike.
         uncertainty_error_weight (`float`):
             Weight of the wrong predictions in the uncertainty loss; 0 is the published form.
-        supervised_contrastive_temperature, distillation_temperature (`float`): of the two optional parts.
+        distillation_temperature (`float`): softens teacher and student in the distillation part.
 
     Example:
 
@@ -138,6 +179,8 @@ class MMSERConfig(PreTrainedConfig):
     classifier_bottleneck: int = 44  # 35 blocks of 512 -> 44 -> 512 make the whole classifier 2.0 M parameters
     classifier_dropout: float | int = 0.15
     classifier_checkpoint_interval: int = 5
+    zero_init_branches: bool = True
+    scale_branches_by_depth: bool = True
     feature_size: int = 256
 
     anchor_size: int = 128
@@ -165,7 +208,6 @@ class MMSERConfig(PreTrainedConfig):
     uncertainty_error_weight: float | int = 1.0
     prototype_loss_weight: float | int = 0.01
     supervised_contrastive_loss_weight: float | int = 0.0
-    supervised_contrastive_temperature: float | int = 0.1
     distillation_loss_weight: float | int = 0.0
     distillation_temperature: float | int = 2.0
 
@@ -198,69 +240,30 @@ class MMSERConfig(PreTrainedConfig):
         return cast(PreTrainedConfig, self.audio_config).model_type in LOG_MEL_MODEL_TYPES
 
     def validate_architecture(self):
-        """Raise `ValueError` for sizes and weights that cannot make a network (part of the `@strict` validation)."""
+        """Raise `ValueError` for values that cannot make a network (part of the `@strict` validation)."""
         super().validate_architecture()
-        positive = (
-            "cross_attention_hidden_size",
-            "cross_attention_heads",
-            "pooling_hidden_size",
-            "fusion_hidden_size",
-        )
-        positive += (
-            "classifier_hidden_size",
-            "classifier_bottleneck",
-            "classifier_checkpoint_interval",
-            "feature_size",
-        )
-        positive += ("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class")
-        positive += ("openmax_alpha", "openmax_centroids_per_class", "supervised_contrastive_temperature")
-        positive += ("distillation_temperature",)
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
-        if self.classifier_num_layers < 0:
-            raise ValueError(f"`classifier_num_layers` must be 0 or more, got {self.classifier_num_layers}.")
-        for name in ("cross_attention_dropout", "fusion_dropout", "classifier_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        for name in (name for name in vars(self) if name.endswith("_loss_weight")):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
-        if not 0 <= self.class_balanced_beta < 1:
-            raise ValueError(f"`class_balanced_beta` must be in [0, 1), got {self.class_balanced_beta}.")
+        for names, is_allowed, allowed in CHECKS:
+            for name in names:
+                if not is_allowed(getattr(self, name)):
+                    raise ValueError(f"`{name}` must be {allowed}, got {getattr(self, name)!r}.")
         if self.cross_attention_hidden_size % self.cross_attention_heads:
             raise ValueError(
                 f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "
                 f"`cross_attention_heads` ({self.cross_attention_heads})."
             )
-        if self.openmax_tail_size < 5:
-            raise ValueError(f"`openmax_tail_size` must be at least 5, got {self.openmax_tail_size}.")
-        choices = {"fusion_norm": FUSION_NORMS, "openmax_distance": OPENMAX_DISTANCES, "openmax_level": OPENMAX_LEVELS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if self.openmax_acceptance is not None and not 0 < self.openmax_acceptance < 1:
-            raise ValueError(f"`openmax_acceptance` must be None or in (0, 1), got {self.openmax_acceptance}.")
-        if self.openmax_threshold is not None and not 0 <= self.openmax_threshold <= 1:
-            raise ValueError(f"`openmax_threshold` must be None or in [0, 1], got {self.openmax_threshold}.")
+        if self.class_counts is not None and len(self.class_counts) != self.num_labels:
+            raise ValueError(
+                f"`class_counts` has {len(self.class_counts)} entries but the model has {self.num_labels} labels."
+            )
         model_type = getattr(self.audio_config, "model_type", None)
         if model_type not in WAVEFORM_MODEL_TYPES + LOG_MEL_MODEL_TYPES:
             raise ValueError(
                 f"`audio_config` has model type {model_type!r}; supported are {', '.join(WAVEFORM_MODEL_TYPES)} "
                 f"(raw waveform) and {', '.join(LOG_MEL_MODEL_TYPES)} (log-mel)."
             )
-        if getattr(self.audio_config, "conv_pos_batch_norm", False):
-            raise ValueError(
-                "`audio_config.conv_pos_batch_norm=True` is not supported: it mixes the clips of a batch."
-            )
-        if getattr(self.audio_config, "add_adapter", False):
-            raise ValueError(
-                "`audio_config.add_adapter=True` is not supported: its convolutions mix padding into the clip."
-            )
-        if self.class_counts is not None and len(self.class_counts) != self.num_labels:
-            raise ValueError(
-                f"`class_counts` has {len(self.class_counts)} entries but the model has {self.num_labels} labels."
-            )
+        for name, reason in PADDING_DEPENDENT.items():
+            if getattr(self.audio_config, name, False):
+                raise ValueError(f"`audio_config.{name}=True` is not supported: {reason}.")
 
 
 MMSERConfig.register_for_auto_class()
