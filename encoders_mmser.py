@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoders: Transformers' own, made independent of padding; building them, loading them, cutting them.
+"""The encoders: Transformers' own, made independent of padding; their states; loading and cutting them.
 
-Read in this order: the layers that keep padding out of the results, masks, SpecAugment, then building and loading.
-Shape letters: B clips, T audio samples or mel frames, Ta audio states, D the width of an encoder.
+Read in this order: the layers that keep padding out of the results, masks, SpecAugment, the states (standardised,
+summed over the layers), then building and loading.
+Shape letters: B clips, T audio samples or mel frames, Ta audio states, L layers, D the width of an encoder.
 """
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -148,6 +150,135 @@ def time_mask(mask: Tensor, probability: float, length: int, min_masks: int) -> 
     return (inside & chosen[:, :, None]).any(dim=1)
 
 
+def waveform_frames(mask: Tensor, config: PreTrainedConfig) -> Tensor:
+    """
+    Follow the sample mask, bool [B, T], through the convolutions of a waveform encoder to its states, bool [B, Ta].
+
+    Raises:
+        ValueError: the audio is too short for one state.
+    """
+    for kernel_size, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        if mask.shape[1] < kernel_size:
+            raise ValueError("The audio is too short for one frame of the encoder (400 samples, 25 ms at 16 kHz).")
+        mask = valid_frames(mask, kernel_size, stride)
+    return mask
+
+
+def state_mask(frame_mask: Tensor, config: PreTrainedConfig) -> Tensor | None:
+    """
+    Time mask of SpecAugment for a waveform encoder in training, bool [B, Ta]; None if the encoder has none. The stock
+    mask is drawn on the host, and fails on clips shorter than one span.
+    """
+    if not (getattr(config, "apply_spec_augment", True) and config.mask_time_prob > 0):
+        return None
+    return time_mask(frame_mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
+
+
+def mask_log_mel(input_features: Tensor, mask: Tensor, config: PreTrainedConfig) -> Tensor:
+    """
+    SpecAugment for log-mel frames [B, mels, T] with mask [B, T], in training: spans of frames and of mel bands become
+    the clip's mean. In the paper they become 0, the mean of its spectrograms (Park et al. 2019, section 2); the mean
+    of Whisper's is not 0.
+    """
+    if not config.apply_spec_augment:
+        return input_features
+    masked = torch.zeros_like(mask)[:, None]
+    if config.mask_time_prob > 0:
+        spans = time_mask(mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
+        masked = masked | spans[:, None]
+    if config.mask_feature_prob > 0:
+        bands = torch.ones_like(input_features[..., 0], dtype=torch.bool)
+        bands = time_mask(bands, config.mask_feature_prob, config.mask_feature_length, config.mask_feature_min_masks)
+        masked = masked | bands[..., None]
+    mean = (input_features * mask[:, None]).mean(dim=(1, 2)) / mask.float().mean(dim=1).clamp(min=1e-6)
+    return torch.where(masked, mean[:, None, None].to(input_features), input_features)
+
+
+class Standardization(nn.Module):
+    """
+    `(x - mean) * scale`, with the mean and deviation of each dimension over training clips as buffers.
+
+    A LayerNorm divides all dimensions by one number, which the largest of them decide: the small ones drown. Here each
+    dimension has its own mean and deviation. Unlike a BatchNorm, this never mixes the clips of a batch.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., *shape] -> the same."""
+        return ((hidden_states.float() - self.mean) * self.scale).to(hidden_states.dtype)
+
+    def fit(self, moments: "Moments") -> None:
+        """Take over the gathered mean and deviation; vectors that are all alike change nothing."""
+        if moments.count == 0:
+            return
+        mean = moments.total / moments.count
+        deviation = (moments.square / moments.count - mean**2).clamp(min=0).sqrt()
+        if deviation.mean() <= 1e-4 * mean.abs().mean():  # one clip, or one sentence over and over
+            return
+        self.mean.copy_(mean)
+        # A dimension that hardly moves carries nothing: keep it small, or its noise grows to the size of the others
+        self.scale.copy_(1 / deviation.clamp(min=1e-2 * deviation.mean().item() + 1e-12))
+
+
+def weighted_layer_sum(offset: Tensor, factors: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """
+    `offset + sum_l factors[l] * layers[l]`, with an offset [D], factors [L, D] and L layers [..., D]. The layers take
+    the type of the offset one by one, so that there is never a converted copy of all of them.
+    """
+    states = torch.addcmul(offset, factors[0], layers[0].to(offset.dtype))
+    for factor, layer in zip(factors[1:], layers[1:], strict=True):
+        states.addcmul_(factor, layer.to(offset.dtype))
+    return states
+
+
+class WeightedLayerSum(torch.autograd.Function):
+    """
+    `weighted_layer_sum` with a derivative of its own. That of addcmul multiplies each gradient by its constant 1 too,
+    one more pass over memory for each layer: a training step on cached states would take a fifth longer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, offset: Tensor, factors: Tensor, *layers: Tensor) -> Tensor:
+        ctx.save_for_backward(factors, *layers)
+        return weighted_layer_sum(offset, factors, layers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (factors, *layers) = grads, ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (
+            rows.sum(dim=0),
+            torch.stack([(rows * layer.flatten(0, -2).to(grad.dtype)).sum(dim=0) for layer in layers]),
+            *(
+                grad * factor if is_needed else None
+                for factor, is_needed in zip(factors, ctx.needs_input_grad[2:], strict=True)
+            ),
+        )
+
+
+class Moments:
+    """Count, sum and sum of squares, in float64, of vectors that come in parts."""
+
+    def __init__(self):
+        self.count = 0
+        self.total: Any = 0.0
+        self.square: Any = 0.0
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors [N, ...]."""
+        vectors = vectors.double()
+        self.count += len(vectors)
+        self.total = self.total + vectors.sum(dim=0)
+        self.square = self.square + (vectors**2).sum(dim=0)
+
+
 def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
@@ -179,7 +310,7 @@ def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
 def load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str, part: str, **kwargs) -> None:
     """Copy the pretrained weights of `name_or_path` into `encoder`; refuse a checkpoint that lacks some of them."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no report of the heads that are not built; what is missing is checked below
+    logging.set_verbosity_error()  # no report of unused heads; missing weights are checked below
     try:
         source, report = source_class.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True, **kwargs
@@ -197,7 +328,7 @@ def load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str,
 
 
 def keep_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """An audio encoder's configuration with the first `num_layers` of its layers; the one given is left as it is."""
+    """A copy of an audio encoder's configuration that has the first `num_layers` of its layers."""
     available = config.num_hidden_layers
     if not 1 <= num_layers <= available:
         raise ValueError(f"`audio_num_hidden_layers` must be from 1 to {available}, got {num_layers}.")

@@ -28,13 +28,19 @@ try:
     from .configuration_mmser import MMSERConfig
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
+        Moments,
+        Standardization,
+        WeightedLayerSum,
         build_audio_encoder,
         build_text_encoder,
         is_frozen,
         keep_layers,
         load_encoder,
-        time_mask,
+        mask_log_mel,
+        state_mask,
         valid_frames,
+        waveform_frames,
+        weighted_layer_sum,
         without_pooler,
     )
     from .losses_mmser import (
@@ -53,13 +59,19 @@ except ImportError:
     from configuration_mmser import MMSERConfig
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
+        Moments,
+        Standardization,
+        WeightedLayerSum,
         build_audio_encoder,
         build_text_encoder,
         is_frozen,
         keep_layers,
         load_encoder,
-        time_mask,
+        mask_log_mel,
+        state_mask,
         valid_frames,
+        waveform_frames,
+        weighted_layer_sum,
         without_pooler,
     )
     from losses_mmser import (
@@ -95,13 +107,22 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class ZeroLinear(nn.Linear):
+    """A Linear that `_init_weights` starts at zero, so that a branch which ends in it adds nothing at first."""
+
+
+def branch_output(config: MMSERConfig, input_size: int, output_size: int) -> nn.Linear:
+    """The last linear layer of a branch: it starts at zero, or at random, as published."""
+    return (ZeroLinear if config.zero_init_branches else nn.Linear)(input_size, output_size)
+
+
 class CrossModalAttention(nn.Module):
     """
     One modality attends to the other: multi-head attention in a shared width, then residual and LayerNorm
     (if `config.cross_attention_layer_norm`).
 
-    What is attended to starts at zero, as the branches of `ResidualBlock` do: at first each modality passes as it is,
-    and the other one is let in as far as it helps.
+    Its output projection starts at zero (`branch_output`): at first each modality passes unchanged, and training lets
+    the other one in as far as it helps.
 
     Args:
         config: gives the shared width, heads and dropout.
@@ -118,8 +139,7 @@ class CrossModalAttention(nn.Module):
         self.query = nn.Linear(query_size, shared_size)
         self.key = nn.Linear(context_size, shared_size, bias=False)  # a key bias cancels out in the softmax
         self.value = nn.Linear(context_size, shared_size)
-        self.output = nn.Linear(shared_size, query_size)
-        self.output.starts_at_zero = True  # type: ignore[assignment]  # a plain mark, not a tensor
+        self.output = branch_output(config, shared_size, query_size)
         self.dropout = nn.Dropout(config.cross_attention_dropout)
         self.layer_norm = nn.LayerNorm(query_size) if config.cross_attention_layer_norm else nn.Identity()
 
@@ -166,106 +186,6 @@ class AttentiveStatsPooling(nn.Module):
         # The slope of a square root is infinite at 0, where a single valid position always is
         deviation = torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
         return torch.cat([mean, deviation], dim=-1).to(hidden_states.dtype)
-
-
-class Standardization(nn.Module):
-    """
-    `(x - mean) * scale`, with the mean and deviation of each dimension over training clips as buffers.
-
-    A LayerNorm divides by what the largest dimensions do; this leaves no dimension to drown beside another. And unlike
-    a BatchNorm it never mixes the clips of a batch.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("scale", torch.ones(shape))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., *shape] -> the same."""
-        return ((hidden_states.float() - self.mean) * self.scale).to(hidden_states.dtype)
-
-    def fit(self, moments: "Moments") -> None:
-        """Take over the mean and the deviation that were gathered; vectors that are all alike leave all as it is."""
-        if moments.count == 0:
-            return
-        mean = moments.total / moments.count
-        deviation = (moments.square / moments.count - mean**2).clamp(min=0).sqrt()
-        if deviation.mean() <= 1e-4 * mean.abs().mean():  # one clip, or one sentence over and over
-            return
-        self.mean.copy_(mean)
-        # A dimension that hardly moves carries nothing: leave it small instead of blowing up its noise
-        self.scale.copy_(1 / deviation.clamp(min=1e-2 * deviation.mean().item() + 1e-12))
-
-
-def weighted_layer_sum(offset: Tensor, factors: Tensor, layers: Sequence[Tensor]) -> Tensor:
-    """`offset + sum_l factors[l] * layers[l]`, with an offset [D], factors [L, D] and L layers [..., D]. They take the
-    type of the offset one by one: so there is never a copy of them all."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither of which takes what is written in place
-        states = torch.addcmul(offset, factors[0], layers[0].to(offset.dtype))
-        for factor, layer in zip(factors[1:], layers[1:], strict=True):
-            states.addcmul_(factor, layer.to(offset.dtype))
-        return states
-    states = offset.new_empty(layers[0].shape)
-    for part, first, *others in _row_blocks(states, *layers):
-        torch.addcmul(offset, factors[0], first.to(offset.dtype), out=part)
-        for factor, layer in zip(factors[1:], others, strict=True):
-            part.addcmul_(factor, layer.to(offset.dtype))
-    return states
-
-
-class WeightedLayerSum(torch.autograd.Function):
-    """`weighted_layer_sum` with half the passes over memory: the derivative of addcmul multiplies by its 1 as well."""
-
-    @staticmethod
-    def forward(ctx: Any, offset: Tensor, factors: Tensor, *layers: Tensor) -> Tensor:
-        ctx.save_for_backward(factors, *layers)
-        return weighted_layer_sum(offset, factors, layers)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (factors, *layers) = grads, ctx.saved_tensors
-        return (
-            grad.flatten(0, -2).sum(dim=0),
-            sum(
-                (
-                    torch.stack([(part * layer.to(part.dtype)).sum(dim=0) for layer in rows])
-                    for part, *rows in _row_blocks(grad, *layers)
-                ),
-                start=torch.zeros_like(factors),
-            ),
-            *(
-                grad * factor if is_needed else None
-                for factor, is_needed in zip(factors, ctx.needs_input_grad[2:], strict=True)
-            ),
-        )
-
-
-def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of tensors [..., D] of one shape, flattened to [N, D], in blocks that a CPU keeps in its cache while it
-    goes through them several times; all at once on other devices."""
-    flat = [tensor.flatten(0, -2) for tensor in tensors]
-    size = 256 if flat[0].device.type == "cpu" else max(1, len(flat[0]))
-    return zip(*(rows.split(size) for rows in flat), strict=True)
-
-
-class Moments:
-    """Count, sum and sum of squares, in float64, of vectors that come in parts."""
-
-    def __init__(self):
-        self.count = 0
-        self.total: Any = 0.0
-        self.square: Any = 0.0
-
-    def add(self, vectors: Tensor) -> None:
-        """Add vectors [N, ...]."""
-        vectors = vectors.double()
-        self.count += len(vectors)
-        self.total = self.total + vectors.sum(dim=0)
-        self.square = self.square + (vectors**2).sum(dim=0)
 
 
 class FusionLayer(nn.Module):
@@ -316,29 +236,8 @@ class MissingModality(nn.Module):
         Returns: the states, their mask (one valid position in such a row), and which rows are present, bool [B].
         """
         present = mask.any(dim=1)
-        states = FillMissing.apply(hidden_states, self.embedding.to(hidden_states), present)
+        states = torch.where(present[:, None, None], hidden_states, self.embedding.to(hidden_states))
         return states, _attend_somewhere(mask), present
-
-
-class FillMissing(torch.autograd.Function):
-    """`torch.where(present[:, None, None], states, embedding)`, at no cost where all rows are known to be present."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, embedding: Tensor, present: Tensor) -> Tensor:
-        ctx.save_for_backward(present)
-        ctx.is_full = _is_known_to_be_full(present)
-        return states.view_as(states) if ctx.is_full else torch.where(present[:, None, None], states, embedding)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (present,) = grads, ctx.saved_tensors
-        if ctx.is_full:
-            return grad, grad.new_zeros(grad.shape[-1]), None
-        return (
-            torch.where(present[:, None, None], grad, 0),
-            torch.where(present[:, None], 0, grad.sum(dim=1)).sum(dim=0),
-            None,
-        )
 
 
 def _attend_somewhere(mask: Tensor) -> Tensor:
@@ -360,11 +259,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, config: MMSERConfig):
         super().__init__()
         self.down = nn.Linear(config.classifier_hidden_size, config.classifier_bottleneck)
-        self.up = nn.Linear(config.classifier_bottleneck, config.classifier_hidden_size)
-        self.up.starts_at_zero = True  # type: ignore[assignment]  # a plain mark, not a tensor
+        self.up = branch_output(config, config.classifier_bottleneck, config.classifier_hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.layer_norm = nn.LayerNorm(config.classifier_hidden_size)
-        self.branch_scale = config.classifier_num_layers**-0.5
+        self.branch_scale = config.classifier_num_layers**-0.5 if config.scale_branches_by_depth else 1.0
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, classifier_hidden_size] -> the same."""
@@ -520,11 +418,12 @@ class MMSEROutput(ModelOutput):
         fused (`torch.FloatTensor` of shape `(batch_size, fusion_hidden_size)`): `pooler_output` of `MMSERModel`.
         anchor_distances (`torch.FloatTensor` of shape `(batch_size, num_labels)`): distance to each class anchor.
         unknown_probability (`torch.FloatTensor` of shape `(batch_size, 1)`): of OpenMax, once it is fitted.
-        open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): likewise, "unknown" last.
-        rejection_score (`torch.FloatTensor` of shape `(batch_size, 1)`): likewise, what rejection goes by: -log of the
-            largest probability that OpenMax leaves to a class.
-        is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): likewise, which clips are rejected; None if
-            `config.openmax_threshold` is.
+        open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): of OpenMax, once
+            it is fitted: of the classes, then of "unknown".
+        rejection_score (`torch.FloatTensor` of shape `(batch_size, 1)`): of OpenMax, once it is fitted: -log of
+            the largest probability that it leaves to a class.
+        is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): of OpenMax, once it is fitted: which clips are
+            rejected; None if `config.openmax_threshold` is None.
         hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
     """
 
@@ -572,7 +471,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
-            if getattr(module, "starts_at_zero", False):
+            if isinstance(module, ZeroLinear):
                 init.zeros_(module.weight)
             else:
                 init.xavier_uniform_(module.weight)
@@ -726,12 +625,13 @@ class MMSERModel(MMSERPreTrainedModel):
             attention_mask (`torch.LongTensor` of shape `(batch_size, num_samples)` or `(batch_size, num_frames)`):
                 1 for audio, 0 for padding on the right. A row of zeros has no audio.
             input_ids (`torch.LongTensor` of shape `(batch_size, num_tokens)`): tokens of the transcript.
-            text_attention_mask (`torch.LongTensor` of shape `(batch_size, num_tokens)`): likewise for the text.
+            text_attention_mask (`torch.LongTensor` of shape `(batch_size, num_tokens)`): the same for the text.
             input_features (`torch.FloatTensor` of shape `(batch_size, num_mels, num_frames)`): log-mel frames, in
                 place of `input_values` for encoders that take them.
             audio_states (`torch.FloatTensor` of shape `(batch_size, num_states, num_layers, hidden_size)`): what
                 `encode` returned earlier, in place of audio; `attention_mask` then is that of the states.
-            text_states (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`): likewise for the text.
+            text_states (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`): the same for
+                the text.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
         Returns: `MMSERModelOutput`.
         Raises:
@@ -794,8 +694,8 @@ class MMSERModel(MMSERPreTrainedModel):
         input_features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
-        Run the encoders only. What they return depends on nothing that is trained after them, so with frozen encoders
-        it can be kept and given to `forward` in place of the audio and the text.
+        Run the encoders only. Their states do not depend on what is trained after them: the states of frozen encoders
+        can be kept, and given to `forward` in place of the audio and the text.
 
         Args:
             input_values, attention_mask, input_ids, text_attention_mask, input_features: see `forward`.
@@ -869,10 +769,13 @@ class MMSERModel(MMSERPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
             if self.config.uses_log_mel:
                 frame_mask = valid_frames(mask, 1, 2)
-                output = encoder(self._mask_log_mel(audio, mask), attention_mask=safe_mask, **flags)
+                if encoder.training:
+                    audio = mask_log_mel(audio, mask, self.config.audio_config)
+                output = encoder(audio, attention_mask=safe_mask, **flags)
             else:
-                frame_mask = self._frame_mask(mask)
-                flags["mask_time_indices"] = self._spec_augment(frame_mask)
+                frame_mask = waveform_frames(mask, self.config.audio_config)
+                if encoder.training:
+                    flags["mask_time_indices"] = state_mask(frame_mask, self.config.audio_config)
                 is_masked = isinstance(encoder.feature_extractor.conv_layers[0], MaskedGroupNormConvLayer)
                 if is_masked and not _is_known_to_be_full(mask):
                     audio = torch.stack([audio, safe_mask.to(audio)], dim=1)  # (B, 2, T)
@@ -958,42 +861,6 @@ class MMSERModel(MMSERPreTrainedModel):
         layers, mask, _ = self._encode_audio(audio, batch.get("attention_mask"))
         return torch.stack([layer[mask] for layer in layers], dim=1)
 
-    def _frame_mask(self, mask: Tensor) -> Tensor:
-        """Follow the sample mask, bool [B, T], through a waveform encoder's convolutions to its frames [B, Ta]."""
-        config = self.config.audio_config
-        for kernel_size, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-            if mask.shape[1] < kernel_size:
-                raise ValueError("The audio is too short for one frame of the encoder (400 samples, 25 ms at 16 kHz).")
-            mask = valid_frames(mask, kernel_size, stride)
-        return mask
-
-    def _spec_augment(self, frame_mask: Tensor) -> Tensor | None:
-        """Time mask for training. The stock one is drawn on the host and fails on clips shorter than one span."""
-        config = self.config.audio_config
-        applies = getattr(config, "apply_spec_augment", True) and config.mask_time_prob > 0
-        if not (self.audio_encoder.training and applies):
-            return None
-        return time_mask(frame_mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
-
-    def _mask_log_mel(self, input_features: Tensor, mask: Tensor) -> Tensor:
-        """SpecAugment in training: spans of frames and of mel bands become the clip's mean, which is what 0 stands for
-        in the paper (Park et al. 2019, section 2): there the spectrograms have mean 0, those of Whisper do not."""
-        config = self.config.audio_config
-        if not (self.audio_encoder.training and config.apply_spec_augment):
-            return input_features
-        masked = torch.zeros_like(mask)[:, None]
-        if config.mask_time_prob > 0:
-            spans = time_mask(mask, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks)
-            masked = masked | spans[:, None]
-        if config.mask_feature_prob > 0:
-            bands = torch.ones_like(input_features[..., 0], dtype=torch.bool)
-            bands = time_mask(
-                bands, config.mask_feature_prob, config.mask_feature_length, config.mask_feature_min_masks
-            )
-            masked = masked | bands[..., None]
-        mean = (input_features * mask[:, None]).mean(dim=(1, 2)) / mask.float().mean(dim=1).clamp(min=1e-6)
-        return torch.where(masked, mean[:, None, None].to(input_features), input_features)
-
     def _encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None, **flags
     ) -> tuple[Tensor, Tensor, BaseModelOutput]:
@@ -1006,7 +873,7 @@ class MMSERModel(MMSERPreTrainedModel):
         return output.last_hidden_state, mask, output
 
     def _nothing(self, other: Tensor, missing: MissingModality) -> tuple[Tensor, Tensor]:
-        """One empty position per clip of `other`, for a modality that the whole batch lacks."""
+        """One empty position per clip of `other`: stands for a modality that the whole batch lacks."""
         states = other.new_zeros(len(other), 1, len(missing.embedding))
         return states, torch.zeros(len(other), 1, dtype=torch.bool, device=other.device)
 
@@ -1022,7 +889,10 @@ def _select_layers(
 
 
 def _is_known_to_be_full(mask: Tensor) -> bool:
-    """Nothing is padded. Not asked where it would mean waiting for the device, or leaving a compiled graph."""
+    """
+    Whether nothing is padded, where that is free to know: reading the mask waits for another device, and breaks a
+    compiled graph. The stock first convolution then saves 2 % of a forward pass of wav2vec2-base on a CPU.
+    """
     return mask.device.type == "cpu" and not is_tracing(mask) and bool(mask.all())
 
 
@@ -1041,7 +911,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
     temperature: Tensor
-    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature", "error_calibration")  # type: ignore[assignment]  # likewise
+    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature", "error_calibration")  # type: ignore[assignment]  # typed as a list
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -1105,7 +975,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         raw_logits, features = self.classifier(outputs.pooler_output)
         raw_uncertainty = self.uncertainty(features)
         anchor_logits, anchor_distances = self.anchors(features)
-        # What was calibrated on held-out clips is for use, not for training
+        # The calibration on held-out clips is for use, not for training
         logits, uncertainty = raw_logits, raw_uncertainty
         if not self.training:
             logits = (raw_logits / self.temperature).to(raw_logits.dtype)
@@ -1123,7 +993,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
         open_set_probabilities = rejection_score = is_unknown = None
         if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
-            distances = self.openmax_distances(outputs.pooler_output, anchor_distances)
+            distances = self.openmax.distances(outputs.pooler_output, anchor_distances)
             log_probabilities = self.openmax.log_probabilities(logits, distances)
             open_set_probabilities = log_probabilities.exp()
             rejection_score = -log_probabilities[:, :-1].amax(dim=-1)  # as `OpenMax.rejection_scores`
@@ -1150,14 +1020,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def openmax_distances(self, fused: Tensor, anchor_distances: Tensor) -> Tensor:
-        """The distances [B, C] that OpenMax goes by: to centroids of the fused vectors or to the class anchors."""
-        return self.openmax.distances(fused) if self.openmax.has_centroids else anchor_distances
-
     def _check_labels(self, labels: Tensor) -> None:
         num_labels = self.config.num_labels
-        # On another device looking would mean waiting for it, and in a compiled model leaving it; there the loss fails
-        # with an assertion of its own
+        # Reading labels on another device would wait for the device, and would break a compiled graph. There the loss
+        # itself fails on a bad label
         looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and ((labels < 0) | (labels >= num_labels)).any():
             raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
@@ -1184,9 +1050,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             "anchor": lambda: anchor_loss,
             "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
             "prototype": lambda: prototype_loss(self.prototypes(features), labels),
-            "supervised_contrastive": lambda: supervised_contrastive_loss(
-                features, labels, config.supervised_contrastive_temperature
-            ),
+            "supervised_contrastive": lambda: supervised_contrastive_loss(features, labels),
             "distillation": lambda: distillation_loss(
                 logits, cast(Tensor, teacher_logits), config.distillation_temperature
             ),
@@ -1197,32 +1061,33 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     @torch.no_grad()
     def fit_openmax(self, dataloader: Iterable[dict], tail_size: int | None = None) -> None:
         """
-        Fit OpenMax, centroids and Weibulls, in one pass over the training clips. (`MMSERTrainer.finalize` also uses
-        held-out clips, which lie farther from the classes than training clips do.)
+        Fit OpenMax, centroids and Weibulls, in one pass over the training clips. `MMSERTrainer.finalize` also uses
+        held-out clips, which lie farther from the classes than training clips do.
 
         Args:
             dataloader: batches of this model's inputs with `labels`.
             tail_size: see `OpenMax.fit`; default `config.openmax_tail_size`.
+        Raises:
+            ValueError: there is no batch, or too few clips are classified correctly.
         """
+        names = ("logits", "fused", "anchor_distances")
+        outputs: dict[str, list[Tensor]] = {name: [] for name in (*names, "labels")}
         was_training = self.training
         self.eval()
-        outputs: dict[str, list[Tensor]] = {name: [] for name in ("logits", "fused", "anchor_distances", "labels")}
         try:
             for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
                 batch = {name: value.to(self.device) for name, value in batch.items()}
                 outputs["labels"].append(batch.pop("labels"))
                 output = self(**batch, use_openmax=False)
-                for name in ("logits", "fused", "anchor_distances"):
+                for name in names:
                     outputs[name].append(output[name].float())
         finally:
             self.train(was_training)
         if not outputs["labels"]:
             raise ValueError("`dataloader` gave no batch.")
-        logits, fused, anchor_distances, labels = (torch.cat(values) for values in outputs.values())
-        if self.openmax.has_centroids:
-            self.openmax.fit_centroids(fused, labels)
-        distances = self.openmax_distances(fused, anchor_distances)
-        self.openmax.fit(distances, labels, logits.argmax(dim=-1), tail_size or self.config.openmax_tail_size)
+        self.openmax.reset()
+        train = {name: torch.cat(values) for name, values in outputs.items()}
+        self.openmax.fit_outputs(train, tail_size=tail_size or self.config.openmax_tail_size)
 
 
 def register_auto_classes() -> None:

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`OpenMax`: an extra class "unknown" (Bendale & Boult 2016): centroids, Weibulls, thresholds, rejection."""
+"""`OpenMax`: an extra class "unknown" for clips that are none of the classes (Bendale & Boult 2016).
+
+Read in this order: what is stored, `fit_outputs` (all that is fitted, in one call), its three steps (centroids,
+Weibulls, thresholds), then what happens to a clip: `distances`, `hazard`, `log_probabilities`, `reject`.
+Shape letters: B or N clips, C classes, K centroids per class, D the width of the vectors.
+"""
 
 import math
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,20 +20,22 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+Array = np.ndarray | Tensor
+
 
 class OpenMax(nn.Module):
     """
-    OpenMax (Bendale & Boult 2016): an extra class "unknown" takes over from the others as far as a clip lies in the
-    tail of the distances that members of the class have, w_c being the share of members that lie nearer.
+    OpenMax (Bendale & Boult 2016): "unknown" takes over from the classes as far as a clip lies in the tail of the
+    distances that members of the class have. w_c is the share of the members of class c that lie nearer than the clip.
 
     At the level of activations it is as published (algorithms 1 and 2, with the rank weights of the authors' code):
-    "unknown" takes omega_r w_c of the activation of the class of rank r, before the softmax. Activations are shifted
-    to be at least 0 in each row, which the published rule presumes. At the level of probabilities "unknown" takes
-    w_c of the probability of each class, after the softmax: a confident classifier then cannot outvote distance.
-    Either way a larger distance can only mean more "unknown".
+    "unknown" takes omega_r w_c of the activation of the class of rank r, before the softmax. The published rule
+    presumes activations of at least 0, so the activations of each row are shifted to start at 0.
+    At the level of probabilities "unknown" takes w_c of the probability of each class, after the softmax: a confident
+    classifier then cannot outvote the distance. At both levels more distance can only mean more "unknown".
 
-    The distance is not to one mean activation vector but to the nearest of `centroids_per_class` k-means centroids of
-    the class on the unit sphere, or (0) any distance that is given, such as that to the class anchors.
+    The distance is that to the nearest of `centroids_per_class` k-means centroids of the class, on the unit sphere.
+    With `centroids_per_class=0` it is any distance that is given, such as that to the class anchors.
 
     Args:
         num_labels: C.
@@ -38,7 +46,7 @@ class OpenMax(nn.Module):
     """
 
     min_tail = 5  # a Weibull fitted on fewer distances says next to nothing
-    # No score exceeds it, so that no clip is rejected. Finite: tools that compare checkpoints subtract the weights
+    # No score exceeds it, so no clip is rejected. It is finite: tools that compare checkpoints subtract the weights
     no_threshold = torch.finfo(torch.float32).max
     weibull_shape: Tensor
     weibull_scale: Tensor
@@ -60,16 +68,17 @@ class OpenMax(nn.Module):
         self.level = level
         for name in ("weibull_shape", "weibull_scale", "weibull_shift"):
             self.register_buffer(name, torch.ones(num_labels, dtype=torch.float32))
-        # A float: `_keep_in_fp32_modules_strict` would turn a bool into one. One for each class: loading with another
-        # number of labels then leaves it out, like the fit that it stands for
+        # A float, as `_keep_in_fp32_modules_strict` would turn a bool into one. One entry for each class: loading with
+        # another number of labels then leaves it out, together with the fit that it stands for
         self.register_buffer("fitted", torch.zeros(num_labels, dtype=torch.float32))
         thresholds = torch.full((num_labels,), self.no_threshold, dtype=torch.float32)
         self.register_buffer("rejection_thresholds", thresholds)
         if centroids_per_class:
             shape = (num_labels, centroids_per_class, embedding_size)
             self.register_buffer("centroids", torch.zeros(shape, dtype=torch.float32))
-        # What `fitted` holds after a fit: one for the other kind of distance or the other level does not count
-        self._fitted_mark = 1.0 + bool(centroids_per_class) + 2 * (level == "probability")
+        # What `fitted` holds after a fit: 1 to 4, by the kind of distance and the level. A checkpoint that was fitted
+        # for another kind then counts as not fitted
+        self.kind = 1.0 + self.has_centroids + 2 * (level == "probability")
         self._known_fits: tuple[bool, bool] | None = None
 
     @property
@@ -79,38 +88,38 @@ class OpenMax(nn.Module):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether `fit` has run."""
+        """Whether the Weibulls are fitted."""
         return self._fits[0]
 
     @property
     def has_thresholds(self) -> bool:
-        """Whether `fit_thresholds` has run and found some."""
+        """Whether thresholds of rejection are fitted."""
         return self._fits[1]
 
     @property
     def _fits(self) -> tuple[bool, bool]:
         """Read from the buffers once, so that a forward pass neither waits for the device nor depends on data."""
         if self._known_fits is None:
-            is_fitted = bool((self.fitted == self._fitted_mark).all())
-            if self.has_centroids:  # loading another number of them leaves them out
+            is_fitted = bool((self.fitted == self.kind).all())
+            if self.has_centroids:  # a checkpoint with another number of centroids leaves them unloaded
                 is_fitted = is_fitted and bool(self.centroids.any())
             if not is_fitted and bool(self.fitted.any()):
                 logger.warning_once(
                     "This OpenMax was fitted with another `openmax_distance`, `openmax_level` or number of centroids "
-                    "than its configuration asks for: it counts as not fitted, and nothing is rejected."
+                    "than its configuration asks for. It counts as not fitted, and nothing is rejected."
                 )
             self._known_fits = is_fitted, bool((self.rejection_thresholds < self.no_threshold).any())
         return self._known_fits
 
-    def train(self, mode: bool = True):
-        """Also look whether there are fits: loading ends with `eval()`, and an export must not branch on data."""
-        if not mode and not self.fitted.is_meta:
-            self._look_again()
-        return super().train(mode)
-
-    def _look_again(self) -> None:
+    def _read_fits(self) -> None:
         self._known_fits = None
         self._known_fits = self._fits
+
+    def train(self, mode: bool = True):
+        """Also read which fits there are: loading ends with `eval()`, and an export must not branch on data."""
+        if not mode and not self.fitted.is_meta:
+            self._read_fits()
+        return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._known_fits = None
@@ -126,13 +135,63 @@ class OpenMax(nn.Module):
             self.centroids.fill_(0.0)
         self._known_fits = None
 
-    def fit_centroids(self, embeddings: np.ndarray | Tensor, labels: np.ndarray | Tensor, seed: int = 0) -> None:
+    def fit_outputs(
+        self,
+        train: Mapping[str, Any] | None,
+        held_out: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        tail_size: int = 20,
+        acceptance: float | None = None,
+        min_correct: int = min_tail,
+    ) -> None:
+        """
+        Fit everything to the outputs of a model.
+
+        The centroids are those of the training clips; a module that has centroids keeps them. Training clips lie
+        nearer to centroids, which are means of them, than new clips do: with centroids, the Weibulls are fitted on
+        the held-out clips, if enough of them are classified correctly. Otherwise, and with anchors, they are fitted
+        on the training clips, as published. The thresholds are those of the held-out clips.
+
+        Args:
+            train, held_out: arrays or tensors `logits` [N, C], made at temperature 1, `fused` [N, D],
+                `anchor_distances` [N, C] and `labels` [N] of training clips and of clips that were not trained on.
+            temperature: that the model divides its logits by.
+            tail_size: see `fit`.
+            acceptance: see `fit_thresholds`; None fits no thresholds.
+            min_correct: number of correctly classified clips that the Weibulls need.
+        Raises:
+            ValueError: there are no centroids and no training clips, or too few clips are classified correctly and
+                nothing was fitted before.
+        """
+        if self.has_centroids and not self.centroids.any():
+            if train is None:
+                raise ValueError("OpenMax has no centroids: they come from training clips, and none are given.")
+            self.fit_centroids(train["fused"], train["labels"])
+        sources = [held_out, train] if self.has_centroids else [train]
+        source = next((outputs for outputs in sources if outputs and _num_correct(outputs) >= min_correct), None)
+        if source is not None:
+            predictions = as_array(source["logits"]).argmax(axis=1)
+            self.fit(self._distances_of(source), source["labels"], predictions, tail_size)
+        elif not self.is_fitted:
+            raise ValueError(f"OpenMax needs at least {min_correct} correctly classified clips, and there are fewer.")
+        if held_out is not None and acceptance is not None:
+            logits = torch.as_tensor(held_out["logits"]).float().to(self.fitted.device) / temperature
+            scores = self.rejection_scores(logits, self._distances_of(held_out))
+            self.fit_thresholds(scores, logits.argmax(dim=-1), acceptance)
+
+    def _distances_of(self, outputs: Mapping[str, Any]) -> Tensor:
+        fused, anchor_distances = (
+            torch.as_tensor(outputs[name]).float().to(self.fitted.device) for name in ("fused", "anchor_distances")
+        )
+        return self.distances(fused, anchor_distances)
+
+    def fit_centroids(self, embeddings: Array, labels: Array, seed: int = 0) -> None:
         """
         Place the centroids of each class by k-means (k-means++ start) over its L2-normalised members.
 
-        A distinct centroid has on average at least four members, so that few clips are centroids of their own; where
-        that leaves fewer than K, they are repeated. A class without members takes those of all clips and is named.
-        Fits on other centroids are void.
+        A distinct centroid has at least four members on average, so that few clips do not become centroids of their
+        own. Where that leaves fewer than K centroids, they are repeated. A class without members takes the centroids
+        of all clips; a warning names it. Earlier fits are forgotten.
 
         Args:
             embeddings: [N, D], of training clips.
@@ -141,7 +200,7 @@ class OpenMax(nn.Module):
         Raises:
             ValueError: shapes that do not match, no clip, or values that are not finite.
         """
-        embeddings, labels = (_as_array(values) for values in (embeddings, labels))
+        embeddings, labels = as_array(embeddings), as_array(labels)
         num_labels, _, size = self.centroids.shape
         if embeddings.ndim != 2 or embeddings.shape[1] != size or labels.shape != embeddings.shape[:1]:
             raise ValueError(
@@ -165,28 +224,13 @@ class OpenMax(nn.Module):
         centroids, _ = kmeans2(members, number, minit="++", rng=seed)
         return _normalized(np.resize(centroids, self.centroids.shape[1:]))
 
-    def distances(self, embeddings: Tensor) -> Tensor:
-        """Euclidean distance on the unit sphere, `embeddings` [B, D] to the nearest centroid of each class [B, C]."""
-        directions = F.normalize(embeddings.float(), dim=-1)
-        # Not by a matrix product: autocast would round the similarities to bfloat16
-        distances = torch.cdist(
-            directions, self.centroids.float().flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        return distances.unflatten(1, self.centroids.shape[:2]).amin(dim=-1)
-
-    def fit(
-        self,
-        distances: np.ndarray | Tensor,
-        labels: np.ndarray | Tensor,
-        predictions: np.ndarray | Tensor,
-        tail_size: int = 20,
-    ) -> None:
+    def fit(self, distances: Array, labels: Array, predictions: Array, tail_size: int = 20) -> None:
         """
         Fit one Weibull per class on the largest distances between correctly classified clips and their own class.
 
         As in libmr, a tail t is moved to t - min(t) + 1 before a maximum likelihood fit with location 0. A class with
         fewer than 5 correct clips, or without spread in its tail, takes the fit over the clips of all classes; a
-        warning names it. Thresholds of rejection that were fitted before are void.
+        warning names it. Earlier thresholds of rejection are forgotten.
 
         Args:
             distances: to each class, [N, C].
@@ -196,7 +240,7 @@ class OpenMax(nn.Module):
             ValueError: shapes that do not match, values that are not finite, a tail below 5, or too few correct clips
                 over all classes.
         """
-        distances, labels, predictions = (_as_array(values) for values in (distances, labels, predictions))
+        distances, labels, predictions = (as_array(values) for values in (distances, labels, predictions))
         distances = distances.astype(np.float64)
         num_labels = len(self.weibull_shape)
         if distances.shape != (len(labels), num_labels) or labels.shape != predictions.shape or labels.ndim != 1:
@@ -226,11 +270,12 @@ class OpenMax(nn.Module):
                 )
             shape, scale, shift = fit or cast(tuple[float, float, float], pooled)
             self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
-        self.fitted.fill_(self._fitted_mark)
+        self.fitted.fill_(self.kind)
         self.rejection_thresholds.fill_(self.no_threshold)
-        self._look_again()
+        self._read_fits()
 
     def _fit_tail(self, distances: np.ndarray, tail_size: int) -> tuple[float, float, float] | None:
+        """Shape, scale and shift; None for a tail that is too short or without spread."""
         tail = np.sort(distances)[-tail_size:]
         if len(tail) < self.min_tail or tail[-1] - tail[0] < 1e-4:
             return None
@@ -249,24 +294,22 @@ class OpenMax(nn.Module):
         scale = math.exp(logs[-1] + math.log(np.exp(shape * (logs - logs[-1])).mean()) / shape)
         return shape, scale, tail[0]
 
-    def fit_thresholds(
-        self, rejection_scores: np.ndarray | Tensor, predictions: np.ndarray | Tensor, acceptance: float = 0.95
-    ) -> None:
+    def fit_thresholds(self, rejection_scores: Array, predictions: Array, acceptance: float = 0.95) -> None:
         """
         Choose for each predicted class the smallest threshold that accepts the share `acceptance` of known clips.
 
-        It is the ceil((n + 1) acceptance)-th smallest score of the n clips that are predicted to be of the class, as
-        in split conformal prediction (Vovk et al. 2005): a new known clip is then accepted with at least that
-        probability. Predicted classes with too few clips for it share a threshold over all clips.
+        The threshold is the ceil((n + 1) acceptance)-th smallest score of the n clips with this prediction, as in
+        split conformal prediction (Vovk et al. 2005): it accepts a new known clip with at least that probability.
+        Predicted classes with too few clips share a threshold over all clips.
 
         Args:
-            rejection_scores: of held-out clips of the known classes, [N]; see `rejection_scores`.
+            rejection_scores: of held-out clips of the known classes, [N]; see the method of this name.
             predictions: their predicted class ids, [N].
             acceptance: in (0, 1).
         Raises:
             ValueError: shapes that do not match, scores that are not finite, a share outside (0, 1).
         """
-        scores, predictions = (_as_array(values) for values in (rejection_scores, predictions))
+        scores, predictions = as_array(rejection_scores), as_array(predictions)
         if scores.ndim != 1 or scores.shape != predictions.shape or not np.isfinite(scores).all():
             raise ValueError(
                 f"`rejection_scores` and `predictions` must be [N], finite; got {scores.shape}, {predictions.shape}."
@@ -287,11 +330,25 @@ class OpenMax(nn.Module):
                 f"{', '.join(map(str, too_few))} for a rejection threshold of its own; "
                 f"{'`openmax_threshold` decides' if pooled is None else 'the one over all classes stands in'}."
             )
-        self._look_again()
+        self._read_fits()
+
+    def distances(self, embeddings: Tensor, anchor_distances: Tensor | None = None) -> Tensor:
+        """
+        The distances [B, C] that OpenMax goes by: Euclidean, on the unit sphere, from `embeddings` [B, D] to the
+        nearest centroid of each class. Without centroids they are `anchor_distances` [B, C].
+        """
+        if not self.has_centroids:
+            return cast(Tensor, anchor_distances)
+        directions = F.normalize(embeddings.float(), dim=-1)
+        # Not by a matrix product: autocast would round the similarities to bfloat16
+        distances = torch.cdist(
+            directions, self.centroids.float().flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        return distances.unflatten(1, self.centroids.shape[:2]).amin(dim=-1)
 
     def hazard(self, distances: Tensor) -> Tensor:
         """-log of the share of members of each class that lie farther than `distances` [B, C]; 0 below the tail."""
-        # log1p keeps the digits of near distances that the large shapes of narrow tails ask for
+        # (1 + d)^shape by its logarithm: d is small and the shape of a narrow tail large, so 1 + d would round d away
         log_moved = torch.log1p((distances.float() - self.weibull_shift).clamp(min=-1))
         return torch.exp((self.weibull_shape * (log_moved - self.weibull_scale.log())).clamp(max=69))  # up to 1e30
 
@@ -311,7 +368,7 @@ class OpenMax(nn.Module):
         return self.log_probabilities(logits, distances).exp()
 
     def log_probabilities(self, logits: Tensor, distances: Tensor) -> Tensor:
-        """The logarithm of `forward`; for the classes it keeps its digits where the probability is next to 0."""
+        """The logarithm of `forward`. It stays exact for a class whose probability is next to 0."""
         if not self.is_fitted:
             raise ValueError(
                 "OpenMax is not fitted: call `model.fit_openmax(dataloader)` first, or pass `use_openmax=False`."
@@ -330,8 +387,8 @@ class OpenMax(nn.Module):
 
     def rejection_scores(self, logits: Tensor, distances: Tensor) -> Tensor:
         """
-        -log of the largest probability that is left to a class, [B] from [B, C] and [B, C]: high where a clip is far
-        from all classes and where it lies between them, the two reasons to reject of Bendale & Boult (2016).
+        -log of the largest probability that is left to a class, [B] from [B, C] and [B, C]. It is high for a clip far
+        from all classes and for one that lies between them: the two reasons to reject of Bendale & Boult (2016).
         """
         return -self.log_probabilities(logits, distances)[:, :-1].amax(dim=-1)
 
@@ -339,7 +396,7 @@ class OpenMax(nn.Module):
         self, scores: Tensor, probabilities: Tensor, predictions: Tensor, threshold: float, use_fitted: bool = True
     ) -> Tensor:
         """
-        Which clips are none of the classes.
+        Decide which clips are none of the classes.
 
         Args:
             scores: of `rejection_scores`, [B].
@@ -355,12 +412,17 @@ class OpenMax(nn.Module):
         return wins | (probabilities[:, -1] > threshold)
 
 
-def _as_array(values: np.ndarray | Tensor) -> np.ndarray:
+def as_array(values: Array) -> np.ndarray:
+    """A numpy array of an array or a tensor on any device."""
     return np.asarray(torch.as_tensor(values).detach().cpu())
 
 
 def _normalized(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _num_correct(outputs: Mapping[str, Any]) -> int:
+    return int((as_array(outputs["logits"]).argmax(axis=1) == as_array(outputs["labels"])).sum())
 
 
 def _conformal_threshold(scores: np.ndarray, acceptance: float) -> float | None:

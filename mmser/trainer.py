@@ -12,6 +12,7 @@ import shutil
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from huggingface_hub import upload_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
@@ -62,12 +63,15 @@ class MMSERTrainer(Trainer):
         model (`MMSERForAudioClassification`): gets the class counts of the training set, if it has none.
         args (`MMSERTrainingArguments`): by default with all its defaults.
         teacher (`MMSERForAudioClassification`, *optional*): for `config.distillation_loss_weight`, on the same inputs.
-        kwargs: as for `Trainer`. `compute_metrics` defaults to the metrics of `evaluation_mmser`, which also warn when
+        kwargs: as for `Trainer`. `compute_metrics` defaults to the metrics of `mmser.metrics`, which also warn when
             all predictions are of one class. Call `finalize` after `train`.
     Raises:
         TypeError: other training arguments, whose defaults would undo the parameter groups and drop the audio.
         ValueError: a teacher without `config.distillation_loss_weight`, or the other way round.
     """
+
+    model: Any  # `MMSERForAudioClassification`, wrapped or not
+    args: MMSERTrainingArguments
 
     def __init__(self, model=None, args=None, teacher: MMSERForAudioClassification | None = None, **kwargs):
         args = MMSERTrainingArguments() if args is None else args
@@ -84,7 +88,9 @@ class MMSERTrainer(Trainer):
             if model.config.class_counts is None and isinstance(kwargs.get("train_dataset"), EmotionDataset):
                 model.config.class_counts = class_counts(kwargs["train_dataset"], model.config.num_labels)
         super().__init__(model, args, **kwargs)
-        self.teacher = None if teacher is None else teacher.to(self.args.device).requires_grad_(False).eval()
+        self.teacher = (
+            None if teacher is None else cast(Any, teacher).to(self.args.device).requires_grad_(False).eval()
+        )
         self.train_outputs: dict[str, np.ndarray] | None = None
         self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._is_predicting = False
@@ -93,7 +99,9 @@ class MMSERTrainer(Trainer):
         if hasattr(self.train_dataset, "set_epoch"):
             self._set_epoch.targets.append(self.train_dataset)
         self._average: WeightAverage | None = None  # while training with `args.weight_averaging`
-        if self.args.weight_averaging and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.model_init):
+        if self.args.weight_averaging and (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled or self.model_init is not None
+        ):
             raise ValueError(
                 "`weight_averaging` needs whole weights on each process, of one model from the start: it does not go "
                 "with DeepSpeed, FSDP or `model_init`."
@@ -152,7 +160,7 @@ class MMSERTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW (or `args.optim`) over the published parameter groups and log their sizes."""
         if self.optimizer is None:
-            model = self.model if model is None else model
+            model = cast(PreTrainedModel, self.model if model is None else model)
             groups = parameter_groups(
                 model,
                 learning_rate=self.args.learning_rate,
@@ -255,10 +263,10 @@ class MMSERTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a new checkpoint in the background, as usual, but with its code and without a pickle of arguments."""
-        args, previous = self.args, self.push_in_progress
+        args, previous = self.args, cast(Any, self).push_in_progress
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        running = [job for job in previous.jobs if not job.done()] if previous is not None else []
+        running: Any = [job for job in previous.jobs if not job.done()] if previous is not None else []
         if running and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
@@ -267,14 +275,16 @@ class MMSERTrainer(Trainer):
             if file.is_file() and file.suffix not in (".pt", ".pth") and file.name != WeightAverage.file_name:
                 shutil.copy(file, args.output_dir)
         # The pickle may be there for a moment: `_save` lets the stock method write it first
-        uploads = [(args.output_dir, None, ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"])]
+        uploads: list[tuple[Any, str | None, list[str] | None]] = [
+            (args.output_dir, None, ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"])
+        ]
         if args.hub_strategy == HubStrategy.CHECKPOINT:
             uploads.append((checkpoint_folder, "last-checkpoint", None))
         elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             uploads.append((checkpoint_folder, Path(checkpoint_folder).name, None))
         for folder, path_in_repo, ignored in uploads:
             job = upload_folder(
-                repo_id=self.hub_model_id,
+                repo_id=str(self.hub_model_id),
                 folder_path=folder,
                 path_in_repo=path_in_repo,
                 ignore_patterns=ignored,
@@ -284,7 +294,7 @@ class MMSERTrainer(Trainer):
                 run_as_future=True,
             )
             running.append(job)
-        self.push_in_progress = PushInProgress(running)
+        cast(Any, self).push_in_progress = PushInProgress(running)  # the library types it as None
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `train_hf.py` writes; without one, let Transformers write its own."""
@@ -345,15 +355,13 @@ class MMSERTrainer(Trainer):
         Returns: as `calibrate`.
         """
         model = self.accelerator.unwrap_model(self.model)
-        # What another training left in them, if the model comes from a finished checkpoint, is void
+        # A finished checkpoint, if training started from one, brought a calibration of its own
         self._reset_calibration()
         model.openmax.reset()
         self.train_outputs = self.predict_outputs(train_dataset)
-        if model.openmax.has_centroids:
-            model.openmax.fit_centroids(self.train_outputs["fused"], self.train_outputs["labels"])
         if calibration_dataset is not None:
             return self.calibrate(calibration_dataset)
-        self._fit_openmax(self.train_outputs, None, 1.0)
+        self._fit_openmax(None, 1.0)
         return {"temperature": 1.0}
 
     def calibrate(self, calibration_dataset) -> dict[str, float]:
@@ -363,7 +371,7 @@ class MMSERTrainer(Trainer):
 
         Args:
             calibration_dataset: clips that were not trained on, and are not those of the final evaluation. What they
-                cannot determine (as they are all classified correctly, or too few) stays as it was.
+                cannot determine keeps its former value: all of them may be classified correctly, or too few of them.
         Returns: the temperature; NLL and expected calibration error before and after on these clips; the AUROC with
             which the uncertainty tells wrong answers from right ones, before and after.
         """
@@ -384,13 +392,13 @@ class MMSERTrainer(Trainer):
             report[f"ece_{name}"] = expected_calibration_error(softmax(logits / divisor), labels)
         if wrong.any() and not wrong.all():
             doubt = 1 - softmax(logits / temperature).max(axis=1)
-            fitted = fit_error_probability(doubt, outputs["uncertainty"], wrong)
+            fitted: Any = fit_error_probability(doubt, outputs["uncertainty"], wrong)
             weights = torch.from_numpy(fitted)
             combined = error_log_odds(doubt, outputs["uncertainty"], fitted)
             report["error_auroc_before"] = error_detection_auroc(outputs["uncertainty"], wrong)
             report["error_auroc_after"] = error_detection_auroc(combined, wrong)
         model.uncertainty.error_calibration.copy_(weights)
-        self._fit_openmax(self.train_outputs, outputs, temperature)
+        self._fit_openmax(outputs, temperature)
         return report
 
     def _reset_calibration(self) -> None:
@@ -398,43 +406,14 @@ class MMSERTrainer(Trainer):
         model.temperature.fill_(1.0)
         model.uncertainty.error_calibration.copy_(torch.tensor(model.uncertainty.uncalibrated))
 
-    def _fit_openmax(
-        self, train: dict[str, np.ndarray] | None, held_out: dict[str, np.ndarray] | None, temperature: float
-    ) -> None:
-        """
-        Weibulls and thresholds from outputs that were made at temperature 1.
-
-        Training clips lie nearer to the centroids, which are means of them, than any clip to come: the Weibulls are
-        fitted on held-out clips where there are enough. With anchors it is the training clips, as published.
-        """
+    def _fit_openmax(self, held_out: dict[str, np.ndarray] | None, temperature: float) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        openmax, config = model.openmax, model.config
-        if openmax.has_centroids and not openmax.centroids.any():
-            logger.warning("OpenMax is left unfitted: it has no centroids, which come from the training clips.")
-            return
-
-        def num_correct(outputs):
-            return 0 if outputs is None else int((outputs["logits"].argmax(axis=1) == outputs["labels"]).sum())
-
-        def distances(outputs):
-            tensors = [torch.from_numpy(outputs[name]).float() for name in ("fused", "anchor_distances")]
-            return model.openmax_distances(*(tensor.to(model.device) for tensor in tensors))
-
-        enough = openmax.min_tail * config.num_labels
-        sources = [held_out, train] if openmax.has_centroids else [train]
-        source = next((outputs for outputs in sources if num_correct(outputs) >= enough), None)
-        if source is not None:
-            predictions = source["logits"].argmax(axis=1)
-            try:
-                openmax.fit(distances(source), source["labels"], predictions, config.openmax_tail_size)
-            except ValueError as error:  # such as clips that are all alike: no reason to lose a trained model
-                logger.warning(f"OpenMax is left as it is: {error}")
-        elif not openmax.is_fitted:
-            logger.warning("OpenMax is left unfitted: the model classifies too few clips correctly.")
-        if openmax.is_fitted and held_out is not None and config.openmax_acceptance is not None:
-            logits = torch.from_numpy(held_out["logits"]).float().to(model.device) / temperature
-            scores = openmax.rejection_scores(logits, distances(held_out))
-            openmax.fit_thresholds(scores, logits.argmax(dim=-1), config.openmax_acceptance)
+        tail_size, acceptance = model.config.openmax_tail_size, model.config.openmax_acceptance
+        enough = model.openmax.min_tail * model.config.num_labels
+        try:
+            model.openmax.fit_outputs(self.train_outputs, held_out, temperature, tail_size, acceptance, enough)
+        except ValueError as error:  # such as clips that are all alike: no reason to lose a trained model
+            logger.warning(f"OpenMax is left as it is: {error}")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

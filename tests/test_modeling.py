@@ -37,7 +37,6 @@ from modeling_mmser import (
     AttentiveStatsPooling,
     CrossModalAttention,
     DeepClassifier,
-    FillMissing,
     MMSERForAudioClassification,
     MMSERModel,
     UncertaintyHead,
@@ -237,17 +236,6 @@ def test_weighted_layer_sum_of_long_states():
             gradients, torch.autograd.grad((weight * exact).sum(), (offset, factors)), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("present", [[True, True], [True, False], [False, False]])
-def test_missing_rows_take_the_embedding(present):
-    """Against torch.where and its gradients."""
-    states, embedding = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (4,)))
-    rows = torch.tensor(present)
-    ours, stock = FillMissing.apply(states, embedding, rows), torch.where(rows[:, None, None], states, embedding)
-    assert torch.equal(ours, stock)
-    assert torch.autograd.gradcheck(FillMissing.apply, (states, embedding, rows))
-    assert torch.autograd.gradgradcheck(FillMissing.apply, (states, embedding, rows))
 
 
 @torch.no_grad()

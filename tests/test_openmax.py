@@ -196,7 +196,7 @@ def test_a_fitted_openmax_works_in_half_precision(rng, dtype):
     model = tiny_model()
     fit_openmax_by_chance(model)
     model.to(dtype)
-    distances = model.openmax_distances(torch.randn(2, 32, dtype=dtype), torch.rand(2, 4, dtype=dtype))
+    distances = model.openmax.distances(torch.randn(2, 32, dtype=dtype), torch.rand(2, 4, dtype=dtype))
     assert distances.shape == (2, 4) and distances.isfinite().all()
 
 
