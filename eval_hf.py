@@ -15,6 +15,7 @@ python eval_hf.py --checkpoint me/model --dataset_name me/my_data --group_by lan
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> dict:
     processor = MMSERProcessor.from_pretrained(options.model_name_or_path)
     reading = {"sampling_rate": processor.feature_extractor.sampling_rate, "max_seconds": source.max_seconds}
     clips = check_clips(clips, source.on_bad_example, **reading)
-    make_dataset = partial(EmotionDataset, seed=options.seed, **reading)
+    make_dataset: Any = partial(EmotionDataset, seed=options.seed, **reading)
     groups = group_clips(make_dataset(clips.evaluated), options.group_by)
 
     trainer = load_trainer(options.model_name_or_path, processor, training_arguments)

@@ -34,7 +34,7 @@ TEXT_KEYS = ("text", "transcription")
 
 
 class MMSEROnnxConfig(PreTrainedConfig):
-    """What an exported model says of itself: its labels, and whatever else `export_hf.py` noted in the ONNX file."""
+    """The configuration that `export_hf.py` stored in an ONNX file: labels and thresholds."""
 
     model_type = "mmser-onnx"
 
@@ -76,7 +76,7 @@ class MMSEROnnxForAudioClassification:
     config_class = MMSEROnnxConfig
     file_name = "model.onnx"
     input_modalities = ("audio", "text")
-    # What a pipeline asks of a model: tensors come and go as float32 on the CPU, wherever onnxruntime computes
+    # A pipeline asks for these. Tensors come and go as float32 on the CPU, wherever onnxruntime computes
     dtype = torch.float32
     device = torch.device("cpu")
 
@@ -110,7 +110,7 @@ class MMSEROnnxForAudioClassification:
         except ImportError as error:
             raise ImportError("An exported model needs onnxruntime: `pip install onnxruntime`") from error
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-        path = name_or_path
+        path: Any = name_or_path
         if not Path(path).is_file():
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             path = cached_file(os.fspath(name_or_path), cls.file_name, **options)
@@ -126,14 +126,14 @@ class MMSEROnnxForAudioClassification:
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModelForAudioClassification") -> None:
-        """The `Auto*` classes call this on what they load; an exported folder names its code from the start."""
+        """Does nothing: the `Auto*` classes call it, and an exported folder names its code already."""
 
     def to(self, *args, **kwargs):
-        """Where it runs is chosen by `providers`."""
+        """Does nothing: `providers` say where the model runs."""
         return self
 
     def eval(self):
-        """It is never anything else."""
+        """An exported model is always in eval mode."""
         return self
 
     def can_generate(self) -> bool:
@@ -176,7 +176,7 @@ class MMSEROnnxForAudioClassification:
         )
 
     def _with_mask(self, name: str, values, mask, like) -> tuple[Any, Any]:
-        """One modality and its mask; what the batch `like` lacks is the shortest input there is, all of it masked."""
+        """One modality and its mask. A missing one is the shortest possible input, masked, for the batch `like`."""
         if values is not None:
             return values, np.ones((values.shape[0], values.shape[-1])) if mask is None else mask
         if name == "input_ids":
@@ -269,14 +269,14 @@ class _Named(torch.utils.data.Dataset):
 
 
 def _first(item: dict, keys: tuple[str, ...]) -> Any:
-    """What is under the first of the keys that holds something, or None."""
+    """The value of the first of the keys that has one, or None."""
     return next((item[key] for key in keys if item.get(key) is not None), None)
 
 
 def _size(item) -> tuple[float, int]:
     """(seconds of audio, characters of text) of a pipeline's input, from file headers; 0 if unreadable, or no file."""
     seconds, characters = 0.0, 0
-    # Only for a good order: what is wrong with an input is reported, with its name, when its turn comes
+    # Sizes only decide the order. An error in an input is reported, with its name, when its turn comes
     with contextlib.suppress(Exception):
         audio, words, rate = item, "", None
         if isinstance(item, dict):
@@ -303,11 +303,12 @@ class MMSERPipeline(Pipeline):
 
     processor: Any
     processor_class: Any = None  # `MMSERProcessor`, once `processing_mmser` is imported
-    _load_processor = True
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    # The base class types these as None
+    _load_processor: Any = True
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
 
     functions = ("softmax", "sigmoid", "none")
     preprocess_options = ("sampling_rate", "chunk_length_s", "stride_length_s")
@@ -403,7 +404,7 @@ class MMSERPipeline(Pipeline):
         postprocess = {key: value for key, value in kwargs.items() if key in self.postprocess_options}
         return preprocess, {}, postprocess
 
-    def preprocess(self, inputs, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
+    def preprocess(self, inputs, sampling_rate: int | None = None) -> dict[str, Any]:  # type: ignore[override]
         """One input of any kind -> model inputs with a batch axis of 1, as NumPy arrays."""
         audio, text, own_rate, name = _unpack(inputs, TEXT_KEYS)
         sampling_rate = own_rate or sampling_rate
@@ -422,11 +423,11 @@ class MMSERPipeline(Pipeline):
     def get_iterator(
         self, inputs: Any, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ):
-        """The base method, which cannot batch two modalities of which one may be missing, written anew."""
+        """In place of the base method, which cannot batch clips with a missing modality."""
         chunking, preprocess_params = self._chunking(preprocess_params)
         params = preprocess_params, forward_params, postprocess_params
         if chunking is not None:
-            # A data set ends where its length says, which going through it need not
+            # By index: iterating over a data set need not end at its length
             indices: Any = range(len(inputs)) if isinstance(inputs, Sized) else None
             recordings = enumerate(inputs) if indices is None else ((index, inputs[index]) for index in indices)
             return (self._classify_recording(i, item, chunking, batch_size, *params) for i, item in recordings)
@@ -519,7 +520,7 @@ class MMSERPipeline(Pipeline):
         names = ("logits", "uncertainty", "unknown_probability", "is_unknown")
         return {name: getattr(outputs, name, None) for name in names}
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]  # options by name, as in the library's own pipelines
         self, model_outputs, top_k=None, allowed_labels=None, return_uncertainty=False, function_to_apply=None
     ) -> list[dict]:
         """Outputs for one clip -> its labels with their scores, best first."""

@@ -44,7 +44,7 @@ class MMSERAudioKwargs(TypedDict, total=False):
 
 
 class MMSERProcessorKwargs(ProcessingKwargs, total=False):
-    audio_kwargs: MMSERAudioKwargs
+    audio_kwargs: MMSERAudioKwargs  # type: ignore[misc]  # the library declares its own kind here
 
 
 class MMSERProcessor(ProcessorMixin):
@@ -56,7 +56,7 @@ class MMSERProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text encoder.
     """
 
-    valid_processor_kwargs = MMSERProcessorKwargs
+    valid_processor_kwargs: Any = MMSERProcessorKwargs
     text_kwargs = {"padding": True, "return_tensors": "pt"}  # noqa: RUF012 (read and copied by ProcessorMixin)
     audio_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
 

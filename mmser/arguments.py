@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -147,14 +148,16 @@ class SourceArguments:
     @property
     def source(self) -> dict:
         """The same as keyword arguments of `load_emotion_dataset`."""
-        names = ("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split")
-        names += ("test_split", "allow_speaker_overlap", "on_bad_example", "columns")
+        names = (
+            *("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split"),
+            *("test_split", "allow_speaker_overlap", "on_bad_example", "columns"),
+        )
         return {name: getattr(self, name) for name in names}
 
     @property
     def name(self) -> str:
-        """What the source is called."""
-        return self.data_dir or self.manifest or self.dataset_name
+        """What the source is called; empty if none was given."""
+        return self.data_dir or self.manifest or self.dataset_name or ""
 
 
 @dataclass
@@ -218,7 +221,7 @@ class MMSERTrainingArguments(TrainingArguments):
             f"'{{\"audio_encoder\": 1}}'. Groups: {', '.join(PARAMETER_GROUPS)}."
         },
     )
-    weight_decay: float | None = field(
+    weight_decay: float | None = field(  # type: ignore[assignment]  # None: the published one of each group
         default=None, metadata={"help": "One weight decay for all groups instead of the published one for each."}
     )
     use_amp: bool = field(
@@ -251,7 +254,7 @@ class MMSERTrainingArguments(TrainingArguments):
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})
 
     def __post_init__(self):
         if isinstance(self.lr_multipliers, str):
@@ -394,7 +397,7 @@ TRAINING_ARGUMENTS = (ModelArguments, DataArguments, MMSERTrainingArguments)
 EVALUATION_ARGUMENTS = (EvaluationArguments, SourceArguments)
 
 
-def parse_arguments(kinds: Sequence[type], arguments: Sequence[str], description: str | None = None) -> tuple:
+def parse_arguments(kinds: Sequence[Any], arguments: Sequence[str], description: str | None = None) -> tuple:
     """
     Parse the flags of a command, after an optional JSON recipe whose keys are the names of the flags.
 

@@ -145,7 +145,7 @@ def store_calibration(
     """Save the calibrated model: into the checkpoint's own folder, or into the output folder if it is on the Hub."""
     folder = Path(arguments.model_name_or_path)
     if not folder.is_dir():
-        folder = Path(arguments.output_dir) / "checkpoint"
+        folder = Path(str(arguments.output_dir)) / "checkpoint"
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return folder

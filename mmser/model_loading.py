@@ -2,6 +2,7 @@
 """The model and the processor that a training starts from: two encoders, or an MMSER checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, Wav2Vec2FeatureExtractor
@@ -40,34 +41,13 @@ def load_processor(arguments: ModelArguments) -> MMSERProcessor:
 def load_model(
     arguments: ModelArguments, label_names: list[str], processor: MMSERProcessor
 ) -> MMSERForAudioClassification:
-    """The model to train, with the label names of the data and what is to be frozen frozen."""
+    """The model to train, with the label names of the data, and with the parts frozen that the flags name."""
     labels = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {label: i for i, label in enumerate(label_names)},
     }
-    if arguments.model_name_or_path:
-        model = MMSERForAudioClassification.from_pretrained(
-            arguments.model_name_or_path,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # another label set gets new output layers; the loading report names them
-            # those of the earlier training set, as many as it had labels, say nothing about this one
-            **{"class_counts": None, **labels, **arguments.config_overrides},
-        )
-        average_checkpoints(model, [arguments.model_name_or_path, *arguments.average_with])
-    else:
-        sources = {"audio": arguments.audio_model_name_or_path, "text": arguments.text_model_name_or_path}
-        if arguments.random_text_encoder:
-            arguments.text_config_overrides.setdefault("vocab_size", len(processor.tokenizer))
-        for kind in sources:
-            if getattr(arguments, f"random_{kind}_encoder"):
-                sources[kind] = random_encoder_config(kind, arguments)
-        model = MMSERForAudioClassification.from_backbones(
-            sources["audio"],
-            sources["text"],
-            audio_num_hidden_layers=arguments.audio_num_hidden_layers,
-            **labels,
-            **arguments.config_overrides,
-        )
+    start = _from_checkpoint if arguments.model_name_or_path else _from_encoders
+    model = start(arguments, labels, processor)
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
     spec_augment = {name: getattr(arguments, name) for name in SPEC_AUGMENT if getattr(arguments, name) is not None}
@@ -83,9 +63,45 @@ def load_model(
     return model
 
 
+def _from_checkpoint(arguments: ModelArguments, labels: dict, processor: MMSERProcessor) -> Any:
+    names = [str(arguments.model_name_or_path), *arguments.average_with]
+    overrides: Any = arguments.config_overrides
+    model = MMSERForAudioClassification.from_pretrained(
+        names[0],
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # another label set gets new output layers; the loading report names them
+        # The class counts of the checkpoint are those of its own training clips
+        **{"class_counts": None, **labels, **overrides},
+    )
+    average_checkpoints(model, names)
+    return model
+
+
+def _from_encoders(arguments: ModelArguments, labels: dict, processor: MMSERProcessor) -> Any:
+    sources: dict[str, Any] = {
+        "audio": arguments.audio_model_name_or_path,
+        "text": arguments.text_model_name_or_path,
+    }
+    overrides: Any = arguments.config_overrides
+    if arguments.random_text_encoder:
+        text_overrides: Any = arguments.text_config_overrides
+        text_overrides.setdefault("vocab_size", len(processor.tokenizer))
+    for kind in sources:
+        if getattr(arguments, f"random_{kind}_encoder"):
+            sources[kind] = random_encoder_config(kind, arguments)
+    return MMSERForAudioClassification.from_backbones(
+        sources["audio"],
+        sources["text"],
+        audio_num_hidden_layers=arguments.audio_num_hidden_layers,
+        **labels,
+        **overrides,
+    )
+
+
 def check_spec_augment(model: MMSERForAudioClassification) -> None:
-    """What SpecAugment needs, if it was off when the encoder was made or is set only now."""
-    config, encoder = model.config.audio_config, model.base_model.audio_encoder
+    """Refuse settings of SpecAugment without effect; make the embedding that a waveform encoder needs for it."""
+    config: Any = model.config.audio_config
+    encoder: Any = model.base_model.audio_encoder
     is_masked = config.mask_time_prob > 0 or config.mask_feature_prob > 0
     if is_masked and not config.apply_spec_augment:
         raise ValueError("Shares and lengths of SpecAugment have no effect without --apply_spec_augment.")

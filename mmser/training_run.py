@@ -56,11 +56,12 @@ def find_checkpoint(arguments: MMSERTrainingArguments) -> Checkpoint | None:
     wanted = str(arguments.resume_from_checkpoint)
     if wanted.lower() in ("false", "no"):
         return None
-    folder: str | None = wanted
+    folder = wanted
     if wanted.lower() in ("none", "true"):
-        folder = last_complete_checkpoint(arguments.output_dir)
-        if folder is None:
+        found = last_complete_checkpoint(arguments.output_dir)
+        if found is None:
             return None
+        folder = found
         logger.info(f"Resuming from {folder}. Choose another --output_dir to start anew.")
     state = Path(folder) / "trainer_state.json"
     if not state.is_file():
@@ -167,7 +168,7 @@ class Examples:
                 raise ValueError("--cache_encoder_states reads the clips before training: it cannot with --streaming.")
             bf16, fp16 = training_arguments.bf16, training_arguments.fp16
             precision = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
-            model.to(training_arguments.device)
+            model.to(training_arguments.device)  # type: ignore[arg-type]  # the library's wrapper hides the signature
             self.cache = EncoderStateCache(arguments.cache_encoder_states, model, processor, autocast=precision)
 
     def for_training(self, split):
@@ -246,7 +247,8 @@ def train(
     if resumed and trainer.state.global_step == resumed.step:  # it was finished before
         training = earlier_training(trainer.args.output_dir) or training
     is_stream = isinstance(data.splits["train"], datasets.IterableDataset)
-    training["skipped_clips"] = trainer.train_dataset.num_skipped if is_stream else data.skipped_clips
+    train_dataset: Any = trainer.train_dataset
+    training["skipped_clips"] = train_dataset.num_skipped if is_stream else data.skipped_clips
     known_clips = data.splits["train"].take(STREAM_SAMPLE) if is_stream else data.splits["train"]
     held_out = data.splits.get("validation")
     calibration = trainer.finalize(
