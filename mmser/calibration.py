@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a score mean what it says: calibration error, temperature scaling, the probability of an error.
+"""Whether a score means what it says: calibration error, temperature scaling, and the probability of an error.
 
-On plain arrays, with the conventions of `metrics`.
+Every function takes lists, numpy arrays or torch tensors and computes in float64 (see `metrics`).
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy.optimize
+import scipy.special
 from transformers.utils import logging
 
-from mmser.metrics import (
+from mmser.checks import (
     check_floats,
     check_labels,
+    check_positive_integer,
     check_probabilities,
     check_same_length,
+    check_scores,
     check_temperature,
-    rank_auroc,
-    scores_and_flags,
+    reject,
 )
+from mmser.metrics import rank_auroc
 
 logger = logging.get_logger(__name__)
 TEMPERATURE_BOUNDS = (0.05, 20.0)
@@ -55,14 +57,13 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
     Raises:
         ValueError: malformed probabilities (the row is named), label out of range, unequal lengths, `num_bins` < 1.
     """
-    if not isinstance(num_bins, numbers.Integral) or num_bins < 1:
-        raise ValueError(f"`num_bins` must be a positive integer, got {num_bins!r}.")
+    num_bins = check_positive_integer(num_bins, "num_bins")
     probabilities = check_probabilities(probabilities)
     labels = check_labels(labels, "labels", probabilities.shape[1])
     check_same_length(probabilities=probabilities, labels=labels)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    edges = np.linspace(0.0, 1.0, int(num_bins) + 1)
+    edges = np.linspace(0.0, 1.0, num_bins + 1)
     # side="left" gives edges[i - 1] < value <= edges[i]
     bins = np.searchsorted(edges, confidence, side="left") - 1
     count = np.bincount(bins, minlength=num_bins)
@@ -98,10 +99,14 @@ def negative_log_likelihood(logits: Any, labels: Any, temperature: float = 1.0) 
         ValueError: non-finite logits, label out of range, unequal lengths, or a temperature that is not positive.
     """
     check_temperature(temperature)
+    return _mean_nll(*_check_logits(logits, labels), float(temperature))
+
+
+def _check_logits(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     logits = check_floats(logits, "logits", num_dimensions=2)
     labels = check_labels(labels, "labels", logits.shape[1])
     check_same_length(logits=logits, labels=labels)
-    return _mean_nll(logits, labels, float(temperature))
+    return logits, labels
 
 
 def _mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
@@ -112,8 +117,8 @@ def _mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> flo
 def fit_temperature(logits: Any, labels: Any) -> float:
     """Temperature scaling (Guo et al. 2017, section 4.2): the T in [0.05, 20] with the lowest held-out NLL.
 
-    The NLL is convex in 1/T, so it has one minimum over log T, which a bounded scalar search finds. The bounds and
-    T = 1 are compared too: the result is never worse than T = 1 on the given clips, and is 1 when no T is better.
+    The NLL is convex in 1/T, so a bounded scalar search over log T finds its one minimum. The result is compared with
+    the bounds and with T = 1: it is never worse than T = 1 on the given clips, and it is 1 when no T is better.
 
     Args:
         logits: float [N, C], not from training clips.
@@ -125,9 +130,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     Raises:
         ValueError: as in `negative_log_likelihood`.
     """
-    logits = check_floats(logits, "logits", num_dimensions=2)
-    labels = check_labels(labels, "labels", logits.shape[1])
-    check_same_length(logits=logits, labels=labels)
+    logits, labels = _check_logits(logits, labels)
     search = scipy.optimize.minimize_scalar(
         lambda log_temperature: _mean_nll(logits, labels, math.exp(log_temperature)),
         bounds=(math.log(TEMPERATURE_BOUNDS[0]), math.log(TEMPERATURE_BOUNDS[1])),
@@ -138,8 +141,8 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     best = min(candidates, key=lambda temperature: _mean_nll(logits, labels, temperature))
     if best in TEMPERATURE_BOUNDS:
         logger.warning(
-            f"The temperature stopped at its bound {best} on {len(labels)} clips: they are too few, nearly all right"
-            " or nearly all wrong. Fit it on more held-out clips."
+            f"The temperature stopped at its bound {best}: the {len(labels)} held-out clips are too few, or nearly all"
+            " right, or nearly all wrong. Fit it on more held-out clips."
         )
     return best
 
@@ -157,10 +160,10 @@ def error_detection_auroc(uncertainty: Any, is_wrong: Any) -> float:
     Raises:
         ValueError: empty input, unequal lengths, non-finite uncertainty, flag other than 0 / 1.
     """
-    return rank_auroc(*scores_and_flags(uncertainty, is_wrong, "uncertainty", "is_wrong"))
+    return rank_auroc(uncertainty, is_wrong, "uncertainty", "is_wrong")
 
 
-def error_log_odds(doubt: Any, uncertainty: Any, weights: Sequence[float]) -> np.ndarray:
+def error_log_odds(doubt: Any, uncertainty: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
     """Log-odds of an error [N]: weights[0] logit(doubt) + weights[1] logit(uncertainty) + weights[2].
 
     Args:
@@ -174,15 +177,15 @@ def error_log_odds(doubt: Any, uncertainty: Any, weights: Sequence[float]) -> np
 
 
 def fit_error_probability(doubt: Any, uncertainty: Any, is_wrong: Any) -> np.ndarray:
-    """Logistic regression of "the prediction is wrong" on the log-odds of two scores (Platt 1999 has one).
+    """Logistic regression of "the prediction is wrong" on the log-odds of two scores (Platt 1999 uses one).
 
-    The weights of the scores are at least 0, so that more doubt never means less probability of an error; a unit
-    Gaussian prior on them keeps few clips from extreme ones.
+    The weights of the scores are at least 0, so that more doubt never lowers the probability of an error. A unit
+    Gaussian prior on them keeps them small when there are few clips.
 
     Args:
         doubt: float [N], one minus the largest class probability, of held-out clips.
         uncertainty: float [N], of the uncertainty head, in [0, 1].
-        is_wrong: bool [N], with both values present.
+        is_wrong: bool [N]; at least one prediction is right and one is wrong.
 
     Returns:
         Weights of the two log-odds and the constant, float64 [3]; see `error_log_odds`.
@@ -190,12 +193,11 @@ def fit_error_probability(doubt: Any, uncertainty: Any, is_wrong: Any) -> np.nda
     Raises:
         ValueError: unequal lengths, a score outside [0, 1], or only right (or only wrong) predictions.
     """
-    doubt, is_wrong = scores_and_flags(doubt, is_wrong, "doubt", "is_wrong")
+    doubt, is_wrong = check_scores(doubt, is_wrong, "doubt", "is_wrong")
     uncertainty = check_floats(uncertainty, "uncertainty")
     check_same_length(doubt=doubt, uncertainty=uncertainty)
     for name, values in (("doubt", doubt), ("uncertainty", uncertainty)):
-        if (values < -1e-6).any() or (values > 1 + 1e-6).any():
-            raise ValueError(f"`{name}` must be in [0, 1], got values from {values.min()} to {values.max()}.")
+        reject(values, (values < -1e-6) | (values > 1 + 1e-6), f"`{name}` must be in [0, 1]")
     if is_wrong.all() or not is_wrong.any():
         raise ValueError("`is_wrong` must hold both right and wrong predictions.")
     sign = np.where(is_wrong, 1.0, -1.0)
@@ -213,8 +215,8 @@ def fit_error_probability(doubt: Any, uncertainty: Any, is_wrong: Any) -> np.nda
 def risk_coverage_curve(uncertainty: Any, is_wrong: Any) -> tuple[np.ndarray, np.ndarray]:
     """Error rate among the k least uncertain clips, for k = 1..N (El-Yaniv & Wiener 2010).
 
-    Clips with equal uncertainty share their errors evenly, which is the expected curve over random orders of the
-    ties: the order of the rows never matters.
+    Clips with equal uncertainty share their errors evenly. The curve is then the mean over all orders of these clips,
+    and does not depend on the order of the rows.
 
     Args:
         uncertainty: float [N], higher = less certain.
@@ -226,7 +228,7 @@ def risk_coverage_curve(uncertainty: Any, is_wrong: Any) -> tuple[np.ndarray, np
     Raises:
         ValueError: as in `error_detection_auroc`.
     """
-    uncertainty, is_wrong = scores_and_flags(uncertainty, is_wrong, "uncertainty", "is_wrong")
+    uncertainty, is_wrong = check_scores(uncertainty, is_wrong, "uncertainty", "is_wrong")
     _, group, size = np.unique(uncertainty, return_inverse=True, return_counts=True)
     errors_per_clip = np.bincount(group, weights=is_wrong) / size
     kept = np.arange(1, len(uncertainty) + 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of clips (language, corpus, sex, duration): which there are, and how a model does on each."""
+"""Groups of clips (language, corpus, sex, duration): which group each clip is in, and how a model does on each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,18 +7,52 @@ from typing import Any
 import datasets
 import numpy as np
 
-from mmser.calibration import (
-    expected_calibration_error,
-)
-from mmser.metrics import (
-    bootstrap_classification,
+from mmser.calibration import expected_calibration_error
+from mmser.checks import (
     check_flags,
     check_label_names,
     check_labels,
     check_probabilities,
     check_same_length,
-    compute_classification_metrics,
+    reject,
 )
+from mmser.metrics import bootstrap_classification, compute_classification_metrics
+
+GROUPS = ("corpus", "language", "sex")
+
+
+def split_groups(
+    split: datasets.Dataset | datasets.IterableDataset, names: Iterable[str] = GROUPS
+) -> dict[str, list[str]]:
+    """The group of each clip in each of the columns `names` that the data have. An empty cell is "unknown".
+
+    A stream has no groups: its clips are not known before they are read.
+    """
+    if not isinstance(split, datasets.Dataset):
+        return {}
+    return {
+        name: ["unknown" if value in ("", None) else str(value) for value in split[name]]
+        for name in names
+        if name in split.column_names
+    }
+
+
+def duration_bands(seconds: Sequence[float] | np.ndarray) -> list[str]:
+    """The band of each clip's duration; the names of the bands sort in their order.
+
+    Args:
+        seconds: [N] durations, >= 0.
+
+    Returns:
+        N names: "0-1 s", "1-2 s", "2-4 s", "4-8 s" or "8+ s". A band holds its lower bound, but not its upper one.
+
+    Raises:
+        ValueError: for a negative or non-finite duration, naming the first.
+    """
+    names = ("0-1 s", "1-2 s", "2-4 s", "4-8 s", "8+ s")
+    durations = np.asarray(seconds, dtype=np.float64)
+    reject(durations, ~np.isfinite(durations) | (durations < 0), "`seconds` must be finite and >= 0")
+    return [names[band] for band in np.searchsorted([1, 2, 4, 8], durations, side="right")]
 
 
 def grouped_metrics(
@@ -30,12 +64,12 @@ def grouped_metrics(
     is_unknown: Any = None,
     num_samples: int = 1000,
 ) -> dict[str, dict[str, Any]]:
-    """What is said about each group of clips (language, corpus, sex, duration).
+    """The metrics of each group of clips.
 
     Args:
         predictions: int [N] predicted class indices.
         references: int [N] true class indices.
-        groups: N names (or anything that `str` turns into one).
+        groups: the group of each clip, N names (or anything that `str` turns into one).
         label_names: C names; the position is the class index.
         probabilities: float [N, C], for the calibration within each group.
         is_unknown: bool [N], whether the model rejects the clip.
@@ -64,7 +98,7 @@ def grouped_metrics(
     for group in np.unique(group_names).tolist():
         rows = group_names == group
         own = predictions[rows], references[rows]
-        values = {"count": int(rows.sum()), **compute_classification_metrics(*own, names)}
+        values: dict[str, Any] = {"count": int(rows.sum()), **compute_classification_metrics(*own, names)}
         values["weighted_f1_interval"] = bootstrap_classification(*own, names, num_samples)["weighted_f1"]
         if probabilities is not None:
             values["mean_confidence"] = float(probabilities[rows].max(axis=1).mean())
@@ -80,16 +114,16 @@ def group_gap(
     metrics: Sequence[str] = ("weighted_f1", "unweighted_average_recall"),
     min_count: int = 30,
 ) -> dict[str, dict[str, Any]]:
-    """How far the best and the worst group are apart, among those with enough clips to say so.
+    """How far the best and the worst group are apart, among the groups with enough clips.
 
     Args:
         groups: result of `grouped_metrics`.
         metrics: names of the metrics to compare.
-        min_count: groups with fewer clips do not take part.
+        min_count: smaller groups are left out.
 
     Returns:
-        Metric name -> `gap`, and the names of the groups with the `highest` and the `lowest` value (the first by name
-        among equals); empty if fewer than two groups have `min_count` clips.
+        Metric name -> `gap`, and the names of the groups with the `highest` and the `lowest` value (of equal groups
+        the first by name); empty if fewer than two groups have `min_count` clips.
     """
     large = {name: values for name, values in groups.items() if values["count"] >= min_count}
     if len(large) < 2:
@@ -100,39 +134,3 @@ def group_gap(
         highest, lowest = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
         report[metric] = {"gap": values[highest] - values[lowest], "highest": highest, "lowest": lowest}
     return report
-
-
-def duration_bands(seconds: Sequence[float] | np.ndarray) -> list[str]:
-    """The band of each clip's duration, to compare scores by; the names of the bands sort in their order.
-
-    Args:
-        seconds: [N] durations, >= 0.
-
-    Returns:
-        N names: "0-1 s", "1-2 s", "2-4 s", "4-8 s" or "8+ s". A band has its lower bound, but not its upper one.
-
-    Raises:
-        ValueError: for a negative or non-finite duration, naming the first.
-    """
-    names = ("0-1 s", "1-2 s", "2-4 s", "4-8 s", "8+ s")
-    durations = np.asarray(seconds, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(durations) | (durations < 0))
-    if bad.size:
-        raise ValueError(f"durations must be finite and >= 0, got {durations[bad[0]]} at index {bad[0]}")
-    return [names[band] for band in np.searchsorted([1, 2, 4, 8], durations, side="right")]
-
-
-GROUPS = ("corpus", "language", "sex")
-
-
-def split_groups(
-    split: datasets.Dataset | datasets.IterableDataset, names: Iterable[str] = GROUPS
-) -> dict[str, list[str]]:
-    """The group of each clip, for those of the columns `names` that the data have; empty cells are "unknown"."""
-    if not isinstance(split, datasets.Dataset):
-        return {}
-    return {
-        name: ["unknown" if value in ("", None) else str(value) for value in split[name]]
-        for name in names
-        if name in split.column_names
-    }

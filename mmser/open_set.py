@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well clips that are none of the classes are told apart, with *unknown as the positive class*.
+"""How well clips that are none of the classes are told apart. Unknown is the positive class.
 
-On plain arrays, with the conventions of `metrics`.
+First the metrics of any score, then two scores of how unknown a clip is (`energy_score`, `knn_distance`). Every
+function takes lists, numpy arrays or torch tensors and computes in float64 (see `metrics`).
 """
 
-import numbers
 from typing import Any
 
 import numpy as np
-import scipy.stats
-import sklearn.preprocessing
+import scipy.spatial.distance
+import scipy.special
+from sklearn.preprocessing import normalize
 
-from mmser.metrics import check_flags, check_floats, check_same_length, check_temperature, rank_auroc, scores_and_flags
+from mmser.checks import (
+    check_flags,
+    check_floats,
+    check_positive_integer,
+    check_same_length,
+    check_scores,
+    check_temperature,
+)
+from mmser.metrics import rank_auroc
 
 
 def _share_at_or_above(scores: np.ndarray, thresholds: np.ndarray, count: int) -> np.ndarray:
@@ -44,7 +53,7 @@ def auroc(scores: Any, is_unknown: Any) -> float:
     Raises:
         ValueError: empty input, unequal lengths, non-finite score, flag other than 0 / 1.
     """
-    return rank_auroc(*scores_and_flags(scores, is_unknown, "scores", "is_unknown"))
+    return rank_auroc(scores, is_unknown, "scores", "is_unknown")
 
 
 def roc_curve(scores: Any, is_unknown: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,7 +62,7 @@ def roc_curve(scores: Any, is_unknown: Any) -> tuple[np.ndarray, np.ndarray, np.
     A clip is flagged as unknown if score >= threshold, at every distinct score. Arguments and errors as in `auroc`;
     the rate of a group without clips is nan.
     """
-    scores, is_unknown = scores_and_flags(scores, is_unknown, "scores", "is_unknown")
+    scores, is_unknown = check_scores(scores, is_unknown, "scores", "is_unknown")
     thresholds = _thresholds(scores)
     known, unknown = scores[~is_unknown], scores[is_unknown]
     return (
@@ -80,7 +89,7 @@ def fpr_at_95_tpr(scores: Any, is_unknown: Any) -> float:
     Raises:
         ValueError: as in `auroc`.
     """
-    scores, is_unknown = scores_and_flags(scores, is_unknown, "scores", "is_unknown")
+    scores, is_unknown = check_scores(scores, is_unknown, "scores", "is_unknown")
     known, unknown = scores[~is_unknown], np.sort(scores[is_unknown])
     if len(known) == 0 or len(unknown) == 0:
         return float("nan")
@@ -168,8 +177,7 @@ def knn_distance(train_features: Any, features: Any, k: int = 10) -> np.ndarray:
     Raises:
         ValueError: empty or non-finite features, unequal widths, or `k` < 1.
     """
-    if not isinstance(k, numbers.Integral) or k < 1:
-        raise ValueError(f"`k` must be a positive integer, got {k!r}.")
+    k = check_positive_integer(k, "k")
     train_features = check_floats(train_features, "train_features", 2)
     features = check_floats(features, "features", 2)
     if train_features.shape[1] != features.shape[1]:
@@ -178,7 +186,7 @@ def knn_distance(train_features: Any, features: Any, k: int = 10) -> np.ndarray:
             f"{features.shape[1]}."
         )
     # a row of zeros stays as it is
-    train_features, features = (sklearn.preprocessing.normalize(rows) for rows in (train_features, features))
+    train_features, features = (normalize(rows) for rows in (train_features, features))
     k = min(int(k), len(train_features))
     distances = np.empty(len(features))
     step = max(1, 10_000_000 // len(train_features))  # rows at a time, to bound the memory

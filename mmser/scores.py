@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model says about clips (`predict_*`), and the scores of it (`describe_*`, `evaluate_*`).
+"""Run a model over a split and score it.
 
-`predict_rows` runs the model over a split, with both modalities and with each alone. `describe_rows` scores what it
-said, beside a linear probe and the majority class. `evaluate_open_set` and `describe_rejection` score how well it
-tells that a clip is none of the classes.
+`predict_*` run the model: over clips as they are, with one modality hidden, or over augmented passes. `describe_*`
+score closed-set answers, beside a linear probe and the majority class. `evaluate_open_set` and `describe_rejection`
+score how well the model tells that a clip is none of the classes.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import scipy.special
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -25,10 +26,10 @@ from mmser.calibration import (
     expected_calibration_error,
     negative_log_likelihood,
 )
+from mmser.checks import check_positive_integer, to_numpy
 from mmser.examples import EmotionDataset, TestTimeAugmentation
 from mmser.groups import grouped_metrics
 from mmser.metrics import (
-    average_passes,
     bootstrap_classification,
     bootstrap_interval,
     compute_classification_metrics,
@@ -38,15 +39,17 @@ from mmser.metrics import (
 from mmser.open_set import auroc, energy_score, fpr_at_95_tpr, knn_distance, oscr
 from mmser.trainer import MMSERTrainer
 
+Outputs = Mapping[str, np.ndarray]  # of `MMSERTrainer.predict_outputs`: name -> one row per clip
+
 
 def predict_clips(trainer: MMSERTrainer, dataset: torch.utils.data.Dataset, rows: list[str]) -> dict[str, np.ndarray]:
     """
-    `trainer.predict_outputs`, checked: a number that is not finite is an error naming the clip.
+    `trainer.predict_outputs`, checked: a number that is not finite is an error that names the clip.
 
     Args:
         trainer: with the model.
-        dataset: examples of which all can be read.
-        rows: where each of them comes from, for the message.
+        dataset: examples; all of them must be readable.
+        rows: where each example comes from, for the error.
     """
     outputs = trainer.predict_outputs(dataset)
     for name, values in outputs.items():
@@ -65,39 +68,76 @@ def predict_rows(
     make_dataset: Callable[..., torch.utils.data.Dataset],
 ) -> dict[str, dict[str, np.ndarray]]:
     """
-    Run the model over one split with what each clip has, and with each modality alone.
+    Run the model over one split with all that each clip has, and with each modality alone.
 
     Args:
         trainer: with the model.
         split: a table of `load_emotion_dataset`; all of its clips must be readable (`drop_unreadable`).
         make_dataset: makes examples of a table; takes `use_audio` and `use_text`.
-    Returns: row name -> outputs of `predict_outputs` and `index` [M], the position of each clip in the split; rows
-        `model`, and `audio_only` and `text_only` if the data have both, over the clips that have that one.
+    Returns: row name -> outputs of `predict_outputs` and `index` [M], the position of each clip in the split. The
+        rows are `model` and, if the data have both modalities, `audio_only` and `text_only`, over the clips that have
+        that modality.
     """
     if not isinstance(split, datasets.Dataset):
         outputs = trainer.predict_outputs(make_dataset(split))
         return {"model": {**outputs, "index": np.arange(len(outputs["labels"]))}}
     rows = {"model": {**predict_clips(trainer, make_dataset(split), split["row"]), "index": np.arange(len(split))}}
     if {"audio", "text"} <= set(split.column_names):
-        for name, column, other in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
-            index = np.array([i for i, value in enumerate(split[column]) if value], dtype=np.int64)
+        for name, column, hidden in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
+            index = np.flatnonzero([bool(value) for value in split[column]])
             if len(index):
                 table = split.select(index)
-                rows[name] = {
-                    **predict_clips(trainer, make_dataset(table, **{other: False}), table["row"]),
-                    "index": index,
-                }
+                outputs = predict_clips(trainer, make_dataset(table, **{hidden: False}), table["row"])
+                rows[name] = {**outputs, "index": index}
     return rows
 
 
 def predict_passes(
     trainer: MMSERTrainer, dataset: EmotionDataset, passes: int, seed: int = 42
 ) -> dict[str, np.ndarray]:
-    """`predict_clips` with test-time augmentation: the mean over passes of the same clip, all but the first at another
-    speed. Speed alone: averaging over noisy copies as well did worse on held-out real speech."""
+    """
+    `predict_clips` with test-time augmentation: the mean over several passes of each clip.
+
+    All passes but the first play the clip at another speed. No noise is added: averaging over noisy copies as well did
+    worse on held-out real speech.
+    """
     several = TestTimeAugmentation(dataset, passes, Augmenter(snr_db_range=None, probability=1.0), seed)
     rows = [row for row in dataset.dataset["row"] for _ in range(passes)]
     return average_passes(predict_clips(trainer, several, rows), passes)
+
+
+def average_passes(outputs: Mapping[str, Any], num_passes: int) -> dict[str, np.ndarray]:
+    """Average several passes over each clip: probabilities are averaged, not logits.
+
+    Args:
+        outputs: arrays with one row per pass; the passes of one clip are together, as `TestTimeAugmentation` orders
+            them: `logits` [N * P, C] and any others with N * P rows.
+        num_passes: P.
+
+    Returns:
+        The same arrays with one row per clip. `logits` is the logarithm of the mean of softmax(logits), so that its
+        softmax is that mean. `labels` is that of the first pass. A flag (bool) is set if it is set in more than half
+        of the passes. Everything else is the mean. With one pass, the values stay as they are.
+
+    Raises:
+        ValueError: `num_passes` < 1, or an array whose number of rows is not a multiple of it.
+    """
+    num_passes = check_positive_integer(num_passes, "num_passes")
+    averaged = {}
+    for name, values in outputs.items():
+        array = to_numpy(values, name)
+        if array.ndim == 0 or len(array) % num_passes:
+            raise ValueError(f"`{name}` must have {num_passes} rows for each clip, got shape {array.shape}.")
+        array = array.reshape(len(array) // num_passes, num_passes, *array.shape[1:])
+        if num_passes == 1 or name == "labels":
+            averaged[name] = array[:, 0]
+        elif name == "logits":
+            log_probabilities = scipy.special.log_softmax(array.astype(np.float64), axis=2)
+            averaged[name] = scipy.special.logsumexp(log_probabilities, axis=1) - math.log(num_passes)
+        else:
+            mean = array.mean(axis=1, dtype=np.float64)
+            averaged[name] = mean > 0.5 if array.dtype == bool else mean
+    return averaged
 
 
 def describe_decisions(
@@ -112,21 +152,31 @@ def describe_decisions(
     }
 
 
+def describe_calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Whether softmax(logits) [N, C] means what it says of the true classes [N]."""
+    probabilities = softmax(logits)
+    return {
+        "expected_calibration_error": expected_calibration_error(probabilities, labels),
+        "negative_log_likelihood": negative_log_likelihood(logits, labels),
+        "mean_confidence": float(probabilities.max(axis=1).mean()),
+    }
+
+
 def describe_predictions(
-    outputs: Mapping[str, np.ndarray],
+    outputs: Outputs,
     label_names: list[str],
     groups: Mapping[str, list] | None = None,
     num_samples: int = 1000,
 ) -> dict[str, Any]:
     """
-    Everything that is said about one pass over one split.
+    All metrics of one pass over one split.
 
     Args:
         outputs: of `MMSERTrainer.predict_outputs`.
         label_names: C names, in the order of the class ids.
         groups: name of a grouping (`"corpus"`) -> the group of each clip, N names.
         num_samples: resamples for the intervals.
-    Returns: closed-set metrics, calibration, how well the uncertainty spots errors, the confusion matrix, and
+    Returns: closed-set metrics, calibration, how well the uncertainty finds errors, the confusion matrix, and
         `by_<grouping>`.
     """
     logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
@@ -134,9 +184,7 @@ def describe_predictions(
     wrong = predictions != labels
     result = {
         **describe_decisions(predictions, labels, label_names, num_samples),
-        "expected_calibration_error": expected_calibration_error(probabilities, labels),
-        "negative_log_likelihood": negative_log_likelihood(logits, labels),
-        "mean_confidence": probabilities.max(axis=1).mean(),
+        **describe_calibration(logits, labels),
         "error_auroc_of_uncertainty": error_detection_auroc(outputs["uncertainty"], wrong),
         "error_auroc_of_max_probability": error_detection_auroc(1 - probabilities.max(axis=1), wrong),
         "area_under_risk_coverage": area_under_risk_coverage(outputs["uncertainty"], wrong),
@@ -149,23 +197,23 @@ def describe_predictions(
     return result
 
 
-def linear_probe(train_outputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Class ids [N] from a logistic regression on the standardised fused vectors: what the deep head has to beat."""
+def linear_probe(train_outputs: Outputs, outputs: Outputs) -> np.ndarray:
+    """Class ids [N] from a logistic regression on the standardised fused vectors: the deep head has to beat it."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(train_outputs["fused"], train_outputs["labels"])
     return probe.predict(outputs["fused"])
 
 
 def describe_rows(
-    rows: Mapping[str, Mapping[str, np.ndarray]],
+    rows: Mapping[str, Outputs],
     label_names: list[str],
     groups: Mapping[str, list] | None = None,
-    train_outputs: Mapping[str, np.ndarray] | None = None,
+    train_outputs: Outputs | None = None,
     class_counts: list[int] | None = None,
     num_samples: int = 1000,
 ) -> dict[str, dict[str, Any]]:
     """
-    Score every row, and what the model has to beat on the same clips.
+    Score every row, and the simple answers that the model has to beat on the same clips.
 
     Args:
         rows: of `predict_rows`.
@@ -180,28 +228,29 @@ def describe_rows(
     for name, outputs in rows.items():
         own = {key: [values[i] for i in outputs["index"]] for key, values in (groups or {}).items()}
         described[name] = describe_predictions(outputs, label_names, own, num_samples)
-    outputs = rows["model"]
+    labels = rows["model"]["labels"]
+    others = {}
     if train_outputs is not None:
         if len(np.unique(train_outputs["labels"])) > 1:
-            predictions = linear_probe(train_outputs, outputs)
-            described["linear_probe"] = describe_decisions(predictions, outputs["labels"], label_names, num_samples)
+            others["linear_probe"] = linear_probe(train_outputs, rows["model"])
         class_counts = class_counts or np.bincount(train_outputs["labels"], minlength=len(label_names)).tolist()
     if class_counts:
-        majority = np.full(len(outputs["labels"]), np.argmax(class_counts))
-        described["majority"] = describe_decisions(majority, outputs["labels"], label_names, num_samples)
+        others["majority"] = np.full(len(labels), np.argmax(class_counts))
+    for name, predictions in others.items():
+        described[name] = describe_decisions(predictions, labels, label_names, num_samples)
     return described
 
 
 def open_set_scores(
-    outputs: Mapping[str, np.ndarray], train_outputs: Mapping[str, np.ndarray] | None = None, temperature: float = 1.0
+    outputs: Outputs, train_outputs: Outputs | None = None, temperature: float = 1.0
 ) -> dict[str, np.ndarray]:
     """
-    All scores [N] of how unknown a clip is (higher = more) that the outputs allow, the model's own first.
+    All scores [N] of how unknown a clip is (higher = more unknown) that the outputs allow, the model's own first.
 
     Args:
         outputs: of `predict_outputs`.
         train_outputs: of the training clips, for `knn` (on the fused vectors) and `knn_features`.
-        temperature: that the model divides its logits by; the energy is that of the logits as they were before.
+        temperature: that the model divides its logits by; the energy takes the logits before this division.
     Returns: `openmax` if it is fitted, `max_softmax`, `energy`, `knn`, `knn_features`, `uncertainty`.
     """
     scores = {"openmax": outputs["rejection_score"]} if "rejection_score" in outputs else {}
@@ -215,18 +264,18 @@ def open_set_scores(
 
 
 def evaluate_open_set(
-    known: Mapping[str, np.ndarray],
-    unknown_sets: Mapping[str, Mapping[str, np.ndarray]],
-    train_outputs: Mapping[str, np.ndarray] | None = None,
+    known: Outputs,
+    unknown_sets: Mapping[str, Outputs],
+    train_outputs: Outputs | None = None,
     temperature: float = 1.0,
     num_samples: int = 1000,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    How well clips that are none of the classes are told apart, unknown being the positive class.
+    How well clips that are none of the classes are told apart; unknown is the positive class.
 
     Args:
         known: outputs of `predict_outputs` for the known clips.
-        unknown_sets: likewise for each set of unknown ones, by name.
+        unknown_sets: name -> outputs for a set of unknown clips.
         train_outputs, temperature: see `open_set_scores`.
         num_samples: resamples for the intervals.
     Returns: set name -> score name -> `clips`, `auroc`, `auroc_interval`, `fpr_at_95_tpr` and `oscr`; with more than
@@ -257,10 +306,10 @@ def evaluate_open_set(
 
 
 def describe_rejection(
-    known: Mapping[str, np.ndarray], unknown_sets: Mapping[str, Mapping[str, np.ndarray]], label_names: list[str]
+    known: Outputs, unknown_sets: Mapping[str, Outputs], label_names: list[str]
 ) -> dict[str, Any] | None:
     """
-    What the model's own rule does: which clips it accepts as one of the classes and which it rejects.
+    What the model's own rule does: the clips that it accepts as one of the classes, and those that it rejects.
 
     Args:
         known, unknown_sets: as for `evaluate_open_set`.
@@ -272,17 +321,16 @@ def describe_rejection(
         return None
     accepted, labels = ~known["is_unknown"].astype(bool), known["labels"]
     correct = known["logits"].argmax(axis=1) == labels
+
+    def share(values: np.ndarray) -> float:
+        return float(values.mean()) if len(values) else math.nan
+
     return {
-        "known_accepted": accepted.mean(),
-        "accepted_by_class": {
-            name: accepted[labels == label].mean() if (labels == label).any() else math.nan
-            for label, name in enumerate(label_names)
-        },
-        "accuracy": correct.mean(),
-        "accuracy_of_accepted": correct[accepted].mean() if accepted.any() else math.nan,
-        "unknown_rejected": {
-            name: outputs["is_unknown"].astype(bool).mean() for name, outputs in unknown_sets.items()
-        },
+        "known_accepted": share(accepted),
+        "accepted_by_class": {name: share(accepted[labels == label]) for label, name in enumerate(label_names)},
+        "accuracy": share(correct),
+        "accuracy_of_accepted": share(correct[accepted]),
+        "unknown_rejected": {name: share(outputs["is_unknown"]) for name, outputs in unknown_sets.items()},
     }
 
 
@@ -300,7 +348,7 @@ def evaluate_augmentation(
     Args:
         trainer: with the model.
         dataset: the clips, as they are for evaluation.
-        num_passes: numbers of passes to try; 1 is the clip as it is.
+        num_passes: the numbers of passes to try; 1 is the clip as it is.
         label_names: in the order of the class ids.
         seed: of the augmentation.
         num_samples: resamples for the intervals.
@@ -311,7 +359,6 @@ def evaluate_augmentation(
         start = time.perf_counter()
         outputs = predict_passes(trainer, dataset, passes, seed)
         seconds = time.perf_counter() - start
-        report.append(
-            {"passes": passes, "seconds": seconds, **describe_predictions(outputs, label_names, None, num_samples)}
-        )
+        metrics = describe_predictions(outputs, label_names, num_samples=num_samples)
+        report.append({"passes": passes, "seconds": seconds, **metrics})
     return report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `evaluation_mmser`: each number against an independent reference (scikit-learn, torchmetrics, plain loops).
+"""Tests of the metrics: each number against an independent reference (scikit-learn, torchmetrics, plain loops).
 
 Order: classification, calibration, open set, uncertainty, test-time augmentation, report, bad input.
 """
@@ -36,7 +36,6 @@ from mmser.calibration import (
 from mmser.groups import group_gap, grouped_metrics
 from mmser.metrics import (
     MMSERMetric,
-    average_passes,
     bootstrap_classification,
     bootstrap_interval,
     build_compute_metrics,
@@ -45,6 +44,7 @@ from mmser.metrics import (
     softmax,
 )
 from mmser.open_set import auroc, energy_score, fpr_at_95_tpr, knn_distance, oscr, oscr_curve, roc_curve
+from mmser.scores import average_passes
 from mmser.tables import format_table
 
 LABEL_NAMES = ["neutral", "happy", "sad", "angry"]
@@ -137,7 +137,7 @@ def test_metric_works_offline_and_combined(tmp_path, monkeypatch):
     assert result == expected
     assert np.trace(matrix) == 4 and np.sum(matrix) == 5
 
-    with pytest.raises(ValueError, match=r"label 7 at index 1; allowed are 0 to 3"):
+    with pytest.raises(ValueError, match=r"class indices from 0 to 3 .*got 7 at index 1"):
         metric.compute(predictions=[0, 7], references=[0, 0])
     # an error leaves nothing behind
     metric.add_batch(predictions=predictions[:3], references=references[:3])
@@ -718,21 +718,21 @@ BAD_CALLS = [
     (lambda: softmax([[1.0, float("nan")]]), r"`logits` must be finite, got nan at index \(0, 1\)"),
     (lambda: softmax([[1.0], [1.0, 2.0]]), r"`logits` must be a rectangular array"),
     (lambda: softmax([1.0, 2.0]), r"`logits` must have 2 dimension\(s\)"),
-    (lambda: fit_temperature(GOOD, [0, 2]), r"`labels` has label 2 at index 1; allowed are 0 to 1"),
+    (lambda: fit_temperature(GOOD, [0, 2]), r"`labels` must hold class indices from 0 to 1 .*got 2 at index 1"),
     (lambda: fit_temperature(np.zeros((0, 4)), []), r"`logits` is empty"),
     (lambda: fit_temperature(GOOD, [0]), r"`logits` 2, `labels` 1"),
     (lambda: negative_log_likelihood(GOOD, [0, 1], 0), r"`temperature` must be positive"),
     (lambda: expected_calibration_error([[2.0, 1.0]], [0]), r"sum to 1 .* row 0 .*softmax"),
-    (lambda: expected_calibration_error(GOOD, [0, -1]), r"label -1 at index 1"),
+    (lambda: expected_calibration_error(GOOD, [0, -1]), r"from 0 to 1 .*got -1 at index 1"),
     (lambda: expected_calibration_error(GOOD, [0, 1], 0), r"`num_bins` must be a positive integer, got 0"),
     (lambda: confusion_matrix([0, 1], [0.0, 1.0], 2), r"`references` must hold integer class indices"),
     (lambda: confusion_matrix([], [], 2), r"`predictions` is empty"),
     (lambda: confusion_matrix([0], [0, 1], 2), r"`predictions` 1, `references` 2"),
-    (lambda: confusion_matrix([[0]], [0], 2), r"`predictions` must be one-dimensional"),
+    (lambda: confusion_matrix([[0]], [0], 2), r"`predictions` must have 1 dimension"),
     (lambda: compute_classification_metrics([0], [0], ["a", "a"]), r"distinct names"),
     (
         lambda: compute_classification_metrics([0], [5], ["a", "b"]),
-        r"label 5 at index 0; allowed are 0 to 1",
+        r"class indices from 0 to 1 .*got 5 at index 0",
     ),
     (lambda: grouped_metrics([0], [0], [], ["a"]), r"`groups` 0"),
     (lambda: bootstrap_interval(np.mean), r"at least one array"),
