@@ -5,11 +5,14 @@ First the metrics of any score, then two scores of how unknown a clip is (`energ
 function takes lists, numpy arrays or torch tensors and computes in float64 (see `metrics`).
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
 import scipy.spatial.distance
 import scipy.special
+import sklearn.metrics
+from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.preprocessing import normalize
 
 from mmser.checks import (
@@ -21,21 +24,6 @@ from mmser.checks import (
     check_temperature,
 )
 from mmser.metrics import rank_auroc
-
-
-def _share_at_or_above(scores: np.ndarray, thresholds: np.ndarray, count: int) -> np.ndarray:
-    """Number of `scores` >= each threshold, divided by `count`; nan where `count` is 0."""
-    above = len(scores) - np.searchsorted(np.sort(scores), thresholds, side="left")
-    return above / count if count else np.full(len(thresholds), np.nan)
-
-
-def _thresholds(scores: np.ndarray) -> np.ndarray:
-    """inf (nothing passes), then every distinct score, descending (at the last one everything passes)."""
-    return np.concatenate([[np.inf], np.unique(scores)[::-1]])
-
-
-def _trapezoid(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
 
 
 def auroc(scores: Any, is_unknown: Any) -> float:
@@ -63,13 +51,9 @@ def roc_curve(scores: Any, is_unknown: Any) -> tuple[np.ndarray, np.ndarray, np.
     the rate of a group without clips is nan.
     """
     scores, is_unknown = check_scores(scores, is_unknown, "scores", "is_unknown")
-    thresholds = _thresholds(scores)
-    known, unknown = scores[~is_unknown], scores[is_unknown]
-    return (
-        _share_at_or_above(known, thresholds, len(known)),
-        _share_at_or_above(unknown, thresholds, len(unknown)),
-        thresholds,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)  # nan says it
+        return sklearn.metrics.roc_curve(is_unknown, scores, drop_intermediate=False)
 
 
 def fpr_at_95_tpr(scores: Any, is_unknown: Any) -> float:
@@ -124,12 +108,14 @@ def oscr_curve(
     check_same_length(known_scores=known_scores, known_correct=known_correct)
     if len(known_scores) + len(unknown_scores) == 0:
         raise ValueError("`known_scores` and `unknown_scores` are both empty; at least one example is needed.")
-    thresholds = _thresholds(np.concatenate([known_scores, unknown_scores]))
-    return (
-        _share_at_or_above(unknown_scores, thresholds, len(unknown_scores)),
-        _share_at_or_above(known_scores[known_correct], thresholds, len(known_scores)),
-        thresholds,
-    )
+    thresholds = np.concatenate([[np.inf], np.unique(np.concatenate([known_scores, unknown_scores]))[::-1]])
+
+    def share_at_or_above(scores: np.ndarray, count: int) -> np.ndarray:
+        above = len(scores) - np.searchsorted(np.sort(scores), thresholds, side="left")
+        return above / count if count else np.full(len(thresholds), np.nan)
+
+    correct_rate = share_at_or_above(known_scores[known_correct], len(known_scores))
+    return share_at_or_above(unknown_scores, len(unknown_scores)), correct_rate, thresholds
 
 
 def oscr(known_scores: Any, known_correct: Any, unknown_scores: Any) -> float:
@@ -140,7 +126,7 @@ def oscr(known_scores: Any, known_correct: Any, unknown_scores: Any) -> float:
     unknown clip.
     """
     false_positive_rate, correct_rate, _ = oscr_curve(known_scores, known_correct, unknown_scores)
-    return _trapezoid(false_positive_rate, correct_rate)
+    return float(sklearn.metrics.auc(false_positive_rate, correct_rate))
 
 
 def energy_score(logits: Any, temperature: float = 1.0) -> np.ndarray:
