@@ -9,10 +9,10 @@ import warnings
 from typing import Any
 
 import numpy as np
-import scipy.spatial.distance
 import scipy.special
 import sklearn.metrics
 from sklearn.exceptions import UndefinedMetricWarning
+from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
 from mmser.checks import (
@@ -171,12 +171,6 @@ def knn_distance(train_features: Any, features: Any, k: int = 10) -> np.ndarray:
             f"`train_features` and `features` must have the same width, got {train_features.shape[1]} and "
             f"{features.shape[1]}."
         )
-    # a row of zeros stays as it is
-    train_features, features = (normalize(rows) for rows in (train_features, features))
-    k = min(int(k), len(train_features))
-    distances = np.empty(len(features))
-    step = max(1, 10_000_000 // len(train_features))  # rows at a time, to bound the memory
-    for start in range(0, len(features), step):
-        block = scipy.spatial.distance.cdist(features[start : start + step], train_features)
-        distances[start : start + step] = np.partition(block, k - 1, axis=1)[:, k - 1]
-    return distances
+    # `normalize` leaves a row of zeros as it is
+    neighbours = NearestNeighbors(n_neighbors=min(k, len(train_features)), algorithm="brute")
+    return neighbours.fit(normalize(train_features)).kneighbors(normalize(features))[0][:, -1]
