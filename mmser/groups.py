@@ -19,6 +19,7 @@ from mmser.checks import (
 from mmser.metrics import bootstrap_classification, compute_classification_metrics
 
 GROUPS = ("corpus", "language", "sex")
+FEW_CLIPS = 30  # the metrics of a group with fewer clips say little
 
 
 def split_groups(
@@ -112,7 +113,7 @@ def grouped_metrics(
 def group_gap(
     groups: Mapping[str, Mapping[str, Any]],
     metrics: Sequence[str] = ("weighted_f1", "unweighted_average_recall"),
-    min_count: int = 30,
+    min_count: int = FEW_CLIPS,
 ) -> dict[str, dict[str, Any]]:
     """How far the best and the worst group are apart, among the groups with enough clips.
 

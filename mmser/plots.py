@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a report: each function writes one PNG (folders are made) and returns its path.
+"""The pictures of a report. Each function writes one PNG (and makes its folder) and returns its path.
 
-Needs matplotlib (`pip install .[report]`); pyplot and the global settings stay untouched. The arrays are those of
-`evaluation_mmser`, which also checks them. Colours are those of Okabe & Ito (2008), distinguishable with every common
-form of colour blindness; line styles, hatches and numbers say the same again for grey print.
+Needs matplotlib (`pip install .[report]`); pyplot and the global settings stay untouched. Colours are those of Okabe &
+Ito (2008), which people with any common form of colour blindness can tell apart. Line styles, hatches and numbers
+repeat what the colours say, for grey print.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmser.calibration import expected_calibration_error, reliability_bins, risk_coverage_curve
-from mmser.metrics import check_floats, check_label_names
+from mmser.checks import check_floats, check_label_names
+from mmser.groups import FEW_CLIPS
 from mmser.open_set import auroc, fpr_at_95_tpr, oscr, oscr_curve, roc_curve
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -27,7 +28,8 @@ LINES = [
     (SKY, (0, (3, 1))),
 ]
 GREY, PALE = "#666666", "#CCCCCC"
-FEW_CLIPS = 30  # a group with fewer is drawn pale: its numbers say little
+# A grey dotted line that a curve is compared with
+REFERENCE = {"color": GREY, "linestyle": ":", "linewidth": 1}
 
 
 def check_matplotlib() -> None:
@@ -52,27 +54,34 @@ def _new_figure(width: float, height: float) -> Any:
 def _new_axes(width: float, height: float, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     figure = _new_figure(width, height)
     axes = figure.add_subplot()
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, title, x_label, y_label)
     return figure, axes
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def _new_square(num_entries: int, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    """Axes of the unit square, with room for a legend of `num_entries` lines below."""
+    figure, axes = _new_axes(5.2, 5.5 + 0.22 * num_entries, title, x_label, y_label)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), box_aspect=1)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_yticks(np.linspace(0, 1, 6))
+    return figure, axes
+
+
+def _label(axes: Any, title: str, x_label: str, y_label: str) -> None:
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, path: str | Path, legend_columns: int = 1) -> Path:
+    """Write the picture, with a legend below the axes if something in them has a label."""
+    if any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
+        figure.legend(loc="outside lower center", frameon=False, ncols=legend_columns)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Cut to what is drawn: the layout engine alone leaves labels outside where the axes have a fixed shape
     figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.12)
     return path
-
-
-def _say_undefined(axes: Any, *curves: np.ndarray) -> None:
-    """Say in the middle of the axes why there is no curve in them."""
-    if any(np.isnan(curve).any() for curve in curves):
-        text = "undefined: it takes\nknown and unknown clips"
-        axes.text(
-            0.5, 0.5, text, ha="center", va="center", color=GREY, bbox={"facecolor": "white", "edgecolor": "none"}
-        )
 
 
 def _value(number: float) -> str:
@@ -85,6 +94,21 @@ def _with_lines(methods: Mapping[str, Any]) -> list[tuple[tuple[str, Any], dict[
         raise ValueError(f"`methods` must map 1 to {len(LINES)} names to their arrays, got {methods!r}.")
     styles = [{"color": colour, "linestyle": style, "linewidth": 1.8} for colour, style in LINES]
     return list(zip(methods.items(), styles, strict=False))
+
+
+def _draw_curves(axes: Any, methods: Mapping[str, Any], curve: Callable[..., tuple]) -> list[np.ndarray]:
+    """Draw a curve for each method. `curve` turns its arrays into x, y and a note for the legend. Returns: all y."""
+    curves = []
+    for (name, arrays), style in _with_lines(methods):
+        x, y, note = curve(*arrays)
+        marker = "o" if len(x) == 1 else None
+        axes.plot(x, y, **style, marker=marker, clip_on=False, label=f"{name} ({note})")
+        if np.isnan(x).any() or np.isnan(y).any():
+            box = {"facecolor": "white", "edgecolor": "none"}
+            reason = "undefined: it takes\nknown and unknown clips"
+            axes.text(0.5, 0.5, reason, ha="center", va="center", color=GREY, bbox=box)
+        curves.append(y)
+    return curves
 
 
 def plot_confusion_matrix(matrix: Any, label_names: Sequence[str], path: str | Path) -> Path:
@@ -100,16 +124,10 @@ def plot_confusion_matrix(matrix: Any, label_names: Sequence[str], path: str | P
     # Cells of a class without clips are left white: there is no share to show
     image = axes.imshow(np.where(support[:, None] > 0, shares, np.nan), cmap="cividis", vmin=0, vmax=1)
     is_wide = len(names) > 4 or max(map(len, names)) > 9
-    axes.set_xticks(
-        range(len(names)),
-        names,
-        rotation=35 if is_wide else 0,
-        ha="right" if is_wide else "center",
-        rotation_mode="anchor",
-    )
-    axes.set_yticks(
-        range(len(names)), [f"{name}\n({total:.0f} clips)" for name, total in zip(names, support, strict=True)]
-    )
+    turned = {"rotation": 35 if is_wide else 0, "ha": "right" if is_wide else "center", "rotation_mode": "anchor"}
+    rows = [f"{name}\n({total:.0f} clips)" for name, total in zip(names, support, strict=True)]
+    axes.set_xticks(range(len(names)), names, **turned)
+    axes.set_yticks(range(len(names)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for row, column in np.ndindex(counts.shape):
@@ -142,25 +160,16 @@ def plot_reliability(methods: Mapping[str, Any], labels: Any, path: str | Path, 
         confidence, accuracy = bins.confidence[filled], bins.accuracy[filled]
         top.plot(confidence, accuracy, **{**style, "linewidth": 1}, alpha=0.5)
         # The size of a point says how many clips are behind it
-        top.scatter(
-            confidence,
-            accuracy,
-            s=12 + 160 * share[filled],
-            color=style["color"],
-            marker=marker,
-            zorder=3,
-            clip_on=False,
-        )
+        sizes = 12 + 160 * share[filled]
+        colour = style["color"]
+        top.scatter(confidence, accuracy, s=sizes, color=colour, marker=marker, zorder=3, clip_on=False)
         top.plot([], [], **style, marker=marker, label=f"{name} (ECE {error:.3f})")
         width = 0.8 / (num_bins * len(methods))
         left = bins.edges[:-1] + 0.1 / num_bins + position * width
-        bottom.bar(left, share, width=width, align="edge", color=style["color"])
-    top.set(ylabel="share of right answers", xlim=(0, 1.02), ylim=(-0.02, 1.04))
-    top.set_title("Reliability", loc="left", fontweight="bold")
-    bottom.set(xlabel="score of the answer (probability of its class)", ylabel="share of clips")
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+        bottom.bar(left, share, width=width, align="edge", color=colour)
+    top.set(xlim=(0, 1.02), ylim=(-0.02, 1.04))
+    _label(top, "Reliability", "", "share of right answers")
+    _label(bottom, "", "score of the answer (probability of its class)", "share of clips")
     return _save(figure, path)
 
 
@@ -171,29 +180,19 @@ def plot_risk_coverage(methods: Mapping[str, tuple[Any, Any]], path: str | Path)
         methods: name -> (uncertainty [N], is_wrong [N]), for example the uncertainty head and 1 - maximum softmax.
         path: the PNG file to write.
     """
-    figure, axes = _new_axes(
-        5.6, 4.6, "Risk and coverage", "share of clips kept, the surest first", "error rate of the kept clips"
-    )
-    highest = 0.0
-    for (name, (uncertainty, is_wrong)), style in _with_lines(methods):
+
+    def curve(uncertainty, is_wrong):
         coverage, risk = risk_coverage_curve(uncertainty, is_wrong)
-        label = f"{name} (mean {_value(float(risk.mean()))})"
-        axes.plot(coverage, risk, **style, marker="o" if len(risk) == 1 else None, clip_on=False, label=label)
-        axes.axhline(risk[-1], color=GREY, linestyle=":", linewidth=1)
-        highest = max(highest, float(risk.max()))
-    axes.plot([], [], color=GREY, linestyle=":", linewidth=1, label="all clips kept")
-    axes.set(xlim=(0, 1.01), ylim=(0, max(1.1 * highest, 0.05)))
-    figure.legend(loc="outside lower center", frameon=False)  # the curves may be anywhere inside the axes
+        return coverage, risk, f"mean {_value(float(risk.mean()))}"
+
+    labels = "share of clips kept, the surest first", "error rate of the kept clips"
+    figure, axes = _new_axes(5.6, 4.6, "Risk and coverage", *labels)
+    risks = _draw_curves(axes, methods, curve)
+    for risk in risks:
+        axes.axhline(risk[-1], **REFERENCE)
+    axes.plot([], [], **REFERENCE, label="all clips kept")
+    axes.set(xlim=(0, 1.01), ylim=(0, max(1.1 * max(risk.max() for risk in risks), 0.05)))
     return _save(figure, path)
-
-
-def _square_axes(num_entries: int, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
-    """Axes of the unit square, with room for a legend below."""
-    figure, axes = _new_axes(5.2, 5.5 + 0.22 * num_entries, title, x_label, y_label)
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), box_aspect=1)
-    axes.set_xticks(np.linspace(0, 1, 6))
-    axes.set_yticks(np.linspace(0, 1, 6))
-    return figure, axes
 
 
 def plot_open_set_roc(
@@ -206,18 +205,18 @@ def plot_open_set_roc(
         path: the PNG file to write.
         title: of the picture.
     """
-    labels = "known clips flagged as unknown", "unknown clips flagged as unknown"
-    figure, axes = _square_axes(len(methods) + 1, title, *labels)
-    for (name, (scores, is_unknown)), style in _with_lines(methods):
+
+    def curve(scores, is_unknown):
         false_positive_rate, true_positive_rate, _ = roc_curve(scores, is_unknown)
         area, at_95 = auroc(scores, is_unknown), fpr_at_95_tpr(scores, is_unknown)
-        label = f"{name} (AUROC {_value(area)}, FPR95 {_value(at_95)})"
-        axes.plot(false_positive_rate, true_positive_rate, **style, label=label)
-        _say_undefined(axes, false_positive_rate, true_positive_rate)
-    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="chance")
+        return false_positive_rate, true_positive_rate, f"AUROC {_value(area)}, FPR95 {_value(at_95)}"
+
+    labels = "known clips flagged as unknown", "unknown clips flagged as unknown"
+    figure, axes = _new_square(len(methods) + 1, title, *labels)
+    _draw_curves(axes, methods, curve)
+    axes.plot([0, 1], [0, 1], **REFERENCE, label="chance")
     axes.axhline(0.95, color=GREY, linewidth=0.8, zorder=0)
     axes.text(1.02, 0.95, "95%", color=GREY, va="center")
-    figure.legend(loc="outside lower center", frameon=False)
     return _save(figure, path)
 
 
@@ -231,12 +230,13 @@ def plot_oscr(
         path: the PNG file to write.
         title: of the picture.
     """
-    figure, axes = _square_axes(len(methods), title, "unknown clips accepted", "known clips accepted and right")
-    for (name, arrays), style in _with_lines(methods):
+
+    def curve(*arrays):
         false_positive_rate, correct_rate, _ = oscr_curve(*arrays)
-        axes.plot(false_positive_rate, correct_rate, **style, label=f"{name} (OSCR {_value(oscr(*arrays))})")
-        _say_undefined(axes, false_positive_rate, correct_rate)
-    figure.legend(loc="outside lower center", frameon=False)
+        return false_positive_rate, correct_rate, f"OSCR {_value(oscr(*arrays))}"
+
+    figure, axes = _new_square(len(methods), title, "unknown clips accepted", "known clips accepted and right")
+    _draw_curves(axes, methods, curve)
     return _save(figure, path)
 
 
@@ -262,8 +262,7 @@ def plot_score_histograms(
         style = {"facecolor": (colour, 0.25), "edgecolor": colour, "linewidth": 1.5, "hatch": hatch}
         axes.stairs(shares, edges, fill=True, label=f"{name} ({len(scores)} clips)", **style)
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", frameon=False, ncols=2)
-    return _save(figure, path)
+    return _save(figure, path, legend_columns=2)
 
 
 def plot_group_bars(
@@ -276,10 +275,10 @@ def plot_group_bars(
     """Horizontal bars of one metric (in [0, 1]) per group, as `grouped_metrics` gives them.
 
     Args:
-        groups: name -> `count`, the metric and, for error bars, `<metric>_interval` (low, high). Groups of fewer than
-            30 clips are drawn pale.
+        groups: name -> `count`, the metric and, for error bars, `<metric>_interval` (low, high). A group of fewer
+            than `FEW_CLIPS` clips is drawn pale.
         path: the PNG file to write.
-        metric: which one.
+        metric: its name in `groups`.
         title: of the picture; by default the name of the metric.
         overall: the metric over all clips, drawn as a line.
     """
@@ -288,9 +287,8 @@ def plot_group_bars(
     metric_name = metric.replace("_", " ").replace("f1", "F1")
     names = [f"{name} (n = {values['count']})" for name, values in groups.items()]
     height = 1.35 + 0.36 * len(names) + (0.25 if overall is not None else 0)
-    figure, axes = _new_axes(
-        6.0, height, title or f"{metric_name[0].upper()}{metric_name[1:]} per group", metric_name, ""
-    )
+    title = title or f"{metric_name[0].upper()}{metric_name[1:]} per group"
+    figure, axes = _new_axes(6.0, height, title, metric_name, "")
     for position, values in enumerate(groups.values()):
         value, (low, high) = values[metric], values.get(f"{metric}_interval", (math.nan, math.nan))
         is_small = values["count"] < FEW_CLIPS
@@ -300,7 +298,6 @@ def plot_group_bars(
         axes.text(1.03, position, "n/a" if math.isnan(value) else f"{value:.2f}", va="center")
     if overall is not None and not math.isnan(overall):
         axes.axvline(overall, color=VERMILLION, linestyle="--", linewidth=1.4, label=f"all clips ({overall:.2f})")
-        figure.legend(loc="outside lower center", frameon=False)
     axes.set_yticks(range(len(names)), names)
     axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1))
     axes.set_xticks(np.linspace(0, 1, 6))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`eval_results.json` of a training run, its summary tables, and what they say about data and machine."""
+"""`eval_results.json` of a training run: the data and the machine it describes, and its tables.
+
+`describe_data` and `environment` also serve the report of `eval_hf.py`.
+"""
 
 import json
 import platform
@@ -15,16 +18,21 @@ from mmser.groups import GROUPS
 from mmser.tables import format_table
 
 RESULTS_NAME = "eval_results.json"
-SUMMARY_COLUMNS = (
-    *("split", "row", "clips", "weighted_f1", "unweighted_average_recall", "accuracy"),
-    *("expected_calibration_error", "error_auroc_of_uncertainty"),
-)
 
 
 def describe_data(
     name: str, splits: Mapping[str, datasets.Dataset | datasets.IterableDataset], is_hub: bool = False
 ) -> dict[str, Any]:
-    """Name, clips per split, languages, and whether speakers are shared between splits, as far as the data say."""
+    """
+    Describe the clips of a run, as far as their columns allow. A stream is not counted.
+
+    Args:
+        name: of the folder or, with `is_hub`, of the data set on the Hub.
+        splits: split name -> table.
+        is_hub: whether the data come from the Hub.
+    Returns: `name`, `type`, `clips` per split, `speakers` (a sentence), `overlap` (whether a speaker is in two
+        splits) and `languages`.
+    """
     result: dict[str, Any] = {
         "name": name if is_hub else Path(name).resolve().name,
         "type": name if is_hub else "audiofolder",
@@ -40,12 +48,12 @@ def describe_data(
             if "language" in table.column_names:
                 result["languages"] = sorted({*result["languages"], *table["language"]} - {""})
             if "speaker" in table.column_names:
+                # A name in two corpora is two people
                 corpora = table["corpus"] if "corpus" in table.column_names else [""] * len(table)
                 speakers[split] = {pair for pair in zip(corpora, table["speaker"], strict=True) if pair[1]}
     if speakers:
         counts = ", ".join(f"{len(names)} in {split}" for split, names in speakers.items())
-        pairs = [(a, b) for a in speakers for b in speakers if a < b]
-        result["overlap"] = any(speakers[a] & speakers[b] for a, b in pairs)
+        result["overlap"] = any(speakers[a] & speakers[b] for a in speakers for b in speakers if a < b)
         result["speakers"] = f"Speakers: {counts}{'' if result['overlap'] else ', none in two splits'}."
     return result
 
@@ -62,41 +70,42 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
+def earlier_training(output_dir: str | Path) -> dict[str, Any] | None:
+    """The entry `training` of an `eval_results.json` that is already there: a finished run may be evaluated again."""
+    path = Path(output_dir) / RESULTS_NAME
+    return json.loads(path.read_text(encoding="utf-8"))["training"] if path.exists() else None
+
+
 def format_results(results: Mapping[str, Any]) -> dict[str, str]:
     """
     Tables of `results` in Markdown.
 
-    Returns: `summary`, `classes`, `confusion`, `open_set`, `parameters`, `corpus`, `language` and `sex`; a table
+    Returns: `summary`, `classes`, `confusion`, `corpus`, `language`, `sex`, `open_set` and `parameters`; a table
         without rows is an empty string.
     """
     names = results["label_names"]
-    split = "test" if "test" in results else "validation"
-    scored = [name for name in ("validation", "test") if name in results]
-    summary = [{"split": name, "row": row, **values} for name in scored for row, values in results[name].items()]
-    tables = {"summary": format_table(summary, SUMMARY_COLUMNS) if summary else ""}
-    rows = results.get(split, {})
-    per_class = [{"row": row, **{name: values[f"f1_{name}"] for name in names}} for row, values in rows.items()]
-    tables["classes"] = format_table(per_class, ["row", *names]) if per_class else ""
+    splits = [split for split in ("validation", "test") if split in results]
+    rows = results[splits[-1]] if splits else {}
     model = rows.get("model", {})
-    matrix = model.get("confusion_matrix", [])
+    main = ["weighted_f1", "unweighted_average_recall"]
+    scores = [*main, "accuracy", "expected_calibration_error", "error_auroc_of_uncertainty"]
+    summary = [{"split": split, "row": row, **values} for split in splits for row, values in results[split].items()]
+    corner = "true \\ predicted"
     confusion = [
-        {"true \\ predicted": name, **dict(zip(names, row, strict=True))}
-        for name, row in zip(names, matrix, strict=False)
+        {corner: name, **dict(zip(names, counts, strict=True))}
+        for name, counts in zip(names, model.get("confusion_matrix", []), strict=False)
     ]
-    tables["confusion"] = format_table(confusion, ["true \\ predicted", *names]) if confusion else ""
-    for group in GROUPS:
-        metrics = ["count", "weighted_f1", "unweighted_average_recall", *(f"f1_{name}" for name in names)]
-        grouped = [{group: name, **values} for name, values in model.get(f"by_{group}", {}).items()]
-        tables[group] = format_table(grouped, [group, *metrics]) if grouped else ""
-    open_set = [{"score": name, **values} for name, values in results.get("open_set", {}).items()]
-    tables["open_set"] = (
-        format_table(open_set, ["score", "clips", "auroc", "fpr_at_95_tpr", "oscr"]) if open_set else ""
-    )
-    tables["parameters"] = format_table(results["parameters"], ["part", "parameters", "trainable"])
-    return tables
 
+    def by_name(title: str, entries: Mapping[str, Mapping], columns: list[str]) -> str:
+        return format_table([{title: name, **values} for name, values in entries.items()], [title, *columns])
 
-def earlier_training(output_dir: str | Path) -> dict[str, Any] | None:
-    """What `eval_results.json` says of the training: for a run that is only evaluated again, as it was finished."""
-    path = Path(output_dir) / RESULTS_NAME
-    return json.loads(path.read_text(encoding="utf-8"))["training"] if path.exists() else None
+    classes = {row: {name: values[f"f1_{name}"] for name in names} for row, values in rows.items()}
+    per_group = ["count", *main, *(f"f1_{name}" for name in names)]
+    return {
+        "summary": format_table(summary, ["split", "row", "clips", *scores]),
+        "classes": by_name("row", classes, names),
+        "confusion": format_table(confusion, [corner, *names]),
+        **{group: by_name(group, model.get(f"by_{group}", {}), per_group) for group in GROUPS},
+        "open_set": by_name("score", results.get("open_set", {}), ["clips", "auroc", "fpr_at_95_tpr", "oscr"]),
+        "parameters": format_table(results["parameters"], ["part", "parameters", "trainable"]),
+    }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `plots_mmser`: every function writes a picture, also of undefined scores, one clip or many groups.
+"""Tests of the plots: every function writes a picture, also of undefined scores, one clip or many groups.
 
 What is drawn is read back from the figure; what matplotlib makes of it is only checked to be a picture with ink.
 """
@@ -41,9 +41,9 @@ def drawn(monkeypatch):
     """The figures that were saved."""
     figures, save = [], _save
 
-    def remember(figure, path):
+    def remember(figure, path, **options):
         figures.append(figure)
-        return save(figure, path)
+        return save(figure, path, **options)
 
     monkeypatch.setattr("mmser.plots._save", remember)
     return figures
