@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `judgement_mmser`: the numbers, pictures and words of a report, from outputs that are known beforehand."""
+"""Tests of the report: the numbers, pictures and words of a report, from outputs that are known beforehand."""
 
 import json
 import math
@@ -86,7 +86,9 @@ def written(tmp_path_factory):
         | {"negative_log_likelihood": 1.0, "error_auroc_of_uncertainty": math.nan, "weighted_f1_interval": (0.4, 0.6)}
         for n in (1, 5)
     ]
-    return folder, *write(make_measured(), folder, test_time_augmentation=passes)
+    fitted = {"split": "validation", "stored_in": "runs/tiny", "ece_before": 0.25, "ece_after": 0.125}
+    fitted |= {"nll_before": 1.5, "nll_after": 1.25}
+    return folder, *write(make_measured(), folder, test_time_augmentation=passes, fitted_calibration=fitted)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -154,6 +156,10 @@ def test_the_tables_say_what_the_json_says(written):
     assert re.search(
         r"\| +5 \| 0\.500 \(0\.400 to 0\.600\) \| 0\.1000 \| 1\.0000 \| +n/a \| +2\.5000 \| +20\.8333 \|", text
     )
+    assert (
+        "The temperature is 2.000. It was fitted in this run, on the validation split, and stored in runs/tiny. On that "
+        "split, ECE went from 0.2500 to 0.1250 and NLL from 1.5000 to 1.2500.\n\n| scaling |"
+    ) in text
     accepted = content["rejection"]["known_accepted"]
     assert re.search(rf"\| known, accepted +\| {accepted:.4f} \|", text)
     assert "python eval_hf.py --checkpoint tiny" in text
@@ -209,17 +215,18 @@ def test_the_verdict_follows_the_numbers():
     report["calibration"]["before"]["expected_calibration_error"] = 0.2
     report["rejection"] |= {"known_accepted": 0.95, "unknown_rejected": {"noise": 0.5}}
     right, score, doubt = verdict(report)
-    assert "For 70 % of 120 clips: weighted F1 0.710 (95 % interval 0.600 to 0.800)" in right
-    assert right.endswith("always giving the most frequent class has 0.100. The best row is linear probe with 0.750.")
-    assert "off by 5.0 points on average (ECE); without temperature scaling by 20.0" in score
-    assert score.endswith("It is too sure: mean score 80 %, right 70 %.")
+    assert "For 70 % of 120 clips. Its weighted F1 is 0.710 (95 % interval 0.600 to 0.800)." in right
+    assert "Always answering the most frequent class reaches 0.100." in right
+    assert right.endswith("The best row is `linear probe`, with 0.750.")
+    assert "off by 5.0 points (ECE). Without temperature scaling it would be off by 20.0." in score
+    assert score.endswith("The model is too sure: its mean score is 80 %, and 70 % of its answers are right.")
     assert doubt.endswith("it accepts 95 % of the known clips and rejects 50 % of noise.")
     report["rows"]["linear_probe"]["weighted_f1"] = 0.5
     report["calibration"]["after"]["mean_confidence"] = 0.69
     right, score, _ = verdict(report)
     assert right.endswith("No other row does better.") and "neither too sure nor too modest" in score
     report["calibration"]["after"]["mean_confidence"] = 0.5
-    assert "It is too modest" in verdict(report)[1]
+    assert "The model is too modest" in verdict(report)[1]
     report["open_set"] = {"noise": {"openmax": {"auroc": 0.7}, "energy": {"auroc": 0.9}}}
     assert "in 70 % of the pairs (best: energy, 90 %)." in verdict(report)[2]
     report["open_set"] = {"noise": {"openmax": {"auroc": 0.9}, "energy": {"auroc": 0.7}}}
