@@ -50,10 +50,7 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
         probabilities: float [N, C], rows sum to 1.
         labels: int [N] true class indices in [0, C - 1].
         num_bins: number of bins of [0, 1].
-
-    Returns:
-        `confidence`, `accuracy` and `count` [num_bins], and `edges` [num_bins + 1]; empty bins hold nan, nan and 0.
-
+    Returns: `confidence`, `accuracy` and `count` [num_bins], nan, nan and 0 in an empty bin; `edges` [num_bins + 1].
     Raises:
         ValueError: malformed probabilities (the row is named), label out of range, unequal lengths, `num_bins` < 1.
     """
@@ -94,7 +91,6 @@ def negative_log_likelihood(logits: Any, labels: Any, temperature: float = 1.0) 
         logits: float [N, C].
         labels: int [N] true class indices in [0, C - 1].
         temperature: divisor of the logits, > 0.
-
     Raises:
         ValueError: non-finite logits, label out of range, unequal lengths, or a temperature that is not positive.
     """
@@ -123,10 +119,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     Args:
         logits: float [N, C], not from training clips.
         labels: int [N] true class indices in [0, C - 1].
-
-    Returns:
-        T; divide the logits by it.
-
+    Returns: T; divide the logits by it.
     Raises:
         ValueError: as in `negative_log_likelihood`.
     """
@@ -153,10 +146,7 @@ def error_detection_auroc(uncertainty: Any, is_wrong: Any) -> float:
     Args:
         uncertainty: float [N], higher = less certain.
         is_wrong: bool [N].
-
-    Returns:
-        A value in [0, 1], 0.5 = uninformative; nan if all predictions are right or all are wrong.
-
+    Returns: A value in [0, 1], 0.5 = uninformative; nan if all predictions are right or all are wrong.
     Raises:
         ValueError: empty input, unequal lengths, non-finite uncertainty, flag other than 0 / 1.
     """
@@ -186,10 +176,7 @@ def fit_error_probability(doubt: Any, uncertainty: Any, is_wrong: Any) -> np.nda
         doubt: float [N], one minus the largest class probability, of held-out clips.
         uncertainty: float [N], of the uncertainty head, in [0, 1].
         is_wrong: bool [N]; at least one prediction is right and one is wrong.
-
-    Returns:
-        Weights of the two log-odds and the constant, float64 [3]; see `error_log_odds`.
-
+    Returns: Weights of the two log-odds and the constant, float64 [3]; see `error_log_odds`.
     Raises:
         ValueError: unequal lengths, a score outside [0, 1], or only right (or only wrong) predictions.
     """
@@ -221,10 +208,7 @@ def risk_coverage_curve(uncertainty: Any, is_wrong: Any) -> tuple[np.ndarray, np
     Args:
         uncertainty: float [N], higher = less certain.
         is_wrong: bool [N].
-
-    Returns:
-        Coverage k / N and risk, each float64 [N].
-
+    Returns: Coverage k / N and risk, each float64 [N].
     Raises:
         ValueError: as in `error_detection_auroc`.
     """

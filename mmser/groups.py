@@ -43,10 +43,7 @@ def duration_bands(seconds: Sequence[float] | np.ndarray) -> list[str]:
 
     Args:
         seconds: [N] durations, >= 0.
-
-    Returns:
-        N names: "0-1 s", "1-2 s", "2-4 s", "4-8 s" or "8+ s". A band holds its lower bound, but not its upper one.
-
+    Returns: N names: "0-1 s", "1-2 s", "2-4 s", "4-8 s" or "8+ s". A band holds its lower bound, not its upper one.
     Raises:
         ValueError: for a negative or non-finite duration, naming the first.
     """
@@ -75,12 +72,9 @@ def grouped_metrics(
         probabilities: float [N, C], for the calibration within each group.
         is_unknown: bool [N], whether the model rejects the clip.
         num_samples: resamples for the interval.
-
-    Returns:
-        Group name -> `count`, `compute_classification_metrics`, `weighted_f1_interval` (95 %, bootstrap) and, if the
-        arrays are given, `mean_confidence` and `expected_calibration_error`, and the share of clips `rejected`;
+    Returns: Group name -> `count`, `compute_classification_metrics`, `weighted_f1_interval` (95 %, bootstrap) and, if
+        the arrays are given, `mean_confidence` and `expected_calibration_error`, and the share of clips `rejected`;
         sorted by name.
-
     Raises:
         ValueError: empty input, unequal lengths, or a label out of range.
     """
@@ -121,10 +115,8 @@ def group_gap(
         groups: result of `grouped_metrics`.
         metrics: names of the metrics to compare.
         min_count: smaller groups are left out.
-
-    Returns:
-        Metric name -> `gap`, and the names of the groups with the `highest` and the `lowest` value (of equal groups
-        the first by name); empty if fewer than two groups have `min_count` clips.
+    Returns: Metric name -> `gap`, and the names of the groups with the `highest` and the `lowest` value (of equal
+        groups the first by name); empty if fewer than two groups have `min_count` clips.
     """
     large = {name: values for name, values in groups.items() if values["count"] >= min_count}
     if len(large) < 2:

@@ -145,7 +145,6 @@ def plot_reliability(methods: Mapping[str, Any], labels: Any, path: str | Path, 
     Args:
         methods: name -> probabilities [N, C], for example before and after temperature scaling; at most 3.
         labels: int [N] true class indices.
-        path: the PNG file to write.
         num_bins: number of bins of [0, 1].
     """
     figure = _new_figure(5.2, 6.4)
@@ -174,12 +173,7 @@ def plot_reliability(methods: Mapping[str, Any], labels: Any, path: str | Path, 
 
 
 def plot_risk_coverage(methods: Mapping[str, tuple[Any, Any]], path: str | Path) -> Path:
-    """Risk-coverage curves.
-
-    Args:
-        methods: name -> (uncertainty [N], is_wrong [N]), for example the uncertainty head and 1 - maximum softmax.
-        path: the PNG file to write.
-    """
+    """Risk-coverage curves of `methods`: name -> (uncertainty [N], is_wrong [N]), as in `risk_coverage_curve`."""
 
     def curve(uncertainty, is_wrong):
         coverage, risk = risk_coverage_curve(uncertainty, is_wrong)
@@ -198,13 +192,7 @@ def plot_risk_coverage(methods: Mapping[str, tuple[Any, Any]], path: str | Path)
 def plot_open_set_roc(
     methods: Mapping[str, tuple[Any, Any]], path: str | Path, title: str = "Detection of unknown clips"
 ) -> Path:
-    """ROC curves of unknown detection, unknown = positive.
-
-    Args:
-        methods: name -> (scores [N], is_unknown [N]), higher = more unknown; for example OpenMax and 1 - max softmax.
-        path: the PNG file to write.
-        title: of the picture.
-    """
+    """ROC curves of `methods`: name -> (scores [N], is_unknown [N]), higher = more unknown, as in `roc_curve`."""
 
     def curve(scores, is_unknown):
         false_positive_rate, true_positive_rate, _ = roc_curve(scores, is_unknown)
@@ -223,13 +211,7 @@ def plot_open_set_roc(
 def plot_oscr(
     methods: Mapping[str, tuple[Any, Any, Any]], path: str | Path, title: str = "Right and accepted, against unknown"
 ) -> Path:
-    """Open-set classification rate curves.
-
-    Args:
-        methods: name -> (known_scores [K], known_correct [K], unknown_scores [U]), higher = more known, as in `oscr`.
-        path: the PNG file to write.
-        title: of the picture.
-    """
+    """OSCR curves of `methods`: name -> arrays of `oscr_curve`, where a higher score = more known."""
 
     def curve(*arrays):
         false_positive_rate, correct_rate, _ = oscr_curve(*arrays)
@@ -277,7 +259,6 @@ def plot_group_bars(
     Args:
         groups: name -> `count`, the metric and, for error bars, `<metric>_interval` (low, high). A group of fewer
             than `FEW_CLIPS` clips is drawn pale.
-        path: the PNG file to write.
         metric: its name in `groups`.
         title: of the picture; by default the name of the metric.
         overall: the metric over all clips, drawn as a line.

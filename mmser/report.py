@@ -53,6 +53,20 @@ SCORE_NAMES = {
     "knn_features": "kNN distance (features)",
     "uncertainty": "uncertainty",
 }
+TITLES = {  # of the columns of the tables; a score that is missing here has its own name
+    "count": "clips",
+    "weighted_f1": "weighted F1",
+    "unweighted_average_recall": "unweighted average recall",
+    "expected_calibration_error": "ECE",
+    "negative_log_likelihood": "NLL",
+    "mean_confidence": "mean score",
+    "error_auroc_of_uncertainty": "error AUROC",
+    "area_under_risk_coverage": "area under risk-coverage",
+    "auroc": "AUROC",
+    "fpr_at_95_tpr": "FPR95",
+    "oscr": "OSCR",
+    "ms_per_clip": "ms per clip",
+}
 MAX_BARS = 40  # groups in one picture; the table has them all
 
 # --- Numbers and pictures --------------------------------------------------------------------------------------------
@@ -268,23 +282,18 @@ def _percent(share: float) -> str:
 # --- The tables ------------------------------------------------------------------------------------------------------
 
 
-def _table(entries: Iterable[tuple[Any, Mapping[str, Any]]], title: str, columns: Mapping[str, str]) -> str:
-    """Table with a line for each of `entries` (name and scores), empty without any.
+def _table(entries: Iterable[tuple[Any, Mapping[str, Any]]], title: str, scores: Iterable[str]) -> str:
+    """Table with a line for each of `entries` (name and scores), empty without any; `title` heads the names.
 
-    `title` heads the names. `columns` maps each other title to a score, which is shown with its interval if there is
-    one.
+    A score is shown with its interval, if an entry has one.
     """
-    entries = list(entries)
-    known = {key for _, values in entries for key in values}
-    lines = [
-        {
-            column: _with_interval(values, score) if f"{score}_interval" in known else values[score]
-            for column, score in columns.items()
-        }
-        for _, values in entries
-    ]
-    lines = [{title: name, **line} for (name, _), line in zip(entries, lines, strict=True)]
-    return format_table(lines, [title, *columns])
+    entries, columns = list(entries), {score: TITLES.get(score, score.removeprefix("f1_")) for score in scores}
+    wide = {score for score in columns if any(f"{score}_interval" in values for _, values in entries)}
+    rows = []
+    for name, values in entries:
+        cells = {score: _with_interval(values, score) if score in wide else values[score] for score in columns}
+        rows.append({title: name, **{columns[score]: cell for score, cell in cells.items()}})
+    return format_table(rows, [title, *columns.values()])
 
 
 def _with_interval(values: Mapping[str, Any], score: str) -> str:
@@ -295,58 +304,49 @@ def _with_interval(values: Mapping[str, Any], score: str) -> str:
     return f"{values[score]:.3f}" + ("" if math.isnan(low) else f" ({low:.3f} to {high:.3f})")
 
 
-def _summary_table(report: Mapping[str, Any]) -> str:
-    columns = {"clips": "clips", "weighted F1": "weighted_f1"}
-    columns |= {"unweighted average recall": "unweighted_average_recall", "accuracy": "accuracy"}
-    return _table(((ROW_NAMES[name], row) for name, row in report["rows"].items()), "row", columns)
+def _tables(report: Mapping[str, Any]) -> dict[str, Any]:
+    """All tables of the report by name; `groups` has one for each grouping. A table without lines is empty."""
+    model, rejection = report["rows"]["model"], report["rejection"]
+    rows = [(ROW_NAMES[name], row) for name, row in report["rows"].items()]
+    error_auroc = {
+        "uncertainty": model["error_auroc_of_uncertainty"],
+        "max_softmax": model["error_auroc_of_max_probability"],
+    }
+    doubts = [
+        (SCORE_NAMES[name], {"error_auroc_of_uncertainty": error_auroc[name], "area_under_risk_coverage": area})
+        for name, area in report["risk_coverage"].items()
+    ]
+    unknown = [
+        (set_name, {"score": SCORE_NAMES[name], **row})
+        for set_name, scores in report["open_set"].items()
+        for name, row in scores.items()
+    ]
+    passes = [
+        (row["passes"], {**row, "ms_per_clip": 1000 * row["seconds"] / row["clips"]})
+        for row in report.get("test_time_augmentation", [])
+    ]
+    classes = [f"f1_{name}" for name in report["label_names"]]
+    f1, recall = "weighted_f1", "unweighted_average_recall"
+    ece, nll, confidence = "expected_calibration_error", "negative_log_likelihood", "mean_confidence"
+    per_group = ["count", f1, recall, ece, confidence, *(["rejected"] if rejection else [])]
+    per_pass = [f1, ece, nll, "error_auroc_of_uncertainty", "seconds", "ms_per_clip"]
+    return {
+        "summary": _table(rows, "row", ["clips", f1, recall, "accuracy"]),
+        "classes": _table(rows, "row", classes),
+        "calibration": _table(report["calibration"].items(), "scaling", [ece, nll, confidence]),
+        "uncertainty": _table(doubts, "score", ["error_auroc_of_uncertainty", "area_under_risk_coverage"]),
+        "open_set": _table(unknown, "set", ["score", "auroc", "fpr_at_95_tpr", "oscr"]),
+        "rejection": _table(_rejection_shares(rejection), "clips", ["share"]) if rejection else "",
+        "groups": {name: _table(model[f"by_{name}"].items(), name, per_group) for name in report["gaps"]},
+        "augmentation": _table(passes, "passes", per_pass),
+    }
 
 
-def _class_table(report: Mapping[str, Any]) -> str:
-    columns = {name: f"f1_{name}" for name in report["label_names"]}
-    return _table(((ROW_NAMES[name], row) for name, row in report["rows"].items()), "row", columns)
-
-
-def _calibration_table(report: Mapping[str, Any]) -> str:
-    columns = {"ECE": "expected_calibration_error", "NLL": "negative_log_likelihood", "mean score": "mean_confidence"}
-    return _table(report["calibration"].items(), "scaling", columns)
-
-
-def _uncertainty_table(report: Mapping[str, Any]) -> str:
-    model, areas = report["rows"]["model"], report["risk_coverage"]
-    scores = {"uncertainty": "error_auroc_of_uncertainty", "max_softmax": "error_auroc_of_max_probability"}
-    entries = ((SCORE_NAMES[name], {"auroc": model[scores[name]], "area": area}) for name, area in areas.items())
-    return _table(entries, "score", {"error AUROC": "auroc", "area under risk-coverage": "area"})
-
-
-def _open_set_table(report: Mapping[str, Any]) -> str:
-    sets = report["open_set"].items()
-    entries = ((name, {"score": SCORE_NAMES[score], **row}) for name, rows in sets for score, row in rows.items())
-    return _table(entries, "set", {"score": "score", "AUROC": "auroc", "FPR95": "fpr_at_95_tpr", "OSCR": "oscr"})
-
-
-def _rejection_table(report: Mapping[str, Any]) -> str:
-    rejection = report["rejection"]
-    if rejection is None:
-        return ""
+def _rejection_shares(rejection: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
     shares = {"known, accepted": rejection["known_accepted"]}
     shares |= {f"known, {name}, accepted": share for name, share in rejection["accepted_by_class"].items()}
     shares |= {f"unknown, {name}, rejected": share for name, share in rejection["unknown_rejected"].items()}
-    return _table(((clips, {"share": share}) for clips, share in shares.items()), "clips", {"share": "share"})
-
-
-def _group_table(report: Mapping[str, Any], name: str) -> str:
-    columns = {"clips": "count", "weighted F1": "weighted_f1", "average recall": "unweighted_average_recall"}
-    columns |= {"ECE": "expected_calibration_error", "mean score": "mean_confidence"}
-    columns |= {"rejected": "rejected"} if report["rejection"] else {}
-    return _table(report["rows"]["model"][f"by_{name}"].items(), name, columns)
-
-
-def _augmentation_table(report: Mapping[str, Any]) -> str:
-    columns = {"weighted F1": "weighted_f1", "ECE": "expected_calibration_error", "NLL": "negative_log_likelihood"}
-    columns |= {"error AUROC": "error_auroc_of_uncertainty", "seconds": "seconds", "ms per clip": "ms_per_clip"}
-    rows = report.get("test_time_augmentation", [])
-    entries = ((row["passes"], {**row, "ms_per_clip": 1000 * row["seconds"] / row["clips"]}) for row in rows)
-    return _table(entries, "passes", columns)
+    return [(clips, {"share": share}) for clips, share in shares.items()]
 
 
 # --- The files -------------------------------------------------------------------------------------------------------
@@ -375,20 +375,10 @@ def write_report(report: Mapping[str, Any], plots: Mapping[str, str], output_dir
     folder = Path(output_dir)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = _percent
-    tables = {
-        "summary": _summary_table(report),
-        "classes": _class_table(report),
-        "calibration": _calibration_table(report),
-        "uncertainty": _uncertainty_table(report),
-        "open_set": _open_set_table(report),
-        "rejection": _rejection_table(report),
-        "groups": {name: _group_table(report, name) for name in report["gaps"]},
-        "augmentation": _augmentation_table(report),
-    }
     content = {**report, "verdict": verdict(report)}
     words = {"fitted_calibration": None, **content, "subject": _subject(report), "few_clips": FEW_CLIPS}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(**words, tables=tables, plots=plots)
+    text = template.render(**words, tables=_tables(report), plots=plots)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(strict_json(content), encoding="utf-8")
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
@@ -396,14 +386,11 @@ def write_report(report: Mapping[str, Any], plots: Mapping[str, str], output_dir
 
 
 def console_summary(report: Mapping[str, Any]) -> str:
-    """The end of what the console shows: the verdict and the main tables."""
-    tables = {
-        "Scores": _summary_table(report),
-        "Unknown clips": _open_set_table(report),
-        "Test-time augmentation": _augmentation_table(report),
-    }
+    """The end of the console's output: the verdict and the main tables."""
+    titles = {"summary": "Scores", "open_set": "Unknown clips", "augmentation": "Test-time augmentation"}
+    tables = _tables(report)
     lines = [line.replace("**", "") for line in verdict(report)]
-    shown = [f"{title}\n{table}" for title, table in tables.items() if table]
+    shown = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
     return "\n\n".join([_subject(report), *lines, *shown])
 
 

@@ -17,10 +17,8 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
     Args:
         rows: one mapping per line; a missing key or None gives an empty cell, floats have 4 decimals, nan is `n/a`.
         columns: the keys to show, in this order; they are the header.
-
-    Returns:
-        The table as one string without a trailing line break; an empty string without rows. Columns of numbers are
-        right-aligned.
+    Returns: The table as one string without a trailing line break; an empty string without rows. Columns of numbers
+        are right-aligned.
     """
     if isinstance(columns, str) or not len(columns):
         raise ValueError(f"`columns` must be a non-empty list of names, got {columns!r}.")
