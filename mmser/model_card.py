@@ -1,17 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a checkpoint: `model_card_template.md`, filled with its results."""
+"""The model card of a checkpoint: `model_card_template.md`, filled with what is true of that checkpoint.
+
+Three sources say what is true: the results of the run, the configuration beside the weights, and the weights (what is
+fitted, which modalities were trained). `write_model_card` is the entry; `checkpoint_state` reads the weights.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
+from configuration_mmser import MMSERConfig
+from mmser import __version__
 from mmser.results import format_results
+from mmser.tables import format_table
+from modeling_mmser import MMSERForAudioClassification
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
+ENCODERS = {"audio_encoder": "audio", "text_encoder": "text"}  # part of the parameter table: its modality
+COMPANIONS = {"anchors": "anchor", "uncertainty": "uncertainty", "prototypes": "prototype"}  # part: its loss
+# All of them start at zero and get no gradient from a clip that lacks the modality (the fusion has a gate of 0 for it)
+MODALITY_BIASES = ("mmser.fusion.{}.bias", "mmser.{}_pooling.hidden.bias")
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """
+    What the weights of a checkpoint say.
+
+    Args:
+        modalities: those of "audio" and "text" that were trained, in this run or in an earlier one.
+        has_openmax: OpenMax is fitted and switched on.
+        has_thresholds: rejection goes by thresholds that were fitted to held-out clips.
+    """
+
+    modalities: list[str]
+    has_openmax: bool
+    has_thresholds: bool
+
+
+def checkpoint_state(folder: str | Path, config: MMSERConfig) -> CheckpointState:
+    """
+    Read from the weights in `folder` what the configuration cannot tell. Only the tensors needed are read.
+
+    Raises:
+        FileNotFoundError: the folder has no `model*.safetensors`.
+    """
+    with torch.device("meta"):  # the module knows its own rules, and takes no memory here
+        openmax = MMSERForAudioClassification(config).openmax
+    biases = {name: [bias.format(name) for bias in MODALITY_BIASES] for name in ENCODERS.values()}
+    buffers = [f"openmax.{name}" for name in openmax.state_dict()]
+    weights = _read_tensors(Path(folder), [*biases["audio"], *biases["text"], *buffers])
+    openmax.load_state_dict({name.removeprefix("openmax."): weights[name] for name in buffers}, assign=True)
+    has_openmax = config.use_openmax and openmax.is_fitted
+    return CheckpointState(
+        modalities=[name for name, own in biases.items() if any(bool(weights[bias].any()) for bias in own)],
+        has_openmax=has_openmax,
+        has_thresholds=has_openmax and config.openmax_acceptance is not None and openmax.has_thresholds,
+    )
+
+
+def _read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no model.safetensors: save the checkpoint before its card.")
+    tensors = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in set(names) & set(file.keys())})
+    return tensors
 
 
 def _language_codes(names: Iterable[str]) -> list[str] | None:
@@ -20,43 +84,87 @@ def _language_codes(names: Iterable[str]) -> list[str] | None:
     return sorted(code for code in codes - NO_LANGUAGE if re.fullmatch("[a-z]{2,3}", code)) or None
 
 
-def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path:
-    """Fill `model_card_template.md` with `results` (as in `eval_results.json`) and write it as `README.md`."""
-    folder = Path(output_dir)
-    split = "test" if "test" in results else "validation"
-    scores = results.get(split, {}).get("model", {})
-    name = results.get("model_name") or folder.resolve().name
-    evaluated = (
-        [
-            EvalResult(
-                task_type="audio-classification",
-                dataset_type=results["data"]["type"],
-                dataset_name=f"{results['data']['name']} ({split})",
-                metric_type="f1",
-                metric_name="Weighted F1",
-                metric_value=round(scores["weighted_f1"], 4),
-            )
-        ]
-        if scores
-        else []
-    )
-    card_data = ModelCardData(
+def _loss_table(config: MMSERConfig) -> str:
+    """The parts of the loss that have a weight, in Markdown."""
+    balanced = "class-balanced (Cui et al. 2019), " if config.class_counts and config.class_balanced_beta else ""
+    parts = {
+        "cross_entropy": f"cross-entropy, label smoothing {config.label_smoothing:g}",
+        "focal": f"focal loss (Lin et al. 2017), {balanced}gamma {config.focal_gamma:g}",
+        "anchor": "class anchor clustering",
+        "uncertainty": "uncertainty",
+        "prototype": "prototypes",
+        "supervised_contrastive": "supervised contrastive loss (Khosla et al. 2020)",
+        "distillation": "distillation from a teacher (Hinton et al. 2015)",
+    }
+    weights = {text: getattr(config, f"{name}_loss_weight") for name, text in parts.items()}
+    rows = [{"part of the loss": text, "weight": f"{weight:g}"} for text, weight in weights.items() if weight]
+    return format_table(rows, ["part of the loss", "weight"])
+
+
+def _card_data(results: Mapping[str, Any], name: str, split: str, modalities: list[str]) -> ModelCardData:
+    scores = results.get(split, {}).get("model")
+    evaluated = scores and [
+        EvalResult(
+            task_type="audio-classification",
+            dataset_type=results["data"]["type"],
+            dataset_name=f"{results['data']['name']} ({split})",
+            metric_type="f1",
+            metric_name="Weighted F1",
+            metric_value=round(scores["weighted_f1"], 4),
+        )
+    ]
+    return ModelCardData(
         language=_language_codes(results["data"]["languages"]),
         license=results.get("license"),
         library_name="transformers",
         pipeline_tag="audio-classification",
-        tags=["speech-emotion-recognition", "multimodal", "mmser", "audio", "text"],
+        tags=["speech-emotion-recognition", "mmser", *(["multimodal"] if len(modalities) > 1 else []), *modalities],
         model_name=name,
-        eval_results=evaluated or None,
+        eval_results=evaluated,
     )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
+
+
+def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path:
+    """
+    Fill `model_card_template.md` and write it as `README.md` beside a saved checkpoint.
+
+    Args:
+        results: as in `eval_results.json`.
+        output_dir: folder with the checkpoint's `config.json` and weights.
+    Returns: the path of the card.
+    Raises:
+        FileNotFoundError: the folder has no checkpoint.
+    """
+    folder = Path(output_dir)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: save the checkpoint before its card.")
+    config = MMSERConfig.from_pretrained(folder)
+    state = checkpoint_state(folder, config)
+    split = "test" if "test" in results else "validation"
+    name = results.get("model_name") or folder.resolve().name
+    trainable = {row["part"]: row["trainable"] for row in results["parameters"]}
+    # A name that is not there is an error, not an empty place in the card
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_data=_card_data(results, name, split, state.modalities).to_yaml(),
         name=name,
+        version=__version__,
+        config=config,
+        state=state,
         results=results,
-        scores=scores,
         split=split,
+        rows=results.get(split, {}),
+        losses=_loss_table(config),
+        frozen=[
+            f"the {modality} encoder"
+            for part, modality in ENCODERS.items()
+            if modality in state.modalities and trainable.get(part) == 0
+        ],
+        untrained=[part for part, loss in COMPANIONS.items() if not getattr(config, f"{loss}_loss_weight")],
         tables=format_results(results),
     )
-    card.save(folder / "README.md")
-    return folder / "README.md"
+    path = folder / "README.md"
+    ModelCard(text).save(path)
+    return path

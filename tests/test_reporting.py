@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of reporting_mmser: what is said about the data and the predictions, and the files that say it.
+"""Tests of `mmser.results` and `mmser.scores`: what is said about the data and the predictions.
 
 Scores are compared with scikit-learn; a stand-in for the trainer gives outputs that are known beforehand.
 """
 
 import json
 import math
-import shlex
 
 import datasets
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from huggingface_hub import ModelCard
 
 from mmser.groups import split_groups
 from mmser.results import describe_data, format_results
@@ -29,7 +27,6 @@ from mmser.scores import (
     predict_rows,
 )
 from mmser.tables import strict_json
-from mmser.training_run import write_results
 
 NAMES = ["neutral", "happy", "sad", "angry"]
 
@@ -304,162 +301,8 @@ def test_test_time_augmentation_is_averaged_by_clip(monkeypatch):
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def make_results(scored=("validation", "test"), languages=("en", "de"), label_names=NAMES, **more):
-    """Results as `train_hf.main` collects them."""
-    split = table(audio=["a.wav"] * 20, text=["word"] * 20, language=list(languages) * (20 // len(languages)))
-    trainer = StandIn()
-    rows = describe_rows(
-        predict_rows(trainer, split, make_dataset), list(label_names), split_groups(split), trainer.train_outputs
-    )
-    return {
-        "model_name": "tiny",
-        "license": "mit",
-        "label_names": list(label_names),
-        "encoders": {"audio": "an audio encoder", "text": "a text encoder"},
-        "parameters": [{"part": "all", "parameters": 12345, "trainable": 12}],
-        "data": describe_data("folder/corpus", {"train": split}),
-        "training": {"epoch": 2.0, "train_runtime": 61.4},
-        "calibration": {"temperature": 1.5, "ece_before": 0.25, "ece_after": 0.125},
-        **dict.fromkeys(scored, rows),
-        **more,
-    }
-
-
 def refuse_constant(constant):
     raise AssertionError(f"{constant} is not JSON")
-
-
-def read(folder):
-    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
-    assert "{{" not in card.text and "{%" not in card.text and "Undefined" not in card.text
-    return json.loads((folder / "eval_results.json").read_text(), parse_constant=refuse_constant), card
-
-
-def table_rows(text, first_column):
-    """Rows of the Markdown table in `text` whose first column is `first_column`, as dictionaries."""
-    lines = text[text.index(f"| {first_column} ") :].split("\n\n")[0].splitlines()
-    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-def test_the_card_says_what_the_json_says(tmp_path):
-    open_set = {"openmax": {"clips": 9, "auroc": 0.75, "fpr_at_95_tpr": 0.5, "oscr": 0.625}}
-    printed = write_results(make_results(open_set=open_set), tmp_path, ["train_hf.py", "--lr", "1"])
-    written, card = read(tmp_path)
-    rows = table_rows(card.text, "split")
-    assert len(rows) == 10
-    for row in rows:
-        values = written[row["split"]][row["row"]]
-        assert int(row["clips"]) == values["clips"]
-        for name in ("weighted_f1", "unweighted_average_recall", "accuracy"):
-            assert float(row[name]) == pytest.approx(values[name], abs=5e-5)
-    confusion = table_rows(card.text, "true \\ predicted")
-    assert [[int(row[name]) for name in NAMES] for row in confusion] == written["test"]["model"]["confusion_matrix"]
-    for row in table_rows(card.text, "language"):
-        scores = written["test"]["model"]["by_language"][row["language"]]
-        assert float(row["weighted_f1"]) == pytest.approx(scores["weighted_f1"], abs=5e-5)
-    assert float(table_rows(card.text, "score")[0]["auroc"]) == 0.75
-    result = card.data.eval_results[0]
-    assert (result.dataset_name, result.metric_value) == (
-        "corpus (test)",
-        round(written["test"]["model"]["weighted_f1"], 4),
-    )
-    assert card.data.language == ["de", "en"] and card.data.model_name == "tiny"
-    assert card.data.library_name == "transformers" and card.data.license == "mit"
-    for said in (
-        "Temperature 1.5",
-        "0.25 before",
-        "0.125 after",
-        "12345",
-        "2.0 epochs in 61 s",
-        "20 clips for training",
-    ):
-        assert said in " ".join(card.text.split()), said
-    for title in ("Summary", "F1 of each class", "Confusion matrix", "By language", "Clips that are none"):
-        assert title in printed
-    assert "By corpus" not in printed
-
-
-def test_numbers_that_are_not_finite_are_null(tmp_path):
-    results = make_results()
-    results["test"] = {**results["test"], "model": {**results["test"]["model"]}}
-    results["test"]["model"]["error_auroc_of_uncertainty"] = float("nan")
-    results["training"]["numpy"] = [np.float32(0.5), np.int64(3), np.float64("inf"), torch.tensor(2.0), True, None]
-    write_results(results, tmp_path)
-    written, card = read(tmp_path)
-    assert written["test"]["model"]["error_auroc_of_uncertainty"] is None
-    assert written["training"]["numpy"] == [0.5, 3, None, 2.0, True, None]
-    assert math.isnan(results["test"]["model"]["error_auroc_of_uncertainty"])  # the caller's are left alone
-    assert "n/a" in table_rows(card.text, "split")[5]["error_auroc_of_uncertainty"]
-
-
-@pytest.mark.parametrize(
-    ("languages", "codes"),
-    [
-        (("en", "zxx"), ["en"]),
-        (("unknown", "German"), None),
-        (("pt-BR", "zh_CN"), ["pt", "zh"]),
-        (("yue", "EN"), ["en", "yue"]),
-        (("", ""), None),
-    ],
-)
-def test_only_codes_of_languages_go_into_the_metadata(languages, codes, tmp_path):
-    write_results(make_results(languages=languages), tmp_path)
-    written, card = read(tmp_path)
-    assert card.data.language == codes
-    assert set(written["test"]["model"]["by_language"]) == {language or "unknown" for language in languages}
-
-
-def test_the_command_can_be_pasted_into_a_shell(tmp_path):
-    command = ["train_hf.py", "--config_overrides", '{"feature_size": 16}', "--data_dir", "my data"]
-    write_results(make_results(), tmp_path, command)
-    written, card = read(tmp_path)
-    assert shlex.split(written["command"]) == command
-    assert written["command"] in card.text
-
-
-@pytest.mark.parametrize("scored", [(), ("validation",), ("test",)])
-def test_splits_that_are_missing(scored, tmp_path):
-    results = make_results(scored, calibration={"temperature": 1.0})
-    printed = write_results(results, tmp_path)
-    _, card = read(tmp_path)
-    if scored:
-        assert f"F1 of each class on the {scored[0]} split" in card.text
-        assert card.data.eval_results[0].dataset_name == f"corpus ({scored[0]})"
-    else:
-        assert card.data.eval_results is None
-        assert "F1 of each class" not in card.text and "F1 of each class" not in printed
-    assert "expected calibration error there" not in card.text
-
-
-def test_the_card_says_what_uncertainty_is_only_once_it_was_calibrated(tmp_path):
-    calibration = {"temperature": 1.5, "ece_before": 0.25, "ece_after": 0.125}  # of clips that were all right
-    for auroc in ({}, {"error_auroc_before": 0.5, "error_auroc_after": 0.75}):
-        write_results(make_results(("test",), calibration=calibration | auroc), tmp_path)
-        text = " ".join(read(tmp_path)[1].text.split())
-        assert ("`uncertainty` is the probability that the label is wrong" in text) == bool(auroc)
-        assert "probably none of the classes." in text
-
-
-def test_overlap_of_speakers_is_in_the_card(tmp_path):
-    results = make_results()
-    results["data"]["overlap"] = True
-    write_results(results, tmp_path)
-    assert "too good for speakers never heard" in read(tmp_path)[1].text
-    results["data"]["overlap"] = False
-    write_results(results, tmp_path)
-    assert "too good" not in read(tmp_path)[1].text
-
-
-def test_other_labels_and_a_stream(tmp_path):
-    names = ["calm", "joy|glad", "überrascht", "angry: very"]
-    results = make_results(label_names=names)
-    results["data"] = describe_data("me/corpus", {"train": table(3).to_iterable_dataset()})
-    write_results(results, tmp_path)
-    written, card = read(tmp_path)
-    assert written["label_names"] == names
-    assert "one of calm / joy|glad / überrascht / angry: very" in card.text
-    assert "streamed clips for training" in card.text
 
 
 def test_strict_json_has_no_nan():
@@ -469,5 +312,7 @@ def test_strict_json_has_no_nan():
 
 
 def test_tables_without_rows_are_empty():
-    tables = format_results({"label_names": NAMES, "parameters": make_results()["parameters"]})
+    tables = format_results(
+        {"label_names": NAMES, "parameters": [{"part": "all", "parameters": 12345, "trainable": 12}]}
+    )
     assert {name for name, text in tables.items() if text} == {"parameters"}
