@@ -7,7 +7,10 @@ DEMO := demo_output
 # The version that the tests were run with; `make TORCH=torch ...` takes the newest.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+# Processes that share the tests
+JOBS ?= 2
+
+.PHONY: demo test format lint docs-check clean
 
 # One thread computes (the tensors are small) while the data are decoded on the other cores
 demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer $(DEMO)/non_speech
@@ -26,7 +29,15 @@ $(DEMO)/tokenizer: | $(VENV)/installed $(DEMO)/corpus
 	$(BIN)/python demo/train_tokenizer.py $(DEMO)/corpus $@
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# The code in README.md and docs/ runs, and their links lead somewhere
+docs-check: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_docs.py
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
