@@ -29,7 +29,7 @@ $(DEMO)/tokenizer: | $(VENV)/installed $(DEMO)/corpus
 	$(BIN)/python demo/train_tokenizer.py $(DEMO)/corpus $@
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # The code in README.md and docs/ runs, and their links lead somewhere
 docs-check: $(VENV)/installed

@@ -23,6 +23,7 @@ from tiny_corpus import tiny_flags, tiny_tokenizer, write_corpus
 
 import train_hf
 from mmser import __version__
+from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.groups import split_groups
 from mmser.model_card import TEMPLATE, write_model_card
 from mmser.optimizer import parameter_table
@@ -31,6 +32,7 @@ from mmser.scores import describe_rows
 from mmser.training_run import write_results
 from modeling_mmser import MMSERForAudioClassification
 
+ROOT = Path(__file__).parents[1]
 FOUR = ["neutral", "happy", "sad", "angry"]
 SEVEN = ["calm", "joy|glad", "überrascht", "angry: very", "a", "b", "c"]
 CALIBRATED = {"temperature": 1.5, "ece_before": 0.25, "ece_after": 0.125}
@@ -750,3 +752,29 @@ def test_a_run_knows_what_it_was_trained_with(flags, trained, tmp_path):
         (): "It was not trained:",
     }
     assert [text for text in opening.values() if sentences[1].startswith(text)] == [opening[trained]]
+
+
+# --- the card of the repository --------------------------------------------------------------------------------------
+
+
+def test_the_card_of_the_repository_can_be_read():
+    """`model_card.md` is for people: prose, whole tables, valid metadata, commands that the scripts take."""
+    card = ModelCard.load(ROOT / "model_card.md", ignore_metadata_errors=False)
+    assert card.data.pipeline_tag == "audio-classification" and card.data.library_name == "transformers"
+    assert len(card.data.language) == 7
+    text = card.content
+    assert not re.search(r"\{\{|\{%|%\}|\}\}", text)
+    assert len(" ".join(prose(text)).split()) < 1000
+    for table in (block for block in blocks(text) if block.startswith("|")):
+        assert len(table.splitlines()) > 2 and len({line.count("|") for line in table.splitlines()}) == 1, table
+    names = re.findall(r"<!-- real_speech:(\w+) -->", text)
+    assert names == ["study", "compact", "generalisation"]
+    for name in names:
+        assert re.search(rf"<!-- real_speech:{name} -->\n\n\|.*\n\n<!-- /real_speech:{name} -->", text, re.DOTALL)
+    commands = re.findall(r"python train_hf\.py ((?:.*\\\n)*.*)", text)
+    assert len(commands) == 3
+    for command in commands:
+        recipe, *words = shlex.split(command.replace("\\\n", "").replace("$seed", "42"))
+        model, data, training = parse_arguments(TRAINING_ARGUMENTS, [str(ROOT / recipe), *words, "--use_cpu"])
+        assert data.data_dir == "ser4" and training.output_dir.startswith("runs/")
+    assert model.average_with == ["runs/second_43", "runs/second_44"]  # of the last one
