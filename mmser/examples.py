@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from audio_mmser import MIN_SECONDS, load_audio
 from mmser.augmentation import Augmenter, augmentation_generator
-from mmser.loading import check_on_bad_example
+from mmser.bad_rows import check_on_bad_example
 
 logger = logging.get_logger(__name__)
 

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where clips come from: folders, manifests and Hub data sets, read row by row into records.
+"""Where clips come from: a table, a folder of tables, or a data set on the Hub, read into records.
 
-A record is a dictionary with our own column names; its label is still as it was written.
+Read in this order: `DataColumns` and `Request` (what to read), `Record` and `Layout` (how one row becomes a record),
+then a reader for each kind of source: `read_table`, `read_folder`, `read_hub`, `stream_hub`.
 """
 
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers.utils import logging
 
+from mmser.bad_rows import skip_or_raise
 from mmser.labels import UNKNOWN_LABEL, choose_label_names, label_id
 
 logger = logging.get_logger(__name__)
+
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-STRING_COLUMNS = ("text", "speaker", "language", "corpus", "sex")  # our names, as in the data sets that we return
+TEXT_COLUMNS = ("text", "speaker", "language", "corpus", "sex")  # our own columns that hold strings
+ALTERNATIVE_COLUMNS = {  # other usual names, looked for where a default name is missing
+    "audio": ("audio", "path", "file"),
+    "label": ("emotion",),
+    "text": ("text", "transcript", "sentence"),
+    "sex": ("gender",),
+}
 
 
 @dataclass
@@ -40,299 +50,271 @@ class DataColumns:
     sex: str | None = "sex"
 
 
-ALTERNATIVE_COLUMNS = {
-    "audio": ("audio", "path", "file"),
-    "label": ("emotion",),
-    "text": ("text", "transcript", "sentence"),
-    "sex": ("gender",),
-}
+@dataclass
+class Request:
+    """What to read from a source."""
+
+    columns: DataColumns
+    extra_columns: Sequence[str] = ()  # kept as strings under their own names
+    split_names: dict[str, tuple[str, ...]] | None = None  # what each split may be called; None: ignore the splits
+    needs_labels: bool = True  # False: a source without a label column has clips of an unknown class
+    problems: list[str] = field(default_factory=list)  # messages about bad rows; the readers add to them
 
 
-def only_one(tables: Sequence[Path]) -> Path | None:
-    """The only one of `tables`, or None; a choice between two would be a guess, so they are refused."""
-    if len(tables) > 1:
-        raise ValueError(f"found both {tables[0]} and {tables[1]}: keep one of them")
-    return tables[0] if tables else None
+@dataclass
+class Record:
+    """One row of a source under our own names. A value that is missing is `""`."""
+
+    row: str  # where it is, for messages
+    split: str | None
+    label: Any  # as it is written; its id comes later, into `labels`
+    audio: Any  # a path, or what a streamed data set holds
+    extra: dict[str, str]
+    text: str = ""
+    speaker: str = ""
+    language: str = ""
+    corpus: str = ""
+    sex: str = ""
+    embedded: bool = False  # its audio is in a table beside the records
+    labels: int = UNKNOWN_LABEL
 
 
-def _pick_splits(available: Iterable[str], wanted: dict[str, tuple[str, ...]], source: object) -> dict[str, str]:
-    """Map train, validation, test to the source's own names for them, for those that it has."""
-    available = list(available)
-    picked = {}
-    for split, names in wanted.items():
-        found = [name for name in available if name.casefold() in {name.casefold() for name in names}]
-        if len(found) > 1:
-            raise ValueError(f"{source} has two {split} splits, {found}: choose one with --{split}_split")
-        if not found and names != SPLIT_NAMES[split]:
-            raise ValueError(f"{source} has no split {names[0]!r} (--{split}_split); it has: {available}")
-        if found:
-            picked[split] = found[0]
-    if not picked:
-        raise ValueError(f"{source} has no split with a usual name, it has {available}: name one with --train_split")
-    return picked
+@dataclass
+class Layout:
+    """Which column of a table holds what."""
 
+    found: dict[str, str]  # our own name of a column -> its name in the table
+    extra: list[str]
+    class_names: dict[str, list[str]] = field(default_factory=dict)  # column -> names of the ids in it
 
-def _find_columns(
-    available: Sequence[str], columns: DataColumns, source: object, unlabelled: bool = False
-) -> dict[str, str]:
-    """Map the fields of `DataColumns` to the columns that are there; a missing necessary one is an error."""
-    found = {}
-    for role in fields(DataColumns):
-        name = getattr(columns, role.name)
-        names = (name, *ALTERNATIVE_COLUMNS.get(role.name, ())) if name == role.default else (name,)
-        match = next((candidate for candidate in names if candidate in available), None)
-        required = role.name == "audio" or (role.name == "label" and not unlabelled)
-        if match is None and role.name == "text" and name == role.default:
-            logger.warning_once(
-                f"{source} has no text column {name!r} and is used without transcripts; its columns are "
-                f"{list(available)}. Name another one with --text_column."
-            )
-        if match is None and name and (required or name != role.default):
-            hint = ", or pass `none` for data without audio" if role.name == "audio" else ""
-            raise ValueError(
-                f"{source} has no {role.name} column {name!r}; its columns are {list(available)}. "
-                f"Name the right one with --{role.name}_column{hint}."
-            )
-        if match is not None:
-            found[role.name] = match
-    if "audio" not in found and "text" not in found:
-        raise ValueError(
-            f"{source} has neither an audio column {columns.audio!r} nor a text column {columns.text!r}; its columns "
-            f"are {list(available)}. Name the right ones with --audio_column and --text_column."
-        )
-    return found
-
-
-def _find_extra_columns(
-    available: Sequence[str], extra_columns: Sequence[str], found: dict[str, str], source: object
-) -> list[str]:
-    """Those of `extra_columns` that are not our own columns, which are there anyway; a missing one is an error."""
-    extra = [
-        name for name in dict.fromkeys(extra_columns) if name not in ((found.keys() - {"label"}) | {"labels", "row"})
-    ]
-    missing = [name for name in extra if name not in available]
-    if missing:
-        raise ValueError(f"{source} has no column {', '.join(map(repr, missing))}; its columns are {list(available)}")
-    switched_off = [name for name in extra if name in ("audio", "text")]
-    if switched_off:  # examples would be made of it all the same
-        raise ValueError(
-            f"{source}: {switched_off[0]!r} cannot be an extra column, as --{switched_off[0]}_column is none"
-        )
-    return extra
+    def record(self, raw: dict, row: str, split: str | None = None) -> Record:
+        """Make a record of one row. An id becomes its name, as it means nothing outside its data set."""
+        ids = {column: raw.get(column) for column in self.class_names}
+        raw = {**raw, **{column: self.class_names[column][i] for column, i in ids.items() if i is not None and i >= 0}}
+        label = raw.get(self.found["label"]) if "label" in self.found else UNKNOWN_LABEL
+        extra = {name: _string(raw.get(name)) for name in self.extra}
+        record = Record(row, split, label, raw.get(self.found.get("audio")) or "", extra)
+        for name in TEXT_COLUMNS:
+            setattr(record, name, _string(raw.get(self.found.get(name))))
+        return record
 
 
 def _string(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _record(raw: dict, found: dict[str, str], extra: Sequence[str], row: str) -> dict[str, Any]:
-    """One row of any source under our own names; what is missing is `""`. Labels are still as they were written."""
-    record: dict[str, Any] = {"row": row, "extra": {name: _string(raw.get(name)) for name in extra}}
-    for role in STRING_COLUMNS:
-        record[role] = _string(raw.get(found[role])) if role in found else ""
-    record["audio"] = (raw.get(found["audio"]) or "") if "audio" in found else ""
-    record["label"] = raw.get(found["label"]) if "label" in found else UNKNOWN_LABEL
-    return record
+def find_layout(available: Sequence[str], request: Request, source: object) -> Layout:
+    """Find the columns that are asked for among those that are there; a missing one is an error if it is needed."""
+    found = {}
+    for role in fields(DataColumns):
+        name = getattr(request.columns, role.name)
+        is_default = name == role.default
+        names = (name, *ALTERNATIVE_COLUMNS.get(role.name, ())) if is_default else (name,)
+        match = next((candidate for candidate in names if candidate in available), None)
+        is_needed = not is_default or role.name == "audio" or (role.name == "label" and request.needs_labels)
+        if match is not None:
+            found[role.name] = match
+        elif name and is_needed:
+            hint = ", or pass `none` for data without audio" if role.name == "audio" else ""
+            raise ValueError(
+                f"{source} has no {role.name} column {name!r}; its columns are {list(available)}. "
+                f"Name the right one with --{role.name}_column{hint}."
+            )
+        elif name and role.name == "text":
+            logger.warning_once(
+                f"{source} has no text column {name!r} and is used without transcripts; its columns are "
+                f"{list(available)}. Name another one with --text_column."
+            )
+    if "audio" not in found and "text" not in found:
+        raise ValueError(
+            f"{source} has neither an audio column {request.columns.audio!r} nor a text column "
+            f"{request.columns.text!r}; its columns are {list(available)}. Name the right ones with --audio_column "
+            "and --text_column."
+        )
+    kept_anyway = (found.keys() - {"label"}) | {"labels", "row"}
+    extra = [name for name in dict.fromkeys(request.extra_columns) if name not in kept_anyway]
+    missing = [name for name in extra if name not in available]
+    if missing:
+        raise ValueError(f"{source} has no column {', '.join(map(repr, missing))}; its columns are {list(available)}")
+    for name in extra:
+        if name in ("audio", "text"):  # under these names, examples would be made of it
+            raise ValueError(f"{source}: {name!r} cannot be an extra column, as --{name}_column is none")
+    return Layout(found, extra)
 
 
-def _read_table(path: Path, name: str, problems: list[str]) -> tuple[list[str], list[tuple[int, dict]]]:
-    """Read a CSV, TSV or JSONL file: its columns and its (line number, row) pairs. Bad lines go to `problems`."""
+def _pick_splits(available: Iterable[str], request: Request, source: object) -> dict[str, str]:
+    """Map train, validation, test to the source's own names for them, for those that it has."""
+    available = list(available)
+    picked = {}
+    for split, names in (request.split_names or {}).items():
+        usual = [name.casefold() for name in names]
+        found = [name for name in available if name.casefold() in usual]
+        if len(found) > 1:
+            raise ValueError(f"{source} has two {split} splits, {found}: choose one with --{split}_split")
+        if found:
+            picked[split] = found[0]
+        elif names != SPLIT_NAMES[split]:  # chosen by the user
+            raise ValueError(f"{source} has no split {names[0]!r} (--{split}_split); it has: {available}")
+    if not picked:
+        raise ValueError(f"{source} has no split with a usual name, it has {available}: name one with --train_split")
+    return picked
+
+
+def read_table(path: Path, request: Request, *, root: Path | None = None, split: str | None = None) -> list[Record]:
+    """Read one CSV, TSV or JSONL file.
+
+    Args:
+        path: the file. Audio paths in it are relative to its folder.
+        request: what to read.
+        root: messages name the file relative to this folder; default: its own.
+        split: the split of all rows. None: the one that the `split` column says, if there is one, else train.
+
+    Returns:
+        A record for each good row; messages give its line in the file. Bad rows go to `request.problems`.
+    """
+    name = os.path.relpath(path, root or path.parent)
+    rows = _read_rows(path, name, request.problems)
+    if not rows:
+        return []
+    available = list(dict.fromkeys(column for _, raw in rows for column in raw))
+    layout = find_layout(available, request, path)
+    values = [""] * len(rows)
+    split_of = {"": split or "train"}
+    if split is None and request.split_names is not None and "split" in available:
+        values = [_string(raw.get("split")).casefold() for _, raw in rows]
+        split_of = {value: split for split, value in _pick_splits(dict.fromkeys(values), request, path).items()}
+    records = []
+    for (number, raw), value in zip(rows, values, strict=True):
+        record = layout.record(raw, f"{name} row {number}", split_of.get(value))
+        if not isinstance(record.audio, str):
+            request.problems.append(f"{record.row}: the audio must be a path, got {record.audio!r:.60}")
+        elif record.split is None:
+            request.problems.append(f"{record.row}: split {value!r} is none of {', '.join(split_of)}")
+        else:
+            record.audio = os.path.join(path.parent, record.audio) if record.audio else ""
+            records.append(record)
+    return records
+
+
+def _read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dict]]:
+    """The good rows of a table, each with its line number."""
     if path.suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{path} is not a manifest: expected a file ending in {', '.join(TABLE_SUFFIXES)}")
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    rows = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.suffix == ".jsonl":
-                rows = _read_json_lines(file, name, problems)
-            else:
-                rows = _read_csv(file, "\t" if path.suffix == ".tsv" else ",", name, problems)
+            for number, row in _json_rows(file) if path.suffix == ".jsonl" else _csv_rows(file, name):
+                if isinstance(row, dict):
+                    rows.append((number, row))
+                else:
+                    problems.append(f"{name} row {number} {row}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error}): save it as UTF-8") from error
     if not rows and not problems:
         raise ValueError(f"{path} has no rows")
-    columns = dict.fromkeys(column for _, row in rows for column in row)  # a set that keeps the order
-    return list(columns), rows
+    return rows
 
 
-def _read_json_lines(file: Iterable[str], name: str, problems: list[str]) -> list[tuple[int, dict]]:
-    rows = []
+def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict | str]]:
+    """Line numbers, each with the row or what is wrong with it."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            problems.append(f"{name} row {number} is not valid JSON: {error}")
-            continue
-        if isinstance(row, dict):
-            rows.append((number, row))
+            yield number, f"is not valid JSON: {error}"
         else:
-            problems.append(f"{name} row {number} is not a JSON object: {line.strip()[:60]}")
-    return rows
+            yield number, row if isinstance(row, dict) else f"is not a JSON object: {line.strip()[:60]}"
 
 
-def _read_csv(file: Iterable[str], delimiter: str, name: str, problems: list[str]) -> list[tuple[int, dict]]:
-    rows = []
+def _csv_rows(file: Iterable[str], name: str) -> Iterator[tuple[int, dict | str]]:
+    """Line numbers, each with the row or what is wrong with it."""
+    delimiter = "\t" if name.endswith(".tsv") else ","
     reader = csv.reader(file, delimiter=delimiter, strict=True)  # else an open quote swallows the rest of the file
     try:
         header = next(reader, [])
         for values in reader:
-            number = reader.line_num
             if len(values) == len(header):
-                rows.append((number, dict(zip(header, values, strict=True))))
+                yield reader.line_num, dict(zip(header, values, strict=True))
             elif values:
-                problems.append(f"{name} row {number} has {len(values)} fields, but the header has {len(header)}")
+                yield reader.line_num, f"has {len(values)} fields, but the header has {len(header)}"
     except csv.Error as error:
         raise ValueError(f"{name} row {reader.line_num} is malformed: {error}") from error
-    return rows
 
 
-def table_records(
-    path: Path,
-    columns: DataColumns,
-    extra_columns: Sequence[str],
-    problems: list[str],
-    *,
-    root: Path | None = None,
-    split: str = "train",
-    wanted: dict[str, tuple[str, ...]] | None = None,
-    unlabelled: bool = False,
-) -> list[dict[str, Any]]:
-    """Records of one file, in the splits that its `split` column says (if `wanted` is given), else all in `split`.
-
-    The number of a row, in messages, is that of its line in the file.
-    """
-    name = os.path.relpath(path, root or path.parent)
-    available, rows = _read_table(path, name, problems)
-    if not rows:
-        return []
-    found = _find_columns(available, columns, path, unlabelled)
-    extra = _find_extra_columns(available, extra_columns, found, path)
-    if wanted is not None and "split" in available:
-        values = [str(raw.get("split") or "").strip().casefold() for _, raw in rows]
-    else:
-        values = [split] * len(rows)
-    picked = {split: split} if wanted is None else _pick_splits(dict.fromkeys(values), wanted, path)
-    split_of = {value: split for split, value in picked.items()}
-    records = []
-    for (number, raw), value in zip(rows, values, strict=True):
-        record = _record(raw, found, extra, f"{name} row {number}")
-        record["split"] = split_of.get(value)
-        if not isinstance(record["audio"], str):
-            problems.append(f"{record['row']}: the audio must be a path, got {record['audio']!r:.60}")
-        elif record["split"] is None:
-            problems.append(f"{record['row']}: split {value!r} is none of {', '.join(split_of)}")
-        else:
-            record["audio"] = os.path.join(path.parent, record["audio"]) if record["audio"] else ""
-            records.append(record)
-    return records
-
-
-def folder_records(
-    folder: Path,
-    wanted: dict[str, tuple[str, ...]],
-    columns: DataColumns,
-    extra_columns: Sequence[str],
-    problems: list[str],
-) -> list[dict[str, Any]]:
-    """Records of a folder with one table per split, or one for all at the top."""
+def read_folder(folder: Path, request: Request) -> list[Record]:
+    """Read a folder with `<split>/metadata.csv` or `<split>.csv` for each split, or one `metadata.csv` at the top."""
     if not folder.is_dir():
         raise ValueError(f"data_dir {str(folder)!r} is not a folder")
-    tables: dict[str, list[Path]] = {}  # <name>/metadata.csv and <name>.csv belong to the split <name>
-    for suffix in TABLE_SUFFIXES:
-        for table in sorted(folder.glob(f"*/metadata{suffix}")):
-            tables.setdefault(table.parent.name, []).append(table)
-        for table in sorted(folder.glob(f"*{suffix}")):
-            tables.setdefault(table.stem, []).append(table)
-    top = only_one(tables.pop("metadata", []))
-    usual = {name.casefold() for names in wanted.values() for name in names}
+    tables: dict[str, list[Path]] = defaultdict(list)
+    for table in sorted([*folder.glob("*/metadata.*"), *folder.glob("*.*")]):
+        if table.suffix in TABLE_SUFFIXES:
+            tables[table.stem if table.parent == folder else table.parent.name].append(table)
+    top = tables.pop("metadata", [])
+    usual = {name.casefold() for names in (request.split_names or {}).values() for name in names}
     if any(name.casefold() in usual for name in tables):
         records = []
-        for split, name in _pick_splits(tables, wanted, folder).items():
-            only_one(tables[name])
-            records += table_records(tables[name][0], columns, extra_columns, problems, root=folder, split=split)
+        for split, name in _pick_splits(tables, request, folder).items():
+            records += read_table(_only_one(tables[name]), request, root=folder, split=split)
         return records
-    if top is None:
+    if not top:
         content = sorted(entry.name for entry in folder.iterdir())[:10]
         raise ValueError(
             f"{folder} has no metadata: expected metadata.csv (or .tsv, .jsonl) in train/, validation/ and test/, or "
             f"at the top, or train.csv; the folder has {content}"
         )
-    return table_records(top, columns, extra_columns, problems, root=folder, wanted=wanted)
+    return read_table(_only_one(top), request, root=folder)
 
 
-def _hub_columns(
-    features: datasets.Features | None, available: Sequence[str], columns: DataColumns, source: object
-) -> dict[str, str]:
-    """`_find_columns` for a Hub data set, where a column of type `Audio` is the audio if none was named."""
-    if columns.audio == DataColumns.audio and features is not None:
-        typed = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-        if typed:
-            columns = DataColumns(**{**vars(columns), "audio": typed[0]})
-    return _find_columns(available, columns, source)
+def find_metadata(folder: Path) -> Path:
+    """The one table `metadata.csv`, `.tsv` or `.jsonl` in a folder."""
+    tables = [path for suffix in TABLE_SUFFIXES for path in folder.glob(f"metadata{suffix}")]
+    if not tables:
+        raise ValueError(f"{folder} has no metadata file: expected metadata.csv, metadata.tsv or metadata.jsonl")
+    return _only_one(tables)
 
 
-def _class_names(features: datasets.Features | None) -> dict[str, list[str]]:
-    """The names that a Hub data set declares for the ids in its columns."""
-    return {
-        name: feature.names for name, feature in (features or {}).items() if isinstance(feature, datasets.ClassLabel)
-    }
+def _only_one(tables: Sequence[Path]) -> Path:
+    if len(tables) > 1:  # to choose one would be a guess
+        raise ValueError(f"found both {tables[0]} and {tables[1]}: keep one of them")
+    return tables[0]
 
 
-def _name_classes(raw: dict, class_names: dict[str, list[str]]) -> dict:
-    """A row with names for ids where its data set declares names: the ids mean nothing outside that data set."""
-    ids = {column: raw.get(column) for column in class_names}
-    return {**raw, **{column: class_names[column][i] for column, i in ids.items() if i is not None and i >= 0}}
+def read_hub(
+    name: str, config_name: str | None, request: Request
+) -> tuple[list[Record], datasets.Dataset | None, list[str] | None]:
+    """Read a data set on the Hub.
 
-
-def _load_hub_dataset(name: str, config_name: str | None, **options) -> datasets.DatasetDict:
-    """`datasets.load_dataset`, with a way out where it insists on torchcodec: data stored as loose audio files."""
-    try:
-        return datasets.load_dataset(name, config_name, **options)
-    except (ImportError, datasets.exceptions.DatasetGenerationError) as error:
-        if "torchcodec" not in f"{error} {error.__cause__}":
-            raise
-        raise ValueError(
-            f"{name} is stored as loose audio files, which `datasets` reads with torchcodec only. Download it "
-            f"(`hf download --repo-type dataset {name} --local-dir FOLDER`) and pass --data_dir FOLDER, or install "
-            "torchcodec."
-        ) from error
-
-
-def hub_records(
-    name: str,
-    config_name: str | None,
-    wanted: dict[str, tuple[str, ...]],
-    columns: DataColumns,
-    extra_columns: Sequence[str],
-) -> tuple[list[dict[str, Any]], datasets.Dataset | None, list[str] | None]:
-    """Records of a Hub data set, its audio column (aligned with the records) if embedded, and its class names."""
+    Returns:
+        The records; the audio, a table with one column and a row for each record, if the data set embeds it; and the
+        names that it declares for its classes, if it does.
+    """
     loaded = _load_hub_dataset(name, config_name)
-    picked = _pick_splits(loaded, wanted, name)
-    records: list[dict[str, Any]] = []
+    picked = _pick_splits(loaded, request, name)
+    records: list[Record] = []
     audio_tables = []
     class_names = None
     for split, split_name in picked.items():
         dataset = loaded[split_name]
         source = f"{name} {split_name}"
-        found = _hub_columns(dataset.features, dataset.column_names, columns, source)
-        extra = _find_extra_columns(dataset.column_names, extra_columns, found, source)
-        declared = _class_names(dataset.features)
-        class_names = class_names or declared.get(found["label"])
-        audio_feature = dataset.features[found["audio"]] if "audio" in found else None
-        embedded = isinstance(audio_feature, datasets.Audio | dict)
+        layout = _hub_layout(dataset, request, source)
+        class_names = class_names or layout.class_names.get(layout.found.get("label", ""))
+        column = layout.found.get("audio", "")
+        feature = dataset.features.get(column)
+        embedded = isinstance(feature, datasets.Audio | dict)
         if embedded:
             # never let `datasets` decode: that needs torchcodec, and we have soundfile
-            audio = dataset.select_columns(found["audio"]).cast_column(found["audio"], datasets.Audio(decode=False))
-            audio_tables.append(audio if found["audio"] == "audio" else audio.rename_column(found["audio"], "audio"))
-        elif audio_feature is not None and getattr(audio_feature, "dtype", "") not in ("string", "large_string"):
-            raise ValueError(f"{name}: column {found['audio']!r} must hold audio files or paths, not {audio_feature}")
-        small = [column for role, column in found.items() if not (embedded and role == "audio")]
-        for index, raw in enumerate(dataset.select_columns(list(dict.fromkeys([*small, *extra])))):
-            record = _record(_name_classes(raw, declared), found, extra, f"{source} row {index}")
-            record["split"] = split
-            record["embedded"] = embedded
+            audio = dataset.select_columns(column).cast_column(column, datasets.Audio(decode=False))
+            audio_tables.append(audio if column == "audio" else audio.rename_column(column, "audio"))
+        elif feature is not None and getattr(feature, "dtype", "") not in ("string", "large_string"):
+            raise ValueError(f"{name}: column {column!r} must hold audio files or paths, not {feature}")
+        small = [other for role, other in layout.found.items() if not (embedded and role == "audio")]
+        for index, raw in enumerate(dataset.select_columns(list(dict.fromkeys([*small, *layout.extra])))):
+            record = layout.record(raw, f"{source} row {index}", split)
+            record.embedded = embedded
             records.append(record)
     if not audio_tables:
         return records, None, class_names
@@ -342,17 +324,15 @@ def hub_records(
 
 
 def stream_hub(
-    name: str,
-    config_name: str | None,
-    wanted: dict[str, tuple[str, ...]],
-    columns: DataColumns,
-    extra_columns: Sequence[str],
-    label_names: Sequence[str] | None,
-    on_bad_example: str,
+    name: str, config_name: str | None, request: Request, label_names: Sequence[str] | None, on_bad_example: str
 ) -> tuple[datasets.IterableDatasetDict, list[str]]:
-    """Like `hub_records`, but row by row while training. A bad row raises then, or (skip) has `labels` None."""
+    """Read a data set on the Hub row by row while training. A bad row then raises, or (skip) has `labels` None.
+
+    Returns:
+        The splits, with the columns of `load_emotion_dataset`, and the label names.
+    """
     loaded = _load_hub_dataset(name, config_name, streaming=True)
-    picked = _pick_splits(loaded, wanted, name)
+    picked = _pick_splits(loaded, request, name)
     logger.warning(
         f"{name} is streamed: whether a speaker is in two of its splits {list(picked.values())} cannot be checked, "
         "and splits that it lacks are not made."
@@ -363,37 +343,55 @@ def stream_hub(
         for column, feature in (stream.features or {}).items():
             if isinstance(feature, datasets.Audio):
                 stream = stream.cast_column(column, datasets.Audio(decode=False))
-        available = stream.column_names or list(next(iter(stream)))
         source = f"{name} {split_name}"
-        found = _hub_columns(stream.features, available, columns, source)
-        extra = _find_extra_columns(available, extra_columns, found, source)
-        declared = _class_names(stream.features)
-        label_names = choose_label_names(label_names, declared.get(found["label"]))
-        normalise = _StreamNormaliser(found, extra, source, label_names, declared, on_bad_example)
-        streams[split] = stream.map(normalise, with_indices=True, remove_columns=available)
+        layout = _hub_layout(stream, request, source)
+        label_names = choose_label_names(label_names, layout.class_names.get(layout.found.get("label", "")))
+        options = {"layout": layout, "source": source, "label_names": label_names, "on_bad_example": on_bad_example}
+        streams[split] = stream.map(
+            _stream_row, with_indices=True, remove_columns=_column_names(stream), fn_kwargs=options
+        )
     return datasets.IterableDatasetDict(streams), list(label_names or ())
 
 
-@dataclass
-class _StreamNormaliser:
-    """The row function of a stream; a class because it has to travel to worker processes."""
+def _stream_row(
+    raw: dict, index: int, layout: Layout, source: str, label_names: list[str], on_bad_example: str
+) -> dict[str, Any]:
+    record = layout.record(raw, f"{source} row {index}")
+    row: dict[str, Any] = {name: getattr(record, name) for name in layout.found if name != "label"}
+    row.update(record.extra, row=record.row, labels=None)
+    try:
+        row["labels"] = label_id(record.label, label_names, record.row)
+    except ValueError as error:
+        skip_or_raise(error, on_bad_example)
+    return row
 
-    found: dict[str, str]
-    extra: list[str]
-    source: str
-    label_names: list[str]
-    class_names: dict[str, list[str]]
-    on_bad_example: str
 
-    def __call__(self, raw: dict, index: int) -> dict[str, Any]:
-        raw = _name_classes(raw, self.class_names)
-        record = _record(raw, self.found, self.extra, f"{self.source} row {index}")
-        record["labels"] = None
-        try:
-            record["labels"] = label_id(record["label"], self.label_names, record["row"])
-        except ValueError as error:
-            if self.on_bad_example == "error":
-                raise
-            logger.warning_once(f"skipped: {error}")
-        kept = (self.found.keys() | {"row", "labels"}) - {"label"}
-        return {**{key: value for key, value in record.items() if key in kept}, **record["extra"]}
+def _hub_layout(dataset: Any, request: Request, source: str) -> Layout:
+    """`find_layout`, where a column of type `Audio` is the audio if none was named; with the declared class names."""
+    features = dataset.features or {}
+    audio = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    if audio and request.columns.audio == DataColumns.audio:
+        request = replace(request, columns=replace(request.columns, audio=audio[0]))
+    layout = find_layout(_column_names(dataset), request, source)
+    layout.class_names = {
+        name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+    }
+    return layout
+
+
+def _column_names(dataset: Any) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset)))  # a stream may not know them before its first row
+
+
+def _load_hub_dataset(name: str, config_name: str | None, **options) -> datasets.DatasetDict:
+    """`datasets.load_dataset`, with advice where it insists on torchcodec: data stored as loose audio files."""
+    try:
+        return datasets.load_dataset(name, config_name, **options)
+    except (ImportError, datasets.exceptions.DatasetGenerationError) as error:
+        if "torchcodec" not in f"{error} {error.__cause__}":
+            raise
+        raise ValueError(
+            f"{name} is stored as loose audio files, which `datasets` reads with torchcodec only. Download it "
+            f"(`hf download --repo-type dataset {name} --local-dir FOLDER`) and pass --data_dir FOLDER, or install "
+            "torchcodec."
+        ) from error

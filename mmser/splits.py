@@ -1,31 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training, validation and test clips by different speakers: leaks are refused, missing splits are held out."""
+"""Training, validation and test clips by different speakers: leaks are refused, missing splits are held out.
 
-from typing import Any
+`divide_by_speaker` is the entry; its two steps follow it.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
 from transformers.utils import logging
 
+from mmser.sources import SPLIT_NAMES, Record
+
 logger = logging.get_logger(__name__)
 
+DRAWS = 64  # random divisions of the speakers, of which the one with the best label shares is taken
+FEW = 5  # speakers that a message lists
 
-def _speaker(record: dict[str, Any]) -> str:
+
+def divide_by_speaker(
+    records: Sequence[Record], usable: Sequence[int], fractions: dict[str, float], seed: int, allow_overlap: bool
+) -> dict[str, list[int]]:
+    """Divide records into splits: those of the source, and those that it lacks, held out of its training data.
+
+    Args:
+        records: all rows of the source.
+        usable: indices of the good ones.
+        fractions: split -> share of the training data to hold out if the source lacks it, in the order of drawing.
+        seed: seed of the draws.
+        allow_overlap: accept a speaker in two splits, and a random division of data without speakers.
+
+    Returns:
+        Split -> indices of its usable records; a split of the source that has no usable record is empty.
+
+    Raises:
+        ValueError: if a speaker is in two splits, or a split must be held out and there are too few speakers.
+    """
+    named = {record.split for record in records}
+    splits: dict[str, list[int]] = {split: [] for split in SPLIT_NAMES if split in named}
+    for index in usable:
+        splits[str(records[index].split)].append(index)
+    _check_overlap(records, splits, allow_overlap)
+    if "validation" not in splits and splits.get("train"):
+        missing = {split: share for split, share in fractions.items() if split not in splits and share > 0}
+        splits.update(_hold_out(records, splits["train"], missing, seed, allow_overlap))
+    return {split: splits[split] for split in SPLIT_NAMES if split in splits}
+
+
+def _speaker(record: Record) -> str:
     """A speaker's name with its corpus: the same name in two corpora is two people."""
-    return f"{record['corpus']}/{record['speaker']}" if record["corpus"] else record["speaker"]
+    return f"{record.corpus}/{record.speaker}" if record.corpus else record.speaker
 
 
-def check_speaker_overlap(records: list[dict], splits: dict[str, list[int]], allow: bool) -> None:
-    """Refuse, or warn about, speakers that are in two of the given splits. Rows without a speaker say nothing."""
+def _check_overlap(records: Sequence[Record], splits: dict[str, list[int]], allow: bool) -> None:
+    """Refuse, or warn about, speakers that are in two splits. Rows without a speaker are not compared."""
     where: dict[str, list[str]] = {}
     for split, indices in splits.items():
-        for speaker in {_speaker(records[index]) for index in indices if records[index]["speaker"]}:
+        for speaker in {_speaker(records[index]) for index in indices if records[index].speaker}:
             where.setdefault(speaker, []).append(split)
     shared = sorted(speaker for speaker, names in where.items() if len(names) > 1)
     if not shared:
         return
-    listed = ", ".join(f"{speaker} ({' and '.join(where[speaker])})" for speaker in shared[:5])
-    message = f"{len(shared)} speakers are in more than one split: {listed}{', ...' if len(shared) > 5 else ''}"
+    listed = ", ".join(f"{speaker} ({' and '.join(where[speaker])})" for speaker in shared[:FEW])
+    message = f"{len(shared)} speakers are in more than one split: {listed}{', ...' if len(shared) > FEW else ''}"
     if not allow:
         raise ValueError(
             f"{message}. Scores on known voices are too good: give each speaker to one split, or pass "
@@ -34,20 +71,17 @@ def check_speaker_overlap(records: list[dict], splits: dict[str, list[int]], all
     logger.warning(f"{message}. Allowed by --allow_speaker_overlap; the scores will be too good for new voices.")
 
 
-def hold_out_missing_splits(
-    records: list[dict], splits: dict[str, list[int]], fractions: dict[str, float], seed: int, allow_overlap: bool
+def _hold_out(
+    records: Sequence[Record], training: Sequence[int], missing: dict[str, float], seed: int, allow_overlap: bool
 ) -> dict[str, list[int]]:
-    """Hold the missing splits out of the training data. A source with its own validation split is left as it is."""
-    if "validation" in splits or not splits.get("train"):
-        return splits
-    missing = {split: fraction for split, fraction in fractions.items() if split not in splits and fraction > 0}
-    if not missing:
-        return splits
-    speakers = np.array([_speaker(records[index]) for index in splits["train"]])
-    have_speakers = any(records[index]["speaker"] for index in splits["train"])
-    enough = len(set(speakers)) > len(missing)
-    if not (have_speakers and enough):
-        reason = f"has only {len(set(speakers))} speakers" if have_speakers else "has no speaker column"
+    """Divide the indices in `training` into the missing splits, whole speakers at a time, and the rest."""
+    remaining = np.array(training)
+    labels = np.array([records[index].labels for index in training])
+    speakers = np.array([_speaker(records[index]) for index in training])
+    num_speakers = len(set(speakers)) if any(records[index].speaker for index in training) else 0
+    by_speaker = num_speakers > len(missing)
+    if missing and not by_speaker:
+        reason = f"has only {num_speakers} speakers" if num_speakers else "has no speaker column"
         if not allow_overlap:
             raise ValueError(
                 f"{' and '.join(missing)} data must be held out of the training data, which {reason}: add a column "
@@ -55,51 +89,45 @@ def hold_out_missing_splits(
                 "split at random"
             )
         logger.warning(f"The training data {reason}: split at random, speakers may leak from training into test data.")
-    remaining = np.array(splits["train"])
-    labels = np.array([records[index]["labels"] for index in remaining])
-    splits, left = dict(splits), 1.0
+    splits, left = {}, 1.0
     for number, (split, fraction) in enumerate(missing.items()):
-        share = fraction / left
-        if have_speakers and enough:
-            held_out = _hold_out_groups(speakers, labels, share, seed + number)
+        share = fraction / left  # of what is left
+        if by_speaker:
+            mask = _draw_speakers(speakers, labels, share, seed + number)
         else:
-            held_out = _hold_out_per_label(labels, share, seed + number)
-        splits[split] = remaining[held_out].tolist()
-        remaining, labels, speakers = remaining[~held_out], labels[~held_out], speakers[~held_out]
+            mask = _draw_per_label(labels, share, seed + number)
+        splits[split] = remaining[mask].tolist()
+        remaining, labels, speakers = remaining[~mask], labels[~mask], speakers[~mask]
         left -= fraction
-    splits["train"] = remaining.tolist()
-    return splits
+    return {**splits, "train": remaining.tolist()}
 
 
-def _hold_out_groups(groups: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Hold out whole groups: of 64 random draws, the one whose label counts are nearest to `fraction` of all.
+def _draw_speakers(speakers: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Draw whole speakers: of `DRAWS` draws, the one whose label counts are nearest to `share` of all.
 
     Args:
-        groups: [N] names of the groups.
+        speakers: [N] names.
         labels: [N] ids >= 0.
-        fraction: share to hold out, in (0, 1).
+        share: of the speakers, in (0, 1).
         seed: seed of the draws.
 
     Returns:
-        [N] bool, True where held out.
+        [N] bool, True where drawn.
     """
-    counts = np.bincount(labels)
-    draws = GroupShuffleSplit(n_splits=64, test_size=fraction, random_state=seed).split(labels, groups=groups)
-    candidates = [held_out for _, held_out in draws]
-    distances = [
-        np.abs(np.bincount(labels[held_out], minlength=len(counts)) - fraction * counts).sum()
-        for held_out in candidates
-    ]
+    wanted = share * np.bincount(labels)
+    draws = GroupShuffleSplit(n_splits=DRAWS, test_size=share, random_state=seed).split(labels, groups=speakers)
+    candidates = [drawn for _, drawn in draws]
+    distances = [np.abs(np.bincount(labels[drawn], minlength=len(wanted)) - wanted).sum() for drawn in candidates]
     mask = np.zeros(len(labels), dtype=bool)
     mask[candidates[int(np.argmin(distances))]] = True
     return mask
 
 
-def _hold_out_per_label(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Hold out `fraction` of the rows of each label, at random. Arguments and result as in `_hold_out_groups`."""
+def _draw_per_label(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Draw `share` of the rows of each label. Arguments and result as of `_draw_speakers`."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         indices = rng.permutation(np.flatnonzero(labels == label))
-        mask[indices[: round(fraction * len(indices))]] = True
+        mask[indices[: round(share * len(indices))]] = True
     return mask
