@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation of waveforms: another speed, noise. What is random comes from a generator seeded for each example."""
+"""Augmentation of waveforms: another speed, noise. Random numbers come from a generator seeded for each example."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import soxr
 
 
 def augmentation_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random generator of one example in one epoch: the same whatever the batch, worker or process."""
+    """The random generator of one example in one epoch: the same in any batch, worker or process."""
     return np.random.default_rng([seed, epoch, index])
 
 
@@ -22,12 +22,12 @@ def change_speed(waveform: np.ndarray, factor: float) -> np.ndarray:
     Returns:
         [round(T / factor)] float32 samples.
     """
-    # what was recorded at `factor` times the rate, brought back to the rate
+    # as if the clip had been recorded at `factor` times the rate
     return soxr.resample(waveform, factor, 1.0, quality="HQ").astype(np.float32)
 
 
 def add_noise(waveform: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Add white noise at a signal-to-noise ratio. The noise is scaled to exactly that ratio; silence stays silent.
+    """Add white noise, scaled to exactly a signal-to-noise ratio. Silence stays silent.
 
     Args:
         waveform: [T] float32 samples.
@@ -68,7 +68,7 @@ class Augmenter:
             raise ValueError(f"probability must be in [0, 1], got {self.probability}")
 
     def __call__(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return an augmented copy of `waveform` ([T] float32); all that is random comes from `rng`."""
+        """Return an augmented copy of `waveform` ([T] float32), with random numbers from `rng` alone."""
         apply_speed, apply_noise = rng.random(2) < self.probability
         factor = rng.uniform(*self.speed_range)
         if apply_speed:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows to examples: decode, crop and augment inside the DataLoader's workers.
 
-Read `ExampleReader` first, then `EmotionDataset`, `TestTimeAugmentation` (each clip several times) and
-`EmotionIterableDataset` (streams).
+Read `ExampleReader` first (one row), then `EmotionDataset`, `EmotionIterableDataset` (streams) and
+`TestTimeAugmentation` (each clip several times), then `drop_unreadable` and `class_counts`.
 """
 
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -22,9 +22,13 @@ from transformers.utils import logging
 
 from audio_mmser import MIN_SECONDS, load_audio
 from mmser.augmentation import Augmenter, augmentation_generator
-from mmser.bad_rows import check_on_bad_example
+from mmser.bad_rows import check_on_bad_example, skip_or_raise
 
 logger = logging.get_logger(__name__)
+
+NUM_THREADS = 8  # that read files
+MAX_WORKERS = 256  # of a stream that count skipped rows, each in its own slot
+MANY_ROWS = 2000  # from here on a progress bar is shown
 
 
 @dataclass
@@ -33,7 +37,7 @@ class ExampleReader:
 
     Args:
         sampling_rate: rate of the waveforms, in Hz.
-        training: crop at random, augment and drop modalities; else the middle of a long clip is taken as it is.
+        training: crop at random, augment and drop modalities; False takes the middle of a long clip as it is.
         augmenter: used in training only.
         text_dropout, audio_dropout: probability, in training, to hide the text or the audio (never both) of an
             example that has both.
@@ -74,22 +78,18 @@ class ExampleReader:
         Raises:
             ValueError: naming the row, if its audio cannot be read or it has neither audio nor text.
         """
-        source, text = self.draw_modalities(_audio_source(row.get("audio")), row.get("text"), rng)
+        source, text = self.draw_modalities(_audio_source(row), row.get("text"), rng)
         audio = self._waveform(source, row["row"], rng) if source else None
         if audio is None and text is None:
             raise ValueError(f"{row['row']} has neither audio nor text")
-        example: dict[str, Any] = {"labels": int(row["labels"]), "length": 0 if audio is None else len(audio)}
-        if "audio" in row:
-            example["audio"] = audio
-        if "text" in row:
-            example["text"] = text
-        return example
+        example = {"labels": int(row["labels"]), "length": 0 if audio is None else len(audio)}
+        return {**example, **{name: value for name, value in (("audio", audio), ("text", text)) if name in row}}
 
     def draw_modalities(self, audio: Any, text: Any, rng: np.random.Generator) -> tuple[Any, Any]:
-        """Hide what is not to be seen of an example.
+        """Hide the modalities of one example that are switched off or, in training, dropped.
 
         Args:
-            audio, text: whatever stands for the two; what is missing is falsy.
+            audio, text: anything that stands for the two, falsy for a missing one.
             rng: drawn from once in training, if the example has both.
 
         Returns:
@@ -107,31 +107,19 @@ class ExampleReader:
 
     def waveform(self, row: dict[str, Any], rng: np.random.Generator) -> np.ndarray | None:
         """The `audio` ([T] float32) that a row's example has when its audio is not dropped; None without audio."""
-        source = _audio_source(row.get("audio"))
-        self.draw_modalities(source, row.get("text"), rng)  # what is random afterwards depends on this draw
+        source = _audio_source(row)
+        self.draw_modalities(source, row.get("text"), rng)  # the crop and the augmentation are drawn after it
         return self._waveform(source, row["row"], rng) if source else None
 
-    def content(self, row: dict[str, Any]) -> bytes | None:
-        """The bytes of the encoded file of a row's audio; None without audio, or where it is hidden."""
-        source = _audio_source(row.get("audio")) if self.use_audio else None
-        if not source:
-            return None
-        try:
-            content = _fetch(source)
-            return content if isinstance(content, bytes) else Path(content).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{row['row']}: cannot read {str(source)[:200]}: {error}") from error
-
     def _waveform(self, source: str | bytes, row: str, rng: np.random.Generator) -> np.ndarray:
-        name = "embedded audio" if isinstance(source, bytes) else source
         try:
-            audio = load_audio(_fetch(source), target_sampling_rate=self.sampling_rate, name=name)
+            audio = load_audio(_fetch(source), target_sampling_rate=self.sampling_rate, name=_name(source))
         except (ValueError, OSError) as error:
-            raise ValueError(f"{row}: cannot read {name}: {error}") from error
+            raise _cannot_read(row, source, error) from error
         if len(audio) < self.min_samples:
             raise ValueError(
-                f"{row}: {name} is too short, {len(audio)} samples at {self.sampling_rate} Hz; the minimum is "
-                f"{self.min_samples} ({MIN_SECONDS} s)"
+                f"{row}: {_name(source)} is too short, {len(audio)} samples at {self.sampling_rate} Hz; the minimum "
+                f"is {self.min_samples} ({MIN_SECONDS} s)"
             )
         spare = 0 if self.max_samples is None else max(0, len(audio) - self.max_samples)
         if spare:
@@ -144,36 +132,87 @@ class ExampleReader:
         augmented = augmenter(audio, rng)[: self.max_samples]  # slowed down, it can be longer again
         return augmented if len(augmented) >= self.min_samples else audio
 
+    def content(self, row: dict[str, Any]) -> bytes | None:
+        """The bytes of the encoded file of a row's audio; None without audio, or if audio is hidden."""
+        source = _audio_source(row) if self.use_audio else None
+        if source is None:
+            return None
+        try:
+            content = _fetch(source)
+            return content if isinstance(content, bytes) else Path(content).read_bytes()
+        except OSError as error:
+            raise _cannot_read(row["row"], source, error) from error
+
     def length(self, row: dict[str, Any]) -> int:
         """Samples of a row's clip without augmentation, from the file's header alone; 0 without audio."""
-        source = _audio_source(row.get("audio")) if self.use_audio else None
-        if not source:
+        source = _audio_source(row) if self.use_audio else None
+        if source is None:
             return 0
         try:
-            fetched = _fetch(source)
-            info = soundfile.info(io.BytesIO(fetched) if isinstance(fetched, bytes) else fetched)
+            content = _fetch(source)
+            info = soundfile.info(io.BytesIO(content) if isinstance(content, bytes) else content)
         except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
-            raise ValueError(f"{row['row']}: cannot read {str(source)[:200]}: {error}") from error
+            raise _cannot_read(row["row"], source, error) from error
         samples = round(info.frames * self.sampling_rate / info.samplerate)
         return samples if self.max_samples is None else min(samples, self.max_samples)
 
 
-def _audio_source(audio: str | dict | None) -> str | bytes | None:
-    """What a cell of the audio column refers to: encoded bytes if it has them, else a path, else nothing."""
+def _audio_source(row: dict[str, Any]) -> str | bytes | None:
+    """The audio of a row: encoded bytes if it has them, else a path, else None."""
+    audio = row.get("audio")
     if isinstance(audio, dict):
         return audio.get("bytes") or audio.get("path") or None
     return audio or None
 
 
 def _fetch(source: str | bytes) -> str | bytes:
-    """The bytes behind an address (`hf://`, `zip://`, ... as streamed data sets give them); others as they are."""
+    """The bytes behind an address (`hf://`, `zip://`, ... in streamed data sets); paths and bytes as they are."""
     if isinstance(source, str) and "://" in source:
         with fsspec.open(source, "rb") as file:
             return file.read()
     return source
 
 
-class EmotionDataset(torch.utils.data.Dataset):
+def _name(source: str | bytes) -> str:
+    return "embedded audio" if isinstance(source, bytes) else source
+
+
+def _cannot_read(row: str, source: str | bytes, error: Exception) -> ValueError:
+    return ValueError(f"{row}: cannot read {_name(source)}: {error}")
+
+
+def map_in_threads(function: Callable[[int], Any], number: int, description: str) -> list:
+    """`[function(0), ..., function(number - 1)]`, computed by threads that wait for files, with a progress bar."""
+    with ThreadPool(NUM_THREADS) as pool:
+        results = pool.imap(function, range(number), chunksize=16)
+        return list(logging.tqdm(results, description, number, disable=number <= MANY_ROWS))
+
+
+class _SeededExamples:
+    """What data sets with random access and streams share: an epoch that all workers see, and a count of bad rows."""
+
+    _skipped: torch.Tensor
+
+    def __init__(self, dataset: Any, seed: int = 42, on_bad_example: str = "error", **reader_options):
+        check_on_bad_example(on_bad_example)
+        self.dataset = dataset
+        self.seed = seed
+        self.on_bad_example = on_bad_example
+        self.reader = ExampleReader(**reader_options)
+        # tensors in shared memory: workers, also persistent ones, see a new epoch, and we see which rows they skipped
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw new augmentation from now on, in all workers."""
+        self._epoch.fill_(int(epoch))
+
+    @property
+    def num_skipped(self) -> int:
+        """How many rows were found bad so far; a stream counts them again in each pass."""
+        return int(self._skipped.sum())
+
+
+class EmotionDataset(_SeededExamples, torch.utils.data.Dataset):
     """Examples of a data set with random access. Decoding happens on access, so inside the DataLoader's workers.
 
     Args:
@@ -186,13 +225,7 @@ class EmotionDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: datasets.Dataset, seed: int = 42, on_bad_example: str = "error", **reader_options):
-        check_on_bad_example(on_bad_example)
-        self.dataset = dataset
-        self.seed = seed
-        self.on_bad_example = on_bad_example
-        self.reader = ExampleReader(**reader_options)
-        # in shared memory: workers, also persistent ones, see a new epoch, and we see what they skipped
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        super().__init__(dataset, seed, on_bad_example, **reader_options)
         self._skipped = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._lengths: list[int] | None = None
 
@@ -202,14 +235,11 @@ class EmotionDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         """The example (see `ExampleReader`) at `index`, or None if it is bad and `on_bad_example` is "skip"."""
         index = range(len(self))[index]
-        rng = augmentation_generator(self.seed, int(self._epoch), index)
         try:
-            return self._example(index, rng)
+            return self._example(index, augmentation_generator(self.seed, int(self._epoch), index))
         except ValueError as error:
-            if self.on_bad_example == "error":
-                raise
+            skip_or_raise(error, self.on_bad_example)
             self._skipped[index] = True
-            logger.warning_once(f"skipped: {error}")
             return None
 
     def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -227,46 +257,72 @@ class EmotionDataset(torch.utils.data.Dataset):
             raise ValueError(f"none of the {len(self)} examples can be read")
         return examples
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw new augmentation from now on, in all workers."""
-        self._epoch.fill_(int(epoch))
-
     @property
     def skipped(self) -> np.ndarray:
         """[N] bool: the rows that were found bad so far."""
         return self._skipped.numpy().copy()
 
     @property
-    def num_skipped(self) -> int:
-        """How many rows were found bad so far, each counted once."""
-        return int(self._skipped.sum())
-
-    @property
     def lengths(self) -> list[int]:
         """[N] samples of each clip before augmentation, read from the headers on first use; for length grouping."""
         if self._lengths is None:
-            with ThreadPool(8) as pool:
-                lengths = pool.imap(self._length, range(len(self)), chunksize=64)
-                progress = logging.tqdm(lengths, "reading lengths", len(self), disable=len(self) <= 2000)
-                self._lengths = list(progress)
+            self._lengths = map_in_threads(self._length, len(self), "reading lengths")
         return self._lengths
 
     def _length(self, index: int) -> int:
         try:
             return self.reader.length(self.dataset[index])
         except ValueError as error:
-            if self.on_bad_example == "error":
-                raise
-            logger.warning_once(f"no length: {error}")
+            skip_or_raise(error, self.on_bad_example)
             return 0
+
+
+class EmotionIterableDataset(_SeededExamples, torch.utils.data.IterableDataset):
+    """Examples of a streamed data set; its shards are shared out among the workers.
+
+    Args: as for `EmotionDataset`, with a split of `load_emotion_dataset(..., streaming=True)`. A checksum of the
+    content seeds the augmentation of an example, as a stream has no index.
+    """
+
+    def __init__(
+        self, dataset: datasets.IterableDataset, seed: int = 42, on_bad_example: str = "error", **reader_options
+    ):
+        super().__init__(dataset, seed, on_bad_example, **reader_options)
+        # a slot for each worker: they count at the same time, and a lock could not travel to spawned workers
+        self._skipped = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch = int(self._epoch)
+        worker = torch.utils.data.get_worker_info()
+        slot = worker.id % MAX_WORKERS if worker else 0
+        for row in self.dataset:
+            if row["labels"] is None:  # a bad label, reported when the row was read
+                self._skipped[slot] += 1
+                continue
+            try:
+                yield self.reader(row, augmentation_generator(self.seed, epoch, _checksum(row)))
+            except ValueError as error:
+                skip_or_raise(error, self.on_bad_example)
+                self._skipped[slot] += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw new augmentation (and a new order, if the stream is shuffled) from the next pass on."""
+        super().set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    source = _audio_source(row) or b""
+    content = source if isinstance(source, bytes) else source.encode()
+    return zlib.crc32((row.get("text") or "").encode(), zlib.crc32(content))
 
 
 class TestTimeAugmentation(torch.utils.data.Dataset):
     """Every clip of a data set `num_passes` times in a row: as it is, then augmented, each time in another way.
 
-    Item i is pass `i % num_passes` of clip `i // num_passes`. What is random in it depends on the seed, the pass and
-    the clip alone. Clips without audio are the same in all passes. A clip that cannot be read raises, so leave such
-    clips out before, with `drop_unreadable`.
+    Item i is pass `i % num_passes` of clip `i // num_passes`; its augmentation depends on the seed, the pass and the
+    clip alone. Clips without audio are the same in all passes. A clip that cannot be read raises: leave such clips out
+    first, with `drop_unreadable`.
 
     Args:
         dataset: the clips, as they are for evaluation.
@@ -279,7 +335,7 @@ class TestTimeAugmentation(torch.utils.data.Dataset):
         ValueError: if the data set is one for training, which is random itself, or `num_passes` is not positive.
     """
 
-    __test__ = False  # pytest: the name only looks like that of a test
+    __test__ = False  # or pytest takes it for a test, by its name
 
     def __init__(self, dataset: EmotionDataset, num_passes: int, augmenter: Augmenter, seed: int = 42):
         if not isinstance(dataset, EmotionDataset):
@@ -302,16 +358,17 @@ class TestTimeAugmentation(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The examples at `indices`; each clip among them is decoded once."""
+        reader = self.dataset.reader
         clips: dict[int, dict[str, Any]] = {}
         examples = []
         for index in indices:
             clip, number = divmod(range(len(self))[index], self.num_passes)
             rng = augmentation_generator(self.seed, number, clip)  # the pass in the place of the epoch
             if clip not in clips:
-                clips[clip] = self.dataset.reader(self.dataset.dataset[clip], rng)  # not random: not for training
+                clips[clip] = reader(self.dataset.dataset[clip], rng)  # draws nothing: it is not for training
             example = dict(clips[clip])
             if number > 0 and example.get("audio") is not None:
-                example["audio"] = self.dataset.reader.augment(example["audio"], self.augmenter, rng)
+                example["audio"] = reader.augment(example["audio"], self.augmenter, rng)
                 example["length"] = len(example["audio"])
             examples.append(example)
         return examples
@@ -323,7 +380,7 @@ class TestTimeAugmentation(torch.utils.data.Dataset):
 
 
 def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **reader_options) -> datasets.Dataset:
-    """Try each row once, before work is spent: leave out those of which no example can be made, and count them.
+    """Try each row once, before work is spent: leave out the rows that give no example, and count them.
 
     With every row readable, all batches are whole: predictions line up with the rows, on any number of processes.
 
@@ -336,77 +393,20 @@ def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **r
         ValueError: if no row is left, or naming the row, for "error".
     """
     examples = EmotionDataset(dataset, on_bad_example=on_bad_example, **reader_options)
-    with ThreadPool(8) as pool:
-        tried = pool.imap(lambda index: examples[index] is not None, range(len(examples)), chunksize=16)
-        progress = logging.tqdm(tried, "checking clips", len(examples), disable=len(examples) <= 2000)
-        readable = [index for index, is_readable in enumerate(progress) if is_readable]
-    if len(readable) == len(dataset):
+    is_readable = map_in_threads(lambda index: examples[index] is not None, len(examples), "checking clips")
+    if all(is_readable):
         return dataset
-    if not readable:
+    if not any(is_readable):
         raise ValueError(f"none of the {len(dataset)} examples can be read, the first is {dataset[0]['row']}")
     logger.warning(f"skipped {examples.num_skipped} of {len(dataset)} clips that cannot be read")
-    return dataset.select(readable)
-
-
-class EmotionIterableDataset(torch.utils.data.IterableDataset):
-    """Examples of a streamed data set; its shards are shared out among the workers.
-
-    Args: as for `EmotionDataset`, with a split of `load_emotion_dataset(..., streaming=True)`. Instead of the index,
-    which a stream does not have, a checksum of the content seeds the augmentation of an example.
-    """
-
-    def __init__(
-        self, dataset: datasets.IterableDataset, seed: int = 42, on_bad_example: str = "error", **reader_options
-    ):
-        check_on_bad_example(on_bad_example)
-        self.dataset = dataset
-        self.seed = seed
-        self.on_bad_example = on_bad_example
-        self.reader = ExampleReader(**reader_options)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        # one slot per worker, as they count at the same time and a lock could not travel to spawned workers
-        self._num_skipped = torch.zeros(256, dtype=torch.int64).share_memory_()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = int(self._epoch)
-        for row in self.dataset:
-            if row["labels"] is None:  # a bad label, reported where it was found
-                self._count_skipped()
-                continue
-            try:
-                yield self.reader(row, augmentation_generator(self.seed, epoch, _checksum(row)))
-            except ValueError as error:
-                if self.on_bad_example == "error":
-                    raise
-                self._count_skipped()
-                logger.warning_once(f"skipped: {error}")
-
-    def _count_skipped(self) -> None:
-        worker = torch.utils.data.get_worker_info()
-        self._num_skipped[worker.id % len(self._num_skipped) if worker else 0] += 1
-
-    @property
-    def num_skipped(self) -> int:
-        """How many rows were skipped so far, counted again in each pass."""
-        return int(self._num_skipped.sum())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw new augmentation (and a new order, if the stream is shuffled) from the next pass on."""
-        self._epoch.fill_(int(epoch))
-        self.dataset.set_epoch(epoch)
-
-
-def _checksum(row: dict[str, Any]) -> int:
-    source = _audio_source(row.get("audio")) or b""
-    content = source if isinstance(source, bytes) else source.encode()
-    return zlib.crc32((row.get("text") or "").encode(), zlib.crc32(content))
+    return dataset.select(np.flatnonzero(is_readable))
 
 
 def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) -> list[int]:
     """Number of rows of each class, [num_labels]; unknown rows (-1) are not counted.
 
     Raises:
-        TypeError: for a stream, whose rows cannot be counted beforehand.
+        TypeError: for a stream, whose rows cannot be counted before they are read.
         ValueError: if a label is not below `num_labels`.
     """
     table = dataset.dataset if isinstance(dataset, EmotionDataset) else dataset
