@@ -12,6 +12,8 @@ from transformers import BatchFeature
 from audio_mmser import MIN_SECONDS
 from processing_mmser import MMSERProcessor
 
+MASK_NAMES = {"audio": "attention_mask", "text": "text_attention_mask"}
+
 
 @dataclass
 class MMSERDataCollator:
@@ -29,7 +31,7 @@ class MMSERDataCollator:
         """Make a batch of the examples of `EmotionDataset` or `CachedStatesDataset`; None (a skipped one) is left out.
 
         Returns:
-            What the processor returns (`input_values` or `input_features`, `attention_mask`, `input_ids`,
+            The tensors of the processor (`input_values` or `input_features`, `attention_mask`, `input_ids`,
             `text_attention_mask`) and `labels` [B] int64. For states: `audio_states` [B,Ta,layers,D] with
             `attention_mask` [B,Ta], `text_states` [B,L,D] with `text_attention_mask` [B,L], padded with zeros.
 
@@ -40,33 +42,35 @@ class MMSERDataCollator:
         if not rows:
             raise ValueError(f"a batch needs at least one readable example, got {len(examples)} bad ones")
         batch = self._process(rows)
-        feature_extractor, tokenizer = self.processor.feature_extractor, self.processor.tokenizer
+        extractor = self.processor.feature_extractor
         if "text" in rows[0] and "input_ids" not in batch:
-            batch["input_ids"] = torch.full((len(rows), 1), tokenizer.pad_token_id or 0)
+            batch["input_ids"] = torch.full((len(rows), 1), self._pad_token_id)
             batch["text_attention_mask"] = torch.zeros(len(rows), 1, dtype=torch.long)
         if "audio" in rows[0] and "attention_mask" not in batch:
-            name = feature_extractor.model_input_names[0]
-            samples = round(MIN_SECONDS * feature_extractor.sampling_rate)
-            shape = (samples,) if name == "input_values" else (feature_extractor.feature_size, 2)
+            name = extractor.model_input_names[0]
+            samples = round(MIN_SECONDS * extractor.sampling_rate)
+            shape = (samples,) if name == "input_values" else (extractor.feature_size, 2)
             batch[name] = torch.zeros(len(rows), *shape)
             batch["attention_mask"] = torch.zeros(len(rows), shape[-1], dtype=torch.long)
-        for name, mask_name in (("audio_states", "attention_mask"), ("text_states", "text_attention_mask")):
+        for kind, mask_name in MASK_NAMES.items():
+            name = f"{kind}_states"
             if name in rows[0]:
                 batch[name], batch[mask_name] = _pad_states([row[name] for row in rows])
         batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.long)
         return batch
 
+    @property
+    def _pad_token_id(self) -> int:
+        return self.processor.tokenizer.pad_token_id or 0
+
     def _process(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        """What the processor makes of the audio and text of a batch; empty if no row has either."""
-        audio = [row.get("audio") for row in rows]
-        text = [row.get("text") for row in rows]
-        present = list(range(len(rows)))
-        if "audio_states" in rows[0] or "text_states" in rows[0]:
-            # A row that has nothing beside its states is nothing to the processor
-            present = [index for index in present if audio[index] is not None or (text[index] or "").strip()]
-            audio, text = [audio[index] for index in present], [text[index] for index in present]
-            if not present:
+        """The processor's tensors for the audio and text of a batch; empty if no row has either."""
+        given = list(range(len(rows)))
+        if "audio_states" in rows[0] or "text_states" in rows[0]:  # the processor refuses a row that has only states
+            given = [i for i in given if rows[i].get("audio") is not None or (rows[i].get("text") or "").strip()]
+            if not given:
                 return BatchFeature()
+        audio, text = ([rows[i].get(kind) for i in given] for kind in ("audio", "text"))
         batch = self.processor(  # type: ignore[call-arg]  # the base class routes flat keywords
             audio=audio if any(clip is not None for clip in audio) else None,
             text=text if any(text) else None,
@@ -74,33 +78,31 @@ class MMSERDataCollator:
             padding=True,
             return_tensors="pt",
         )
-        if len(present) < len(rows):
+        if len(given) < len(rows):
             for name, value in batch.items():
-                fill = (self.processor.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+                fill = self._pad_token_id if name == "input_ids" else 0
                 batch[name] = value.new_full((len(rows), *value.shape[1:]), fill)
-                batch[name][present] = value
+                batch[name][given] = value
         return batch
 
 
 def _pad_states(states: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoder states [T_i, ...] -> [B, T, ...] of the same dtype, zero after their end, and the mask [B, T] int64."""
-    longest = max(1, *map(len, states))
-    padded = np.zeros((len(states), longest, *states[0].shape[1:]), dtype=states[0].dtype)
-    mask = np.zeros((len(states), longest), dtype=np.int64)
-    for index, row in enumerate(states):
-        padded[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return torch.from_numpy(padded), torch.from_numpy(mask)
+    lengths = torch.tensor([len(row) for row in states])
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    padded = np.zeros((*mask.shape, *states[0].shape[1:]), dtype=states[0].dtype)
+    for target, row in zip(padded, states, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(padded), mask.long()
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
-    """
-    Batches of clips of similar length, in an order drawn from the seed and the epoch alone, so that a resumed run goes
-    on in it.
+    """Batches of clips of similar length, in an order drawn from the seed and the epoch alone: a resumed run goes on
+    in it.
 
     Transformers' sampler of this name sorts 50 batches at a time and goes through them from long to short. Emotions
-    differ in length, so neighbouring batches hold the same few of them. This one sorts `pool` batches at a time, which
-    saves most of the padding, and shuffles them.
+    differ in length, so its neighbouring batches hold the same few of them. This one sorts `pool` batches at a time,
+    which saves most of the padding, and shuffles them.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int, pool: int = 8):
