@@ -8,6 +8,7 @@ Read `ExampleReader` first (one row), then `EmotionDataset`, `EmotionIterableDat
 import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -112,10 +113,8 @@ class ExampleReader:
         return self._waveform(source, row["row"], rng) if source else None
 
     def _waveform(self, source: str | bytes, row: str, rng: np.random.Generator) -> np.ndarray:
-        try:
+        with _naming(row, source):
             audio = load_audio(_fetch(source), target_sampling_rate=self.sampling_rate, name=_name(source))
-        except (ValueError, OSError) as error:
-            raise _cannot_read(row, source, error) from error
         if len(audio) < self.min_samples:
             raise ValueError(
                 f"{row}: {_name(source)} is too short, {len(audio)} samples at {self.sampling_rate} Hz; the minimum "
@@ -137,22 +136,18 @@ class ExampleReader:
         source = _audio_source(row) if self.use_audio else None
         if source is None:
             return None
-        try:
+        with _naming(row["row"], source):
             content = _fetch(source)
             return content if isinstance(content, bytes) else Path(content).read_bytes()
-        except OSError as error:
-            raise _cannot_read(row["row"], source, error) from error
 
     def length(self, row: dict[str, Any]) -> int:
         """Samples of a row's clip without augmentation, from the file's header alone; 0 without audio."""
         source = _audio_source(row) if self.use_audio else None
         if source is None:
             return 0
-        try:
+        with _naming(row["row"], source):
             content = _fetch(source)
             info = soundfile.info(io.BytesIO(content) if isinstance(content, bytes) else content)
-        except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
-            raise _cannot_read(row["row"], source, error) from error
         samples = round(info.frames * self.sampling_rate / info.samplerate)
         return samples if self.max_samples is None else min(samples, self.max_samples)
 
@@ -177,8 +172,13 @@ def _name(source: str | bytes) -> str:
     return "embedded audio" if isinstance(source, bytes) else source
 
 
-def _cannot_read(row: str, source: str | bytes, error: Exception) -> ValueError:
-    return ValueError(f"{row}: cannot read {_name(source)}: {error}")
+@contextmanager
+def _naming(row: str, source: str | bytes) -> Iterator[None]:
+    """Errors of reading become ValueErrors that name the row and the file."""
+    try:
+        yield
+    except (ValueError, OSError, soundfile.SoundFileError) as error:
+        raise ValueError(f"{row}: cannot read {_name(source)}: {error}") from error
 
 
 def map_in_threads(function: Callable[[int], Any], number: int, description: str) -> list:

@@ -93,7 +93,7 @@ def load_emotion_dataset(
 
     training = [record.label for record in records if record.split == "train"] or [r.label for r in records]
     label_names = choose_label_names(label_names, class_names, training)
-    usable = _check_records(records, label_names, request.problems)
+    usable = _check_records(records, label_names, request.problems, is_embedded=audio is not None)
     warn_of_rare_labels(training, label_names)
     report_problems(request.problems, on_bad_example)
     splits = divide_by_speaker(records, usable, fractions, seed, allow_speaker_overlap)
@@ -133,7 +133,7 @@ def load_emotion_split(
     path = Path(path)
     request = Request(columns or DataColumns(), extra_columns, needs_labels=not allow_unknown)
     records = read_table(find_metadata(path) if path.is_dir() else path, request, root=path.parent)
-    usable = _check_records(records, label_names, request.problems, allow_unknown)
+    usable = _check_records(records, label_names, request.problems, allow_unknown=allow_unknown)
     report_problems(request.problems, on_bad_example)
     if not usable:
         raise ValueError(f"no usable row is left in {path}")
@@ -156,16 +156,23 @@ def _check_arguments(sources: dict[str, object], fractions: dict[str, float], st
 
 
 def _check_records(
-    records: list[Record], label_names: Sequence[str], problems: list[str], allow_unknown: bool = False
+    records: list[Record],
+    label_names: Sequence[str],
+    problems: list[str],
+    allow_unknown: bool = False,
+    is_embedded: bool = False,
 ) -> list[int]:
-    """Give every record the id of its label. Return the indices of the usable ones; the rest goes to `problems`."""
+    """Give every record the id of its label. Return the indices of the usable ones; the rest goes to `problems`.
+
+    Embedded audio (in a table beside the records) is there for all of them.
+    """
     usable = []
     for index, record in enumerate(records):
         try:
             record.labels = label_id(record.label, label_names, record.row, allow_unknown)
             if record.audio and "://" not in record.audio and not os.path.exists(record.audio):
                 raise ValueError(f"{record.row}: audio file {record.audio} does not exist")
-            if not (record.audio or record.text or record.embedded):
+            if not (record.audio or record.text or is_embedded):
                 raise ValueError(f"{record.row} has neither audio nor text")
         except ValueError as error:
             problems.append(str(error))

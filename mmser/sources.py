@@ -75,7 +75,6 @@ class Record:
     language: str = ""
     corpus: str = ""
     sex: str = ""
-    embedded: bool = False  # its audio is in a table beside the records
     labels: int = UNKNOWN_LABEL
 
 
@@ -253,27 +252,25 @@ def read_folder(folder: Path, request: Request) -> list[Record]:
     for table in sorted([*folder.glob("*/metadata.*"), *folder.glob("*.*")]):
         if table.suffix in TABLE_SUFFIXES:
             tables[table.stem if table.parent == folder else table.parent.name].append(table)
-    top = tables.pop("metadata", [])
     usual = {name.casefold() for names in (request.split_names or {}).values() for name in names}
-    if any(name.casefold() in usual for name in tables):
-        records = []
-        for split, name in _pick_splits(tables, request, folder).items():
-            records += read_table(_only_one(tables[name]), request, root=folder, split=split)
-        return records
-    if not top:
-        content = sorted(entry.name for entry in folder.iterdir())[:10]
-        raise ValueError(
-            f"{folder} has no metadata: expected metadata.csv (or .tsv, .jsonl) in train/, validation/ and test/, or "
-            f"at the top, or train.csv; the folder has {content}"
-        )
-    return read_table(_only_one(top), request, root=folder)
+    if not any(name.casefold() in usual for name in tables):
+        return read_table(find_metadata(folder), request, root=folder)
+    tables.pop("metadata", None)
+    records = []
+    for split, name in _pick_splits(tables, request, folder).items():
+        records += read_table(_only_one(tables[name]), request, root=folder, split=split)
+    return records
 
 
 def find_metadata(folder: Path) -> Path:
     """The one table `metadata.csv`, `.tsv` or `.jsonl` in a folder."""
     tables = [path for suffix in TABLE_SUFFIXES for path in folder.glob(f"metadata{suffix}")]
     if not tables:
-        raise ValueError(f"{folder} has no metadata file: expected metadata.csv, metadata.tsv or metadata.jsonl")
+        content = sorted(entry.name for entry in folder.iterdir())[:10]
+        raise ValueError(
+            f"{folder} has no metadata: expected metadata.csv (or .tsv, .jsonl) at the top or, for training data, in "
+            f"train/, validation/ and test/, or train.csv; the folder has {content}"
+        )
     return _only_one(tables)
 
 
@@ -293,34 +290,26 @@ def read_hub(
         names that it declares for its classes, if it does.
     """
     loaded = _load_hub_dataset(name, config_name)
-    picked = _pick_splits(loaded, request, name)
-    records: list[Record] = []
-    audio_tables = []
-    class_names = None
-    for split, split_name in picked.items():
-        dataset = loaded[split_name]
-        source = f"{name} {split_name}"
-        layout = _hub_layout(dataset, request, source)
-        class_names = class_names or layout.class_names.get(layout.found.get("label", ""))
-        column = layout.found.get("audio", "")
-        feature = dataset.features.get(column)
-        embedded = isinstance(feature, datasets.Audio | dict)
-        if embedded:
-            # never let `datasets` decode: that needs torchcodec, and we have soundfile
-            audio = dataset.select_columns(column).cast_column(column, datasets.Audio(decode=False))
-            audio_tables.append(audio if column == "audio" else audio.rename_column(column, "audio"))
-        elif feature is not None and getattr(feature, "dtype", "") not in ("string", "large_string"):
-            raise ValueError(f"{name}: column {column!r} must hold audio files or paths, not {feature}")
-        small = [other for role, other in layout.found.items() if not (embedded and role == "audio")]
-        for index, raw in enumerate(dataset.select_columns(list(dict.fromkeys([*small, *layout.extra])))):
-            record = layout.record(raw, f"{source} row {index}", split)
-            record.embedded = embedded
-            records.append(record)
-    if not audio_tables:
-        return records, None, class_names
-    if len(audio_tables) != len(picked):
-        raise ValueError(f"{name}: the audio column is not of one type in all of its splits {list(picked.values())}")
-    return records, datasets.concatenate_datasets(audio_tables), class_names
+    splits = {split: loaded[their] for split, their in _pick_splits(loaded, request, name).items()}
+    features = next(iter(splits.values())).features  # the same for all splits
+    layout = _hub_layout(features, list(features), request, name)
+    column = layout.found.get("audio", "")
+    feature = features.get(column)
+    audio = None
+    if isinstance(feature, datasets.Audio | dict):
+        # never let `datasets` decode: that needs torchcodec, and we have soundfile
+        audio = datasets.concatenate_datasets([dataset.select_columns(column) for dataset in splits.values()])
+        audio = audio.cast_column(column, datasets.Audio(decode=False))
+        audio = audio if column == "audio" else audio.rename_column(column, "audio")
+    elif feature is not None and getattr(feature, "dtype", "") not in ("string", "large_string"):
+        raise ValueError(f"{name}: column {column!r} must hold audio files or paths, not {feature}")
+    wanted = {*layout.found.values(), *layout.extra} - ({column} if audio is not None else set())
+    records = [
+        layout.record(raw, f"{name} {dataset.split} row {index}", split)
+        for split, dataset in splits.items()
+        for index, raw in enumerate(dataset.select_columns([other for other in features if other in wanted]))
+    ]
+    return records, audio, layout.class_names.get(layout.found.get("label", ""))
 
 
 def stream_hub(
@@ -343,13 +332,12 @@ def stream_hub(
         for column, feature in (stream.features or {}).items():
             if isinstance(feature, datasets.Audio):
                 stream = stream.cast_column(column, datasets.Audio(decode=False))
-        source = f"{name} {split_name}"
-        layout = _hub_layout(stream, request, source)
+        available = stream.column_names or list(next(iter(stream)))  # it may not know them before its first row
+        layout = _hub_layout(stream.features or {}, available, request, name)
         label_names = choose_label_names(label_names, layout.class_names.get(layout.found.get("label", "")))
-        options = {"layout": layout, "source": source, "label_names": label_names, "on_bad_example": on_bad_example}
-        streams[split] = stream.map(
-            _stream_row, with_indices=True, remove_columns=_column_names(stream), fn_kwargs=options
-        )
+        options = {"layout": layout, "label_names": label_names, "on_bad_example": on_bad_example}
+        options["source"] = f"{name} {split_name}"
+        streams[split] = stream.map(_stream_row, with_indices=True, remove_columns=available, fn_kwargs=options)
     return datasets.IterableDatasetDict(streams), list(label_names or ())
 
 
@@ -366,21 +354,16 @@ def _stream_row(
     return row
 
 
-def _hub_layout(dataset: Any, request: Request, source: str) -> Layout:
-    """`find_layout`, where a column of type `Audio` is the audio if none was named; with the declared class names."""
-    features = dataset.features or {}
+def _hub_layout(features: dict[str, Any], available: Sequence[str], request: Request, source: str) -> Layout:
+    """`find_layout`, with the declared class names. A column of type `Audio` is the audio if none was named."""
     audio = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
     if audio and request.columns.audio == DataColumns.audio:
         request = replace(request, columns=replace(request.columns, audio=audio[0]))
-    layout = find_layout(_column_names(dataset), request, source)
+    layout = find_layout(available, request, source)
     layout.class_names = {
         name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
     }
     return layout
-
-
-def _column_names(dataset: Any) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset)))  # a stream may not know them before its first row
 
 
 def _load_hub_dataset(name: str, config_name: str | None, **options) -> datasets.DatasetDict:
