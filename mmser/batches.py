@@ -97,12 +97,17 @@ def _pad_states(states: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tenso
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
-    """Batches of clips of similar length, in an order drawn from the seed and the epoch alone: a resumed run goes on
-    in it.
+    """Batches of clips of similar length, in an order that depends on the seed and the epoch alone.
 
-    Transformers' sampler of this name sorts 50 batches at a time and goes through them from long to short. Emotions
-    differ in length, so its neighbouring batches hold the same few of them. This one sorts `pool` batches at a time,
-    which saves most of the padding, and shuffles them.
+    Transformers' sampler of this name sorts 50 batches at a time and goes through them from long to short. Clips of
+    different emotions differ in length, so its neighbouring batches hold the same few emotions. This one sorts `pool`
+    batches at a time, which saves most of the padding, and shuffles them.
+
+    Args:
+        batch_size: clips in a batch.
+        lengths: [N] samples of each clip.
+        seed: with the epoch it decides the order, also of a resumed run.
+        pool: batches that are sorted together.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int, pool: int = 8):

@@ -62,9 +62,9 @@ class Place(NamedTuple):
 class StateStore:
     """Arrays [rows, *row_shape] by key, many to a file, read through memory maps.
 
-    A file is named after the checksum of all its bytes and gets that name when it is whole. So a file that was cut
-    short or changed is found out, and processes that write at once cannot overwrite each other. Travels to DataLoader
-    workers as a few numbers: each maps the files anew.
+    A file gets the checksum of its bytes as its name once it is complete. So a damaged file is noticed, and processes
+    that write at the same time cannot overwrite each other. A store takes no arrays along when it is sent to a
+    DataLoader worker: each worker maps the files itself.
 
     Args:
         folder: made if it does not exist.
@@ -121,7 +121,7 @@ class StateStore:
         return self._maps[place.shard][place.start : place.start + place.rows]
 
     def add(self, key: str, states: np.ndarray, samples: int, name: str) -> None:
-        """Put an array away; it is on disk after `flush` at the latest. Errors call it `name`."""
+        """Keep an array; it is on disk after `flush` at the latest. An error calls it `name`."""
         largest, limit = np.abs(states).max(initial=0), np.finfo(self.dtype).max
         if not largest <= limit:
             reason = "NaN or infinite" if not np.isfinite(largest) else f"as large as {largest:g}"
@@ -133,7 +133,7 @@ class StateStore:
         self._pending_bytes += self._pending[key][0].nbytes
 
     def flush(self) -> None:
-        """Write the arrays that are waiting to one file."""
+        """Write the arrays that were added since the last call to one file."""
         if not self._pending:
             return
         index, start = {}, 0
@@ -152,7 +152,7 @@ class StateStore:
         self._pending, self._pending_bytes = {}, 0
 
     def num_bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files, in bytes."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def _path(self, name: str) -> Path:
@@ -192,7 +192,7 @@ class StateStore:
 
 @dataclass(frozen=True)
 class _Clip:
-    """Something to encode: the audio or text of row `index`, `copy` of its augmented copies (None: as it is)."""
+    """The audio or text of row `index`, to be encoded: copy number `copy` of its augmented copies (None: as it is)."""
 
     key: str
     row: str  # where it is, for messages
@@ -204,21 +204,21 @@ class _Clip:
 class EncoderStateCache:
     """The states of a model's frozen encoders on disk: `folder/audio-<hash>` and `folder/text-<hash>`.
 
-    The hash is that of all that decides the states of a clip: the encoder's weights and configuration, precision, the
-    settings of the feature extractor or the tokenizer. So states of another encoder are never used.
+    The hash covers everything that decides the states of a clip: the encoder's weights and configuration, the
+    precision, the settings of the feature extractor or the tokenizer. So states of another encoder are never used.
 
     Args:
-        folder: of the cache; may be shared by many models and data sets.
-        model: `MMSERForAudioClassification` or `MMSERModel`. Its frozen encoders are run on the device that it is on
-            when a data set is made, and must stay as they are.
+        folder: where the cache is; many models and data sets may share it.
+        model: `MMSERForAudioClassification` or `MMSERModel`. Its frozen encoders run on the device that it is on when
+            a data set is made, and must stay as they are.
         processor: the processor of the model.
-        dtype: precision in which states are kept, "float16" or "float32".
+        dtype: precision of the states on disk, "float16" or "float32".
         autocast: `torch.bfloat16` or `torch.float16` to run the encoders in mixed precision.
-        batch_seconds: audio per batch, padding included; it bounds the memory.
-        shard_bytes: size of the files.
+        batch_seconds: audio in a batch, padding included, in seconds; it bounds the memory.
+        shard_bytes: size of a file.
 
     Raises:
-        ValueError: no encoder is frozen, or another `dtype`.
+        ValueError: if no encoder is frozen, or for another `dtype`.
     """
 
     def __init__(
@@ -258,8 +258,8 @@ class EncoderStateCache:
 
         Args:
             kind: "audio" or "text".
-            clips: to encode.
-            read: gives the waveform or the text of a clip, or None for one that is to be left out. Runs in threads.
+            clips: the clips to encode.
+            read: gives the waveform or the text of a clip, or None to leave the clip out. Runs in threads.
 
         Returns:
             How many clips were encoded.
@@ -302,7 +302,7 @@ class EncoderStateCache:
 
 
 def _batches(clips: Sequence[_Clip], budget: float) -> Iterator[list[_Clip]]:
-    """Batches of similar length, the longest first, none larger than `budget` when padded, unless it is one clip."""
+    """Batches of similar length, the longest first; with padding, none but a single clip is larger than `budget`."""
     batch: list[_Clip] = []
     for clip in sorted(clips, key=lambda clip: (-clip.length, clip.key)):
         if batch and (len(batch) + 1) * batch[0].length > budget:
@@ -327,7 +327,7 @@ def _read_ahead(batches: Iterable[list[_Clip]], read: Callable[[_Clip], Any]) ->
 
 
 def _encoder_hash(encoder: PreTrainedModel) -> str:
-    """Over the configuration, and the name, type, shape and content of every parameter and buffer."""
+    """The hash of the configuration, and of the name, type, shape and content of every parameter and buffer."""
     digest = hashlib.blake2b(digest_size=20)
     config = {name: value for name, value in encoder.config.to_dict().items() if name != "_name_or_path"}
     digest.update(_hash(type(encoder).__name__, config).encode())
@@ -356,27 +356,29 @@ def _text_settings(processor: MMSERProcessor) -> Any:
 
 
 class CachedStatesDataset(EmotionDataset):
-    """The examples of an `EmotionDataset` with states of frozen encoders: `audio_states` ([Ta, layers, D]) in place of
-    `audio`, `text_states` ([L, D]) in place of `text`. No rows mean that the clip lacks the modality. If one encoder
-    is frozen, the other modality stays as it was.
+    """The examples of an `EmotionDataset`, with states of frozen encoders in place of audio and text.
 
-    Making one encodes the clips that the cache lacks: a key is the hash of the encoded file or the text and of all
-    that is done to it, so that a changed file is encoded anew. In a distributed run let the main process make it first
-    (`accelerator.main_process_first()`).
+    `audio_states` ([Ta, layers, D]) replace `audio`, `text_states` ([L, D]) replace `text`; no rows mean that the clip
+    lacks the modality. A modality whose encoder is not frozen stays as it was.
 
-    Modalities are dropped in reading, as in the data set given. Augmentation and random crops are made beforehand:
-    copy c is the clip as the data set given has it in epoch c, and epoch e reads copy `e % augmented_copies`. So with
-    as many copies as epochs, training is the same as without a cache.
+    The constructor encodes the clips that the cache lacks. The key of a clip is the hash of its file or text and of
+    all that is done to it, so a changed file is encoded again. In a distributed run let the main process construct it
+    first (`accelerator.main_process_first()`).
+
+    Modalities are dropped on reading, as in the data set given. Augmentation and random crops are made beforehand:
+    copy c is the clip as the data set given has it in epoch c, and epoch e reads copy `e % augmented_copies`. With as
+    many copies as epochs, training is the same as without a cache.
 
     Args:
         dataset: examples for training or evaluation. It is not changed.
-        cache: of the model that is to see the examples.
-        augmented_copies: of each clip, for training; 0 takes the clips as they are, and the middle of long ones.
+        cache: the cache of the model that will see the examples.
+        augmented_copies: number of copies of each clip, for training; 0 takes the clips as they are, and the middle of
+            long ones.
 
     Raises:
         TypeError: for a stream, which has no clip i.
-        ValueError: negative `augmented_copies`; another sampling rate than the model's; a clip that cannot be read
-            (unless `on_bad_example` of the data set is "skip"); states too large for the precision of the cache.
+        ValueError: if `augmented_copies` is negative, the sampling rate is not the model's, a clip cannot be read
+            (unless the data set skips bad examples), or states are too large for the precision of the cache.
     """
 
     def __init__(self, dataset: EmotionDataset, cache: EncoderStateCache, augmented_copies: int = 0):

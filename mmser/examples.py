@@ -87,7 +87,7 @@ class ExampleReader:
         return {**example, **{name: value for name, value in (("audio", audio), ("text", text)) if name in row}}
 
     def draw_modalities(self, audio: Any, text: Any, rng: np.random.Generator) -> tuple[Any, Any]:
-        """Hide the modalities of one example that are switched off or, in training, dropped.
+        """Hide the modalities of one example that are switched off or, in training, dropped at random.
 
         Args:
             audio, text: anything that stands for the two, falsy for a missing one.
@@ -189,7 +189,7 @@ def map_in_threads(function: Callable[[int], Any], number: int, description: str
 
 
 class _SeededExamples:
-    """What data sets with random access and streams share: an epoch that all workers see, and a count of bad rows."""
+    """The base of data sets with random access and of streams: an epoch that all workers see, a count of bad rows."""
 
     _skipped: torch.Tensor
 
@@ -217,7 +217,7 @@ class EmotionDataset(_SeededExamples, torch.utils.data.Dataset):
 
     Args:
         dataset: a split of `load_emotion_dataset`.
-        seed: with the epoch and the index it decides all that is random in an example.
+        seed: with the epoch and the index it decides everything that is random in an example.
         on_bad_example: an unreadable file raises ("error") or is left out of its batch ("skip": a warning names the
             row, `skipped` marks it; `dataset[index]` is None).
         **reader_options: of `ExampleReader`: sampling_rate, training, augmenter, text_dropout, audio_dropout,
@@ -278,7 +278,7 @@ class EmotionDataset(_SeededExamples, torch.utils.data.Dataset):
 
 
 class EmotionIterableDataset(_SeededExamples, torch.utils.data.IterableDataset):
-    """Examples of a streamed data set; its shards are shared out among the workers.
+    """Examples of a streamed data set. The workers share its shards.
 
     Args: as for `EmotionDataset`, with a split of `load_emotion_dataset(..., streaming=True)`. A checksum of the
     content seeds the augmentation of an example, as a stream has no index.
@@ -380,9 +380,9 @@ class TestTimeAugmentation(torch.utils.data.Dataset):
 
 
 def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **reader_options) -> datasets.Dataset:
-    """Try each row once, before work is spent: leave out the rows that give no example, and count them.
+    """Try to read each row once, and leave out the rows that cannot be read, with a warning that counts them.
 
-    With every row readable, all batches are whole: predictions line up with the rows, on any number of processes.
+    If every row is readable, all batches are whole: predictions line up with the rows, on any number of processes.
 
     Args:
         dataset: a split of `load_emotion_dataset`.

@@ -199,7 +199,11 @@ def _to_dataset(
 
 
 def draw_clips(split, limit: int | None, seed: int):
-    """At most `limit` clips, drawn at random; all of them by default."""
+    """Draw at most `limit` clips at random, from a table or a stream; None takes all of them.
+
+    Raises:
+        ValueError: if `limit` is less than 1.
+    """
     if limit is None:
         return split
     if limit < 1:

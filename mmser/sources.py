@@ -103,7 +103,7 @@ def _string(value: Any) -> str:
 
 
 def find_layout(available: Sequence[str], request: Request, source: object) -> Layout:
-    """Find the columns that are asked for among those that are there; a missing one is an error if it is needed."""
+    """Find the requested columns among the available ones; a missing column is an error if it is needed."""
     found = {}
     for role in fields(DataColumns):
         name = getattr(request.columns, role.name)
@@ -142,7 +142,7 @@ def find_layout(available: Sequence[str], request: Request, source: object) -> L
 
 
 def _pick_splits(available: Iterable[str], request: Request, source: object) -> dict[str, str]:
-    """Map train, validation, test to the source's own names for them, for those that it has."""
+    """Map the splits that the source has (train, validation, test) to its own names for them."""
     available = list(available)
     picked = {}
     for split, names in (request.split_names or {}).items():
