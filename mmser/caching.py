@@ -464,8 +464,8 @@ class CachedStatesDataset(EmotionDataset):
             places = store.find(wanted)
         found = [[places.get(key or "", Place()) for key in row] for row in keys]
         self._places[kind] = np.array(found, dtype=np.int64).reshape(len(keys), len(self), len(Place._fields))
-        for row in keys:
-            self._bad |= np.array([key is not None and key not in places for key in row], dtype=bool)
+        has_content = np.array([content is not None for content in hashes], dtype=bool)
+        self._bad |= has_content & (self._places[kind][..., 0] < 0).any(axis=0)
         return f"{num_encoded} of {kind} encoded, {num_found} reused, {store.num_bytes() / 1e6:.1f} MB"
 
     def _key(self, kind: str, index: int, copy: int | None, content: str | None) -> str | None:
