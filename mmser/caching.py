@@ -269,17 +269,16 @@ class EncoderStateCache:
         budget = self.batch_seconds * rate if kind == "audio" else TEXT_BUDGET
         was_training, done = self.model.training, 0
         self.model.eval()
-        progress = logging.tqdm(desc=f"Encoding {kind}", total=len(clips), leave=False)
         try:
-            for batch, contents in _read_ahead(_batches(clips, budget), read):
-                pairs = [pair for pair in zip(batch, contents, strict=True) if pair[1] is not None]
-                states = self._encode(kind, [content for _, content in pairs]) if pairs else []
-                for (clip, content), array in zip(pairs, states, strict=True):
-                    store.add(clip.key, array, len(content) if kind == "audio" else 0, clip.row)
-                done += len(pairs)
-                progress.update(len(batch))
+            with logging.tqdm(desc=f"Encoding {kind}", total=len(clips), leave=False) as progress:
+                for batch, contents in _read_ahead(_batches(clips, budget), read):
+                    pairs = [pair for pair in zip(batch, contents, strict=True) if pair[1] is not None]
+                    states = self._encode(kind, [content for _, content in pairs]) if pairs else []
+                    for (clip, content), array in zip(pairs, states, strict=True):
+                        store.add(clip.key, array, len(content) if kind == "audio" else 0, clip.row)
+                    done += len(pairs)
+                    progress.update(len(batch))
         finally:
-            progress.close()
             store.flush()
             self.model.train(was_training)
         return done
