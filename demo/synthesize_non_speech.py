@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes clips that are no speech at all, for `--ood_dir`: `python demo/synthesize_non_speech.py FOLDER`.
+"""Writes clips without any speech, for `--ood_dir`: `python demo/synthesize_non_speech.py FOLDER`.
 
 A model of speech emotions should answer "none of these" to every one of them. Read: helpers, `NOISES`, `TONES`, the
-`INSTRUMENTS` and `music`, then `synthesize` (the files) and `main`. A clip depends on the seed, its kind and its
-number alone, so more clips keep the earlier ones as they are. Nothing is downloaded.
+`INSTRUMENTS` and `music`, then `synthesize` (the files). A clip depends on the seed, its kind and its number alone, so
+more clips keep the earlier ones as they are. Sounds are float64 [count] at no particular level until `_finish`.
 """
 
 import argparse
 import csv
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -23,15 +24,22 @@ from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
 from scipy.signal import butter, chirp, oaconvolve, sosfilt
 
 SAMPLING_RATE = 16_000  # Hz
-SHORTEST, LONGEST = 1.0, 6.0  # seconds, of a written clip
+SHORTEST, LONGEST = 1.0, 6.0  # seconds, of a clip
 QUIETEST, LOUDEST = -45.0, -12.0  # dBFS, root mean square of a clip
 COLUMNS = ("file_name", "label", "emotion", "transcription", "speaker", "corpus", "language")
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 9, 10), (0, 2, 4, 7, 9), (0, 3, 5, 6, 7, 10))
 
-# ---- helpers: float64 [count], at no particular level
+Sound = Callable[[Generator, int], np.ndarray]  # (rng, count)
+Instrument = Callable[[Generator, float, int], np.ndarray]  # (rng, frequency in Hz, count)
 
 
-def _log_uniform(rng: Generator, low: float, high: float, size: int | None = None) -> float | np.ndarray:
+def _time(count: int) -> np.ndarray:
+    """Seconds from 0, [count]."""
+    return np.arange(count) / SAMPLING_RATE
+
+
+def _log_uniform(rng: Generator, low: float, high: float, size: int | None = None) -> Any:
+    """One number or [size] of them, uniform on a logarithmic scale."""
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
@@ -40,7 +48,7 @@ def _rms(audio: np.ndarray) -> float:
 
 
 def _coloured(rng: Generator, count: int, exponent: float) -> np.ndarray:
-    """Noise whose power falls as 1 / frequency**exponent above 20 Hz: 0 is white, 1 pink, 2 brown."""
+    """Noise with power proportional to 1 / frequency**exponent above 20 Hz: 0 is white, 1 pink, 2 brown."""
     size = next_fast_len(count, real=True)
     spectrum = rfft(rng.standard_normal(size))
     return irfft(spectrum * np.maximum(rfftfreq(size, 1 / SAMPLING_RATE), 20.0) ** (-exponent / 2), size)[:count]
@@ -53,7 +61,7 @@ def _periodic(cycles: np.ndarray, partials: np.ndarray) -> np.ndarray:
 
 
 def _finish(rng: Generator, audio: np.ndarray) -> np.ndarray:
-    """As if recorded: 10 ms ramps, a faint noise floor (no digital silence) and a level at which nothing clips."""
+    """Adds 10 ms ramps, a faint noise floor (no digital silence) and a level at which nothing clips; float32."""
     position = np.arange(len(audio))
     audio = audio * np.minimum(np.minimum(position, position[::-1]) / 160, 1.0)
     floor = _coloured(rng, len(audio), rng.uniform(0.0, 2.0))
@@ -61,12 +69,6 @@ def _finish(rng: Generator, audio: np.ndarray) -> np.ndarray:
     loudest = min(LOUDEST, 20 * np.log10(0.98 * _rms(audio) / np.abs(audio).max()))
     level = 10 ** (rng.uniform(QUIETEST, loudest) / 20)
     return (audio * (level / _rms(audio))).astype(np.float32)
-
-
-def _count(seconds: float) -> int:
-    if not 0.1 <= seconds < np.inf:
-        raise ValueError(f"seconds must be a number of at least 0.1, got {seconds!r}")
-    return round(seconds * SAMPLING_RATE)
 
 
 # ---- noise
@@ -100,12 +102,12 @@ def _clicks(rng: Generator, count: int) -> np.ndarray:
     number = max(5, rng.poisson(count / SAMPLING_RATE * _log_uniform(rng, 5.0, 3000.0)))
     drops = np.zeros(count)
     drops[rng.integers(count * 3 // 4 if number < 20 else count, size=number)] = rng.uniform(0.3, 1.0, number)
-    time = np.arange(400) / SAMPLING_RATE
+    time = _time(400)
     resonance = np.exp(-time / rng.uniform(0.001, 0.005)) * np.sin(2 * np.pi * _log_uniform(rng, 500.0, 7000.0) * time)
     return oaconvolve(drops, resonance)[:count]
 
 
-NOISES = {
+NOISES: dict[str, Sound] = {
     "white": partial(_coloured, exponent=0.0),
     "pink": partial(_coloured, exponent=1.0),
     "brown": partial(_coloured, exponent=2.0),
@@ -122,7 +124,7 @@ def _chord(rng: Generator, count: int, voices: int | None = None) -> np.ndarray:
     """Steady sines, one (`voices`) or two to five in simple ratios."""
     lowest = _log_uniform(rng, 80.0, 6000.0 if voices == 1 else 2000.0)
     ratios = np.array((1, 5 / 4, 3 / 2, 2, 5 / 2))[: voices or rng.integers(2, 6)]
-    cycles = np.outer(lowest * ratios, np.arange(count) / SAMPLING_RATE)
+    cycles = np.outer(lowest * ratios, _time(count))
     return rng.uniform(0.3, 1.0, len(ratios)) @ np.sin(2 * np.pi * cycles)
 
 
@@ -135,7 +137,7 @@ def _sweep(rng: Generator, count: int) -> np.ndarray:
 
 
 def _pattern(frequencies: np.ndarray, count: int, on: float, off: float) -> np.ndarray:
-    """One after the other the chords of `frequencies` [chords, voices], for `on` seconds with pauses of `off`."""
+    """Plays the chords of `frequencies` [chords, voices] in turn, each for `on` seconds with a pause of `off`."""
     on, off = round(on * SAMPLING_RATE), round(off * SAMPLING_RATE)
     number, position = np.divmod(np.arange(count), on + off)
     cycles = frequencies[number % len(frequencies)].T * position / SAMPLING_RATE
@@ -155,13 +157,12 @@ def _dial(rng: Generator, count: int) -> np.ndarray:
 
 def _vibrato(rng: Generator, count: int) -> np.ndarray:
     """A tone with up to eight harmonics whose pitch swings 3 to 9 times in a second."""
-    time = np.arange(count) / SAMPLING_RATE
-    swing = 2 ** (rng.uniform(0.1, 1.0) / 12 * np.sin(2 * np.pi * rng.uniform(3.0, 9.0) * time))
+    swing = 2 ** (rng.uniform(0.1, 1.0) / 12 * np.sin(2 * np.pi * rng.uniform(3.0, 9.0) * _time(count)))
     cycles = np.cumsum(_log_uniform(rng, 100.0, 800.0) * swing) / SAMPLING_RATE
     return _periodic(cycles, np.arange(1.0, rng.integers(2, 10)) ** -rng.uniform(0.5, 2.0))
 
 
-TONES = {
+TONES: dict[str, Sound] = {
     "sine": partial(_chord, voices=1),
     "chord": _chord,
     "sweep": _sweep,
@@ -177,9 +178,9 @@ def _additive(
     rng: Generator, frequency: float, count: int, slope: float, odd: bool, attack: float, decay: float
 ) -> np.ndarray:
     """A note of harmonics that weaken as 1 / number**slope, with an attack and a decay in seconds."""
-    time = np.arange(count) / SAMPLING_RATE
     number = np.arange(1.0, min(16, 7500 // frequency) + 1)
     partials = number**-slope * ((number % 2 == 1) | (not odd))
+    time = _time(count)
     return _periodic(frequency * time, partials) * np.minimum(time / attack, 1.0) * np.exp(-time / decay)
 
 
@@ -201,7 +202,7 @@ def _plucked(rng: Generator, frequency: float, count: int) -> np.ndarray:
     return irfft(spectrum * loss ** np.arange(-(-count // size))[:, None], size).ravel()[:count]
 
 
-INSTRUMENTS = (
+INSTRUMENTS: tuple[Instrument, ...] = (
     partial(_additive, slope=1.5, odd=False, attack=0.004, decay=0.4),  # like a piano
     partial(_additive, slope=0.8, odd=False, attack=0.02, decay=np.inf),  # an organ
     partial(_additive, slope=1.0, odd=True, attack=0.05, decay=np.inf),  # a clarinet
@@ -229,7 +230,7 @@ def _play(rng: Generator, notes: Sequence[tuple], pitch: Callable[[int], float],
 
 def _drums(rng: Generator, step: int, count: int) -> np.ndarray:
     """Kick and snare in turn on the beats, now and then another kick, and a hi-hat on most steps."""
-    time = np.arange(SAMPLING_RATE // 4) / SAMPLING_RATE
+    time = _time(SAMPLING_RATE // 4)
     kick = 2.0 * np.sin(2 * np.pi * (45 * time - 3.0 * np.exp(-time / 0.03))) * np.exp(-time / 0.08)
     burst = rng.standard_normal(len(time))
     snare = 0.6 * burst * np.exp(-time / rng.uniform(0.03, 0.08))
@@ -242,33 +243,33 @@ def _drums(rng: Generator, step: int, count: int) -> np.ndarray:
     return audio
 
 
+def _melody(rng: Generator, steps: int) -> list[tuple[int, int, int]]:
+    """A random walk over the degrees of a scale with a rest now and then: starts and lengths in steps, degrees."""
+    notes: list[tuple[int, int, int]] = []
+    start, degree = 0, int(rng.integers(5, 13))
+    while start < steps:
+        length = int(rng.choice((1, 1, 2, 2, 3, 4)))
+        if not notes or rng.random() > 0.15:  # else a rest
+            notes.append((start, length, degree))
+        start, degree = start + length, int(np.clip(degree + rng.integers(-3, 4), 3, 16))
+    return notes
+
+
 # ---- the three kinds
 
 
-def noise(rng: Generator, seconds: float) -> np.ndarray:
-    """Random noise: one of `NOISES`.
-
-    Args:
-        rng: decides everything random.
-        seconds: duration, at least 0.1.
-
-    Returns:
-        float32 [T] in (-1, 1) at 16 kHz, its root mean square between -45 and -12 dBFS.
-
-    Raises:
-        ValueError: `seconds` is out of range.
-    """
-    return _finish(rng, NOISES[rng.choice(list(NOISES))](rng, _count(seconds)))
+def noise(rng: Generator, count: int) -> np.ndarray:
+    """One of `NOISES`."""
+    return NOISES[rng.choice(list(NOISES))](rng, count)
 
 
-def tones(rng: Generator, seconds: float) -> np.ndarray:
-    """Random tones: one of `TONES`. Arguments, result and errors as for `noise`."""
-    return _finish(rng, TONES[rng.choice(list(TONES))](rng, _count(seconds)))
+def tones(rng: Generator, count: int) -> np.ndarray:
+    """One of `TONES`."""
+    return TONES[rng.choice(list(TONES))](rng, count)
 
 
-def music(rng: Generator, seconds: float) -> np.ndarray:
-    """A random melody, alone or with chords, bass and drums, 70 to 160 beats a minute. Otherwise as `noise`."""
-    count = _count(seconds)
+def music(rng: Generator, count: int) -> np.ndarray:
+    """A random melody, alone or with chords, bass and drums, 70 to 160 beats a minute."""
     step = round(30 * SAMPLING_RATE / rng.uniform(70.0, 160.0))  # an eighth note, in samples
     steps = -(-count // step)
     scale, root = SCALES[rng.integers(len(SCALES))], rng.integers(45, 60)  # MIDI numbers, 69 is 440 Hz
@@ -278,22 +279,16 @@ def music(rng: Generator, seconds: float) -> np.ndarray:
         octave, position = divmod(degree, len(scale))
         return 440.0 * 2 ** ((root + 12 * octave + scale[position] - 69) / 12)
 
-    melody, start, degree = [], 0, int(rng.integers(5, 13))
-    while start < steps:
-        length = int(rng.choice((1, 1, 2, 2, 3, 4)))
-        if not melody or rng.random() > 0.15:  # else a rest
-            melody.append((start, length, degree))
-        start, degree = start + length, int(np.clip(degree + rng.integers(-3, 4), 3, 16))
+    melody = _melody(rng, steps)
     chords = [(8 * bar, 8, chord + third) for bar, chord in enumerate(roots) for third in (0, 2, 4)]
     bass = [(start, 2, roots[start // 8] - len(scale)) for start in range(0, steps, 2)]
-
     parts = [_play(rng, melody, pitch, step, count)]
     parts += [_play(rng, notes, pitch, step, count) for notes in (chords, bass) if rng.random() < 0.6]
     parts += [_drums(rng, step, count)] if rng.random() < 0.5 else []
-    return _finish(rng, sum(part * (rng.uniform(0.4, 1.0) / _rms(part)) for part in parts))
+    return np.sum([part * (rng.uniform(0.4, 1.0) / _rms(part)) for part in parts], axis=0)
 
 
-KINDS = {"noise": noise, "tones": tones, "music": music}  # a new one goes to the end: the place is part of the seed
+KINDS: dict[str, Sound] = {"noise": noise, "tones": tones, "music": music}  # the place is part of the seed
 
 # ---- files
 
@@ -321,31 +316,27 @@ def synthesize(folder: str | os.PathLike, clips_per_kind: int = 50, seed: int = 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder; give a new or empty one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    unfinished.mkdir()
     samples, rows = 0, []
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        unfinished = Path(temporary) / "clips"
+        unfinished.mkdir()
         for (number, (kind, make)), index in product(enumerate(KINDS.items()), range(clips_per_kind)):
             rng = np.random.default_rng((seed, number, index))
-            audio = make(rng, rng.uniform(SHORTEST, LONGEST))
+            audio = _finish(rng, make(rng, round(rng.uniform(SHORTEST, LONGEST) * SAMPLING_RATE)))
             name = f"{kind}_{index:05d}.flac"
             soundfile.write(unfinished / name, audio, SAMPLING_RATE, subtype="PCM_16")
             rows.append((name, -1, kind, "", "", kind, ""))
             samples += len(audio)
         with (unfinished / "metadata.csv").open("w", encoding="utf-8", newline="") as lines:
             csv.writer(lines, lineterminator="\n").writerows([COLUMNS, *rows])
-        if folder.exists():
-            folder.rmdir()  # refused by the system if something was put there in the meantime
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # gone already when all went well
+        os.replace(unfinished, folder)  # the system refuses it if the folder is not empty any more
     return samples / SAMPLING_RATE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(
-        description="Write clips that are no speech (noise, tones, music), to be used as --ood_dir.",
+        description="Write clips without any speech (noise, tones, music), to be used as --ood_dir.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("folder", metavar="FOLDER", help="new or empty folder to write")
