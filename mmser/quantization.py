@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported weights in int8: what `export_hf.py --dtype int8` does to an ONNX file."""
 
+import logging
 import os
 
 import numpy as np
@@ -12,16 +13,16 @@ def quantize_onnx(path: str | os.PathLike, target: str | os.PathLike) -> None:
     """
     Store the weights of an exported float32 model in about a quarter of the space.
 
-    - Matrices that sequences are multiplied by (encoders, cross-modal attention, pooling): int8 with a scale for every
-      `BLOCK` weights of an output, and computed in integers (`MatMulNBits` of onnxruntime). The states they meet are
-      quantised in the same blocks, position by position. (The standard operators of `quantize_dynamic` take one scale
-      for the states of the whole batch: a clip's result would depend on its batch, and is twice as far off.)
-    - The table of tokens: int8 with a scale for each token.
-    - Everything else (convolutions, norms, and the head from the fusion on, where every rounding would go straight
-      into the answer): stored in float16, computed in float32.
+    - Matrices that multiply sequences (encoders, cross-modal attention, pooling): onnxruntime's own quantiser turns
+      them into int8 with a scale for every `BLOCK` weights of an output, and onnxruntime multiplies in integers. It
+      quantises the states in the same blocks, position by position. (`quantize_dynamic` takes one scale for the
+      states of the whole batch: a clip's result would depend on its batch.)
+    - The table of tokens: int8 with a scale for each token. onnxruntime's quantiser has 4 bits only for tables.
+    - Everything else: stored in float16, computed in float32. This holds the convolutions, the norms, and the head
+      from the fusion on, where every rounding error would reach the answer.
 
     Args:
-        path: of `export_onnx`.
+        path: file that `export_onnx` wrote.
         target: file to write.
     """
     import onnx
@@ -29,57 +30,30 @@ def quantize_onnx(path: str | os.PathLike, target: str | os.PathLike) -> None:
     model = onnx.load(os.fspath(path))
     notes = {entry.key: entry.value for entry in model.metadata_props}
     _quantize_token_table(model.graph)
-    _quantize_matrices(model.graph)
+    _quantize_matrices(model)
     _store_as_float16(model.graph)
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.helper.set_model_props(model, {**notes, "dtype": "int8"})
     onnx.save(model, os.fspath(target))
 
 
-def _quantize_matrices(graph) -> None:
-    """Replace each product with a constant matrix by one with blocks of int8 weights."""
-    from onnx import helper, numpy_helper
+def _quantize_matrices(model) -> None:
+    """Replace each product with a constant matrix by one with int8 weights. A matrix of one column is left alone."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)  # the import would call `basicConfig`, which leaves a logger with a handler as it is
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    matrices = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
-    done: set[str] = set()
-    for position, node in enumerate(graph.node):
-        if node.op_type != "MatMul" or node.input[1] not in matrices or matrices[node.input[1]].dims[1] == 1:
-            continue
-        name = node.input[1]
-        inputs, outputs = matrices[name].dims
-        if name not in done:  # some encoders use a matrix in every layer
-            weight = numpy_helper.to_array(matrices[name]).T
-            blocks = np.pad(weight, ((0, 0), (0, -inputs % BLOCK))).reshape(outputs, -1, BLOCK)
-            quantized, scale = _to_int8(blocks)
-            quantized = (quantized + 128).astype(np.uint8)  # the operator takes 128 for zero
-            graph.initializer.append(numpy_helper.from_array(quantized, f"{name}.int8"))
-            graph.initializer.append(numpy_helper.from_array(scale.reshape(-1), f"{name}.scale"))
-            done.add(name)
-        graph.node[position].CopyFrom(
-            helper.make_node(
-                "MatMulNBits",
-                [node.input[0], f"{name}.int8", f"{name}.scale"],
-                list(node.output),
-                node.name,
-                domain="com.microsoft",
-                K=inputs,
-                N=outputs,
-                bits=8,
-                block_size=BLOCK,
-                accuracy_level=4,  # states in int8, too
-            )
-        )
-    used = {name for node in graph.node for name in node.input}
-    for name in done - used:
-        graph.initializer.remove(matrices[name])
-
-
-def _to_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [..., N] -> whole numbers from -127 to 127 [..., N] and scales [..., 1] that float16 can hold."""
-    exact = np.maximum(np.abs(values).max(axis=-1, keepdims=True) / 127, np.finfo(np.float16).smallest_subnormal)
-    scale = exact.astype(np.float16)
-    scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale).astype(np.float32)
-    return np.rint(values / scale), scale
+    root.removeHandler(handler)
+    graph = model.graph
+    narrow = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] == 1}
+    excluded = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in narrow]
+    MatMulNBitsQuantizer(
+        model,
+        bits=8,
+        block_size=BLOCK,
+        is_symmetric=True,
+        accuracy_level=4,  # multiply in int8
+        nodes_to_exclude=excluded,
+    ).process()
 
 
 def _quantize_token_table(graph) -> None:
@@ -93,17 +67,17 @@ def _quantize_token_table(graph) -> None:
         if node.op_type == "Gather" and node.input[0] in tables and node.input[1] == "input_ids"
     )
     name, ids = gather.input
-    result = gather.output[0]
-    quantized, scale = _to_int8(numpy_helper.to_array(tables[name]))
+    values = numpy_helper.to_array(tables[name])
+    scale = np.maximum(np.abs(values).max(axis=-1, keepdims=True) / 127, np.finfo(np.float32).tiny)
     graph.initializer.remove(tables[name])
-    graph.initializer.append(numpy_helper.from_array(quantized.astype(np.int8), f"{name}.int8"))
+    graph.initializer.append(numpy_helper.from_array(np.rint(values / scale).astype(np.int8), f"{name}.int8"))
     graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
     graph.node.remove(gather)
     nodes = [
         helper.make_node("Gather", [f"{name}.int8", ids], [f"{name}.rows"], f"{name}.rows"),
         helper.make_node("Cast", [f"{name}.rows"], [f"{name}.floats"], f"{name}.floats", to=TensorProto.FLOAT),
         helper.make_node("Gather", [f"{name}.scale", ids], [f"{name}.scales"], f"{name}.scales"),
-        helper.make_node("Mul", [f"{name}.floats", f"{name}.scales"], [result], f"{name}.product"),
+        helper.make_node("Mul", [f"{name}.floats", f"{name}.scales"], [gather.output[0]], f"{name}.product"),
     ]
     for offset, node in enumerate(nodes):
         graph.node.insert(position + offset, node)

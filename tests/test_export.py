@@ -27,7 +27,7 @@ from mmser.export import (
     export_checkpoint,
     min_audio_length,
 )
-from mmser.quantization import _to_int8, quantize_onnx
+from mmser.quantization import quantize_onnx
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
 
@@ -243,16 +243,34 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(export, tmp_path):
         torch.testing.assert_close(alone.probabilities[0], outputs.probabilities[row], rtol=0, atol=5e-3)
 
 
-def test_int8_weights_are_as_near_as_they_can_be():
-    """Half a step of scales that float16 can hold, for weights of every size."""
-    values = np.random.default_rng(0).normal(size=(50, 7, 16)) * np.logspace(-9, 3, 50)[:, None, None]
-    values[3] = 0
-    quantized, scale = _to_int8(values.astype(np.float32))
-    assert np.abs(quantized).max() <= 127 and np.array_equal(quantized, np.rint(quantized))
-    assert np.array_equal(scale, scale.astype(np.float16)) and (scale > 0).all()
-    assert (np.abs(quantized * scale - values) <= 0.5001 * scale).all()
-    largest = np.abs(values).max(axis=-1, keepdims=True)
-    assert (scale <= np.maximum(1.001 * largest / 127, largest / 127 + 6e-8)).all()
+def test_int8_stores_a_matrix_that_layers_share_once(tmp_path):
+    """A table of tokens, one matrix used twice, and a matrix of one column, which stays as it is."""
+    from onnx import TensorProto, helper, load, numpy_helper, save
+    from onnxruntime import InferenceSession
+
+    rng = np.random.default_rng(0)
+    weights = {"table": rng.normal(size=(50, 64)), "shared": rng.normal(size=(64, 64)) / 8, "column": np.ones((64, 1))}
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["a"], "gather"),
+        helper.make_node("MatMul", ["a", "shared"], ["b"], "first"),
+        helper.make_node("MatMul", ["b", "shared"], ["c"], "second"),
+        helper.make_node("MatMul", ["c", "column"], ["y"], "third"),
+    ]
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "text"])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "text", 1])
+    constants = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", [ids], [output], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    save(model, tmp_path / "float32.onnx")
+    quantize_onnx(tmp_path / "float32.onnx", tmp_path / "int8.onnx")
+    model = load(tmp_path / "int8.onnx")
+    stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert len(stored) == len(model.graph.initializer) == 5
+    assert stored["column"] == TensorProto.FLOAT and TensorProto.INT8 in stored.values()
+    session = InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
+    tokens = np.array([[0, 7, 49], [3, 3, 1]])
+    expected = weights["table"][tokens] @ weights["shared"] @ weights["shared"] @ weights["column"]
+    np.testing.assert_allclose(session.run(None, {"input_ids": tokens})[0], expected, atol=0.05 * expected.std())
 
 
 def test_the_command_line(tmp_path, capsys):
