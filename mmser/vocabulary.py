@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting the vocabulary of a checkpoint down: the table of tokens is most of a multilingual text encoder.
+"""Trimming the vocabulary of a checkpoint: the table of tokens is most of a multilingual text encoder.
 
-`choose_tokens` says which tokens stay, by texts and by the scripts of languages; `trim_tokenizer` renumbers a
-tokenizer; `trim_vocabulary` does both, and cuts the model's table. What stays gives the same results as before.
+`choose_tokens` chooses the tokens to keep, by texts and by the scripts of languages; `trim_tokenizer` renumbers a
+tokenizer; `trim_vocabulary` does both, and trims the model's table. Texts of kept tokens give the same results.
 """
 
 import csv
@@ -12,6 +12,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
-# Scripts by language: how the Unicode names of their letters begin
+# Script, as the Unicode names of its letters begin: languages that use it
 SCRIPTS = {
     "LATIN": "af az bs ca cs cy da de en es et eu fi fr ga gl hr hu id is it jv lt lv mg ms mt nb nl nn no pl pt ro "
     "sk sl so sq sr su sv sw tl tr uz vi xh yo zu",
@@ -59,7 +60,7 @@ TEXT_COLUMNS = ("transcription", "text")
 
 @dataclass
 class Trimmed:
-    """What a vocabulary was cut to: tokens and parameters of the model, before and after."""
+    """The sizes of a vocabulary and its model, before and after trimming."""
 
     tokens_before: int
     tokens_after: int
@@ -74,17 +75,17 @@ class Trimmed:
 
 
 def scripts_of(languages: Iterable[str]) -> set[str]:
-    """The scripts that languages (ISO 639-1 codes) are written in; ValueError for one that is not in the table."""
-    known = sorted({language for languages in SCRIPTS.values() for language in languages.split()})
-    unknown = sorted(set(languages := list(languages)) - set(known))
-    if unknown:
-        raise ValueError(f"No script is known for the languages {unknown}; there are: {' '.join(known)}")
-    return {script for script, users in SCRIPTS.items() if set(users.split()) & set(languages)}
+    """The scripts of languages (ISO 639-1 codes). Raises ValueError for a language that is not in `SCRIPTS`."""
+    wanted = set(languages)
+    known = {language for users in SCRIPTS.values() for language in users.split()}
+    if wanted - known:
+        raise ValueError(f"Unknown languages {sorted(wanted - known)}; known ones are: {' '.join(sorted(known))}")
+    return {script for script, users in SCRIPTS.items() if wanted & set(users.split())}
 
 
 def is_written_in(text: str, scripts: Iterable[str]) -> bool:
-    """Whether each letter of `text` is of one of the scripts. ASCII, digits, punctuation and signs are everybody's."""
-    # Full-width forms have the name of their script in the second place; accents have none
+    """Whether each letter of `text` is in one of the scripts; ASCII, digits, punctuation and signs are in every one."""
+    # The Unicode name of a full-width letter has its script in the second place; the name of an accent has no script
     names = [f"{width}{script}" for script in scripts for width in ("", "FULLWIDTH ", "HALFWIDTH ")]
     shared = ("COMBINING", "FEMININE ORDINAL", "MASCULINE ORDINAL", "MODIFIER LETTER", "VARIATION SELECTOR")
     return all(
@@ -97,10 +98,10 @@ def is_written_in(text: str, scripts: Iterable[str]) -> bool:
 
 def read_texts(files: Iterable[str | os.PathLike]) -> Iterator[str]:
     """
-    All texts of .txt files (one a line), and of the column `transcription` or `text` of .csv and .jsonl files.
+    All texts of .txt files (one a line), and of the column `transcription` or `text` of .csv, .tsv and .jsonl files.
 
     Raises:
-        ValueError: another kind of file, or a table without such a column.
+        ValueError: another kind of file, or a row without such a column.
         FileNotFoundError: no such file.
     """
     for path in map(Path, files):
@@ -124,26 +125,27 @@ def read_texts(files: Iterable[str | os.PathLike]) -> Iterator[str]:
 
 def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequence[str] | None = None) -> list[int]:
     """
-    The ids to keep, ascending.
+    The ids of the tokens to keep, ascending.
 
-    Without `texts`: every token whose letters are all of the scripts of `languages`, so that text in these scripts is
-    tokenised as before. With `texts`: the tokens of these texts, and the single characters of the scripts (of the
-    texts' characters without `languages`), so that other words fall into smaller pieces and not into "unknown".
-    Special tokens are always kept.
+    With `languages` alone: every token whose letters are all in the scripts of these languages, so that text in these
+    scripts is tokenised as before. With `texts`: the tokens of these texts, and all single characters of the texts and
+    of the scripts, so that other words become smaller pieces and not "unknown". Special tokens are always kept.
 
     Args:
         tokenizer: a fast tokenizer with a WordPiece or Unigram model.
-        texts: what the model will read is like these.
+        texts: examples of the texts that the model will read.
         languages: ISO 639-1 codes.
+    Raises:
+        ValueError: neither languages nor a text, an unknown language, or another kind of tokenizer.
     """
     if texts is None and not languages:
-        raise ValueError("Give languages, texts or both: without either there is nothing to choose tokens by")
+        raise ValueError("Give languages, texts or both to choose tokens by; got neither")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     pieces = _pieces(description)
     kept = {token["id"] for token in description["added_tokens"]} | set(tokenizer.all_special_ids)
-    kept |= set(range(tokenizer.pad_token_id + 1))  # some encoders count positions from the id of the padding
+    kept |= set(range(tokenizer.pad_token_id + 1))  # some encoders count positions from the padding's id: it must stay
     if description["model"]["type"] == "Unigram":
-        # The price of an unknown character follows from the lowest score: with it, old and new agree on every split
+        # The score of an unknown character follows from the lowest score; without it, texts would be split differently
         scores = [score for _, score in description["model"]["vocab"]]
         kept |= {description["model"]["unk_id"], int(np.argmin(scores))}
     scripts = scripts_of(languages) if languages else set()
@@ -152,11 +154,12 @@ def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequ
         return sorted(kept)
     characters: set[str] = set()
     normalizer = tokenizer.backend_tokenizer.normalizer
-    for batch in _batches(texts, 1000):
+    texts = iter(texts)
+    while batch := list(islice(texts, 1000)):
         kept.update(*tokenizer(batch, verbose=False)["input_ids"])
         characters.update(*(normalizer.normalize_str(text) if normalizer else text for text in batch))
     if not characters:
-        raise ValueError("There is not a single text to choose tokens by")
+        raise ValueError("The texts to choose tokens by are empty: give at least a single text")
     kept |= {
         index
         for index, piece in enumerate(pieces)
@@ -166,7 +169,7 @@ def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequ
 
 
 def _pieces(description: dict) -> list[str]:
-    """The tokens in the order of their ids, without the marks for "begins" (Unigram) and "goes on" (WordPiece)."""
+    """The tokens by id, without the marks for the start (Unigram) and the continuation (WordPiece) of a word."""
     model = description["model"]
     if model["type"] == "Unigram":
         return [piece.removeprefix("▁") or piece for piece, _ in model["vocab"]]
@@ -178,23 +181,12 @@ def _pieces(description: dict) -> list[str]:
     )
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def trim_tokenizer(tokenizer, kept: Sequence[int]):
     """
-    A copy of a fast tokenizer with the tokens `kept` (ascending ids) alone: the i-th of them gets the id i.
+    A copy of a fast tokenizer that has only the tokens `kept` (ascending ids). The i-th of them gets the id i.
 
     Raises:
-        ValueError: neither WordPiece nor Unigram, or the result tokenises otherwise than it should.
+        ValueError: a tokenizer that is neither WordPiece nor Unigram, or one that changes a vocabulary it is given.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -207,16 +199,16 @@ def trim_tokenizer(tokenizer, kept: Sequence[int]):
     changed = [part for part in ("model", "normalizer", "pre_tokenizer") if loaded[part] != description[part]]
     if changed or trimmed.convert_ids_to_tokens(range(len(kept))) != tokenizer.convert_ids_to_tokens(list(kept)):
         raise ValueError(
-            f"{type(tokenizer).__name__} cannot be trimmed: it does not take a changed vocabulary over as it is "
-            f"({', '.join(changed) or 'order of tokens'})"
+            f"{type(tokenizer).__name__} cannot be trimmed: when it loads a smaller vocabulary, it changes its "
+            f"{', '.join(changed) or 'order of tokens'}. Export without --languages and --vocabulary_text"
         )
     return trimmed
 
 
 def _trim_description(description: dict, new_ids: dict[int, int]) -> None:
-    """Renumber a parsed tokenizer.json in place; tokens that are not in `new_ids` disappear."""
+    """Renumber a parsed tokenizer.json in place, and remove the tokens that are not in `new_ids`."""
     model = description["model"]
-    _pieces(description)  # refuses other kinds
+    _pieces(description)  # raises for other kinds of tokenizers
     if model["type"] == "Unigram":
         model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in new_ids]
         model["unk_id"] = new_ids[model["unk_id"]]
@@ -243,20 +235,25 @@ def trim_vocabulary(
     languages: Sequence[str] | None = None,
 ) -> tuple[MMSERProcessor, Trimmed]:
     """
-    Cut the text encoder's table of tokens down, in place. Rows that stay are kept bit by bit, so that texts of tokens
-    that stay give the same results.
+    Trim the text encoder's table of tokens in place. The kept rows do not change: texts of kept tokens give the same
+    results.
 
     Args:
         model, processor: of one checkpoint.
         texts, languages: see `choose_tokens`.
-    Returns: the processor of the smaller model, and what was cut.
+    Returns: the processor of the smaller model, and the sizes before and after.
+    Raises:
+        ValueError: as of `choose_tokens` and `trim_tokenizer`, or a table that is smaller than the vocabulary.
     """
     kept = choose_tokens(processor.tokenizer, texts, languages)
     before = model.num_parameters()
     embeddings: Any = model.get_input_embeddings()
     tokens_before = len(embeddings.weight)
     if kept[-1] >= tokens_before:
-        raise ValueError(f"The tokenizer has the token id {kept[-1]}, but the model a table of {tokens_before} tokens")
+        raise ValueError(
+            f"The tokenizer has a token with the id {kept[-1]}, but the model has a table of {tokens_before} tokens; "
+            "use the tokenizer that the model was trained with"
+        )
     tokenizer = trim_tokenizer(processor.tokenizer, kept)
     weight = embeddings.weight[torch.tensor(kept, device=embeddings.weight.device)].clone()
     smaller = nn.Embedding.from_pretrained(
