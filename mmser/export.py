@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to a small or portable one: what `export_hf.py` does.
+"""From a checkpoint to a small or portable one: the work of `export_hf.py`.
 
 Read in this order: the ONNX graph (any batch size, audio length and text length), the comparison with PyTorch, and
-`export_checkpoint`, which leaves either a whole folder or none.
+`export_checkpoint`, which writes a whole folder or nothing.
 """
 
 import contextlib
 import importlib.util
 import json
-import logging as python_logging
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
 from mmser.quantization import quantize_onnx
+from mmser.tables import format_table
 from mmser.vocabulary import Trimmed, trim_vocabulary
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from pipeline_mmser import MMSEROnnxForAudioClassification
@@ -33,7 +34,7 @@ from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 DTYPES = ("float32", "float16", "int8")
 FORMATS = ("onnx", "safetensors")
 OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
-# Largest difference to PyTorch in float32 that is let through, for probabilities and for logits over the largest one
+# Largest allowed difference to PyTorch in float32, of probabilities and of logits divided by the largest logit
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.15}
 # Where the `Auto*` classes find the code of an exported model
 ONNX_AUTO_MAP = {
@@ -41,13 +42,13 @@ ONNX_AUTO_MAP = {
     "AutoModelForAudioClassification": "processing_mmser.MMSEROnnxForAudioClassification",
     "AutoProcessor": "processing_mmser.MMSERProcessor",
 }
-# What a graph returns; the last four only once OpenMax is fitted (and `is_unknown` only if rejection is on)
+# The outputs of a graph. It has the open-set ones once OpenMax is fitted, and `is_unknown` only if rejection is on.
 OUTPUTS = ("logits", "probabilities", "uncertainty")
 OPEN_SET_OUTPUTS = ("unknown_probability", "open_set_probabilities", "rejection_score", "is_unknown")
 
 
 class ExportedForward(nn.Module):
-    """The forward pass as a graph has it: tensors in, a tuple of tensors out, float32 on both sides."""
+    """The forward pass with a graph's interface: tensors in, a tuple of tensors out, float32 on both sides."""
 
     def __init__(self, model: MMSERForAudioClassification):
         super().__init__()
@@ -68,12 +69,12 @@ class ExportedForward(nn.Module):
 
     @staticmethod
     def output_names(outputs) -> list[str]:
-        """Which outputs there are: those of OpenMax are None as long as it is not fitted."""
+        """The names of the outputs that the model has: those of OpenMax are None until it is fitted."""
         return [*OUTPUTS, *(name for name in OPEN_SET_OUTPUTS if outputs.get(name) is not None)]
 
 
 def min_audio_length(model: MMSERForAudioClassification) -> int:
-    """The shortest audio that makes a state: samples, or mel frames."""
+    """The shortest audio for which the audio encoder has an output, in samples or mel frames."""
     if model.config.uses_log_mel:
         return 1
     length = 1
@@ -84,7 +85,7 @@ def min_audio_length(model: MMSERForAudioClassification) -> int:
 
 
 def max_seconds(model: MMSERForAudioClassification, processor: MMSERProcessor) -> float:
-    """The longest clip that the audio encoder takes."""
+    """The length of the longest clip that the audio encoder takes."""
     if not model.config.uses_log_mel:
         return float("inf")
     extractor = processor.feature_extractor
@@ -95,8 +96,10 @@ def example_inputs(
     model: MMSERForAudioClassification, processor: MMSERProcessor, seconds: float, batch_size: int, seed: int = 0
 ) -> dict[str, Tensor]:
     """
-    A batch to export with or to compare by: sounds of up to `seconds`, or what the encoder takes, and random tokens.
-    In a batch of two or more the last row has no text, in one of three or more the first has no audio.
+    A batch of random sounds and tokens to export with or to compare on.
+
+    The sounds are up to `seconds` long, or as long as the encoder takes. In a batch of two or more the last row has no
+    text; in a batch of three or more the first row has no audio.
     """
     rng = np.random.default_rng(seed)
     rate = processor.feature_extractor.sampling_rate
@@ -104,8 +107,7 @@ def example_inputs(
     shortest = round(MIN_SECONDS * rate)
     longest = max(shortest, round(seconds * rate))
     lengths = [*rng.integers(shortest, longest + 1, batch_size - 1), longest]
-    options: dict[str, Any] = {"sampling_rate": rate}
-    inputs = dict(processor([_voice(length, rate, rng) for length in lengths], **options))
+    inputs = dict(processor([_voice(length, rate, rng) for length in lengths], **{"sampling_rate": rate}))
     inputs["attention_mask"] = inputs["attention_mask"].long()
     if batch_size > 2:
         for value in inputs.values():
@@ -127,7 +129,7 @@ def example_inputs(
 
 
 def _voice(length: int, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Something between a hum and noise, as loud as speech and in syllables, float32 [length]."""
+    """A hum with noise, in syllables and as loud as speech, float32 [length]."""
     time = np.arange(length) / rate
     pitch = rng.uniform(90, 250)
     hum = sum(np.sin(2 * np.pi * pitch * harmonic * time) / harmonic for harmonic in range(1, 12))
@@ -140,15 +142,15 @@ def export_onnx(
     model: MMSERForAudioClassification, processor: MMSERProcessor, path: str | os.PathLike, opset: int = OPSET
 ) -> None:
     """
-    Write the forward pass of `model` as ONNX, with any batch size, audio length and text length, and with what one
-    must know to use it (labels, temperature, sampling rate, padding) in the metadata.
+    Write the forward pass of `model` as ONNX, for any batch size, audio length and text length.
 
-    A file above 2 GB, more than ONNX can hold, keeps its weights beside it in `model.onnx.data`.
+    The metadata hold the labels, the temperature, the sampling rate and the padding. An ONNX file holds at most 2 GB:
+    the weights of a larger model are in `model.onnx.data` beside it.
 
     Args:
-        model: in float32, or in float16; its inputs and outputs are float32 either way.
+        model: in float32 or float16; the inputs and outputs of the graph are float32 in both cases.
         processor: of the same checkpoint.
-        path: the file to write.
+        path: file to write.
         opset: version of the ONNX operators.
     Raises:
         ImportError: onnx or onnxscript is not installed.
@@ -158,7 +160,7 @@ def export_onnx(
     example = example_inputs(model, processor, seconds=1.0, batch_size=3)
     names = [model.main_input_name, "attention_mask", "input_ids", "text_attention_mask"]
     outputs = forward.output_names(model(**example))
-    # Names of axes let the exporter find out what the sizes must fulfil; given as numbers, it wants them proven
+    # With named axes the exporter finds the constraints on the sizes itself; with bounds it asks for a proof of them
     axes = [{0: "batch", 1: "audio"}, {0: "batch", 1: "audio"}, {0: "batch", 1: "text"}, {0: "batch", 1: "text"}]
     axes[0] = {0: "batch", example[names[0]].ndim - 1: "audio"}
     with _quiet_exporter():
@@ -176,7 +178,7 @@ def export_onnx(
             },
             verbose=False,
         )
-    model.eval()  # the exporter may put it back into training
+    model.eval()  # the exporter may leave it in training mode
     _forget_source(program.model)
     program.model.producer_name = "mmser"
     program.model.metadata_props.update(notes_of(model, processor))
@@ -184,21 +186,19 @@ def export_onnx(
 
 
 def check_onnx() -> None:
-    """Raise ImportError, with what to install, unless all that an export needs is there."""
+    """Raise ImportError, with the command to install them, if packages for an ONNX export are missing."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise ImportError(f"An ONNX export needs {', '.join(missing)}: `pip install {' '.join(missing)}`")
 
 
 def notes_of(model: MMSERForAudioClassification, processor: MMSERProcessor) -> dict[str, str]:
-    """The metadata of the ONNX file. `config` is what `MMSEROnnxConfig` is made of."""
+    """The metadata of the ONNX file. `config` holds the fields of `MMSEROnnxConfig`."""
     config: Any = model.config
     kept = ("id2label", "label2id", "problem_type", "openmax_threshold", "openmax_acceptance", "use_openmax")
     about = {name: getattr(config, name) for name in kept}
     about |= {"audio_model_type": config.audio_config.model_type, "text_model_type": config.text_config.model_type}
-    limit = {}
-    if config.uses_log_mel:
-        limit["max_audio_length"] = str(2 * config.audio_config.max_source_positions)
+    limit = {"max_audio_length": str(2 * config.audio_config.max_source_positions)} if config.uses_log_mel else {}
     return {
         "config": json.dumps(about),
         "labels": json.dumps([config.id2label[index] for index in range(config.num_labels)]),
@@ -212,52 +212,49 @@ def notes_of(model: MMSERForAudioClassification, processor: MMSERProcessor) -> d
     }
 
 
-def _translate_cdist(x1, x2, p: float = 2.0, compute_mode: int | None = None):
-    """Euclidean distances for ONNX, which has no operator for them: [B, D] and [N, D] -> [B, N]."""
-    from onnxscript import opset18 as op
+def _operators() -> Any:
+    from onnxscript import opset18
 
+    return opset18
+
+
+def _translate_cdist(x1, x2, p: float = 2.0, compute_mode: int | None = None):
+    """Euclidean distances, for which ONNX has no operator: [B, D] and [N, D] -> [B, N]."""
+    op = _operators()
     difference = op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3]))
     return op.Sqrt(op.ReduceSumSquare(difference, [-1], keepdims=0))
 
 
 def _translate_sigmoid(x):
-    """By its formula: onnxruntime's own is off by 1e-7, which is a lot of an uncertainty of 1e-6 in log-odds."""
-    from onnxscript import opset18 as op
-
+    """The sigmoid by its formula. onnxruntime's own is off by 1e-7: the log-odds of 1e-6 would change by 10 %."""
+    op = _operators()
     return op.Reciprocal(op.Add(op.CastLike(1.0, x), op.Exp(op.Neg(x))))
 
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter speaks of operators of other libraries and of its own deprecations."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir")
-    levels = {name: python_logging.getLogger(name).level for name in names}
-    for name in names:
-        python_logging.getLogger(name).setLevel(python_logging.ERROR)
+    """Hide the exporter's warnings: they are about operators of other libraries and about its own deprecations."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, level in levels.items():
-            python_logging.getLogger(name).setLevel(level)
+        logging.disable(disabled)
 
 
 def _forget_source(model) -> None:
-    """Leave out where in the source each node comes from: it is most of a small file, and full of paths."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
+    """Remove the notes on the source line of each node: they are most of a small file, and full of paths."""
+    nodes = list(model.graph.all_nodes())
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in nodes for v in node.outputs)]
+    for noted in (*nodes, *values, model.graph, model):
+        noted.metadata_props.clear()
 
 
 @dataclass
 class Comparison:
-    """One batch, and the largest difference of each output between PyTorch and what was exported."""
+    """One batch, and the largest difference of each output between PyTorch and the export."""
 
     batch_size: int
     audio_length: int
@@ -268,33 +265,29 @@ class Comparison:
 @torch.no_grad()
 def compare(model: MMSERForAudioClassification, exported: Any, processor: MMSERProcessor) -> list[Comparison]:
     """
-    Run a model and its export on the same batches: three lengths, each alone (with text) and as a batch of three (with
-    a row that lacks audio and one that lacks text).
+    Run a model and its export on the same batches: three lengths, each as one clip with text and as a batch of three,
+    in which one row has no audio and one has no text.
 
     Args:
         model: in float32.
         exported: `MMSEROnnxForAudioClassification`, or a model of the same class as `model`.
-    Returns: differences of logits over the largest logit (or 1), of the rejection score likewise, and of everything
-        else, which is a probability, as they are; for `is_unknown` the share of clips that are judged otherwise.
     """
     results = []
     longest = min(2.4, max_seconds(model, processor))
     for number, seconds in enumerate((longest / 8, longest / 3, longest)):
         for batch_size in (1, 3):
             inputs = example_inputs(model, processor, seconds, batch_size, seed=number)
-            expected, given = model(**inputs), exported(**inputs)
-            results.append(
-                Comparison(
-                    batch_size,
-                    inputs[model.main_input_name].shape[-1],
-                    inputs["input_ids"].shape[-1],
-                    _differences(expected, given),
-                )
-            )
+            audio_length, text_length = (inputs[name].shape[-1] for name in (model.main_input_name, "input_ids"))
+            differences = _differences(model(**inputs), exported(**inputs))
+            results.append(Comparison(batch_size, audio_length, text_length, differences))
     return results
 
 
 def _differences(expected, given) -> dict[str, float]:
+    """
+    The largest difference of each output. Logits and rejection scores are divided by the largest one in the batch (or
+    1); the other outputs are probabilities. For `is_unknown`, the share of clips with another decision.
+    """
     differences = {}
     for name in (*OUTPUTS, *OPEN_SET_OUTPUTS):
         first, second = (
@@ -302,7 +295,7 @@ def _differences(expected, given) -> dict[str, float]:
             for output in (expected, given)
         )
         if (first is None) != (second is None):
-            raise ValueError(f"Only one of the model and its export has the output `{name}`")
+            raise ValueError(f"Either the model or its export has no output `{name}`; the other one has it")
         if first is None or second is None:
             continue
         difference = (first.float() - second.float()).abs()
@@ -314,10 +307,10 @@ def _differences(expected, given) -> dict[str, float]:
 
 def check_tolerance(comparisons: Sequence[Comparison], tolerance: float) -> None:
     """
-    Raise ValueError, with the worst case, if an output is further off than `tolerance`, or is not a number.
+    Raise ValueError if an output differs by more than `tolerance`, or is not a number.
 
-    The rejection score and the decision by it do not count: the score is a logarithm without bounds, the decision has
-    a threshold. The probabilities that both follow from do.
+    The rejection score and the decision are not checked: the score is a logarithm without bounds, and the decision
+    jumps at a threshold. Both follow from probabilities, which are checked.
     """
     for comparison in comparisons:
         for name, value in comparison.differences.items():
@@ -330,25 +323,23 @@ def check_tolerance(comparisons: Sequence[Comparison], tolerance: float) -> None
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """The differences as text, a line for each batch and one for the largest of all."""
+    """The differences as a Markdown table: a line for each batch, and one for the largest of all."""
     names = list(comparisons[0].differences)
-    header = ["batch", "audio", "tokens", *names]
-    rows = [
-        [str(c.batch_size), str(c.audio_length), str(c.text_length), *(f"{c.differences[name]:.1e}" for name in names)]
+    rows: list[dict[str, Any]] = [
+        {"batch": c.batch_size, "audio": c.audio_length, "tokens": c.text_length}
+        | {name: f"{c.differences[name]:.1e}" for name in names}
         for c in comparisons
     ]
-    rows.append(["", "", "max", *(f"{max(c.differences[name] for c in comparisons):.1e}" for name in names)])
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows])
-    return "\n".join(lines)
+    rows.append({name: f"{max(c.differences[name] for c in comparisons):.1e}" for name in names} | {"tokens": "max"})
+    return format_table(rows, ["batch", "audio", "tokens", *names])
 
 
 @dataclass
 class ExportReport:
-    """What `export_checkpoint` wrote: sizes in bytes, and the differences to PyTorch of each format."""
+    """The result of `export_checkpoint`: sizes of files in bytes, and the differences to PyTorch of each format."""
 
     folder: Path
-    float32_size: int  # of the weights of the checkpoint, before anything was cut
+    float32_size: int  # of the weights of the whole checkpoint
     sizes: dict[str, int]
     trimmed: Trimmed | None = None
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
@@ -377,20 +368,20 @@ def export_checkpoint(
     overwrite: bool = False,
 ) -> ExportReport:
     """
-    Export an MMSER checkpoint to a folder that holds all that is needed to use it.
+    Export an MMSER checkpoint to a folder with the model, its processor and its code.
 
     Args:
         name_or_path: folder or Hub name of the checkpoint.
-        output_dir: folder to write. It appears at the end and whole, or not at all.
-        formats: "onnx", for onnxruntime, "safetensors", for PyTorch, or both.
-        dtype: "float32", "float16" (for GPUs) or "int8" (ONNX alone).
-        languages, texts: trim the vocabulary, see `choose_tokens`.
+        output_dir: folder to write. It appears at the end, when everything in it is written and checked.
+        formats: "onnx" (for onnxruntime), "safetensors" (for PyTorch), or both.
+        dtype: "float32", "float16" (for GPUs) or "int8" (ONNX only).
+        languages, texts: trim the vocabulary to them, see `choose_tokens`.
         check: compare with PyTorch.
-        tolerance: largest difference to let through; by default that of `TOLERANCES`.
+        tolerance: largest allowed difference; by default that of `TOLERANCES`.
         opset: version of the ONNX operators.
-        overwrite: replace `output_dir` if there is something in it.
+        overwrite: replace `output_dir` if it is not empty.
     Raises:
-        ValueError: options that do not go together, a folder that is taken, or a difference above the tolerance.
+        ValueError: options that exclude each other, a folder that is not empty, or a difference above the tolerance.
         ImportError: onnx, onnxruntime or onnxscript is missing.
     """
     output_dir = Path(output_dir).absolute()
@@ -398,7 +389,7 @@ def export_checkpoint(
     source = Path(name_or_path).absolute().resolve()
     if source.exists() and output_dir.resolve() in (source, *source.parents):
         raise ValueError(f"The export would replace {output_dir}, where the checkpoint itself is: give another folder")
-    register_auto_classes()  # the code of MMSER is here: what the checkpoint carries is not run
+    register_auto_classes()  # use this code of MMSER, not the copy in the checkpoint
     model = MMSERForAudioClassification.from_pretrained(name_or_path, dtype=torch.float32)
     processor = MMSERProcessor.from_pretrained(name_or_path)
     report = ExportReport(output_dir, 4 * sum(value.numel() for value in model.state_dict().values()), {})
@@ -408,13 +399,16 @@ def export_checkpoint(
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
         folder, scratch = Path(temporary) / "export", Path(temporary) / "scratch"
         folder.mkdir()
-        writers = {"safetensors": _write_safetensors, "onnx": _write_onnx}
+        scratch.mkdir()
         for name in sorted(formats, reverse=True):  # safetensors first: both then share its config.json
-            exported = writers[name](model, processor, folder, scratch, dtype, opset)
+            if name == "safetensors":
+                exported = _write_safetensors(model, processor, folder, scratch, dtype)
+            else:
+                exported = _write_onnx(model, processor, folder, scratch, dtype, opset)
             if check:
                 report.comparisons[name] = compare(model, exported, processor)
                 check_tolerance(report.comparisons[name], TOLERANCES[dtype] if tolerance is None else tolerance)
-            del exported
+            del exported  # before the other format needs the memory
         if output_dir.exists():
             shutil.rmtree(output_dir)
         os.replace(folder, output_dir)
@@ -424,41 +418,42 @@ def export_checkpoint(
 
 def _check_options(formats: Sequence[str], dtype: str, output_dir: Path, overwrite: bool) -> None:
     if not formats or not set(formats) <= set(FORMATS):
-        raise ValueError(f"`formats` must be of {', '.join(FORMATS)}, got {formats!r}")
+        raise ValueError(f"`formats` must be one or more of {', '.join(FORMATS)}, got {formats!r}")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "int8" and "safetensors" in formats:
-        raise ValueError("int8 is for ONNX: a PyTorch checkpoint is written in float32 or float16")
+        raise ValueError("int8 is for ONNX: give float32 or float16 for safetensors")
     if "onnx" in formats:
         check_onnx()
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; give a folder to write")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
-        raise ValueError(f"{output_dir} is not empty; choose another folder, or overwrite it")
+        raise ValueError(f"{output_dir} is not empty; give another folder, or pass --overwrite_output_dir")
 
 
 def _in_dtype(model: MMSERForAudioClassification, scratch: Path, dtype: str) -> MMSERForAudioClassification:
-    """A copy of `model` as loading it in `dtype` gives it: what must stay in float32 does."""
+    """`model` itself in float32, else a copy loaded in `dtype`, in which some parts stay in float32."""
+    if dtype == "float32":
+        return model
     model.save_pretrained(scratch)
     return MMSERForAudioClassification.from_pretrained(scratch, dtype=getattr(torch, dtype))
 
 
-def _write_safetensors(model, processor, folder: Path, scratch: Path, dtype: str, opset: int):
-    """Write a PyTorch checkpoint; return it as it is loaded again, for computing in float32."""
-    (_in_dtype(model, scratch, dtype) if dtype != "float32" else model).save_pretrained(folder)
+def _write_safetensors(model, processor, folder: Path, scratch: Path, dtype: str):
+    """Write a PyTorch checkpoint; return it loaded again, to compute in float32."""
+    _in_dtype(model, scratch, dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
     return MMSERForAudioClassification.from_pretrained(folder, dtype=torch.float32)
 
 
 def _write_onnx(model, processor, folder: Path, scratch: Path, dtype: str, opset: int):
-    """Write the ONNX file and, unless it is beside a PyTorch checkpoint, what goes with it; return it opened."""
+    """Write the ONNX file, and processor and config unless a PyTorch checkpoint brought them; return it opened."""
     path = folder / MMSEROnnxForAudioClassification.file_name
     if dtype == "int8":
-        scratch.mkdir(exist_ok=True)
         export_onnx(model, processor, scratch / path.name, opset)
         quantize_onnx(scratch / path.name, path)
     else:
-        export_onnx(_in_dtype(model, scratch, dtype) if dtype != "float32" else model, processor, path, opset)
+        export_onnx(_in_dtype(model, scratch, dtype), processor, path, opset)
     exported = MMSEROnnxForAudioClassification.from_pretrained(path, providers=["CPUExecutionProvider"])
     if not (folder / "config.json").exists():
         processor.save_pretrained(folder)
