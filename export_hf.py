@@ -19,7 +19,7 @@ from mmser.vocabulary import read_texts
 
 
 def main(arguments: list[str] | None = None) -> ExportReport:
-    """Export as the flags say, and print sizes and differences. Returns what is printed."""
+    """Export a checkpoint as the flags say. Prints and returns the sizes and the differences to PyTorch."""
     command = sys.argv[1:] if arguments is None else arguments
     (options,) = parse_arguments((ExportArguments,), command, __doc__)
     logging.set_verbosity_warning()
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> ExportReport:
 
 
 def command() -> None:
-    """`mmser-export`."""
+    """The installed command `mmser-export`."""
     main()
 
 

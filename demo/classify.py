@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classify test clips of the demo corpus with the checkpoint that `make demo` trained, as any user would.
+"""Classify test clips of the demo corpus with the checkpoint that `make demo` trained.
 
-    python demo/classify.py demo_output/model demo_output/corpus
+python demo/classify.py demo_output/model demo_output/corpus
 
-Runs from another working directory and with the checkpoint's own code, so it shows what a machine without MMSER sees.
+It runs the checkpoint's own code in another working directory, as on a machine without MMSER.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--clips", type=int, default=4, help="known clips to classify")
+    parser.add_argument("--clips", type=int, default=4, help="clips of the test split to classify")
     arguments = parser.parse_args()
     checkpoint, corpus = arguments.checkpoint.resolve(), arguments.corpus.resolve()
 
@@ -29,7 +29,7 @@ def main() -> None:
             rows += [(split, row) for row in list(csv.DictReader(file))[:count]]
 
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # nothing here to import
+        os.chdir(folder)  # an empty folder: nothing of MMSER can be imported from it
         classifier = pipeline("audio-classification", model=str(checkpoint), trust_remote_code=True, device="cpu")
         for split, row in rows:
             clip = {"path": str(corpus / split / row["file_name"]), "text": row["transcription"] or None}

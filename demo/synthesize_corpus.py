@@ -40,6 +40,8 @@ FINGERPRINT = "\n<!-- sha256 of this corpus: "  # starts the last line of the co
 # only the opener tells the emotion. A pair of opener and adverb is in one of train, validation and test alone.
 SENTENCES = json.loads(Path(__file__).with_name("sentences.json").read_text(encoding="utf-8"))
 
+README = Path(__file__).with_name("corpus_readme.md").read_text(encoding="utf-8")  # of the corpus, with {fields}
+
 # eSpeak NG voice variants, women then men. Train, validation and test share no variant, so they share no speaker.
 VOICES = {
     "train": ("f1", "f3", "f5", "linda", "shelby", "m1", "m3", "m6", "Nguyen", "Reed"),
@@ -331,44 +333,6 @@ def render_clip(clip: Clip, engine: Espeak, rng: Generator) -> np.ndarray:
     loudness = PROSODY[clip.emotion].volume if clip.emotion in PROSODY else 60.0
     audio = audio * (0.08 * loudness / 60.0 * rng.uniform(0.7, 1.4) / level)
     return audio * min(1.0, 0.98 / np.abs(audio).max())
-
-
-README = """---
-pretty_name: MMSER synthetic emotional speech (eSpeak NG)
-license: apache-2.0
-language: [{language_list}]
-task_categories: [audio-classification]
-tags: [synthetic, speech-emotion-recognition]
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: train/**
-  - split: validation
-    path: validation/**
-  - split: test
-    path: test/**
-- config_name: ood
-  data_files:
-  - split: ood
-    path: ood/**
----
-# A synthetic emotional speech corpus
-
-**This is synthetic speech. No person speaks here, and no emotion was felt: a speech engine acts four emotions by
-fixed rules. Scores on it say nothing about how well a model recognises human emotion.** It shows that a
-pipeline trains, evaluates and rejects unknown input, and nothing else. Never report a score on it without these words.
-
-Made by `python demo/synthesize_corpus.py OUT --seed {seed} --clips_per_cell {clips_per_cell} --languages {languages}`
-with the eSpeak NG engine, which is not part of the corpus. All clips are 16 kHz mono FLAC, {shortest} to {longest} s.
-
-- Emotion is in the voice (rate, pitch, pitch range, timbre, loudness; each clip differs at random) and in the words.
-- A speaker is a language and a voice variant. Train, validation and test share no variant and no sentence.
-- `ood/` holds what is none of the four emotions (label -1): frightened speech by voices that are not in train, noise,
-  babble, music, tones. `emotion` names it.
-
-{table}
-"""
 
 
 def _table(plan: dict[str, list[Clip]], seconds: dict[str, float] | None = None) -> str:

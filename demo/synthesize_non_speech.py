@@ -145,7 +145,7 @@ def _pattern(frequencies: np.ndarray, count: int, on: float, off: float) -> np.n
 
 
 def _beeps(rng: Generator, count: int) -> np.ndarray:
-    pitches = _log_uniform(rng, 300.0, 4000.0, rng.integers(1, 4))
+    pitches = _log_uniform(rng, 300.0, 4000.0, int(rng.integers(1, 4)))
     return _pattern(pitches[:, None], count, rng.uniform(0.05, 0.6), rng.uniform(0.02, 0.6))
 
 
@@ -329,7 +329,9 @@ def synthesize(folder: str | os.PathLike, clips_per_kind: int = 50, seed: int = 
             samples += len(audio)
         with (unfinished / "metadata.csv").open("w", encoding="utf-8", newline="") as lines:
             csv.writer(lines, lineterminator="\n").writerows([COLUMNS, *rows])
-        os.replace(unfinished, folder)  # the system refuses it if the folder is not empty any more
+        if folder.exists():
+            folder.rmdir()  # the system refuses this if the folder is not empty any more
+        unfinished.rename(folder)
     return samples / SAMPLING_RATE
 
 

@@ -107,7 +107,8 @@ def example_inputs(
     shortest = round(MIN_SECONDS * rate)
     longest = max(shortest, round(seconds * rate))
     lengths = [*rng.integers(shortest, longest + 1, batch_size - 1), longest]
-    inputs = dict(processor([_voice(length, rate, rng) for length in lengths], **{"sampling_rate": rate}))
+    options: dict[str, Any] = {"sampling_rate": rate}
+    inputs = dict(processor([_voice(length, rate, rng) for length in lengths], **options))
     inputs["attention_mask"] = inputs["attention_mask"].long()
     if batch_size > 2:
         for value in inputs.values():

@@ -84,7 +84,7 @@ def scripts_of(languages: Iterable[str]) -> set[str]:
 
 
 def is_written_in(text: str, scripts: Iterable[str]) -> bool:
-    """Whether each letter of `text` is in one of the scripts; ASCII, digits, punctuation and signs are in every one."""
+    """Whether each letter of `text` is in one of the scripts; ASCII, digits and punctuation are in every one."""
     # The Unicode name of a full-width letter has its script in the second place; the name of an accent has no script
     names = [f"{width}{script}" for script in scripts for width in ("", "FULLWIDTH ", "HALFWIDTH ")]
     shared = ("COMBINING", "FEMININE ORDINAL", "MASCULINE ORDINAL", "MODIFIER LETTER", "VARIATION SELECTOR")
