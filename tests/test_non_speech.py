@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `demo/synthesize_non_speech.py`: what the sounds are, measured, and what is written and refused."""
+"""Tests of `demo/synthesize_non_speech.py`: the sounds, the files, and the folders and numbers that it refuses."""
 
 import csv
 from collections import Counter
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from scipy.signal import periodogram, welch
 
 from mmser.examples import EmotionDataset
 from mmser.loading import load_emotion_split
@@ -33,51 +32,17 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def power_near(audio, frequencies, width):
-    """The share of the power that is within `width` Hz of any of the frequencies."""
-    bins, power = periodogram(audio, RATE, window="hann")
-    return power[np.abs(bins[:, None] - np.asarray(frequencies)).min(axis=1) <= width].sum() / power.sum()
-
-
-# ---- every clip
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seconds", [0.1, 1.2345, 6.0])
-def test_clips_are_finite_float32_in_range_and_at_a_level_in_range(script, kind, seconds):
-    for seed in range(12):
-        audio = getattr(script, kind)(np.random.default_rng(seed), seconds)
-        assert audio.dtype == np.float32 and audio.shape == (round(seconds * RATE),)
-        assert np.isfinite(audio).all()
-        assert np.abs(audio).max() < 1.0
-        assert -45.01 <= level(audio) <= -11.99
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_clips_differ_in_level_and_spectrum(script, kind):
-    levels, centroids = [], []
-    for seed in range(30):
-        audio = getattr(script, kind)(np.random.default_rng(seed), 1.0)
-        frequencies, power = welch(audio, RATE, nperseg=1024)
+def test_clips_are_in_range_and_differ_in_level(script, kind):
+    levels = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        audio = script._finish(rng, script.KINDS[kind](rng, RATE))
+        assert audio.dtype == np.float32 and audio.shape == (RATE,)
+        assert np.isfinite(audio).all() and np.abs(audio).max() < 1.0
         levels.append(level(audio))
-        centroids.append(np.log2(power @ frequencies / power.sum()))
+    assert min(levels) >= -45.01 and max(levels) <= -11.99
     assert np.ptp(levels) > 10.0  # dB
-    assert np.ptp(centroids) > 1.5  # octaves
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_generator_decides(script, kind):
-    make = getattr(script, kind)
-    first, again, other = (make(np.random.default_rng(seed), 1.0) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
-    assert not np.allclose(first, other)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seconds", [0, -1.0, 0.01, float("nan"), float("inf")])
-def test_impossible_durations_are_refused(script, kind, seconds):
-    with pytest.raises(ValueError, match="seconds"):
-        getattr(script, kind)(np.random.default_rng(0), seconds)
 
 
 def test_every_sound_has_sound_throughout(script):
@@ -88,145 +53,11 @@ def test_every_sound_has_sound_throughout(script):
             assert all(np.any(second) for second in audio.reshape(3, RATE)), name  # pauses are below 0.6 s
 
 
-# ---- noise
-
-
-@pytest.mark.parametrize(("colour", "slope"), [("white", 0.0), ("pink", -1.0), ("brown", -2.0)])
-def test_power_of_coloured_noise_falls_as_its_colour_says(script, colour, slope):
-    audio = script.NOISES[colour](np.random.default_rng(0), 6 * RATE)
-    frequencies, power = welch(audio, RATE, nperseg=4096)
-    used = (frequencies > 50) & (frequencies < 7000)
-    fitted, _ = np.polyfit(np.log(frequencies[used]), np.log(power[used]), 1)
-    assert fitted == pytest.approx(slope, abs=0.1)
-
-
-def test_band_noise_stays_in_its_band(script):
-    for seed in range(10):
-        audio = script.NOISES["band"](np.random.default_rng(seed), 2 * RATE)
-        frequencies, power = welch(audio, RATE, nperseg=4096)
-        share = np.cumsum(power) / power.sum()
-        low, high = frequencies[np.searchsorted(share, (0.05, 0.95))]
-        assert high <= 2**2.8 * (low + 5.0)  # at most 2.5 octaves, and the slopes of the filter
-
-
-def test_hum_is_on_multiples_of_the_mains_frequency(script):
-    for seed in range(4):
-        audio = script.NOISES["hum"](np.random.default_rng(seed), 4 * RATE)
-        near = [power_near(audio, mains * np.arange(1, 41), 0.003 * mains * 40) for mains in (50, 60)]
-        strongest = periodogram(audio, RATE)[1].argmax() / 4
-        assert max(near) > 0.9
-        assert min(abs(strongest / mains - round(strongest / mains)) for mains in (50, 60)) < 0.1
-
-
-def test_wind_changes_its_loudness_more_than_steady_noise(script):
-    def swing(name):
-        audio = script.NOISES[name](np.random.default_rng(3), 6 * RATE)
-        return np.std([level(part) for part in np.split(audio, 30)])
-
-    assert swing("wind") > 4 * swing("pink")
-
-
-def test_clicks_are_from_sparse_to_dense(script):
-    crests = []
-    for seed in range(20):
-        audio = script.NOISES["clicks"](np.random.default_rng(seed), 3 * RATE)
-        crests.append(20 * np.log10(np.abs(audio).max()) - level(audio))
-    assert max(crests) > 20.0 and min(crests) < 16.0  # dB; a sine has 3, white noise about 13
-
-
-# ---- tones
-
-
-def test_energy_of_a_steady_sine_is_at_one_frequency(script):
-    for seed in range(4):
-        audio = script._finish(
-            np.random.default_rng(seed), script.TONES["sine"](np.random.default_rng(seed), 2 * RATE)
-        )
-        frequencies, power = periodogram(audio, RATE, window="hann")
-        assert power_near(audio, [frequencies[power.argmax()]], 3.0) > 0.99
-
-
-def test_dial_tones_are_pairs_of_the_standard_frequencies(script):
-    rows, columns = np.array([697, 770, 852, 941]), np.array([1209, 1336, 1477, 1633])
-    for seed in range(5):
-        audio = script.TONES["dial"](np.random.default_rng(seed), 4 * RATE)
-        key = audio[160 : 160 + 800]  # inside the first key, which lasts at least 60 ms
-        for frequencies in (rows, columns):
-            basis = np.exp(-2j * np.pi * np.outer(frequencies, np.arange(800) / RATE)) * np.hanning(800)
-            strength = np.sort(np.abs(basis @ key))
-            assert strength[-1] > 3 * strength[-2]
-        assert power_near(audio, [*rows, *columns], 40.0) > 0.95
-
-
-def test_sweeps_move_and_beeps_pause(script):
-    moved, paused = [], []
-    for seed in range(6):
-        sweep = script.TONES["sweep"](np.random.default_rng(seed), 2 * RATE).reshape(-1, 1600)
-        peaks = np.abs(np.fft.rfft(sweep * np.hanning(1600))).argmax(axis=1)
-        moved.append(len(set(peaks.tolist())))
-        beeps = script.TONES["beeps"](np.random.default_rng(seed), 2 * RATE).reshape(-1, 160)
-        paused.append(np.mean(np.abs(beeps).max(axis=1) < 1e-9))
-    assert min(moved) >= 4
-    assert all(0 < pause < 1 for pause in paused)
-
-
-# ---- music
-
-
-def test_a_plucked_string_fades_as_the_loop_of_karplus_and_strong(script):
-    frequency, rounds, size = 250.0, 40, 64
-    audio = script._plucked(np.random.default_rng(0), frequency, rounds * size)
-    loop = np.concatenate((np.zeros(1), np.random.default_rng(0).standard_normal(size), np.zeros(rounds * size)))
-    loop[1 : size + 1] -= loop[1 : size + 1].mean()
-    for position in range(size + 1, len(loop)):
-        loop[position] = 0.998 * 0.5 * (loop[position - size] + loop[position - size - 1])
-    window = np.hanning(8 * size)
-
-    def fading(sound, frequency):
-        wave = window * np.exp(-2j * np.pi * frequency * np.arange(8 * size))
-        first, last = (abs(sound[start : start + 8 * size] @ wave) for start in (0, 30 * size))
-        return last / first
-
-    for harmonic in (1, 2, 4, 6):  # half a sample of delay in the loop makes it flat by less than 1 %
-        expected = fading(loop[1:], harmonic / (size + 0.5))
-        assert fading(audio, harmonic / size) == pytest.approx(expected, rel=0.05)
-
-
-def test_every_instrument_sounds_at_its_pitch(script):
+def test_every_instrument_sounds(script):
     for instrument in script.INSTRUMENTS:
-        for frequency in (125.0, 250.0, 500.0):
+        for frequency in (125.0, 500.0):
             audio = instrument(np.random.default_rng(1), frequency, RATE)
-            assert audio.shape == (RATE,) and np.isfinite(audio).all()
-            if instrument is not script._bell:  # whose partials are no multiples
-                assert power_near(audio, frequency * np.arange(1, 64), 6.0) > 0.95
-                assert power_near(audio, [frequency], 6.0) > 0.01
-
-
-def test_notes_of_a_piece_are_of_one_scale_in_equal_temperament(script, monkeypatch):
-    played = []
-
-    def listen(rng, frequency, count):
-        played.append(frequency)
-        return np.sin(2 * np.pi * frequency * np.arange(count) / RATE)
-
-    monkeypatch.setattr(script, "INSTRUMENTS", (listen,))
-    melodies = set()
-    for seed in range(10):
-        played.clear()
-        script.music(np.random.default_rng(seed), 6.0)
-        numbers = 69 + 12 * np.log2(np.array(played) / 440)
-        np.testing.assert_allclose(numbers, np.round(numbers), atol=1e-6)
-        assert len({round(number) % 12 for number in numbers}) <= 7
-        assert numbers.min() >= 24 and numbers.max() <= 100
-        melodies.add(tuple(np.round(numbers)))
-    assert len(melodies) == 10
-
-
-def test_drums_keep_the_beat(script):
-    step = 4000
-    audio = script._drums(np.random.default_rng(0), step, 6 * RATE)
-    starts = np.array([np.abs(audio[start : start + 400]).max() for start in range(0, 6 * RATE, step)])
-    assert starts[::2].min() > np.median(starts[1::2])  # kick and snare on the beats, little between them
+            assert audio.shape == (RATE,) and np.isfinite(audio).all() and audio.std() > 0.01
 
 
 # ---- files
@@ -265,27 +96,24 @@ def test_more_clips_keep_the_earlier_ones_and_another_seed_none(script, corpus, 
     for name in fewer.keys() - {"metadata.csv"}:
         assert fewer[name] == all_of[name]
         assert other[name] != all_of[name]
-    assert len({all_of[name] for name in all_of}) == len(all_of)
+    assert len(set(all_of.values())) == len(all_of)
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
-def test_an_interrupted_run_leaves_nothing(script, tmp_path, monkeypatch, interruption, existing):
+def test_an_interrupted_run_leaves_nothing(script, tmp_path, monkeypatch, existing):
     folder, write, written = tmp_path / "folder", soundfile.write, []
     if existing:
         folder.mkdir()
 
     def write_four(path, *arguments, **options):
         if len(written) == 4:
-            raise interruption("stop")
+            raise KeyboardInterrupt
         written.append(path)
         write(path, *arguments, **options)
-        assert not list(tmp_path.rglob("metadata.csv"))  # so that a killed run does not look complete either
 
     monkeypatch.setattr(script.soundfile, "write", write_four)
-    with pytest.raises(interruption):
+    with pytest.raises(KeyboardInterrupt):
         script.synthesize(folder, clips_per_kind=3)
-    assert len(written) == 4
     assert list(tmp_path.rglob("*")) == ([folder] if existing else [])
     monkeypatch.undo()
     script.synthesize(folder, clips_per_kind=1)
