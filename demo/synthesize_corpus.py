@@ -4,7 +4,7 @@
 eSpeak NG acts the emotions by rules (rate, pitch, loudness, timbre), so scores on this corpus say nothing about human
 emotion. The corpus shows that training, evaluation and open-set rejection work. Read: voices and prosody (who speaks
 and how; `sentences.json` holds the words), `plan_corpus` (the clips), `render_clip` (their audio), `synthesize_corpus`
-(the files). The same seed gives the same bytes in a fresh process; eSpeak NG keeps state, so a process writes one.
+(the files). The same seed gives the same bytes in a fresh process; eSpeak NG keeps state: one corpus per process.
 """
 
 import argparse
@@ -248,7 +248,7 @@ def _tremble(audio: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def _speak(clip: Clip, engine: Espeak, rng: Generator) -> np.ndarray:
-    """One spoken clip, float [T]; one that would be too long is spoken faster. Raises ValueError if none can."""
+    """One spoken clip, float [T]. A clip that is too long is spoken faster; ValueError if no rate is enough."""
     prosody = draw_prosody(clip.emotion, rng)
     limit = (LONGEST - 0.2) * SAMPLING_RATE  # leaves room for the silence around it
     while len(audio := engine.say(clip.text, clip.language, clip.voice, prosody)) > limit:
@@ -357,7 +357,7 @@ def _fingerprint(folder: Path, readme: str) -> str:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raises FileExistsError unless `folder` is new, empty, or a corpus of this script that nobody changed."""
+    """Raises FileExistsError unless `folder` is new, empty, or an unchanged corpus of this script."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"{folder} exists and is not a folder; give a new or empty folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -367,8 +367,7 @@ def check_output_folder(folder: Path) -> None:
     body, _, last_line = text.rpartition(FINGERPRINT)
     if last_line.split(" ")[0] != _fingerprint(folder, body):
         raise FileExistsError(
-            f"{folder} holds other files than a corpus of this script, or the corpus was changed; "
-            "give a new or empty folder"
+            f"{folder} is not empty, and it is no corpus of this script or was changed; give a new or empty folder"
         )
 
 

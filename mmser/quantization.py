@@ -40,7 +40,7 @@ def quantize_onnx(path: str | os.PathLike, target: str | os.PathLike) -> None:
 def _quantize_matrices(model) -> None:
     """Replace each product with a constant matrix by one with int8 weights. A matrix of one column is left alone."""
     root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)  # the import would call `basicConfig`, which leaves a logger with a handler as it is
+    root.addHandler(handler)  # the import calls `basicConfig`, which does nothing if there is a handler
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     root.removeHandler(handler)
