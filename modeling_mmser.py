@@ -645,23 +645,13 @@ class MMSERModel(MMSERPreTrainedModel):
         if output_attentions is None:
             output_attentions = getattr(self.config, "output_attentions", False)
         flags = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
-        record: Any = None
-
-        audio_hidden: Any = None
-        text_hidden: Any = None
-        if audio is not None:
-            layers, audio_mask, record = self._encode_audio(audio, attention_mask, **flags)
-            audio_hidden = self._weigh_layers(layers)
-        elif audio_states is not None:
-            audio_hidden = self._weigh_layers(audio_states.unbind(dim=2), self.dtype)
-            audio_mask = _as_mask(attention_mask, audio_states, "attention_mask")
-        if input_ids is not None:
-            text_flags = flags if record is None else {}
-            text_hidden, text_mask, text_record = self._encode_text(input_ids, text_attention_mask, **text_flags)
-            record = record or text_record
-        elif text_states is not None:
-            text_hidden = text_states.to(self.dtype)
-            text_mask = _as_mask(text_attention_mask, text_states, "text_attention_mask")
+        audio_hidden, audio_mask, record = self._audio_states(audio, audio_states, attention_mask, flags)
+        # The record is that of the audio encoder, unless there is none
+        text_flags = flags if record is None else {}
+        text_hidden, text_mask, text_record = self._text_states(
+            input_ids, text_states, text_attention_mask, text_flags
+        )
+        record = record or text_record
         if audio_hidden is None:
             audio_hidden, audio_mask = self._nothing(text_hidden, self.missing_audio)
         if text_hidden is None:
@@ -684,6 +674,24 @@ class MMSERModel(MMSERPreTrainedModel):
             else None,
             attentions=record.attentions if record and output_attentions else None,
         )
+
+    def _audio_states(self, audio, audio_states, attention_mask, flags: dict) -> tuple[Any, Any, Any]:
+        """States [B, Ta, D] and bool mask [B, Ta] of the audio, or of its `audio_states`, and the encoder's output."""
+        if audio is not None:
+            layers, mask, record = self._encode_audio(audio, attention_mask, **flags)
+            return self._weigh_layers(layers), mask, record
+        if audio_states is not None:
+            states = self._weigh_layers(audio_states.unbind(dim=2), self.dtype)
+            return states, _as_mask(attention_mask, audio_states, "attention_mask"), None
+        return None, None, None
+
+    def _text_states(self, input_ids, text_states, attention_mask, flags: dict) -> tuple[Any, Any, Any]:
+        """States [B, L, D] and bool mask [B, L] of the text, or its `text_states`, and the encoder's output."""
+        if input_ids is not None:
+            return self._encode_text(input_ids, attention_mask, **flags)
+        if text_states is not None:
+            return text_states.to(self.dtype), _as_mask(attention_mask, text_states, "text_attention_mask"), None
+        return None, None, None
 
     def encode(
         self,
@@ -991,18 +999,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             loss = cast(Tensor, sum(parts.values()))
             losses = {name: part.detach() for name, part in parts.items()}
 
-        open_set_probabilities = rejection_score = is_unknown = None
+        open_set = {}
         if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
-            distances = self.openmax.distances(outputs.pooler_output, anchor_distances)
-            log_probabilities = self.openmax.log_probabilities(logits, distances)
-            open_set_probabilities = log_probabilities.exp()
-            rejection_score = -log_probabilities[:, :-1].amax(dim=-1)  # as `OpenMax.rejection_scores`
-            threshold = self.config.openmax_threshold
-            if threshold is not None:
-                use_fitted = self.config.openmax_acceptance is not None
-                is_unknown = self.openmax.reject(
-                    rejection_score, open_set_probabilities, logits.argmax(dim=-1), threshold, use_fitted
-                )
+            open_set = self._open_set(logits, outputs.pooler_output, anchor_distances)
         return MMSEROutput(
             loss=loss,
             logits=logits,
@@ -1012,13 +1011,27 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             features=features,
             fused=outputs.pooler_output,
             anchor_distances=anchor_distances,
-            unknown_probability=None if open_set_probabilities is None else open_set_probabilities[:, -1:],
-            open_set_probabilities=open_set_probabilities,
-            rejection_score=None if rejection_score is None else rejection_score[:, None],
-            is_unknown=is_unknown,
+            **open_set,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _open_set(self, logits: Tensor, fused: Tensor, anchor_distances: Tensor) -> dict[str, Tensor]:
+        """What OpenMax says of each clip; see `MMSEROutput`."""
+        log_probabilities = self.openmax.log_probabilities(logits, self.openmax.distances(fused, anchor_distances))
+        probabilities = log_probabilities.exp()
+        score = -log_probabilities[:, :-1].amax(dim=-1)  # as `OpenMax.rejection_scores`
+        open_set = {
+            "unknown_probability": probabilities[:, -1:],
+            "open_set_probabilities": probabilities,
+            "rejection_score": score[:, None],
+        }
+        threshold = self.config.openmax_threshold
+        if threshold is not None:
+            use_fitted = self.config.openmax_acceptance is not None
+            predictions = logits.argmax(dim=-1)
+            open_set["is_unknown"] = self.openmax.reject(score, probabilities, predictions, threshold, use_fitted)
+        return open_set
 
     def _check_labels(self, labels: Tensor) -> None:
         num_labels = self.config.num_labels
