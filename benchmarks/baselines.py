@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What MMSER has to beat on real speech: the largest class, hand-made features, a linear probe, fine-tuned Whisper.
 
-Read: `majority`, `hand_made_features` (needs librosa, ISC licence; openSMILE's own licence is for research only),
-`linear_probe` (for hand-made features and for pooled states of a frozen encoder), `fine_tune_whisper`.
-Choices are made on validation clips alone. Classes are ids from 0; probabilities are float64 [clips, classes].
+Read: `hand_made_features` (needs librosa, ISC licence; openSMILE's own licence is for research only), `linear_probe`
+(for hand-made features and for pooled states of a frozen encoder), `fine_tune_whisper`, then the rows that
+`real_speech.py` has of them. Choices are made on validation clips alone. Classes are ids from 0.
 """
 
 import copy
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -22,6 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import (
     AutoFeatureExtractor,
+    AutoTokenizer,
+    BertConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -30,17 +33,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from benchmarks.modalities import groups_of, score
 from mmser.examples import EmotionDataset
-
-logger = logging.get_logger(__name__)
-
-# ---- the largest class
-
-
-def majority(train_labels: Sequence[int] | np.ndarray, num_clips: int) -> np.ndarray:
-    """Predicts the most frequent training label (the smallest of several) for every clip: int [num_clips]."""
-    return np.full(num_clips, np.bincount(train_labels).argmax())
-
+from mmser.loading import load_emotion_dataset
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
 
 # ---- hand-made features
 
@@ -121,12 +118,6 @@ def _pitch_statistics(pitch: np.ndarray, voiced: np.ndarray, step: float) -> lis
     return [float(pitch[voiced].mean()), float(semitones.std()), high - low, float(slope), float(voiced.mean())]
 
 
-def extract_hand_made_features(dataset: EmotionDataset) -> np.ndarray:
-    """`hand_made_features` of every clip, float64 [clips, 73], with a progress bar."""
-    clips = logging.tqdm(range(len(dataset)), "hand-made features")
-    return np.stack([hand_made_features(dataset[index]["audio"], dataset.reader.sampling_rate) for index in clips])
-
-
 # ---- linear probe
 
 COSTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression: the inverse of its regularisation
@@ -201,17 +192,16 @@ NOT_PREDICTIONS = ["hidden_states", "attentions"]  # with a weighted sum of laye
 
 
 def load_whisper_classifier(
-    encoder: str, label_names: Sequence[str], window_seconds: int = 8, use_weighted_layer_sum: bool = True
+    encoder: str, label_names: Sequence[str], window_seconds: int = 8
 ) -> tuple[WhisperForAudioClassification, Any]:
-    """Transformers' own classifier on a pretrained Whisper encoder, for a window shorter than 30 seconds.
+    """Transformers' own classifier on the weighted layers of a pretrained Whisper encoder, for a shorter window.
 
-    Whisper pads every clip to its window. Its positions are sinusoidal, so the first rows are those of a shorter one.
+    Whisper pads every clip to its window of 30 s. Its positions are sinusoidal: the first rows serve a shorter one.
 
     Args:
         encoder: name on the Hub, or a folder with the encoder's weights; a decoder is not needed.
         label_names: in the order of their ids.
-        window_seconds: whole seconds; what a clip has beyond them is cut off.
-        use_weighted_layer_sum: classify a learned mix of the layers instead of the last one.
+        window_seconds: of every clip; what a clip has beyond them is cut off.
 
     Returns:
         The model, in float32 and with a random head, and its feature extractor.
@@ -224,7 +214,7 @@ def load_whisper_classifier(
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
-        use_weighted_layer_sum=use_weighted_layer_sum,
+        use_weighted_layer_sum=True,
         dtype=torch.float32,
         output_loading_info=True,
     )
@@ -232,14 +222,12 @@ def load_whisper_classifier(
     if missing:
         raise ValueError(f"{encoder} lacks {len(missing)} weights of the encoder: {', '.join(missing[:3])}, ...")
     positions, longest = round(window_seconds / SECONDS_PER_POSITION), model.config.max_source_positions
-    if window_seconds != int(window_seconds) or not 0 < positions <= longest:
-        raise ValueError(
-            f"window_seconds must be a whole number from 1 to {longest * SECONDS_PER_POSITION:g}, got {window_seconds}"
-        )
+    if not 0 < positions <= longest:
+        raise ValueError(f"window_seconds must be 1 to {longest * SECONDS_PER_POSITION:g}, got {window_seconds}")
     weight = model.encoder.embed_positions.weight[:positions].detach().clone()
     model.encoder.embed_positions = nn.Embedding.from_pretrained(weight, freeze=True)
     model.config.max_source_positions = model.encoder.max_source_positions = positions
-    return model, AutoFeatureExtractor.from_pretrained(encoder, chunk_length=int(window_seconds))
+    return model, AutoFeatureExtractor.from_pretrained(encoder, chunk_length=window_seconds)
 
 
 class _Collator:
@@ -302,55 +290,36 @@ def fine_tune_whisper(
     encoder: str,
     train: EmotionDataset,
     validation: EmotionDataset,
-    evaluation: Mapping[str, EmotionDataset],
+    test: EmotionDataset,
     label_names: Sequence[str],
     *,
+    max_seconds_of_training: float,
     window_seconds: int = 8,
-    use_weighted_layer_sum: bool = True,
-    freeze_encoder: bool = False,
     learning_rate: float = 5e-5,
-    num_epochs: float = 10,
+    num_epochs: float = 40,
     batch_size: int = 16,
     seed: int = 42,
-    max_seconds_of_training: float | None = None,
     measured_steps: int = 8,
     **training_arguments,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Fine-tunes `WhisperForAudioClassification` with `transformers.Trainer`, keeping the epoch best on validation.
 
     Args:
-        encoder, label_names, window_seconds, use_weighted_layer_sum: of `load_whisper_classifier`.
-        train, validation: clips with audio, at the sampling rate of the encoder; no crop or augmentation is added.
-        evaluation: names and clips to predict.
-        freeze_encoder: train the head and the weights of the layers alone.
-        learning_rate: reached after a tenth of the steps, then falling to 0 at the last one.
-        num_epochs: at most; fewer if `max_seconds_of_training` does not last.
-        batch_size: clips per step.
-        seed: of the head and the order of the clips.
+        encoder, label_names, window_seconds: of `load_whisper_classifier`.
+        train, validation, test: clips with audio, at the sampling rate of the encoder.
         max_seconds_of_training: the number of steps, and with it the course of the learning rate, is chosen for this
-            time from that of `measured_steps` steps; when it is used up nevertheless, training stops.
-        measured_steps: at least 3; their time and that of evaluation do not count.
-        **training_arguments: of `transformers.TrainingArguments`, such as bf16, disable_tqdm or output_dir.
+            time from that of `measured_steps` steps; training stops when it is used up. Evaluation does not count.
+        learning_rate: reached after a tenth of the steps, then falling to 0 at the last one.
+        num_epochs: at most.
+        batch_size, seed, measured_steps: clips per step; of the head and the order of the clips; at least 3.
+        **training_arguments: of `transformers.TrainingArguments`, such as bf16 or disable_tqdm.
 
     Returns:
-        Probabilities [clips, classes] of each entry of `evaluation`, and a dict: seconds (of training), steps,
-        planned_steps, epochs, out_of_time, seconds_per_step (None if not measured), evaluation_seconds (predicting
-        all of `evaluation`), validation_weighted_f1 (of the epoch that was kept), parameters, trainable_parameters.
-
-    Raises:
-        ValueError: an argument is not usable.
+        Predicted class ids [clips] of the test, and a dict of what the training took.
     """
-    if max_seconds_of_training is not None and (max_seconds_of_training <= 0 or measured_steps < 3):
-        raise ValueError(
-            "max_seconds_of_training must be positive and measured_steps at least 3, got "
-            f"{max_seconds_of_training} and {measured_steps}"
-        )
     set_seed(seed)
-    model, feature_extractor = load_whisper_classifier(encoder, label_names, window_seconds, use_weighted_layer_sum)
-    if freeze_encoder:
-        model.freeze_encoder()
+    model, feature_extractor = load_whisper_classifier(encoder, label_names, window_seconds)
     data = {"train_dataset": train, "data_collator": _Collator(feature_extractor)}
-    steps = math.ceil(num_epochs * math.ceil(len(train) / batch_size))
     with tempfile.TemporaryDirectory() as folder:
         arguments: dict[str, Any] = {
             "output_dir": folder,
@@ -369,10 +338,9 @@ def fine_tune_whisper(
             "report_to": "none",
             **training_arguments,
         }
-        seconds_per_step = None
-        if max_seconds_of_training is not None:
-            seconds_per_step = _seconds_per_step(model, measured_steps, arguments, **data)
-            steps = min(steps, max(1, int(max_seconds_of_training / seconds_per_step)))
+        seconds_per_step = _seconds_per_step(model, measured_steps, arguments, **data)
+        most = math.ceil(num_epochs * math.ceil(len(train) / batch_size))
+        steps = min(most, max(1, int(max_seconds_of_training / seconds_per_step)))
         clock = _TrainingClock(max_seconds_of_training)
         trainer = Trainer(
             model,
@@ -383,22 +351,97 @@ def fine_tune_whisper(
             **data,
         )
         trainer.train(ignore_keys_for_eval=NOT_PREDICTIONS)
-        begin = time.perf_counter()
-        logits = {
-            name: trainer.predict(dataset, ignore_keys=NOT_PREDICTIONS).predictions
-            for name, dataset in evaluation.items()
-        }
-        evaluation_seconds = time.perf_counter() - begin
-    probabilities = {name: torch.tensor(row).double().softmax(-1).numpy() for name, row in logits.items()}
-    return probabilities, {
-        "seconds": clock.seconds,
+        logits = trainer.predict(test, ignore_keys=NOT_PREDICTIONS).predictions
+    return logits.argmax(axis=-1), {
+        "training_seconds": clock.seconds,
         "steps": trainer.state.global_step,
         "planned_steps": steps,
         "epochs": trainer.state.epoch,
         "out_of_time": clock.used_up,
         "seconds_per_step": seconds_per_step,
-        "evaluation_seconds": evaluation_seconds,
         "validation_weighted_f1": trainer.state.best_metric,
         "parameters": model.num_parameters(),
         "trainable_parameters": model.num_parameters(only_trainable=True),
+    }
+
+
+# ---- the rows of `real_speech.py`: each returns what its `result.json` holds
+
+
+def majority(data_dir: str) -> dict[str, Any]:
+    """The most frequent training label (the smallest of several) for every clip."""
+    splits, label_names = load_emotion_dataset(data_dir)
+    test = splits["test"]
+    predictions = np.full(len(test), np.bincount(splits["train"]["labels"]).argmax())
+    scores = [score(n, predictions, test["labels"], label_names, groups_of(test)) for n in ("model", "audio_only")]
+    return {"scores": scores[0] + scores[1]}
+
+
+def _probe(data_dir: str, features_of: Callable[[datasets.Dataset], np.ndarray]) -> dict[str, Any]:
+    """A logistic regression on features of the audio."""
+    splits, label_names = load_emotion_dataset(data_dir)
+    start = time.perf_counter()
+    clips = [(features_of(splits[name]), np.array(splits[name]["labels"])) for name in ("train", "validation", "test")]
+    (test, labels), groups = clips.pop(), groups_of(splits["test"])
+    probabilities, chosen = linear_probe(*clips[0], *clips[1], test)
+    return {
+        "training_seconds": time.perf_counter() - start,
+        "validation_weighted_f1": chosen.pop("validation_weighted_f1"),
+        "scores": score("audio_only", probabilities.argmax(axis=1), labels, label_names, groups),
+        "details": chosen,
+    }
+
+
+def probe_hand_made_features(data_dir: str) -> dict[str, Any]:
+    """73 measures of prosody and spectrum."""
+
+    def features_of(clips: datasets.Dataset) -> np.ndarray:
+        dataset = EmotionDataset(clips, use_text=False)
+        rows = (dataset[index]["audio"] for index in logging.tqdm(range(len(dataset)), "hand-made features"))
+        return np.stack([hand_made_features(audio, dataset.reader.sampling_rate) for audio in rows])
+
+    return _probe(data_dir, features_of)
+
+
+def probe_encoder(data_dir: str, audio_encoder: str, text_encoder: str) -> dict[str, Any]:
+    """Mean and deviation over time of each layer of the frozen audio encoder; one layer is chosen."""
+    tiny = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = MMSERForAudioClassification.from_backbones(audio_encoder, tiny).base_model
+    extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
+    processor = MMSERProcessor(extractor, AutoTokenizer.from_pretrained(text_encoder))
+    rate = extractor.sampling_rate
+
+    @torch.no_grad()
+    def features_of(clips: datasets.Dataset) -> np.ndarray:
+        dataset = EmotionDataset(clips, sampling_rate=rate, use_text=False)
+        features = []
+        for index in logging.tqdm(range(len(dataset)), "encoding"):
+            states = model.encode(**processor(audio=[dataset[index]["audio"]], sampling_rate=rate))
+            features.append(mean_and_std(states["audio_states"], states["attention_mask"])[0].numpy())
+        return np.stack(features)
+
+    return _probe(data_dir, features_of)
+
+
+def whisper(data_dir: str, audio_encoder: str, seconds: float, seed: int) -> dict[str, Any]:
+    """Transformers' own classifier, with so many seconds of training."""
+    splits, label_names = load_emotion_dataset(data_dir)
+    data = [EmotionDataset(splits[name], use_text=False) for name in ("train", "validation", "test")]
+    predictions, details = fine_tune_whisper(
+        audio_encoder,
+        *data,
+        label_names,
+        max_seconds_of_training=seconds,
+        seed=seed,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),  # else bf16 is refused there
+        disable_tqdm=True,
+    )
+    columns = ("training_seconds", "validation_weighted_f1", "parameters", "trainable_parameters")
+    test = splits["test"]
+    return {
+        **{name: details.pop(name) for name in columns},
+        "scores": score("audio_only", predictions, test["labels"], label_names, groups_of(test)),
+        "details": details,
+        "dtype": "bfloat16 autocast",
     }

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of `real_speech.py`, made from its two result files alone."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.modalities import EXAMINED
+from benchmarks.tables import BySeed, Row, cell, difference, mean, table
+
+TABLES = ("study", "parts", "text", "generalisation", "compact")
+FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, second stage"
+ALONE, BEST = "MMSER, tuned once", "MMSER"
+# What a run has besides scores; in the CSV file it stands on the run's first line
+RUN_COLUMNS = (*("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes"),)
+
+
+class Results:
+    """Values by seed, of the lines of the CSV file and of the rows of the summary (in the order of the tables)."""
+
+    def __init__(self, rows: Sequence[Row], lines: Sequence[Row]):
+        self.rows = {row["row"]: row for row in rows}
+        self.groups: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)  # (row, score) -> group -> clips
+        self.values: dict[tuple, dict[Any, float]] = defaultdict(dict)
+        for line in lines:
+            row, seed, score, group = (line[name] for name in ("row", "seed", "score", "group"))
+            self.groups[row, score][group] = line["clips"]
+            for name, value in line.items():
+                if value is not None:
+                    key = (row, name) if name in RUN_COLUMNS else (row, score, name, group)
+                    self.values[key][seed] = value
+
+    def of(self, row: str, score: str, metric: str = "weighted_f1", group: str = "all") -> BySeed:
+        return self.values.get((row, score, metric, group), {})
+
+    def run(self, row: str, name: str) -> float | None:
+        """The mean of a column of `RUN_COLUMNS`."""
+        return mean(self.values.get((row, name), {}))
+
+    def names(self, kind: str) -> list[str]:
+        return [name for name, row in self.rows.items() if row["table"] == kind]
+
+    def seeds(self, row: str) -> str:
+        return str(len(self.rows[row]["seeds"])) if row in self.rows and self.rows[row]["seeds"] else "-"
+
+    def two(self, row: str, score: str, prefix: str = "") -> Row:
+        """Weighted F1 and unweighted average recall, under the names of their columns."""
+        metrics = {"weighted F1": "weighted_f1", "unweighted recall": "unweighted_average_recall"}
+        return {prefix + name: cell(self.of(row, score, metric)) for name, metric in metrics.items()}
+
+    def seconds_of_training(self, row: str) -> float | None:
+        """Of a row and of those whose checkpoints it starts from."""
+        own, start = self.run(row, "training_seconds"), self.rows[row].get("starts_from")
+        if own is None or start is None:
+            return own
+        earlier = self.seconds_of_training(start)
+        return None if earlier is None else own + self.rows[row]["averages"] * earlier
+
+
+def millions(parameters: float | None) -> str:
+    return "-" if parameters is None else f"{parameters / 1e6:.1f} M"
+
+
+def study_table(results: Results) -> str:
+    rows = []
+    for name in results.names("study"):
+        seconds = results.seconds_of_training(name)
+        heard_no_text = name in (HEARD, TUNED)
+        rows.append(
+            {
+                "model": name,
+                **results.two("" if heard_no_text else name, "model"),
+                **results.two(name, "audio_only", "audio alone: "),
+                "parameters": millions(results.run(name, "parameters")),
+                "seconds of training": "-" if seconds is None else f"{seconds:.0f}",
+                "seeds": results.seeds(name),
+            }
+        )
+    tables = [table(rows)]
+    for column in ("corpus", "language"):
+        rows = []
+        for group, clips in sorted(results.groups["majority", "model"].items()):
+            if group.startswith(f"{column}="):
+                row = {column: group.split("=", 1)[1], "clips": clips}
+                row |= {n: cell(results.of(n, "model", group=group)) for n in ("majority", FROZEN, BEST)}
+                rows.append(row | {f"{BEST}, audio alone": cell(results.of(BEST, "audio_only", group=group))})
+        if rows:
+            tables.append(f"Weighted F1 by {column}:\n\n{table(rows)}")
+    return "\n\n".join(tables)
+
+
+def compared(results: Results, name: str, base: str) -> Row:
+    """Scores of a row, and what they differ by from those of another."""
+    row: Row = {}
+    for score, prefix, suffix in (("model", "", ""), ("audio_only", "audio alone: ", ", audio alone")):
+        changed = "" if name == base else difference(results.of(name, score), results.of(base, score))
+        row |= {**results.two(name, score, prefix), f"difference{suffix}": changed}
+    return row | {"seeds": results.seeds(name)}
+
+
+def parts_table(results: Results) -> str:
+    names = {FROZEN: "none"} | {name: name for name in results.names("parts")}
+    return table([{"change": shown, **compared(results, name, FROZEN)} for name, shown in names.items()])
+
+
+def text_table(results: Results) -> str:
+    titles = ("both modalities", "audio alone", "text alone", "transcript of another clip", "audio of another clip")
+    rows = []
+    for name in results.names("text"):
+        parts = sorted(group for group in results.groups[name, "model"] if group.startswith("part=")) or ["-"]
+        for part in parts:
+            scores = {t: cell(results.of(name, s, group=part)) for t, s in zip(titles, EXAMINED, strict=True)}
+            row = {"model": name, "tested on": part.removeprefix("part="), **scores}
+            row["share of the audio"] = cell(results.of(name, "model", "audio_share", part))
+            rows.append({**row, "seeds": results.seeds(name)})
+    return table(rows)
+
+
+def generalisation_table(results: Results) -> str:
+    """By corpus, then by language; what is both is in both tables."""
+    tables = []
+    for column in ("corpus", "language"):
+        rows = []
+        for name in results.names("generalisation"):
+            value = results.rows[name]["leaves_out"].get(column)
+            if value is None:
+                continue
+            row = {f"never heard: {column}": value, "clips": results.groups[name, "model"].get("all", "-")}
+            row |= {"majority: weighted F1": cell(results.of(name, "majority")), **results.two(name, "model")}
+            row |= results.two(name, "audio_only", "audio alone: ")
+            heard = results.of(FROZEN, "model", group=f"{column}={value}")
+            rows.append(row | {"heard, other speakers: weighted F1": cell(heard), "seeds": results.seeds(name)})
+        if rows:
+            tables.append(table(rows))
+    return "\n\n".join(tables)
+
+
+def compact_table(results: Results) -> str:
+    """Beside the checkpoint that they were made of, which has four bytes for each parameter."""
+    rows = []
+    for name in [BEST, *results.names("compact")]:
+        parameters = results.run(name, "parameters")
+        megabytes = results.run(name, "megabytes")
+        if name == BEST and parameters is not None:
+            megabytes = 4e-6 * parameters
+        row = {"model": name, "parameters": millions(parameters)}
+        row["MB"] = "-" if megabytes is None else f"{megabytes:.1f}"
+        rows.append(row | compared(results, name, BEST))
+    return table(rows)
+
+
+MAKERS: dict[str, Callable[[Results], str]] = {
+    "study": study_table,
+    "parts": parts_table,
+    "text": text_table,
+    "generalisation": generalisation_table,
+    "compact": compact_table,
+}
+
+
+def make_tables(report: Mapping[str, Any], lines: Sequence[Row]) -> dict[str, str]:
+    """Markdown of each table with at least one finished row, by the name of its markers; below it what is missing."""
+    results = Results(report["rows"], lines)
+    tables = {}
+    for name, make in MAKERS.items():
+        missing = [row for row in results.names(name) if not results.rows[row]["seeds"]]
+        if len(missing) < len(results.names(name)):
+            note = f" Not finished: {'; '.join(missing)}." if missing else ""
+            tables[f"real_speech:{name}"] = f"{make(results)}\n\nMean ± standard deviation over seeds.{note}"
+    return tables
