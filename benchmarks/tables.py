@@ -46,13 +46,13 @@ def mean(values: BySeed) -> float | None:
     return float(np.mean(list(values.values()))) if values else None
 
 
-def table(rows: Sequence[Row], digits: int | None = None) -> str:
-    """Markdown table with the keys of all rows as columns; `digits` shortens floats to that many significant ones."""
+def table(rows: Sequence[Row], form: str = ".3f") -> str:
+    """Markdown table with the keys of all rows as columns; floats have the format `form`."""
 
     def short(value: Any) -> Any:
         if isinstance(value, Mapping):
             return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
-        return f"{value:.{digits}g}" if digits and isinstance(value, float) else value
+        return f"{value:{form}}" if isinstance(value, float) else value
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return format_table([{name: short(value) for name, value in row.items()} for row in rows], columns)
