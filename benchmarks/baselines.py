@@ -147,7 +147,7 @@ def linear_probe(
     validation_labels: np.ndarray,
     evaluation_features: np.ndarray,
     costs: Sequence[float] = COSTS,
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Standardises features by the training clips and fits a logistic regression.
 
     Args:
@@ -174,7 +174,8 @@ def linear_probe(
     if len(missing):
         raise ValueError(f"no training clip has the label {', '.join(map(str, missing))}")
     train, validation, evaluation = features
-    best, chosen = None, {"validation_weighted_f1": -1.0}
+    best: Any = None
+    chosen: dict[str, Any] = {"validation_weighted_f1": -1.0}
     for layer in range(train.shape[1]):
         for cost in costs:
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=cost, max_iter=1000))
@@ -209,7 +210,7 @@ def load_whisper_classifier(
     Raises:
         ValueError: the window is too long, or the encoder's weights are not there.
     """
-    model, info = WhisperForAudioClassification.from_pretrained(
+    loaded: Any = WhisperForAudioClassification.from_pretrained(
         encoder,
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
@@ -218,6 +219,7 @@ def load_whisper_classifier(
         dtype=torch.float32,
         output_loading_info=True,
     )
+    model, info = loaded
     missing = sorted(key for key in info["missing_keys"] if key.startswith("encoder."))
     if missing:
         raise ValueError(f"{encoder} lacks {len(missing)} weights of the encoder: {', '.join(missing[:3])}, ...")
@@ -319,7 +321,7 @@ def fine_tune_whisper(
     """
     set_seed(seed)
     model, feature_extractor = load_whisper_classifier(encoder, label_names, window_seconds)
-    data = {"train_dataset": train, "data_collator": _Collator(feature_extractor)}
+    data: dict[str, Any] = {"train_dataset": train, "data_collator": _Collator(feature_extractor)}
     with tempfile.TemporaryDirectory() as folder:
         arguments: dict[str, Any] = {
             "output_dir": folder,
@@ -352,7 +354,7 @@ def fine_tune_whisper(
         )
         trainer.train(ignore_keys_for_eval=NOT_PREDICTIONS)
         logits = trainer.predict(test, ignore_keys=NOT_PREDICTIONS).predictions
-    return logits.argmax(axis=-1), {
+    return np.asarray(logits).argmax(axis=-1), {
         "training_seconds": clock.seconds,
         "steps": trainer.state.global_step,
         "planned_steps": steps,
@@ -408,7 +410,7 @@ def probe_encoder(data_dir: str, audio_encoder: str, text_encoder: str) -> dict[
     tiny = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = MMSERForAudioClassification.from_backbones(audio_encoder, tiny).base_model
     extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
-    processor = MMSERProcessor(extractor, AutoTokenizer.from_pretrained(text_encoder))
+    processor: Any = MMSERProcessor(extractor, AutoTokenizer.from_pretrained(text_encoder))
     rate = extractor.sampling_rate
 
     @torch.no_grad()
@@ -426,10 +428,14 @@ def probe_encoder(data_dir: str, audio_encoder: str, text_encoder: str) -> dict[
 def whisper(data_dir: str, audio_encoder: str, seconds: float, seed: int) -> dict[str, Any]:
     """Transformers' own classifier, with so many seconds of training."""
     splits, label_names = load_emotion_dataset(data_dir)
-    data = [EmotionDataset(splits[name], use_text=False) for name in ("train", "validation", "test")]
+    train, validation, test = (
+        EmotionDataset(splits[name], use_text=False) for name in ("train", "validation", "test")
+    )
     predictions, details = fine_tune_whisper(
         audio_encoder,
-        *data,
+        train,
+        validation,
+        test,
         label_names,
         max_seconds_of_training=seconds,
         seed=seed,
@@ -438,10 +444,10 @@ def whisper(data_dir: str, audio_encoder: str, seconds: float, seed: int) -> dic
         disable_tqdm=True,
     )
     columns = ("training_seconds", "validation_weighted_f1", "parameters", "trainable_parameters")
-    test = splits["test"]
+    scores = score("audio_only", predictions, splits["test"]["labels"], label_names, groups_of(splits["test"]))
     return {
         **{name: details.pop(name) for name in columns},
-        "scores": score("audio_only", predictions, test["labels"], label_names, groups_of(test)),
+        "scores": scores,
         "details": details,
         "dtype": "bfloat16 autocast",
     }

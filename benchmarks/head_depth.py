@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
         jobs = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
-        lines = [train(*job, options) for job in logging.tqdm(jobs, desc="runs")]
+        lines = [train(variant, seed, options) for variant, seed in logging.tqdm(jobs, desc="runs")]
         settings = {name: getattr(options, name) for name in ("seeds", "epochs", "batch_size")}
         report = {"environment": environment(), "settings": settings, "summary": summarise(lines)}
     publish({"head_depth": table(summarise(lines))}, report, lines, options)

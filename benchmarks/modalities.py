@@ -33,16 +33,16 @@ SPEECH_PART, SPOKEN_PART = "acted speech", "spoken text"
 def score(
     name: str,
     predictions: np.ndarray,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     label_names: Sequence[str],
     groups: Mapping[str, Sequence[str]],
 ) -> Lines:
     """The `METRICS` of class ids [N] over all clips and over each of their `groups` (column -> value of each clip)."""
-    labels, lines = np.array(labels), []
-    chosen = {"all": np.ones(len(labels), dtype=bool)}
+    true, lines = np.array(labels), []
+    chosen = {"all": np.ones(len(true), dtype=bool)}
     chosen |= {f"{key}={value}": np.array(own) == value for key, own in groups.items() for value in sorted(set(own))}
     for group, rows in chosen.items():
-        metrics = compute_classification_metrics(predictions[rows], labels[rows], list(label_names))
+        metrics = compute_classification_metrics(predictions[rows], true[rows], list(label_names))
         lines.append({"score": name, "group": group, "clips": int(rows.sum()), **{m: metrics[m] for m in METRICS}})
     return lines
 
@@ -115,7 +115,8 @@ def examine_checkpoint(model_dir: Path, data_dir: str, seed: int = 0) -> Lines:
     test = load_emotion_dataset(data_dir, label_names=label_names)[0]["test"]
     lines = []
     for name, clips, modalities in conditions(test, seed):
-        dataset = EmotionDataset(clips, sampling_rate=processor.feature_extractor.sampling_rate, **modalities)
+        options: dict[str, Any] = {"sampling_rate": processor.feature_extractor.sampling_rate, **modalities}
+        dataset = EmotionDataset(clips, **options)
         predicted, gates = [], []
         for batch in torch.utils.data.DataLoader(dataset, 32, collate_fn=MMSERDataCollator(processor)):
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}

@@ -378,7 +378,8 @@ def compact(study: Study, run: Run) -> Tree:
             clips = [{"path": path, "text": text} for path, text in zip(test["audio"], transcripts, strict=True)]
             predicted = [label_names.index(labels[0]["label"]) for labels in classify(clips, batch_size=16)]
             lines += score(name, np.array(predicted), test["labels"], label_names, groups_of(test))
-    megabytes, parameters = report.sizes["model.onnx"] / 1e6, report.trimmed.parameters_after
+    megabytes, trimmed = report.sizes["model.onnx"] / 1e6, report.trimmed
+    parameters = trimmed.parameters_after if trimmed else None
     return {"parameters": parameters, "megabytes": megabytes, "scores": lines, "dtype": run.row.changes["dtype"]}
 
 
@@ -427,9 +428,9 @@ def collect(study: Study) -> tuple[Tree, Lines]:
                     whole = {}
             environments += [result["environment"]] if result["environment"] not in environments else []
         entry: Tree = {"table": row.table, "row": row.name, "seeds": [result["seed"] for result in results]}
-        for name, key in (("model", "weighted_f1"), ("audio_only", "audio_alone_weighted_f1")):
+        for score_name, key in (("model", "weighted_f1"), ("audio_only", "audio_alone_weighted_f1")):
             lines_of = [line for result in results for line in result["scores"] if line["group"] == "all"]
-            values = [line["weighted_f1"] for line in lines_of if line["score"] == name]
+            values = [line["weighted_f1"] for line in lines_of if line["score"] == score_name]
             entry |= {key: float(np.mean(values))} if values else {}
         entry |= {"starts_from": row.starts_from, "averages": row.averages} if row.starts_from else {}
         entry |= {"leaves_out": dict(row.leaves_out)} if row.leaves_out else {}

@@ -3,21 +3,18 @@
 
 IN holds `{train,validation,test}.csv` with the columns transcription, label, language and license (emotion and corpus
 are optional). Read: `spoken_words` and `draw_settings` (how a sentence is said, whatever its label), `choose` (which
-ones), `speak_split`, `main`. Same seed, same bytes. What is missing of an interrupted corpus is added by the same
-command; speaking is quick, and eSpeak NG keeps state, so all sentences are spoken again.
+ones), `speak_split`, `main`. Same seed, same bytes.
 """
 
 import argparse
 import csv
-import hashlib
-import json
 import os
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -36,7 +33,6 @@ LANGUAGES = {code: code for code in ("en", "de", "es", "fr", "pl", "tr", "pt", "
 REQUIRED = ("transcription", "label", "language", "license")
 COLUMNS = ("file_name", "label", "emotion", "transcription", "speaker", "corpus", "language", "license")
 CORPUS = "spoken"  # "XED" becomes "XED-spoken"
-SETTINGS_FILE = "settings.json"
 
 Row = dict[str, str]
 
@@ -133,7 +129,7 @@ def choose(rows: Sequence[Row], limit: int, rng: np.random.Generator) -> list[Ro
 def speak_split(
     folder: Path, rows: Sequence[Row], engine: Espeak, seed: Sequence[int], progress: tqdm
 ) -> tuple[list[Row], Counter, float]:
-    """Writes the audio of one split, but for files that are there, and then its `metadata.csv`.
+    """Writes the audio of one split and its `metadata.csv`.
 
     Returns:
         The rows of `metadata.csv`, how many sentences were left out and why, and the seconds of audio.
@@ -154,41 +150,17 @@ def speak_split(
             left_out[f"longer than {LONGEST:g} s"] += 1
             continue
         file = folder / f"{index:05d}.flac"
-        if not file.is_file():
-            partial = file.with_suffix(".partial")
-            soundfile.write(partial, audio, SAMPLING_RATE, subtype="PCM_16", format="FLAC")
-            partial.replace(file)  # only whole files have the name
+        soundfile.write(file, audio, SAMPLING_RATE, subtype="PCM_16")
         samples += len(audio)
         corpus = f"{row['corpus']}-{CORPUS}" if row.get("corpus") else CORPUS
         speaker = f"{row['language']}+{settings.voice}"
         new = {"file_name": file.name, "emotion": "", "speaker": speaker, "corpus": corpus}
         written.append({column: new.get(column) or row.get(column, "") for column in COLUMNS})
-    _write_metadata(folder / "metadata.csv", written)
-    return written, left_out, samples / SAMPLING_RATE
-
-
-def _write_metadata(path: Path, rows: Sequence[Row]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as table:
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def _check_output(folder: Path, settings: dict[str, Any]) -> None:
-    """Starts a corpus in a new or empty folder, or goes on with one that has the same settings."""
-    file = folder / SETTINGS_FILE
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        differing = sorted(name for name in settings | stored if settings.get(name) != stored.get(name))
-        if differing:
-            raise FileExistsError(f"{folder} was begun with another {', '.join(differing)}; give a new folder")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is no corpus of this script; give a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        writer.writerows(written)
+    return written, left_out, samples / SAMPLING_RATE
 
 
 def speak_text(
@@ -198,25 +170,24 @@ def speak_text(
 
     Args:
         table_dir: folder with `{train,validation,test}.csv`.
-        output_dir: new or empty folder, or a corpus with the same settings, of which the missing files are written.
+        output_dir: new or empty folder.
         limits: the most sentences of each split.
         seed: of the choice of sentences and of how they are said.
 
     Returns:
-        A summary: clips and seconds per split, label and language, and what was left out.
+        A summary: clips and seconds per split, and what was left out.
 
     Raises:
-        FileExistsError: `output_dir` holds something else; nothing in it is touched.
+        FileExistsError: `output_dir` is not empty; nothing in it is touched.
         ImportError: espeakng-loader is not installed.
         ValueError: a table or an argument is not usable.
     """
     if seed < 0 or any(limit < 1 for limit in limits.values()):
         raise ValueError(f"seed must not be negative and limits must be at least 1, got {seed} and {limits}")
     tables = {split: read_table(Path(table_dir) / f"{split}.csv") for split in SPLITS}
-    digest = hashlib.sha256(json.dumps(tables, ensure_ascii=False).encode()).hexdigest()
-    engine = Espeak()
-    folder = Path(output_dir)
-    _check_output(folder, {"table": digest, "seed": seed, **{f"max_{split}": limits[split] for split in SPLITS}})
+    engine, folder = Espeak(), Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; give a new or empty folder")
     chosen = {
         split: choose(rows, limits[split], np.random.default_rng((seed, number)))
         for number, (split, rows) in enumerate(tables.items())
@@ -226,19 +197,7 @@ def speak_text(
         for number, (split, rows) in enumerate(chosen.items()):
             written, left_out, seconds = speak_split(folder / split, rows, engine, (seed, number), progress)
             lines.append(f"{split}: {len(written)} clips, {seconds:.0f} s; left out: {dict(left_out) or 'none'}")
-            lines += _counts(written)
     return "\n".join(lines)
-
-
-def _counts(rows: Sequence[Row]) -> list[str]:
-    """One line per language with its number of clips per label."""
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        counts[row["language"]][row["emotion"] or row["label"]] += 1
-    return [
-        f"  {language}: " + ", ".join(f"{label} {count}" for label, count in sorted(counts[language].items()))
-        for language in sorted(counts)
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("table_dir", help="folder with train.csv, validation.csv and test.csv")
-    parser.add_argument("output_dir", help="new or empty folder, or an interrupted corpus of the same settings")
+    parser.add_argument("output_dir", help="new or empty folder")
     for split, limit in zip(SPLITS, (3000, 400, 800), strict=True):
         parser.add_argument(f"--max_{split}", type=int, default=limit, help=f"most sentences in {split}")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")

@@ -10,7 +10,7 @@ import argparse
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,22 @@ def mean(values: BySeed) -> float | None:
     return float(np.mean(list(values.values()))) if values else None
 
 
-def table(rows: Sequence[Row], form: str = ".3f") -> str:
-    """Markdown table with the keys of all rows as columns; floats have the format `form`."""
+def three_decimals(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def three_digits(value: float) -> str:
+    """At least three significant digits, and no exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(rows: Sequence[Row], form: Callable[[float], str] = three_decimals) -> str:
+    """Markdown table with the keys of all rows as columns; `form` writes floats, and a mapping is one of shares."""
 
     def short(value: Any) -> Any:
         if isinstance(value, Mapping):
             return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
-        return f"{value:{form}}" if isinstance(value, float) else value
+        return form(value) if isinstance(value, float) else value
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return format_table([{name: short(value) for name, value in row.items()} for row in rows], columns)
