@@ -398,7 +398,7 @@ def probe_hand_made_features(data_dir: str) -> dict[str, Any]:
     """73 measures of prosody and spectrum."""
 
     def features_of(clips: datasets.Dataset) -> np.ndarray:
-        dataset = EmotionDataset(clips, use_text=False)
+        dataset: Any = EmotionDataset(clips, use_text=False)
         rows = (dataset[index]["audio"] for index in logging.tqdm(range(len(dataset)), "hand-made features"))
         return np.stack([hand_made_features(audio, dataset.reader.sampling_rate) for audio in rows])
 
@@ -415,7 +415,7 @@ def probe_encoder(data_dir: str, audio_encoder: str, text_encoder: str) -> dict[
 
     @torch.no_grad()
     def features_of(clips: datasets.Dataset) -> np.ndarray:
-        dataset = EmotionDataset(clips, sampling_rate=rate, use_text=False)
+        dataset: Any = EmotionDataset(clips, sampling_rate=rate, use_text=False)
         features = []
         for index in logging.tqdm(range(len(dataset)), "encoding"):
             states = model.encode(**processor(audio=[dataset[index]["audio"]], sampling_rate=rate))

@@ -93,6 +93,10 @@ def summarise(lines: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def make_tables(lines: Sequence[Row]) -> dict[str, str]:
+    return {"head_depth": table(summarise(lines))}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("demo_output/corpus"))
@@ -110,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = [train(variant, seed, options) for variant, seed in logging.tqdm(jobs, desc="runs")]
         settings = {name: getattr(options, name) for name in ("seeds", "epochs", "batch_size")}
         report = {"environment": environment(), "settings": settings, "summary": summarise(lines)}
-    publish({"head_depth": table(summarise(lines))}, report, lines, options)
+    publish(make_tables(lines), report, lines, options)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `benchmarks/open_set.py`: who is chosen by and who judged by, what is fitted, the report."""
+"""Tests of what all benchmarks share, of the committed results, and of `open_set.py`, `head_depth.py`, `judged.py`."""
 
-import functools
-import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,63 +10,134 @@ import pytest
 import torch
 
 from configuration_mmser import MMSERConfig
-from mmser.metrics import softmax
-from mmser.open_set import auroc
 from openmax_mmser import OpenMax
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "open_set.py"
+RESULTS = SCRIPT.parent / "results"
+DOCS = SCRIPT.parents[1] / "docs" / "results.md"
 
 
-def clips(speakers, rng):
-    """Random outputs of clips by these (corpus, speaker) pairs."""
-    count = len(speakers)
-    return {
-        "logits": rng.standard_normal((count, 3)),
-        "labels": rng.integers(3, size=count),
-        "corpus": np.array([corpus for corpus, _ in speakers]),
-        "speaker": np.array([speaker for _, speaker in speakers]),
+@pytest.fixture(scope="module")
+def shared(script):
+    """`benchmarks/tables.py`"""
+    return sys.modules[script.publish.__module__]
+
+
+# ---- what all benchmarks share
+
+
+def test_cells_and_differences_are_numpys(shared):
+    values = {0: 0.5, 1: 0.75, 2: 0.7}
+    numbers = np.array(list(values.values()))
+    assert shared.cell(values) == f"{numbers.mean():.3f} ± {numbers.std(ddof=1):.3f}" == "0.650 ± 0.132"
+    assert (shared.cell({None: 0.3}), shared.cell({})) == ("0.300", "-")
+    one, other = {0: 0.5, 1: 0.7, 3: 0.9}, {1: 0.6, 0: 0.3, 2: 0.0}  # seeds 0 and 1 are in both
+    assert shared.difference(one, other) == "+0.150 ± 0.071" and shared.difference(other, one) == "-0.150 ± 0.071"
+    assert shared.difference(one, {5: 0.1}) == "-"
+    assert [shared.three_digits(value) for value in (13834.2, 424.46, 40.79, 0.0119, 1.0)] == [
+        *("13834", "424", "40.8", "0.0119", "1"),
+    ]
+
+
+def test_results_survive_being_written(shared, tmp_path):
+    report = {
+        "setting": {"a": 1},
+        "rows": [{"x": 0.1 + 0.2, "of": [1, 2]}, {"x": float("nan")}],
+        "deep": {"b": {"c": 1}},
     }
+    lines = [{"row": "a, b", "seed": None, "x": 0.1 + 0.2}, {"row": "c", "seed": 3, "x": 1e-17, "y": "z"}]
+    (tmp_path / "r.json").write_text(shared.short_json(report), encoding="utf-8")
+    shared.write_csv(tmp_path / "r.csv", lines)
+    stored, read = shared.read_results(tmp_path / "r.json")
+    assert stored == {**report, "rows": [report["rows"][0], {"x": None}]}
+    assert len((tmp_path / "r.json").read_text().splitlines()) == 10
+    assert read == [{**lines[0], "y": None}, lines[1]]
+    with pytest.raises(ValueError, match=r"nothing\.json does not exist: run the benchmark"):
+        shared.read_results(tmp_path / "nothing.json")
 
 
-def test_unknown_clips_are_divided_by_speaker_within_a_corpus(script, tmp_path):
-    rng = np.random.default_rng(0)
-    known = clips([("a", "1"), ("b", "2"), ("b", "")], rng)
-    unknown = clips([("a", "1"), ("a", "2"), ("b", "2"), ("b", ""), ("a", "1")], rng)
-    assert script.spoken_by(unknown, known).tolist() == [True, False, True, False, True]
-    for name, outputs in (("validation", known), (script.WHOLE[0], unknown)):
-        np.savez(tmp_path / f"{name}.npz", **outputs)
-    loaded = script.load_clips(tmp_path)
-    assert script.speakers(loaded[script.CHOOSING[0]]) == [("a", "1"), ("b", "2"), ("a", "1")]
-    assert script.speakers(loaded[script.FINAL[0]]) == [("a", "2"), ("b", "")]
-    np.savez(tmp_path / "validation.npz", **clips([("c", "1")], rng))
-    with pytest.raises(ValueError, match=r"0 of the 5 clips of --ood_dir are by speakers"):
-        script.load_clips(tmp_path)
+def test_tables_go_between_their_markers(shared, tmp_path):
+    first, second = tmp_path / "first.md", tmp_path / "second.md"
+    text = "# {}\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n"
+    first.write_text(text.format("One", name="a:b"))
+    second.write_text(text.format("Two", name="c") + text.format("Three", name="a:b"))
+    files = [first, second, tmp_path / "none.md"]
+    assert shared.write_tables({"a:b": "| new |"}, files) == ["first.md: a:b", "second.md: a:b"]
+    new = "<!-- a:b -->\n\n| new |\n\n<!-- /a:b -->\nafter\n"
+    assert first.read_text() == f"# One\n{new}"
+    assert second.read_text() == text.format("Two", name="c") + f"# Three\n{new}"
+    shared.write_tables({"a:b": "| new |"}, files)
+    assert first.read_text() == f"# One\n{new}"
+    for wrong in ("<!-- a:b -->\n", "<!-- /a:b --> <!-- a:b -->", 2 * "<!-- a:b --><!-- /a:b -->"):
+        second.write_text(wrong)
+        with pytest.raises(ValueError, match="once after it"):
+            shared.write_tables({"a:b": "| newer |"}, files)
+        assert first.read_text() == f"# One\n{new}"
 
 
-def test_folds_keep_speakers_together_and_cover_every_clip_once(script):
-    speakers = [("a", str(index % 5)) for index in range(30)] + [("b", "0")] * 7 + [("b", "")] * 3
-    folds = script.speaker_folds(clips(speakers, np.random.default_rng(0)))
-    assert (np.sum(folds, axis=0) == 1).all()
-    for name in {pair for pair in speakers if pair[1]}:
-        assert sum(any(pair == name for pair, own in zip(speakers, fold, strict=True) if own) for fold in folds) == 1
+# ---- what is committed
 
 
-def test_cross_fitting_changes_nothing_for_a_score_that_is_not_fitted(script):
-    rng = np.random.default_rng(0)
-    speakers = [("a", str(index)) for index in rng.integers(9, size=80)]
-    sets = {name: clips(speakers, rng) for name in ("validation", "test", *script.CHOOSING, *script.FINAL)}
-    sets[script.WHOLE[0]] = clips(speakers, rng)
-    method = script.Method("rounded")  # with ties
-    family = lambda held_out: lambda outputs: {method: outputs["logits"][:, 0].round(1)}  # noqa: E731
-    values = script.means(script.evaluate(family, sets)[method])
-    np.testing.assert_allclose(values["cross_fitted"], values["validation"], atol=1e-12)
+def committed_tables():
+    from benchmarks import head_depth, judged, open_set, real_speech_tables, speed
+    from benchmarks.tables import read_results
+
+    report, lines = read_results(RESULTS / "real_speech.json")
+    tables = real_speech_tables.make_tables(report, lines)
+    tables |= open_set.make_tables(read_results(RESULTS / "open_set.json")[0])
+    tables |= speed.make_tables(read_results(RESULTS / "speed.json")[0])
+    tables |= head_depth.make_tables(read_results(RESULTS / "head_depth.json")[1])
+    for name in judged.NAMES:
+        tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
+    return tables
 
 
-def test_ranks_count_ties_one_half(script):
-    assert script.rank_among(np.array([0, 1, 2, 9]), np.array([2, 1, 1, 3])).tolist() == [0, 0.25, 0.625, 1]
+def test_the_docs_have_the_tables_of_the_committed_results():
+    text, tables = DOCS.read_text(encoding="utf-8"), committed_tables()
+    found = re.findall(r"<!-- (\S+) -->\n\n(.*?)\n\n<!-- /\1 -->", text, re.DOTALL)
+    assert len(found) == text.count("<!-- /") == len(re.findall(r"<!-- [^/]", text)) > 15
+    for name, shown in found:
+        assert shown == tables[name], f"{name}: run the benchmark with --from_results --write_docs"
 
 
-def emotions(count, rng, unknown=False):
+def test_the_summaries_are_short_and_belong_to_the_measurements(shared):
+    for path in RESULTS.glob("*.json"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 200, path
+    report, lines = shared.read_results(RESULTS / "real_speech.json")
+    for row in report["rows"]:
+        for score, key in (("model", "weighted_f1"), ("audio_only", "audio_alone_weighted_f1")):
+            own = [x for x in lines if (x["row"], x["score"], x["group"]) == (row["row"], score, "all")]
+            assert [line["seed"] for line in own] in ([], row["seeds"])
+            assert not own or row[key] == pytest.approx(np.mean([line["weighted_f1"] for line in own]))
+    report, lines = shared.read_results(RESULTS / "head_depth.json")
+    from benchmarks.head_depth import summarise
+
+    assert report["summary"] == summarise(lines)
+
+
+def test_summaries_of_runs_hold_what_the_docs_cite(script):
+    from benchmarks.judged import make_tables, summarise
+
+    score = {"clips": 8, "weighted_f1": 0.5, "weighted_f1_interval": [0.4, 0.6], "unweighted_average_recall": 0.25}
+    sets = {"noise": {"knn": {"auroc": 0.9, "fpr_at_95_tpr": 0.2, "oscr": 0.8}}}
+    stored = {"command": "eval", "data": {"clips": {"test": 8}}, "split": "test", "unknown_clips": {"noise": 3}}
+    report = {
+        **stored,
+        "rows": {"model": {**score, "by_corpus": {"a": score}}},
+        "open_set": {**sets, "mean": sets["noise"]},
+    }
+    summary = summarise(report)
+    assert summary["clips"] == {"test": 8, "noise": 3} and "by_corpus" not in summary["rows"][0]
+    tables = make_tables("x", summary)
+    assert "0.400 to 0.600" in tables["x"] and "| AUROC, noise" in tables["x:open_set"]
+    trained = {"data": {"clips": {"train": 4}}, "validation": {"model": score}, "test": {"model": score}}
+    assert [row["split"] for row in summarise(trained)["rows"]] == ["validation", "test"]
+
+
+# ---- open_set.py
+
+
+def clips(count, rng, unknown=False, speakers=6):
     """Outputs of clips of 3 classes in 8 dimensions, most of them classified right; the unknown ones lie elsewhere."""
     labels = rng.integers(3, size=count)
     vectors = (3 * np.eye(8)[labels + 4 * unknown] + rng.standard_normal((count, 8))).astype(np.float32)
@@ -76,112 +147,91 @@ def emotions(count, rng, unknown=False):
         "features": vectors + 1,
         "anchor_distances": np.linalg.norm(vectors[:, None] - 3 * np.eye(3, 8)[None], axis=-1).astype(np.float32),
         "uncertainty": rng.random(count).astype(np.float32),
+        "rejection_score": rng.random(count).astype(np.float32),
         "labels": labels,
         "corpus": np.array(["a"] * count),
-        "speaker": rng.integers(6, size=count).astype(str),
+        "speaker": rng.integers(speakers, size=count).astype(str),
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sets(script):
     rng = np.random.default_rng(0)
-    known = {name: emotions(count, rng) for name, count in (("train", 200), ("validation", 120), ("test", 60))}
-    unknown = {name: emotions(30, rng, unknown=True) for name in (*script.CHOOSING, *script.FINAL, script.WHOLE[0])}
-    return known | unknown
+    known = {name: clips(count, rng) for name, count in (("train", 200), ("validation", 120), ("test", 60))}
+    unknown = {name: clips(30, rng, unknown=True) for name in script.NON_SPEECH}
+    return known | unknown | {script.WHOLE: clips(60, rng, unknown=True, speakers=12)}
 
 
-def test_the_shipped_default_is_what_the_configuration_says(script, sets):
-    config = MMSERConfig()
-    method = script.shipped_default()
-    assert (method.centroids, method.tail_size, method.level) == (
-        config.openmax_centroids_per_class,
-        config.openmax_tail_size,
-        config.openmax_level,
-    )
-    train, held_out, unknown = (sets[name] for name in ("train", "validation", script.FINAL[0]))
+def test_unknown_clips_are_divided_by_speaker(script, sets):
+    sets[script.WHOLE]["speaker"][:3] = ["", "1", "99"]
+    script.divide_unknown(sets)
+    known = set(sets["validation"]["speaker"])
+    assert set(sets[script.CHOOSING[0]]["speaker"]) <= known and not set(sets[script.FINAL[0]]["speaker"]) & known
+    assert "" in sets[script.FINAL[0]]["speaker"]
+    assert len(sets[script.CHOOSING[0]]["labels"]) + len(sets[script.FINAL[0]]["labels"]) == 60
+    sets["validation"]["speaker"] = np.array(["nobody"] * 120)
+    with pytest.raises(ValueError, match="0 of the 60 clips of --ood_dir are by speakers"):
+        script.divide_unknown(sets)
+
+
+def test_the_shipped_form_is_what_the_configuration_says(script, sets):
+    config, form = MMSERConfig(), script.FORMS[script.SHIPPED]
+    train, held_out, unknown = (sets[name] for name in ("train", "validation", script.FINAL[1]))
     openmax = OpenMax(3, config.openmax_alpha, config.openmax_level, config.openmax_centroids_per_class, 8)
     openmax.fit_centroids(train["fused"], train["labels"])
     fused = torch.from_numpy(held_out["fused"])
-    openmax.fit(openmax.distances(fused), held_out["labels"], held_out["logits"].argmax(axis=1), method.tail_size)
+    tail = config.openmax_tail_size
+    openmax.fit(openmax.distances(fused), held_out["labels"], held_out["logits"].argmax(axis=1), tail)
     logits, fused = (torch.from_numpy(unknown[name]) for name in ("logits", "fused"))
     expected = openmax.rejection_scores(logits, openmax.distances(fused))
-
-    distance = next(d for name, number, d in script.class_distances(train) if (name, number) == method[:2])
-    measured = script.with_distances(sets, distance)
-    scores = script.openmax_family(measured["train"], method)(measured["validation"])(measured[script.FINAL[0]])
-    np.testing.assert_allclose(scores[method], expected, rtol=1e-6)
-    assert len(scores) == 2 * len(script.FORMS) and sum(own.level == "probability" for own in scores) == 2
-
-
-def test_the_noisy_or_has_the_order_of_its_definition(script, sets):
-    method = script.Method("x", score=script.UNKNOWN_PROBABILITY)
-    rejection = method._replace(score=script.REJECTION_SCORE)
-    probability = np.linspace(0, 0.9, 30)
-
-    def score(outputs):
-        own = np.resize(probability, len(outputs["labels"]))
-        return {method: own, rejection: -np.log(1 - own)}
-
-    outputs = sets[script.FINAL[0]]
-    scores = script.with_combinations(lambda held_out: score, 1.0)(sets["validation"])(outputs)
-    assert len(scores) == 2 + 2 * 6
-    expected = 1 - (1 - probability) * (1 - outputs["uncertainty"])
-    for own in (method, rejection):
-        combined = scores[own._replace(combined_with="uncertainty, noisy or")]
-        np.testing.assert_allclose(1 - np.exp(-combined), expected, atol=1e-6)
+    np.testing.assert_allclose(script.form_scores(form, sets, 0)[script.FINAL[1]], expected, rtol=1e-6)
 
 
 def test_the_comparison_is_paired_and_signed(script):
     rng = np.random.default_rng(0)
+    names = ("test", *script.FINAL)
     known, unknown = rng.standard_normal(60), rng.standard_normal(40) + 1
-    good, same = [known, unknown + 2, unknown + 2], [np.exp(known), np.exp(unknown + 2), np.exp(unknown + 2)]
-    gains = script.compare({"good": good, "same": same, "bad": [known, unknown, unknown]}, known < 1, num_samples=20)
-    assert (gains["same"] == 0).all()  # the same order of the same resampled clips
-    gain, low, high = gains["bad"].T
-    assert (gain > 0).all() and (low > 0).all() and (low <= gain).all() and (gain <= high).all()
+    good, same, bad = (
+        dict(zip(names, values, strict=True))
+        for values in (
+            [known, unknown + 2, unknown + 2],
+            [np.exp(known), np.exp(unknown + 2), np.exp(unknown + 2)],
+            [known, unknown, unknown],
+        )
+    )
+    rows = script.compare(good, {"same": same, "bad": bad}, known < 1, num_samples=20)
+    assert all(rows[0][metric] == [0, 0, 0] for metric in script.METRICS)  # the same order of the same clips
+    for gain, low, high in (rows[1][metric] for metric in script.METRICS):
+        assert gain > 0 and 0 < low <= gain <= high
 
 
-def test_the_report_is_of_every_form_and_strict_json(script, sets, tmp_path, monkeypatch, capsys):
-    default = script.shipped_default()
-    reduced = {"CENTROIDS": [default.centroids], "TAIL_SIZES": [default.tail_size], "SEEDS": (0,)}
-    reduced |= {"FORMS": [("probability", None), ("activation", 3)], "cache_key": lambda arguments: "key"}
-    reduced["compare"] = functools.partial(script.compare, num_samples=5)
-    for name, value in reduced.items():
-        monkeypatch.setattr(script, name, value)
-    folder, written = tmp_path / "key", tmp_path / "out" / "open_set.json"
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    unknown = emotions(60, rng, unknown=True)
-    unknown["speaker"] = rng.integers(3, 9, size=60).astype(str)  # those of the validation clips are 0 to 5
-    for name, outputs in {**sets, script.WHOLE[0]: unknown}.items():
-        if name not in (script.CHOOSING[0], script.FINAL[0]):  # these are parts of the whole
-            np.savez(folder / f"{name}.npz", **outputs, rejection_score=outputs["uncertainty"])
-    (folder / "predictions.json").write_text('{"temperature": 1.5}', encoding="utf-8")
-    places = ["--checkpoint", "a", "--data_dir", "b", "--ood_dir", "c", "--cache_dir", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["open_set.py", *places, "--output", str(written)])
-    script.main()
-    printed = capsys.readouterr().out
+def test_every_form_and_rival_is_measured(script, sets, monkeypatch):
+    monkeypatch.setattr(script, "predict", lambda arguments: (sets, {"temperature": 1.5}))
+    compare = script.compare
+    monkeypatch.setattr(script, "compare", lambda *arguments: compare(*arguments, num_samples=3))
+    arguments = type("Options", (), dict.fromkeys(("checkpoint", "data_dir", "ood_dir"), Path("x")))
+    report = script.run(arguments)
+    rows = {row["score"]: row for row in report["rows"]}
+    assert set(script.FORMS) < set(rows) and script.AS_STORED in rows
+    assert [row["seeds"] for row in (rows[script.SHIPPED], rows["max_softmax"])] == [3, 1]
+    assert {row["rival"] for row in report["shipped_form_against"]} == set(rows) - set(script.FORMS) - {
+        script.AS_STORED
+    }
+    knn = (
+        script.open_set_scores(sets["test"], sets["train"])["knn"],
+        script.open_set_scores(sets[script.FINAL[1]], sets["train"])["knn"],
+    )
+    expected = script.auroc(np.concatenate(knn), np.arange(90) >= 60)
+    assert rows["kNN on fused, k=10"]["AUROC, no speech"] == pytest.approx(expected)
+    assert script.make_tables(report).keys() == {"open_set", "open_set:against"}
 
-    def refuse(name):
-        raise ValueError(f"{name} is not strict JSON")
 
-    report = json.loads(written.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert report["sizes"]["test"]["clips"] == 60
-    names, *grid = report["grid"]
-    settings = {tuple(row[: len(script.Method._fields)]) for row in grid}
-    # two scores of two forms at two sources, for the anchors, the class means, and centroids in two spaces
-    assert len(settings) == len(grid) == 4 * 2 * 2 * 2 + 20
-    assert tuple(default) in settings and tuple(script.PUBLISHED) in settings
-    assert all(len(row) == len(names) for row in grid)
-    names, *table = report["table"]
-    stored = next(row for row in table if row[0] == str(script.AS_STORED))
-    assert stored[names.index("cross_fitted")] is None and stored[names.index("test")] is not None
-    # the same clips and scores, so the same numbers as by the functions of the package
-    test, unknown = (np.load(folder / f"{name}.npz") for name in ("test", script.FINAL[1]))
-    doubt = 1 - np.concatenate([softmax(outputs["logits"]).max(axis=1) for outputs in (test, unknown)])
-    expected = auroc(doubt, np.arange(len(doubt)) >= 60)
-    row = next(row for row in table if row[0] == "max_softmax")
-    assert row[names.index("test non-speech auroc")] == pytest.approx(expected, abs=1e-4)
-    baselines = {row[0] for row in table if "OpenMax" not in row[0]}
-    assert {row[0] for row in report["shipped_default_against"][1:]} == baselines
-    assert all(line in printed for line in report["verdict"]) and str(default) in report["verdict"][0]
+# ---- head_depth.py
+
+
+def test_the_variants_of_the_head_are_fields_of_the_configuration(script):
+    from benchmarks.head_depth import VARIANTS
+
+    for fields in VARIANTS.values():
+        MMSERConfig(**fields)
+    assert VARIANTS["neither (as published)"].keys() == {"zero_init_branches", "scale_branches_by_depth"}
