@@ -269,6 +269,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_tables(report: Mapping[str, Any]) -> dict[str, str]:
     rows = [{name: row[name] for name in row if name != "AUROC, all emotions"} for row in report["rows"]]
+    rows = [{**row, "spread": row["spread"] if row["seeds"] > 1 else None} for row in rows]
     against = [
         {"shipped form against": row["rival"]}
         | {f"{m}, gain (95 % interval)": "{:+.3f} ({:+.3f} to {:+.3f})".format(*row[m]) for m in METRICS}
