@@ -7,6 +7,7 @@ python docs/draw_architecture.py
 import sys
 from html import escape
 from pathlib import Path
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,8 +39,8 @@ def arrow(*points: tuple[int, int]) -> str:
 
 def draw(config: MMSERConfig) -> str:
     """The architecture of `config` as the text of an SVG file."""
-    num_labels, fused, features = config.num_labels, config.fusion_hidden_size, config.feature_size
-    audio_size, text_size = config.audio_config.hidden_size, config.text_config.hidden_size
+    num_labels, fused, features = len(config.id2label or {}), config.fusion_hidden_size, config.feature_size
+    audio_size, text_size = (cast(Any, encoder).hidden_size for encoder in (config.audio_config, config.text_config))
     attention = f"{config.cross_attention_hidden_size} wide, {config.cross_attention_heads} heads"
     parts = [
         box(30, 20, 440, "input", "recording", "input_values [B,T] or input_features [B,mels,T]"),
