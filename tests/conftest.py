@@ -1,15 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that several test files ask for by name."""
+"""Fixtures that several test files ask for by name, and the set-up of each test process."""
 
+import gc
 import importlib.util
 import logging as python_logging
+import os
+import shutil
 import sys
+from pathlib import Path
+
+# Before torch is imported, and for child processes: for tensors this small more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers.utils import logging
 
 from mmser.console import OWN_LOGGERS
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Take the imported modules out of the garbage collector's sight: the Trainer has it collect after each training,
+    which costs 0.3 s as long as it looks at all of them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """
+    `shared(name, make)`: the folder `name`, filled by `make(folder)` once in the whole run.
+
+    Every worker of pytest-xdist gets the same folder, so that what is expensive is made by the first that asks for it.
+    Tests only read it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (root / "shared").mkdir(exist_ok=True)
+
+    def get(name, make) -> Path:
+        folder, complete = root / "shared" / name, root / "shared" / f"{name}.complete"
+        with FileLock(f"{folder}.lock"):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # half of it, from a worker that failed
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="module")

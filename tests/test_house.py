@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the house itself: what can be imported from where, which file imports which, and how long things are.
+
+The rules are those of the layout: commands -> `mmser/` -> processing, modeling -> pipeline, losses, encoders, openmax
+-> audio, configuration. The files are read with `ast`; only the public names are imported.
+"""
+
+import ast
+import functools
+import graphlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmser
+
+ROOT = Path(__file__).parents[1]
+HUB_FLOORS = {
+    "audio_mmser": 0,
+    "configuration_mmser": 0,
+    "encoders_mmser": 1,
+    "losses_mmser": 1,
+    "openmax_mmser": 1,
+    "pipeline_mmser": 1,
+    "modeling_mmser": 2,
+    "processing_mmser": 2,
+}
+PACKAGE_FLOOR, COMMAND_FLOOR = 3, 4
+FILES = {
+    **{path.stem: path for path in ROOT.glob("*.py")},
+    **{f"mmser.{path.stem}": path for path in (ROOT / "mmser").glob("*.py") if path.stem != "__init__"},
+    "mmser": ROOT / "mmser" / "__init__.py",
+}
+COMMANDS = [name for name, path in FILES.items() if path.parent == ROOT and not name.endswith("_mmser")]
+# Longer than 250 lines, and why they are one class
+LARGE_CLASSES = {
+    "MMSERTrainer": "overrides of the methods of Transformers' Trainer, which share its state",
+    "MMSERModel": "a model of Transformers is one class: encoders, fusion, freezing and loading share its weights",
+    "OpenMax": "its buffers are fitted, stored and applied by methods that must agree on every one of them",
+    "MMSERPipeline": "a pipeline of Transformers is one class, and its docstrings are the manual of every option",
+}
+# What users import from the three modules that they know: a name that goes from here breaks their code
+PUBLIC_NAMES = {
+    "configuration_mmser": ["DEFAULT_LABELS", "MMSERConfig"],
+    "modeling_mmser": [
+        "MMSERForAudioClassification",
+        "MMSERModel",
+        "MMSEROutput",
+        "MMSERPreTrainedModel",
+        "OpenMax",
+        "register_auto_classes",
+    ],
+    "processing_mmser": [
+        "MMSEROnnxConfig",
+        "MMSEROnnxForAudioClassification",
+        "MMSEROnnxOutput",
+        "MMSERPipeline",
+        "MMSERProcessor",
+        "load_audio",
+        "stream_audio",
+    ],
+}
+FRESH_IMPORT = """
+import json, sys, time
+start = time.process_time()
+import mmser
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "listed": dir(mmser), "modules": sorted(sys.modules)}))
+"""
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_is_quick_and_imports_nothing_else():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FRESH_IMPORT]
+    seen = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60).stdout)
+    assert seen["seconds"] < 0.2
+    assert not {"torch", "transformers", "datasets", "numpy", *HUB_FLOORS} & set(seen["modules"])
+    assert {*mmser.__all__, "__version__"} <= set(seen["listed"])
+
+
+def test_the_package_gives_its_public_names():
+    assert {"MMSERForAudioClassification", "MMSERProcessor", "MMSERTrainer", "MMSERPipeline"} <= set(mmser.__all__)
+    for name in mmser.__all__:
+        namespace = {}
+        exec(f"from mmser import {name}", namespace)
+        assert namespace[name].__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'MMSERTrainr'"):
+        mmser.MMSERTrainr  # noqa: B018
+
+
+@pytest.mark.parametrize("module", PUBLIC_NAMES)
+def test_names_that_users_know_are_where_they_were(module):
+    found = vars(importlib.import_module(module))
+    assert [name for name in PUBLIC_NAMES[module] if name not in found] == []
+
+
+# --- arrows ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def own_imports(path):
+    """The modules of this project that a file imports anywhere in it, by their full names."""
+    found = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = f"{'mmser.' * (node.level > 0 and path.parent.name == 'mmser')}{node.module or ''}".strip(".")
+            # `from mmser import trainer` imports a module, `from mmser import MMSERTrainer` the package
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base for alias in node.names}
+    return found & FILES.keys()
+
+
+def floor(module):
+    if module in HUB_FLOORS:
+        return HUB_FLOORS[module]
+    return PACKAGE_FLOOR if module.split(".")[0] == "mmser" else COMMAND_FLOOR
+
+
+def test_every_file_has_its_floor():
+    assert {name for name in FILES if name.endswith("_mmser")} == HUB_FLOORS.keys()
+    assert {"train_hf", "eval_hf", "export_hf"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_arrows_point_down(module):
+    """To a lower floor; inside the package also to a neighbour."""
+    for imported in own_imports(FILES[module]):
+        same_package = floor(module) == floor(imported) == PACKAGE_FLOOR
+        assert floor(imported) < floor(module) or same_package, f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graphlib.TopologicalSorter({module: own_imports(path) for module, path in FILES.items()}).prepare()
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------------
+
+
+def definitions(kinds):
+    """(file, name, lines) of every definition of these kinds, decorators not counted."""
+    for module, path in FILES.items():
+        for node in nodes(path):
+            if isinstance(node, kinds):
+                yield module, node.name, node.end_lineno - node.lineno + 1
+
+
+def test_no_function_is_longer_than_a_screen():
+    functions = list(definitions((ast.FunctionDef, ast.AsyncFunctionDef)))
+    assert [entry for entry in functions if entry[2] > 80] == []
+    mains = [entry for entry in functions if entry[0] in COMMANDS and entry[1] == "main"]
+    assert len(mains) >= 3 and [entry for entry in mains if entry[2] > 60] == []
+
+
+def test_a_large_class_has_a_reason():
+    large = [entry for entry in definitions(ast.ClassDef) if entry[2] > 250 and entry[1] not in LARGE_CLASSES]
+    assert large == []
