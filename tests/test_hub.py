@@ -3,11 +3,14 @@
 
 Every party is a fresh process, as on another person's machine, and knows only the stand-in of `hub_server.py`.
 `author` has the package, trains and pushes; the readers have only what they download, and cannot import MMSER.
-What each of them sees comes back as JSON. They run once, one after the other; the tests compare.
+What each of them sees comes back as JSON. They run once, one after the other; the tests compare. At the end come
+checkpoints of the version before the code was split into eight files.
 """
 
 import inspect
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,12 +20,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import soundfile
+import torch
 from hub_server import HubServer
-from huggingface_hub import ModelCard
-from tiny import WAVEFORM
+from huggingface_hub import ModelCard, snapshot_download
+from tiny import WAVEFORM, tiny_batch, tiny_model
+from tiny_corpus import tiny_processor
+from transformers import AutoModelForAudioClassification
 
 from mmser.averaging import WeightAverage
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from processing_mmser import MMSERProcessor
 
 ROOT = Path(__file__).parents[1]
 MODULES = [*sorted(path.stem for path in ROOT.glob("*.py")), "mmser"]
@@ -236,24 +245,17 @@ def reader(wav):
     return result
 
 
-def second_reader(wav):
-    """Use the copy; the first repository is gone."""
+def offline_reader(wav, checkpoints):
+    """Without a network: the copy, which was downloaded once, every checkpoint folder, and a start on other labels."""
+    import torch
     from transformers import AutoModelForAudioClassification, AutoProcessor, pipeline
 
     name, trust = "me/copy", {"trust_remote_code": True}
     model = AutoModelForAudioClassification.from_pretrained(name, **trust)
     processor = AutoProcessor.from_pretrained(name, **trust)
     classifier = pipeline("audio-classification", model=name, **trust)
-    return observe(model, processor, classifier, wav) | provenance(model, processor, classifier)
-
-
-def offline_reader(wav, checkpoints):
-    """Without a network: the first repository by its name, every checkpoint folder, and a start on other labels."""
-    import torch
-    from transformers import AutoModelForAudioClassification, AutoProcessor, pipeline
-
-    trust = {"trust_remote_code": True}
-    result = {"path": pipeline("audio-classification", model="me/mmser-tiny", **trust)(wav), "checkpoints": []}
+    result = observe(model, processor, classifier, wav) | provenance(model, processor, classifier)
+    result["checkpoints"] = []
     for folder in checkpoints:
         loaded, report = AutoModelForAudioClassification.from_pretrained(folder, output_loading_info=True, **trust)
         processor = AutoProcessor.from_pretrained(folder, **trust)
@@ -268,9 +270,7 @@ def offline_reader(wav, checkpoints):
             }
         )
 
-    seven = AutoModelForAudioClassification.from_pretrained(
-        "me/mmser-tiny", num_labels=7, ignore_mismatched_sizes=True, **trust
-    )
+    seven = AutoModelForAudioClassification.from_pretrained(name, num_labels=7, ignore_mismatched_sizes=True, **trust)
     seven.save_pretrained("seven")
     seven = AutoModelForAudioClassification.from_pretrained("seven", **trust)
     outputs = seven(**processor(wav, "all is well"), labels=torch.tensor([6]))
@@ -307,7 +307,7 @@ def run_process(hub, home, function, installed=False, offline=False, **arguments
     sources = [textwrap.dedent(inspect.getsource(part)) for part in (observe, provenance, function)]
     call = f"result = {function.__name__}(**arguments)\nprint()\nprint(json.dumps(result))"
     blocked = [] if installed else MODULES
-    home.mkdir(exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     finished = subprocess.run(
         [sys.executable, "-c", "\n".join([PREAMBLE, *sources, call]), json.dumps([blocked, arguments])],
         env=environment,
@@ -322,9 +322,13 @@ def run_process(hub, home, function, installed=False, offline=False, **arguments
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def story(shared):
     """What the processes saw, and what they left on the Hub."""
-    folder = tmp_path_factory.mktemp("hub")
+    folder = shared("hub", tell_story)
+    return SimpleNamespace(folder=folder, **pickle.loads((folder / "story.pickle").read_bytes()))
+
+
+def tell_story(folder):
     wav = str(folder / "clip.wav")
     left = 0.3 * np.sin(2 * np.pi * 400 * np.arange(4000) / 8000)
     soundfile.write(wav, np.stack([left, 0.5 * left], axis=1), 8000)
@@ -333,22 +337,22 @@ def story(tmp_path_factory):
     with HubServer() as hub:
         authored = run_process(hub, folder / "author", author, installed=True, wav=wav, recipe=str(recipe))
         read = run_process(hub, folder / "reader", reader, wav=wav)
-        first = hub.repositories.pop(("model", "me/mmser-tiny"))
-        reread = run_process(hub, folder / "second_reader", second_reader, wav=wav)
-        own_folders = {"wav": wav, "checkpoints": authored["checkpoints"]}
-        offline = run_process(hub, folder / "reader", offline_reader, offline=True, **own_folders)
-        return SimpleNamespace(
-            folder=folder,
-            author=authored,
-            reader=read,
-            second_reader=reread,
-            offline_reader=offline,
-            commits=[files for files in first.commits.values() if files],
-            first=first.commits[first.head],
-            copy=hub.files("me/copy"),
-            streamed=hub.files("me/streamed"),
-            unknown_requests=list(hub.unknown_requests),
-        )
+        # As `hf download` does, into a home that has never seen the first repository
+        cache = folder / "offline_reader" / "hub"
+        snapshot_download("me/copy", endpoint=hub.endpoint, token="hf_any_token_is_accepted", cache_dir=cache)
+    offline = {"wav": wav, "checkpoints": authored["checkpoints"]}
+    first = hub.repositories["model", "me/mmser-tiny"]
+    story = {
+        "author": authored,
+        "reader": read,
+        "offline_reader": run_process(hub, folder / "offline_reader", offline_reader, offline=True, **offline),
+        "commits": [files for files in first.commits.values() if files],
+        "first": first.commits[first.head],
+        "copy": hub.files("me/copy"),
+        "streamed": hub.files("me/streamed"),
+        "unknown_requests": hub.unknown_requests,
+    }
+    (folder / "story.pickle").write_bytes(pickle.dumps(story))
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
@@ -475,8 +479,9 @@ def test_code_from_the_hub_runs_only_if_it_is_trusted(story):
 
 
 def test_a_copy_pushed_from_what_was_loaded_stands_alone(story):
-    assert_downloaded(story.second_reader, story.folder / "second_reader")
-    assert_same_model(story.second_reader, story.author)
+    """Also without a network, and without the repository that it was made of."""
+    assert_downloaded(story.offline_reader, story.folder / "offline_reader")
+    assert_same_model(story.offline_reader, story.author)
     for name in CODE_FILES:
         assert story.copy[name] == story.first[name]
     config, first = (json.loads(files["config.json"]) for files in (story.copy, story.first))
@@ -494,10 +499,6 @@ def test_a_copy_pushed_from_what_was_loaded_stands_alone(story):
     assert all(np.array_equal(copied[name], pushed[name]) for name in pushed)
 
 
-def test_what_was_downloaded_once_is_used_offline(story):
-    assert_close(story.offline_reader["path"], story.author["numbers"]["pipeline"]["path"], 1e-5)
-
-
 def test_every_checkpoint_folder_loads_by_itself(story):
     assert [Path(folder).name for folder in story.author["checkpoints"]] == [
         "checkpoint-15",
@@ -506,7 +507,7 @@ def test_every_checkpoint_folder_loads_by_itself(story):
     ]
     for seen, folder in zip(story.offline_reader["checkpoints"], story.author["checkpoints"], strict=True):
         assert seen["not_loaded"] == {}
-        assert_downloaded(seen, story.folder / "reader")
+        assert_downloaded(seen, story.folder / "offline_reader")
         assert all(Path(folder).name.replace("-", "_hyphen_") in module for module in seen["modules"])
         assert_close(seen["scores"], seen["expected_scores"], 1e-5)
         assert sorted(path for path in Path(folder).glob("*.bin")) == []
@@ -524,3 +525,66 @@ def test_a_trained_checkpoint_starts_on_another_number_of_labels(story):
 
 def test_registered_classes_need_no_trust(story):
     assert story.author["registered"] == [True, True]
+
+
+# ----------------------------------------------------------------------------------------- checkpoints of older code
+
+OLD = Path(__file__).parent / "data" / "old_checkpoint"
+
+
+def old_weights():
+    """Weights for every name that the older version saved, the same in every run."""
+    rng, weights = np.random.default_rng(0), {}
+    for name, shape in json.loads((OLD / "weights.json").read_text()).items():
+        values = 0.3 * rng.standard_normal(shape)
+        if "weibull" in name or name.endswith("scale") or (len(shape) == 1 and name.endswith("weight")):
+            values = 1 + np.clip(values, -0.5, 0.5)
+        weights[name] = torch.tensor(values, dtype=torch.float32)
+    weights["temperature"].fill_(1.7)
+    weights["openmax.fitted"].fill_(4.0)  # the mark of distances to centroids, at the level of probabilities
+    return weights
+
+
+def old_batch(model):
+    return tiny_batch(model, [5000, 3200, 0], [4, 0, 6])
+
+
+def test_a_checkpoint_of_three_code_files_loads_and_gives_its_numbers(tmp_path):
+    """The settings and the names are those that the older version wrote, the numbers those that it computed."""
+    for name in ("config.json", "processor_config.json"):
+        shutil.copy(OLD / name, tmp_path)
+    tiny_processor().tokenizer.save_pretrained(tmp_path)
+    weights = old_weights()
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model, report = MMSERForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    processor = MMSERProcessor.from_pretrained(tmp_path)
+    assert processor.feature_extractor.to_dict() == tiny_processor().feature_extractor.to_dict()
+    assert "text_attention_mask" in processor(np.zeros(8000), "what a joy", sampling_rate=16000)
+    with torch.no_grad():
+        outputs = model(**old_batch(model))
+    for name, expected in json.loads((OLD / "outputs.json").read_text()).items():
+        np.testing.assert_allclose(outputs[name].float(), expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_code_of_an_older_version_is_replaced_and_not_run(tmp_path):
+    """Three files of older code in the folder of a checkpoint, beside new ones or alone."""
+    model, processor = tiny_model(), tiny_processor()
+    old_files = ("configuration_mmser.py", "modeling_mmser.py", "processing_mmser.py")
+    for name in old_files:
+        (tmp_path / name).write_text("raise ImportError('of an older version')\n")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == set(CODE_FILES)
+    for name in CODE_FILES:
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+
+    register_auto_classes()
+    for name in old_files:
+        (tmp_path / name).write_text("raise ImportError('of an older version')\n")
+    for trust in (None, True):
+        loaded = AutoModelForAudioClassification.from_pretrained(tmp_path, trust_remote_code=trust)
+        assert type(loaded) is MMSERForAudioClassification
+    assert type(MMSERProcessor.from_pretrained(tmp_path)) is MMSERProcessor

@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the harness judge? Stock models must pass transformers' own tests, and models broken on purpose must fail them.
-
-Each broken model has one fault that users have met in real checkpoints; it must fail the test made for that fault.
-"""
+"""Does the harness judge? A stock model passes transformers' own tests, and one broken on purpose fails them."""
 
 import io
 import re
-import subprocess
 import tarfile
 import unittest
 
 import pytest
 import torch
-import transformers
 import upstream
-from torch import nn
 from transformers import BertTokenizer, ClapProcessor, PreTrainedConfig, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Model
 
@@ -77,15 +71,6 @@ def model_case(model_class: type) -> type[unittest.TestCase]:
 # --- models ---
 
 
-class NoisyModel(Wav2Vec2Model):
-    """Adds noise in evaluation mode too."""
-
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.last_hidden_state = output.last_hidden_state + torch.randn_like(output.last_hidden_state)
-        return output
-
-
 class BatchDependentModel(Wav2Vec2Model):
     """Subtracts the mean over the batch: a clip's result depends on its neighbours."""
 
@@ -95,12 +80,12 @@ class BatchDependentModel(Wav2Vec2Model):
         return output
 
 
-class ScaledModel(Wav2Vec2Model):
-    """Multiplies by one more tensor; subclasses differ in how they keep it."""
+class UnsavedModel(Wav2Vec2Model):
+    """Multiplies by a tensor that no checkpoint contains."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.add_scale(torch.randn(config.hidden_size))
+        self.scale = torch.randn(config.hidden_size)
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -108,54 +93,16 @@ class ScaledModel(Wav2Vec2Model):
         return output
 
 
-class UnsavedModel(ScaledModel):
-    """Keeps it as a plain attribute, which no checkpoint contains."""
-
-    def add_scale(self, scale):
-        self.scale = scale
-
-
-class UninitializedModel(ScaledModel):
-    """Keeps it as a parameter that `_init_weights` knows nothing of: garbage if a checkpoint lacks it."""
-
-    def add_scale(self, scale):
-        self.scale = nn.Parameter(scale)
-
-
-class UnfinishedModel(Wav2Vec2Model):
-    """Leaves out the `post_init()` that loading relies on."""
-
-    def post_init(self):
-        pass
-
-
 @pytest.mark.parametrize(
-    "name",
+    ("broken", "name", "reason"),
     [
-        "test_batching_equivalence",
-        "test_can_init_all_missing_weights",
-        "test_determinism",
-        "test_hidden_states_output",
-        "test_model_outputs_equivalence",
-        "test_save_load",
-    ],
-)
-def test_stock_model_passes(name):
-    assert verdict(model_case(Wav2Vec2Model), name) == "passed"
-
-
-@pytest.mark.parametrize(
-    ("model_class", "name", "reason"),
-    [
-        (NoisyModel, "test_determinism", "not less than or equal to 1e-05"),
         (BatchDependentModel, "test_batching_equivalence", "Batched and Single row outputs are not equal"),
         (UnsavedModel, "test_save_load", "meta tensor|device meta"),
-        (UninitializedModel, "test_can_init_all_missing_weights", "`scale` in module `UninitializedModel`"),
-        (UnfinishedModel, "test_save_load", "all_tied_weights_keys"),
     ],
 )
-def test_broken_model_fails_for_its_fault(model_class, name, reason):
-    assert re.search(f"^failed: .*({reason})", verdict(model_case(model_class), name), flags=re.DOTALL)
+def test_a_good_model_passes_and_a_broken_one_fails_for_its_fault(broken, name, reason):
+    assert verdict(model_case(Wav2Vec2Model), name) == "passed"
+    assert re.search(f"^failed: .*({reason})", verdict(model_case(broken), name), flags=re.DOTALL)
 
 
 def test_no_mixin_is_switched_off_by_a_missing_package():
@@ -163,23 +110,7 @@ def test_no_mixin_is_switched_off_by_a_missing_package():
         assert not getattr(mixin, "__unittest_skip__", False), f"{mixin.__name__}: {mixin.__unittest_skip_why__}"
 
 
-# --- configurations ---
-
-
-class ForgetfulConfig(Wav2Vec2Config):
-    """Drops a field when it is saved."""
-
-    def to_dict(self):
-        return {key: value for key, value in super().to_dict().items() if key != "hidden_size"}
-
-
-@pytest.mark.parametrize(("config_class", "start"), [(Wav2Vec2Config, "passed"), (ForgetfulConfig, "failed")])
-def test_config_tester_tells_a_good_config_from_a_forgetful_one(config_class, start):
-    class ConfigCase(unittest.TestCase):
-        def test_config(self):
-            judge.ConfigTester(self, config_class=config_class, hidden_size=16).run_common_tests()
-
-    assert verdict(ConfigCase, "test_config").startswith(start)
+# --- configurations and processors ---
 
 
 def test_common_config_values_are_not_the_defaults():
@@ -188,21 +119,11 @@ def test_common_config_values_are_not_the_defaults():
         assert getattr(default, name) != value, f"a config that ignores {name} would pass"
 
 
-# --- processors ---
-
-
 class TextlessProcessor(ClapProcessor):
     """Loses the text when there is audio too."""
 
     def __call__(self, audio=None, text=None, **kwargs):
         return super().__call__(audio=audio, text=text if audio is None else None, **kwargs)
-
-
-class StubbornProcessor(ClapProcessor):
-    """Has a default that the saved settings cannot change."""
-
-    def __call__(self, audio=None, text=None, padding=True, **kwargs):
-        return super().__call__(audio=audio, text=text, padding=padding, **kwargs)
 
 
 def processor_case(tested_class: type) -> type[unittest.TestCase]:
@@ -235,18 +156,9 @@ def processor_case(tested_class: type) -> type[unittest.TestCase]:
     return ProcessorCase
 
 
-@pytest.mark.parametrize(
-    ("tested_class", "name", "start"),
-    [
-        (ClapProcessor, "test_processor_from_and_save_pretrained", "passed"),
-        (ClapProcessor, "test_processor_with_multiple_inputs", "passed"),
-        (TextlessProcessor, "test_processor_with_multiple_inputs", "failed"),
-        (ClapProcessor, "test_call_arguments_default_none", "passed"),
-        (StubbornProcessor, "test_call_arguments_default_none", "failed"),
-    ],
-)
-def test_processor_mixin_tells_good_from_broken(tested_class, name, start):
-    assert verdict(processor_case(tested_class), name).startswith(start)
+@pytest.mark.parametrize(("tested_class", "start"), [(ClapProcessor, "passed"), (TextlessProcessor, "failed")])
+def test_the_processor_mixin_tells_good_from_broken(tested_class, start):
+    assert verdict(processor_case(tested_class), "test_processor_with_multiple_inputs").startswith(start)
 
 
 # --- getting the files ---
@@ -257,15 +169,6 @@ def write_archive(path, *names):
         for name in names:
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     return path
-
-
-def test_only_the_test_modules_are_extracted(tmp_path):
-    wanted = [f"{name}.py" for name in upstream.MODULES]
-    others = ["PKG-INFO", "src/a.py", "tests/deeper/b.py", "tests/../../c.py"]
-    names = [f"transformers-9.9/tests/{name}" for name in wanted] + [f"transformers-9.9/{name}" for name in others]
-    upstream.extract_tests(write_archive(tmp_path / "sdist.tar.gz", *names), "9.9", tmp_path / "out")
-    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
-    assert found == {"sdist.tar.gz", "out", "out/__init__.py", *(f"out/{name}" for name in wanted)}
 
 
 def test_unusable_archives_are_refused_and_leave_nothing(tmp_path):
@@ -279,15 +182,6 @@ def test_unusable_archives_are_refused_and_leave_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz", "b.tar.gz"]
 
 
-def test_environment_variable_comes_first_and_must_exist(tmp_path, monkeypatch):
-    archive = write_archive(tmp_path / "given.tar.gz")
-    monkeypatch.setenv("MMSER_TRANSFORMERS_SDIST", str(archive))
-    assert upstream.find_source_distribution(transformers.__version__) == archive
-    monkeypatch.setenv("MMSER_TRANSFORMERS_SDIST", str(tmp_path / "none.tar.gz"))
-    with pytest.raises(FileNotFoundError, match="MMSER_TRANSFORMERS_SDIST"):
-        upstream.find_source_distribution(transformers.__version__)
-
-
 def test_failed_download_names_the_way_out_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("MMSER_TRANSFORMERS_SDIST", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip behaves as without a network, only faster
@@ -295,21 +189,6 @@ def test_failed_download_names_the_way_out_and_leaves_nothing(tmp_path, monkeypa
     with pytest.raises(upstream.SourceDistributionUnavailable, match=r"MMSER_TRANSFORMERS_SDIST.*No matching distrib"):
         upstream.find_source_distribution("5.23.0", cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_downloaded_archive_is_kept(tmp_path, monkeypatch):
-    calls = []
-
-    def fake_pip(command, **options):
-        calls.append(command)
-        folder = command[command.index("--dest") + 1]
-        write_archive(f"{folder}/transformers-9.9.tar.gz")
-
-    monkeypatch.delenv("MMSER_TRANSFORMERS_SDIST", raising=False)
-    monkeypatch.setattr(subprocess, "run", fake_pip)
-    first = upstream.find_source_distribution("9.9", cache=tmp_path)
-    assert first == upstream.find_source_distribution("9.9", cache=tmp_path) == tmp_path / "transformers-9.9.tar.gz"
-    assert len(calls) == 1 and "transformers==9.9" in calls[0]
 
 
 @pytest.mark.parametrize(
