@@ -9,8 +9,10 @@ import logging as python_logging
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -385,12 +387,13 @@ weights = flat_parameters(trainer.model).numpy()
 np.savez(f"{folder}/rank{trainer.args.process_index}.npz", weights=weights, losses=losses, parts=parts, **outputs)
 
 for strategy in ("random", "group_by_length"):
-    arguments = {"per_device_train_batch_size": 4, "max_steps": 9, "train_sampling_strategy": strategy}
+    arguments = {"per_device_train_batch_size": 4, "max_steps": 7, "train_sampling_strategy": strategy}
+    arguments["eval_strategy"] = "no"
     whole = resumable(splits, f"{folder}/{strategy}", model, **arguments, save_steps=6)
     whole.train()
     resumed = resumable(splits, f"{folder}/resumed", model, **arguments, save_strategy="no")
     resumed.train(resume_from_checkpoint=f"{folder}/{strategy}/checkpoint-6")
-    assert len(set(training_losses(whole))) == 9
+    assert len(set(training_losses(whole))) == 7
     assert np.allclose(training_losses(resumed), training_losses(whole), atol=1e-5), f"{strategy} resumed mid-epoch"
 torch.distributed.destroy_process_group()
 """
@@ -401,16 +404,26 @@ def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits
     start.save_pretrained(tmp_path / "start")
     corpus = Path(splits["train"][0]["audio"]).parents[1]
     (tmp_path / "worker.py").write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     here = Path(__file__).parent
-    process = subprocess.run(
-        [*launcher, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What torchrun sets for each of its processes; without it a third process that only waits need not start
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launched["PYTHONPATH"] = f"{here}{os.pathsep}{here.parent}"
+
+    def run(rank):
+        return subprocess.run(
+            [sys.executable, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
+            env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    with ThreadPoolExecutor() as pool:
+        for process in pool.map(run, (0, 1)):
+            assert process.returncode == 0, process.stderr[-4000:]
     ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1)]
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = make_trainer(start, splits, tmp_path / "one", **DETERMINISTIC, **sizes, max_steps=5)
@@ -434,9 +447,9 @@ def resumable(splits, folder, start, **arguments):
     model.load_state_dict(start.state_dict())
     defaults = {
         "learning_rate": 1e-3,
-        "max_steps": 11,  # epochs of 4 steps
+        "max_steps": 9,  # epochs of 4 steps
         "save_strategy": "steps",
-        "save_steps": 1,
+        "save_steps": 2,
         "save_total_limit": None,
         "eval_strategy": "steps",
         "eval_steps": 4,
@@ -448,10 +461,10 @@ def resumable(splits, folder, start, **arguments):
 @pytest.mark.parametrize(
     ("strategy", "workers", "checkpoints"),
     [
-        ("group_by_length", 0, (2, 4, 6, 8)),
+        ("group_by_length", 0, (2, 4)),  # in the middle and at the end of an epoch
         ("group_by_length", 2, (6,)),
-        ("random", 0, (4, 6)),
-        ("sequential", 0, (5,)),
+        ("random", 0, (6,)),
+        ("sequential", 0, (6,)),
     ],
 )
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(strategy, workers, checkpoints, splits, tmp_path):
@@ -460,18 +473,18 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(strategy, workers,
     whole = resumable(splits, tmp_path / "whole", start, **arguments)
     whole.train()
     losses = training_losses(whole)
-    assert len(set(losses)) == len(losses) == 11
+    assert len(set(losses)) == len(losses) == 9
     for step in checkpoints:
         resumed = resumable(splits, tmp_path / "resumed", start, **arguments, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert resumed.state.global_step == 11
+        assert resumed.state.global_step == 9
         assert training_losses(resumed) == pytest.approx(losses, abs=1e-5), f"from step {step}"
         torch.testing.assert_close(flat_parameters(resumed.model), flat_parameters(whole.model), atol=1e-5, rtol=0)
 
 
 def test_resuming_in_the_middle_of_an_accumulated_epoch(splits, tmp_path):
     start = tiny_model()
-    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 7}
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 6}
     whole = resumable(splits, tmp_path / "whole", start, **arguments)
     whole.train()
     resumed = resumable(splits, tmp_path / "resumed", start, **arguments, save_strategy="no")
@@ -504,7 +517,7 @@ def averages_of(weights, decay):
 
 def test_the_average_of_the_weights_is_what_is_evaluated_saved_and_kept(splits, tmp_path):
     average = {"weight_averaging": 0.4}
-    trainer = resumable(splits, tmp_path, tiny_model(), **average, eval_steps=3, max_steps=7)
+    trainer = resumable(splits, tmp_path, tiny_model(), **average, eval_steps=3, save_steps=3, max_steps=7)
     remember = RememberWeights(trainer.model)
     trainer.add_callback(remember)
     trainer.train()
@@ -523,7 +536,8 @@ def test_training_goes_its_way_whether_its_weights_are_averaged_or_not(splits, t
     start = tiny_model()
     losses = []
     for decay in (0.0, 0.9):
-        trainer = resumable(splits, tmp_path / str(decay), start, weight_averaging=decay, eval_steps=2)
+        arguments = {"weight_averaging": decay, "eval_steps": 2, "max_steps": 5}
+        trainer = resumable(splits, tmp_path / str(decay), start, **arguments)
         trainer.train()
         losses.append(training_losses(trainer))
     assert losses[0] == losses[1]
