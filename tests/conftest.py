@@ -66,12 +66,8 @@ def script(request):
 
 
 @pytest.fixture
-def one_thread_and_seed():
+def seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

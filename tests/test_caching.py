@@ -28,7 +28,7 @@ from mmser.examples import EmotionDataset, TestTimeAugmentation
 from mmser.loading import load_emotion_dataset
 from mmser.trainer import MMSERTrainer
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
+pytestmark = pytest.mark.usefixtures("seeded")
 NOISY = {"training": True, "augmenter": Augmenter(), "max_seconds": 0.3, "text_dropout": 0.2, "audio_dropout": 0.2}
 
 

@@ -6,6 +6,7 @@ One checkpoint of each family is exported once; a third export goes through the 
 
 import importlib.util
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -62,16 +63,20 @@ def make_checkpoint(folder, whisper):
 
 
 @pytest.fixture(scope="module", params=["wav2vec2", "whisper"])
-def export(request, tmp_path_factory):
+def export(request, shared):
     """A checkpoint, its export to ONNX in float32, and the processor of both."""
-    folder = tmp_path_factory.mktemp(request.param)
     whisper = request.param == "whisper"
-    make_checkpoint(folder / "checkpoint", whisper)
-    report = export_checkpoint(folder / "checkpoint", folder / "onnx")
+
+    def make(folder):
+        make_checkpoint(folder / "checkpoint", whisper)
+        report = export_checkpoint(folder / "checkpoint", folder / "onnx")
+        (folder / "report.pickle").write_bytes(pickle.dumps(report))
+
+    folder = shared(f"export_{request.param}", make)
     return SimpleNamespace(
         checkpoint=folder / "checkpoint",
         folder=folder / "onnx",
-        report=report,
+        report=pickle.loads((folder / "report.pickle").read_bytes()),
         model=MMSERForAudioClassification.from_pretrained(folder / "checkpoint"),
         onnx=MMSEROnnxForAudioClassification.from_pretrained(folder / "onnx"),
         processor=tiny_processor(whisper),

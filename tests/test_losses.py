@@ -34,7 +34,7 @@ PARTS = ("cross_entropy", "focal", "anchor", "uncertainty", "prototype", "superv
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.fixture(scope="module")

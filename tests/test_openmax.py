@@ -27,7 +27,7 @@ NO_THRESHOLD = torch.finfo(torch.float32).max  # nothing exceeds it
 properties = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.fixture

@@ -62,14 +62,6 @@ PARAMETERS = ("shape", "scale", "shift")
 MARKS = {"activation": 1.0, "probability": 3.0}  # what `fitted` holds, by level
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def matrix(draw, elements, num_rows, num_columns):
     """A list of rows; hypothesis likes to repeat values, so that ties are common."""
     row = st.lists(elements, min_size=num_columns, max_size=num_columns)

@@ -9,7 +9,6 @@ import json
 
 import numpy as np
 import soundfile
-import torch
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -21,8 +20,6 @@ from transformers import (
 
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
-
-torch.set_num_threads(1)  # for tensors this small more threads only wait for each other
 
 RATE = 16_000
 NAMES = ["neutral", "happy", "sad", "angry"]
