@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -365,6 +364,7 @@ def test_two_accumulated_batches_of_four_are_one_batch_of_eight(splits, tmp_path
 
 
 WORKER = """
+import os
 import sys
 import numpy as np
 import torch
@@ -376,6 +376,8 @@ from modeling_mmser import MMSERForAudioClassification
 
 corpus, start, folder = sys.argv[1:]
 splits = load_splits(corpus)
+other = os.fork()  # now, that both share what was imported: nothing has computed yet
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
 model = MMSERForAudioClassification.from_pretrained(start)
 trainer = make_trainer(model, splits, folder, **DETERMINISTIC, per_device_train_batch_size=4, max_steps=5)
 assert trainer.args.world_size == 2
@@ -396,6 +398,8 @@ for strategy in ("random", "group_by_length"):
     assert len(set(training_losses(whole))) == 7
     assert np.allclose(training_losses(resumed), training_losses(whole), atol=1e-5), f"{strategy} resumed mid-epoch"
 torch.distributed.destroy_process_group()
+if other:
+    assert os.waitpid(other, 0)[1] == 0
 """
 
 
@@ -408,22 +412,16 @@ def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What torchrun sets for each of its processes; without it a third process that only waits need not start
+    # As torchrun sets it, besides the ranks; its own process, which only waits, need not start
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launched["PYTHONPATH"] = f"{here}{os.pathsep}{here.parent}"
-
-    def run(rank):
-        return subprocess.run(
-            [sys.executable, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
-            env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    with ThreadPoolExecutor() as pool:
-        for process in pool.map(run, (0, 1)):
-            assert process.returncode == 0, process.stderr[-4000:]
+    process = subprocess.run(
+        [sys.executable, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
+        env={**os.environ, **launched, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
     ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1)]
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = make_trainer(start, splits, tmp_path / "one", **DETERMINISTIC, **sizes, max_steps=5)
