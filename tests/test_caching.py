@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of caching_mmser: cached and uncached runs agree, and what changed, was damaged or cut short is encoded anew.
+"""Tests of mmser.caching: cached and uncached runs agree, and what changed, was damaged or cut short is encoded anew.
 
 The reference is always the run without a cache, and `safetensors` for the files.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of training_mmser: groups, schedule, losses in the log, accumulation, resuming, two processes, calibration.
+"""Tests of mmser.trainer: groups, schedule, losses in the log, accumulation, resuming, two processes, calibration.
 
 References are independent: module membership, closed formulas, plain PyTorch, an uninterrupted run.
 """
@@ -376,7 +376,7 @@ from modeling_mmser import MMSERForAudioClassification
 
 corpus, start, folder = sys.argv[1:]
 splits = load_splits(corpus)
-other = os.fork()  # now, that both share what was imported: nothing has computed yet
+other = os.fork()  # both processes share what was imported; nothing has computed yet
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
 model = MMSERForAudioClassification.from_pretrained(start)
 trainer = make_trainer(model, splits, folder, **DETERMINISTIC, per_device_train_batch_size=4, max_steps=5)
@@ -412,7 +412,7 @@ def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # As torchrun sets it, besides the ranks; its own process, which only waits, need not start
+    # What torchrun sets, except for the ranks. The launcher only waits for its processes: the test does without it
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = subprocess.run(
         [sys.executable, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
