@@ -28,6 +28,8 @@ try:
     from .configuration_mmser import MMSERConfig
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
+        MaskedPositionalConvEmbedding,
+        MaskedWhisperEncoder,
         Moments,
         Standardization,
         WeightedLayerSum,
@@ -38,12 +40,14 @@ try:
         load_encoder,
         mask_log_mel,
         state_mask,
+        time_mask,
         valid_frames,
         waveform_frames,
         weighted_layer_sum,
         without_pooler,
     )
     from .losses_mmser import (
+        check_finite_losses,
         class_balanced_focal_loss,
         class_balanced_weights,
         clustering_loss,
@@ -59,6 +63,8 @@ except ImportError:
     from configuration_mmser import MMSERConfig
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
+        MaskedPositionalConvEmbedding,
+        MaskedWhisperEncoder,
         Moments,
         Standardization,
         WeightedLayerSum,
@@ -69,12 +75,14 @@ except ImportError:
         load_encoder,
         mask_log_mel,
         state_mask,
+        time_mask,
         valid_frames,
         waveform_frames,
         weighted_layer_sum,
         without_pooler,
     )
     from losses_mmser import (
+        check_finite_losses,
         class_balanced_focal_loss,
         class_balanced_weights,
         clustering_loss,
@@ -1114,4 +1122,16 @@ def register_auto_classes() -> None:
 
 MMSERModel.register_for_auto_class("AutoModel")
 MMSERForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
-__all__ = ["MMSERForAudioClassification", "MMSERModel", "MMSEROutput", "MMSERPreTrainedModel", "OpenMax"]
+__all__ = [
+    "MMSERForAudioClassification",
+    "MMSERModel",
+    "MMSERModelOutput",
+    "MMSEROutput",
+    "MMSERPreTrainedModel",
+    "MaskedPositionalConvEmbedding",
+    "MaskedWhisperEncoder",
+    "OpenMax",
+    "check_finite_losses",
+    "register_auto_classes",
+    "time_mask",
+]

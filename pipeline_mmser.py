@@ -614,8 +614,11 @@ def _download(url: str) -> bytes:
 
 
 __all__ = [
+    "Chunk",
     "MMSEROnnxConfig",
     "MMSEROnnxForAudioClassification",
     "MMSEROnnxOutput",
     "MMSERPipeline",
+    "split_into_chunks",
+    "text_of_chunk",
 ]

@@ -16,12 +16,28 @@ from transformers.utils import logging
 
 try:
     from .audio_mmser import MIN_SECONDS, load_audio, stream_audio
-    from .pipeline_mmser import MMSEROnnxConfig, MMSEROnnxForAudioClassification, MMSEROnnxOutput, MMSERPipeline
+    from .pipeline_mmser import (
+        Chunk,
+        MMSEROnnxConfig,
+        MMSEROnnxForAudioClassification,
+        MMSEROnnxOutput,
+        MMSERPipeline,
+        split_into_chunks,
+        text_of_chunk,
+    )
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
     from audio_mmser import MIN_SECONDS, load_audio, stream_audio
-    from pipeline_mmser import MMSEROnnxConfig, MMSEROnnxForAudioClassification, MMSEROnnxOutput, MMSERPipeline
+    from pipeline_mmser import (
+        Chunk,
+        MMSEROnnxConfig,
+        MMSEROnnxForAudioClassification,
+        MMSEROnnxOutput,
+        MMSERPipeline,
+        split_into_chunks,
+        text_of_chunk,
+    )
 
 logger = logging.get_logger(__name__)
 MAX_TEXT_TOKENS = 512  # position table of BERT-like encoders
@@ -273,11 +289,15 @@ MMSERProcessor.register_for_auto_class("AutoProcessor")
 MMSERPipeline.processor_class = MMSERProcessor
 
 __all__ = [
+    "MIN_SECONDS",
+    "Chunk",
     "MMSEROnnxConfig",
     "MMSEROnnxForAudioClassification",
     "MMSEROnnxOutput",
     "MMSERPipeline",
     "MMSERProcessor",
     "load_audio",
+    "split_into_chunks",
     "stream_audio",
+    "text_of_chunk",
 ]
