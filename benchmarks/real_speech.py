@@ -424,7 +424,8 @@ def collect(study: Study) -> tuple[Tree, Lines]:
             for line in result["scores"]:
                 if row.table != "parts" or line["group"] == "all":
                     name = {"table": row.table, "row": row.name, "seed": result["seed"]}
-                    lines.append({**name, "audio_share": None, **line, **dict.fromkeys(whole), **whole})
+                    share = {"audio_share": line.get("audio_share")}
+                    lines.append({**name, **line, **share, **whole})
                     whole = {}
             environments += [result["environment"]] if result["environment"] not in environments else []
         entry: Tree = {"table": row.table, "row": row.name, "seeds": [result["seed"] for result in results]}

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.tables import Row, add_output_arguments, publish, read_results, table, three_digits
+from benchmarks.tables import Row, add_output_arguments, publish, read_results, short_json, table, three_digits
 from configuration_mmser import MMSERConfig
 from mmser.arguments import MMSERTrainingArguments
 from mmser.batches import MMSERDataCollator
@@ -639,6 +639,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = forward_name if section == "forward" else section
         report[name] = {"setting": setting, "rows": SECTIONS[section](parsed)}
         print(make_tables({name: report[name]}).popitem()[1], flush=True)
+        parsed.output.write_text(short_json(report), encoding="utf-8")  # a later section may fail
     publish(make_tables(report), report, [], parsed)
 
 
