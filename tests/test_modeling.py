@@ -47,11 +47,12 @@ from openmax_mmser import OpenMax
 
 AUDIO_LENGTHS = {"waveform": [16000, 9001, 3205, 0], "whisper": [100, 57, 20, 0]}
 TEXT_LENGTHS = [9, 4, 0, 6]
-OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "fused")
-OUTPUTS += ("open_set_probabilities", "unknown_probability", "rejection_score", "is_unknown")
-FITTED = ("temperature", "uncertainty.error_calibration")
-FITTED += tuple(f"openmax.{name}" for name in ("weibull_shape", "weibull_scale", "weibull_shift"))
-FITTED += ("openmax.fitted", "openmax.centroids", "openmax.rejection_thresholds")
+OUTPUTS = (
+    *("logits", "uncertainty", "anchor_distances", "features", "fused"),
+    *("open_set_probabilities", "unknown_probability", "rejection_score", "is_unknown"),
+)
+OPENMAX_BUFFERS = ("weibull_shape", "weibull_scale", "weibull_shift", "fitted", "centroids", "rejection_thresholds")
+FITTED = ("temperature", "uncertainty.error_calibration", *(f"openmax.{name}" for name in OPENMAX_BUFFERS))
 NO_THRESHOLD = torch.finfo(torch.float32).max
 
 

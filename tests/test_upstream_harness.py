@@ -58,7 +58,7 @@ def verdict(case: type[unittest.TestCase], name: str) -> str:
 def model_case(model_class: type) -> type[unittest.TestCase]:
     """A test case class that puts `model_class` before `ModelTesterMixin`."""
 
-    class ModelCase(judge.ModelTesterMixin, unittest.TestCase):
+    class ModelCase(judge.ModelTesterMixin, unittest.TestCase):  # type: ignore[name-defined]  # made at run time
         all_model_classes = (model_class,)
         test_can_init_all_missing_weights_before_2023 = True  # else the test skips models without a copyright year
 
@@ -129,7 +129,7 @@ class TextlessProcessor(ClapProcessor):
 def processor_case(tested_class: type) -> type[unittest.TestCase]:
     """A test case class that puts `tested_class` before `ProcessorTesterMixin`."""
 
-    class ProcessorCase(judge.ProcessorTesterMixin, unittest.TestCase):
+    class ProcessorCase(judge.ProcessorTesterMixin, unittest.TestCase):  # type: ignore[name-defined]  # made at run time
         processor_class = tested_class
 
         @classmethod

@@ -8,6 +8,7 @@ import contextlib
 import io
 import tempfile
 import unittest
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,8 +121,8 @@ class MMSERLogMelModelTester(MMSERModelTester):
         }
 
 
-class MMSERModelTest(judge.ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (MMSERModel, MMSERForAudioClassification)
+class MMSERModelTest(judge.ModelTesterMixin, unittest.TestCase):  # type: ignore[name-defined]  # made at run time
+    all_model_classes: Any = (MMSERModel, MMSERForAudioClassification)
     _is_composite = True
     test_can_init_all_missing_weights_before_2023 = True  # else the test skips files without a copyright year
 
@@ -172,7 +173,7 @@ for name in dir(MMSERModelTest):
 
 
 class MMSERLogMelModelTest(MMSERModelTest):
-    all_model_classes = (MMSERForAudioClassification,)  # has MMSERModel inside
+    all_model_classes: Any = (MMSERForAudioClassification,)  # has MMSERModel inside
     test_bc_torch_dtype = None  # the slowest by far, and no encoder changes how the argument is called
 
     def setUp(self):
@@ -185,7 +186,7 @@ class MMSERConfigTest(unittest.TestCase):
         judge.ConfigTester(self, config_class=MMSERConfig, has_text_modality=False, feature_size=16).run_common_tests()
 
 
-class MMSERProcessorTest(judge.ProcessorTesterMixin, unittest.TestCase):
+class MMSERProcessorTest(judge.ProcessorTesterMixin, unittest.TestCase):  # type: ignore[name-defined]  # made at run time
     processor_class = MMSERProcessor
 
     @classmethod

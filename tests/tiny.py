@@ -7,10 +7,11 @@ would stay below any tolerance.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configuration_mmser import MMSERConfig
 from modeling_mmser import MMSERForAudioClassification
@@ -96,7 +97,7 @@ def tiny_model(kind: str = "wav2vec2", seed: int = 0, **overrides) -> MMSERForAu
 
 
 @torch.no_grad()
-def randomize(model: nn.Module) -> nn.Module:
+def randomize(model: Any) -> Any:
     """Draw every trainable weight: matrices with a gain of 1.5, norms around 1, biases and embeddings around 0."""
     for name, parameter in model.named_parameters():
         if "parametrizations" in name or not parameter.requires_grad or parameter.ndim == 0:
@@ -186,7 +187,7 @@ def slow_openmax(openmax, logits, distances) -> tuple[np.ndarray, np.ndarray]:
             rows.append([*map(math.exp, left), unknown])
         else:
             revised, unknown = [x - min(row) for x in row], 0.0
-            ranked = sorted(range(len(row)), key=lambda c, row=row: -row[c])
+            ranked = sorted(range(len(row)), key=row.__getitem__, reverse=True)
             for rank, c in enumerate(ranked[: openmax.alpha], start=1):
                 taken = revised[c] * (openmax.alpha + 1 - rank) / openmax.alpha * -math.expm1(-hazards[c])
                 revised[c] -= taken

@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import transformers
@@ -62,7 +63,7 @@ def url_to_local_path(url: str) -> str:
     return url
 
 
-STAND_INS = {
+STAND_INS: dict[str, dict[str, Any]] = {
     f"{PACKAGE}.exporters.test_export": {"ExportTesterMixin": ExportTesterMixin},
     f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": GenerationTesterMixin},
     f"{PACKAGE}.utils.test_configuration_utils": {"config_common_kwargs": config_common_kwargs},
@@ -139,7 +140,7 @@ def extract_tests(archive: Path, version: str, folder: Path) -> None:
                 for member in tar:
                     root, _, name = member.name.partition("/tests/")
                     if member.isfile() and root == f"transformers-{version}" and "/" not in name:
-                        Path(staging, name).write_bytes(tar.extractfile(member).read())
+                        Path(staging, name).write_bytes(cast(Any, tar.extractfile(member)).read())
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ValueError(f"{archive} is not a readable .tar.gz file, delete it and try again") from error
         missing = [name for name in MODULES if not Path(staging, f"{name}.py").is_file()]
@@ -187,7 +188,7 @@ def import_tests(folder: Path) -> list[ModuleType]:
     for name, content in STAND_INS.items():
         sys.modules[name] = ModuleType(name, "Stand-in written in tests/upstream.py.")
         vars(sys.modules[name]).update(content)
-    spec = importlib.util.spec_from_file_location(
+    spec: Any = importlib.util.spec_from_file_location(
         PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
