@@ -3,7 +3,7 @@
 
 Every reference is derived here from the paper's formula (plain loops in float64, exact fractions, scipy's generic
 likelihood fit); data with ties, missing classes, one clip or extreme values are drawn on purpose. Examples by hand
-are in `test_losses.py`, `test_modeling.py` and `test_evaluation.py`.
+are in `test_losses.py`, `test_modeling.py` and `test_metrics.py`.
 """
 
 import itertools

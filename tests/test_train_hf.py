@@ -521,7 +521,7 @@ def test_a_streamed_data_set(run, corpus, tmp_path):
     assert results["training"]["skipped_clips"] == 2  # once in each pass
     assert results["validation"]["model"]["clips"] == 8
     assert json.loads((tmp_path / "out" / "config.json").read_text())["class_counts"] is None
-    assert "streamed clips for training" in (tmp_path / "out" / "README.md").read_text()
+    assert "clips for training were streamed" in (tmp_path / "out" / "README.md").read_text()
 
 
 # --- starting points -------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the report: the numbers, pictures and words of a report, from outputs that are known beforehand."""
+"""Tests of `report`: the numbers, pictures and words of a report, from outputs that are known beforehand."""
 
 import json
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the metrics: each number against an independent reference (scikit-learn, torchmetrics, plain loops).
+"""Tests of `metrics`, `calibration`, `open_set`, `groups` and `tables`: each number against an independent reference.
 
 Order: classification, calibration, open set, uncertainty, test-time augmentation, report, bad input.
 """

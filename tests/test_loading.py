@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of data_mmser: sources and their error messages, speaker-disjoint splits, augmentation, examples, batches.
+"""Tests from a folder to a batch: `sources`, `labels`, `splits`, `loading`, `augmentation`, `examples`, `batches`.
 
 All data are tiny WAV files made here; nothing needs the network.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of mmser.trainer: groups, schedule, losses in the log, accumulation, resuming, two processes, calibration.
+"""Tests of `trainer`, `optimizer` and `averaging`: groups, schedule, losses in the log, accumulation, resuming, two processes, calibration.
 
 References are independent: module membership, closed formulas, plain PyTorch, an uninterrupted run.
 """
@@ -368,7 +368,7 @@ import os
 import sys
 import numpy as np
 import torch
-from test_training import (
+from test_trainer import (
     DETERMINISTIC, flat_parameters, load_splits, make_trainer, resumable, training_lines, training_losses
 )
 from mmser.examples import EmotionDataset
