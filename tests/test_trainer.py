@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `trainer`, `optimizer` and `averaging`: groups, schedule, losses in the log, accumulation, resuming, two processes, calibration.
+"""Tests of `trainer`, `optimizer` and `averaging`: groups, losses in the log, resuming, two processes, calibration.
 
 References are independent: module membership, closed formulas, plain PyTorch, an uninterrupted run.
 """
