@@ -189,9 +189,9 @@ class AttentiveStatsPooling(nn.Module):
         weights = (F.softmax(scores, dim=-1) * mask).unsqueeze(-1)  # (B, T, 1)
         states = hidden_states.float()
         mean = (weights * states).sum(dim=1)
-        # The slope of the variance by the mean is 0, so that no gradient need pass there
+        # The derivative of the variance by the mean is 0: no gradient need pass through the mean
         variance = (weights * (states - mean[:, None].detach()).square()).sum(dim=1)
-        # The slope of a square root is infinite at 0, where a single valid position always is
+        # The derivative of a square root is infinite at 0, and a single valid position has variance 0
         deviation = torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
         return torch.cat([mean, deviation], dim=-1).to(hidden_states.dtype)
 
@@ -258,10 +258,10 @@ class ResidualBlock(nn.Module):
     """
     Bottleneck residual block with LayerNorm after it, in a stack of `classifier_num_layers`.
 
-    Two things make a deep stack of them train. The last Linear starts at zero, so that at the start the block passes
-    its input through (Zhang et al. 2019). And the residual branch is scaled by one over the square root of the depth
-    (Hayou et al. 2021, "Stable ResNet"): without it each LayerNorm shrinks what came before as soon as the branches
-    have grown, and classes merge (`benchmarks/head_depth.py`).
+    Two things make a deep stack of them train. The last Linear starts at zero: at first the block passes its input
+    through (Zhang et al. 2019). And the branch is scaled by one over the square root of the depth (Hayou et al. 2021,
+    "Stable ResNet"). Without the scale, each LayerNorm shrinks its input as soon as the branches have grown, and
+    classes merge (`benchmarks/head_depth.py`).
     """
 
     def __init__(self, config: MMSERConfig):
@@ -319,7 +319,7 @@ class ClassAnchorClustering(nn.Module):
         self.initial_temperature = config.anchor_temperature
         self.projection = nn.Linear(config.feature_size, config.anchor_size)
         self.anchors = nn.Parameter(torch.zeros(config.num_labels, config.anchor_size))
-        # The logarithm is what is learned: the temperature is positive by construction
+        # The logarithm is learned: so the temperature is always positive
         self.log_temperature = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -470,9 +470,8 @@ class MMSERPreTrainedModel(PreTrainedModel):
     @classmethod
     def is_custom_code(cls) -> bool:
         """
-        Not in the library's sense: for code that initialises weights in place it skips `_init_weights` on modules
-        without tensors of their own. `_init_weights` below uses the guarded functions and may be called on every
-        module.
+        False: for code that initialises weights in place, the library skips `_init_weights` on modules without tensors
+        of their own. `_init_weights` below uses the guarded functions, so it may be called on every module.
         """
         return False
 
@@ -826,13 +825,13 @@ class MMSERModel(MMSERPreTrainedModel):
         Standardise, over training clips, each dimension of each layer of the audio encoder and, where
         `config.fusion_norm` is "standardization", of the pooled vectors that enter the fusion.
 
-        Pretrained encoders have a few dimensions that are tens of times larger than the others; every LayerNorm after
-        them would divide the rest away. The numbers are buffers (0 and 1 until fitted): one clip's result does not
-        depend on others, in training or after it. Call it once, before training.
+        Pretrained encoders have a few dimensions that are tens of times larger than the others; a LayerNorm after them
+        makes the others tiny. Mean and scale are buffers (0 and 1 until fitted): the result of a clip does not depend
+        on other clips, in training or after it. Call it once, before training.
 
         Args:
-            dataloader: batches of this model's inputs, gone through once or twice; other keys are passed over. Rows
-                without audio say nothing of the audio, rows without text nothing of the text.
+            dataloader: batches of this model's inputs, read once or twice; other keys are ignored. Rows without audio
+                do not count for the audio, rows without text do not count for the text.
         Raises:
             ValueError: there is no batch.
         """
