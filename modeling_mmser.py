@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MMSER network, top to bottom.
 
-Cross-modal attention, pooling, fusion, the classifier and its companions (anchors, uncertainty, prototypes), then
+Cross-modal attention, pooling, fusion, the classifier and the heads beside it (anchors, uncertainty, prototypes), then
 `MMSERModel` (up to the fused vector) and `MMSERForAudioClassification` (heads, loss, calibration). The encoders are in
 `encoders_mmser.py`, the losses in `losses_mmser.py`, OpenMax in `openmax_mmser.py`. Shape letters: B clips, T audio
 samples or mel frames, Ta audio states, L tokens, D an encoder's width, C classes.

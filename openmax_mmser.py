@@ -25,8 +25,8 @@ Array = np.ndarray | Tensor
 
 class OpenMax(nn.Module):
     """
-    OpenMax (Bendale & Boult 2016): "unknown" takes over from the classes as far as a clip lies in the tail of the
-    distances that members of the class have. w_c is the share of the members of class c that lie nearer than the clip.
+    OpenMax (Bendale & Boult 2016): the farther a clip is from a class, compared with the members of that class, the
+    more of its probability goes to "unknown". w_c is the share of the members of class c that are nearer.
 
     At the level of activations it is as published (algorithms 1 and 2, with the rank weights of the authors' code):
     "unknown" takes omega_r w_c of the activation of the class of rank r, before the softmax. The published rule
@@ -76,8 +76,8 @@ class OpenMax(nn.Module):
         if centroids_per_class:
             shape = (num_labels, centroids_per_class, embedding_size)
             self.register_buffer("centroids", torch.zeros(shape, dtype=torch.float32))
-        # What `fitted` holds after a fit: 1 to 4, by the kind of distance and the level. A checkpoint that was fitted
-        # for another kind then counts as not fitted
+        # What `fitted` holds after a fit: 1 anchors, 2 centroids at the level of activations, 3 and 4 the same at the
+        # level of probabilities. A checkpoint that was fitted for another kind then counts as not fitted
         self.kind = 1.0 + self.has_centroids + 2 * (level == "probability")
         self._known_fits: tuple[bool, bool] | None = None
 

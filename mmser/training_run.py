@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of `train_hf.py`: what to go on from, data, model, work, report.
+"""The steps of `train_hf.py` around the model, which `model_loading` makes.
 
-Read in this order: `find_checkpoint`, `load_data`, `Examples` (how clips become examples),
-`make_trainer`, `train`, `evaluate`, `write_results`.
+Read in this order: `find_checkpoint` (to resume from), `load_data`, `Examples` (how clips become examples),
+`make_trainer`, `train`, `evaluate`, `describe_run`, `write_results`.
 """
 
 import json

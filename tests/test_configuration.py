@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of configuration_mmser: defaults, label maps, refusals, round trips, and what a saved `config.json` says."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny import AUDIO_CONFIGS, tiny_config
 from transformers import BertConfig, Wav2Vec2Config
 
-from configuration_mmser import AUTO_MAP, CUSTOM_PIPELINES, MMSERConfig
+from configuration_mmser import AUTO_MAP, CHECKS, CUSTOM_PIPELINES, MMSERConfig
+from mmser.model_card import _loss_table
 
 
 def test_defaults_are_the_design():
@@ -90,6 +92,23 @@ def test_bad_values_are_refused_by_name(given, message):
     """`StrictDataclassError` is how the library reports what a strict configuration's own checks raise."""
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         MMSERConfig(**given)
+
+
+def own_numbers():
+    """The fields of our own that hold a number."""
+    defaults = {field.name: field.default for field in dataclasses.fields(MMSERConfig)}
+    own = {name: defaults.get(name) for name in vars(MMSERConfig)["__annotations__"]}
+    return {name for name, value in own.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
+def test_every_number_is_checked():
+    assert own_numbers() <= {name for names, _, _ in CHECKS for name in names}
+
+
+def test_every_weight_of_the_loss_is_in_the_card():
+    weights = {name: float(10 + i) for i, name in enumerate(sorted(own_numbers())) if name.endswith("_loss_weight")}
+    table = _loss_table(MMSERConfig(**weights))
+    assert len(weights) >= 5 and all(f" {weight:g} |" in table for weight in weights.values())
 
 
 def test_a_bad_value_set_later_is_refused_when_saving(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the losses and of OpenMax in modeling_mmser, against derivations of their own in float64."""
+"""Tests of `losses_mmser` and `openmax_mmser`, against derivations of their own in float64."""
 
 import copy
 import math
