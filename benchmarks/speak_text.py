@@ -2,13 +2,11 @@
 """Speaks sentences in a flat voice; only the words carry the emotion: `python benchmarks/speak_text.py IN OUT`.
 
 IN holds `{train,validation,test}.csv` with the columns transcription, label, language and license (emotion and corpus
-are optional). Read: `spoken_words` and `draw_settings` (how a sentence is said, whatever its label), `choose` (which
-ones), `speak_split`, `main`. Same seed, same bytes.
+are optional). Same seed, same bytes.
 """
 
 import argparse
 import csv
-import os
 import sys
 import unicodedata
 from collections import Counter
@@ -67,16 +65,9 @@ def draw_settings(split: str, rng: np.random.Generator) -> Settings:
 
 
 def render(words: str, language: str, settings: Settings, engine: Espeak) -> np.ndarray | None:
-    """Speaks words in a monotone.
+    """Speaks what `spoken_words` returns in a monotone.
 
-    Args:
-        words: what `spoken_words` returns.
-        language: a key of `LANGUAGES`.
-        settings: what `draw_settings` returns.
-        engine: eSpeak NG.
-
-    Returns:
-        float64 [T] at 16 kHz in (-1, 1), or None if it would be longer than 12 seconds.
+    Returns: float64 [T] at 16 kHz in (-1, 1), or None if it would be longer than 12 seconds.
     """
     prosody = Prosody(settings.rate, settings.pitch, pitch_range=0, volume=60, tilt=0, fade=0, emphasis=0)
     audio = engine.say(words, LANGUAGES[language], settings.voice, prosody).astype(np.float64)
@@ -90,11 +81,7 @@ def render(words: str, language: str, settings: Settings, engine: Espeak) -> np.
 
 
 def read_table(path: Path) -> list[Row]:
-    """Reads one split.
-
-    Raises:
-        ValueError: the file, a column or a row is not usable.
-    """
+    """The rows of one split. Raises ValueError if the file, a column or the voice of a language is missing."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; the folder must hold {', '.join(f'{s}.csv' for s in SPLITS)}")
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -103,11 +90,7 @@ def read_table(path: Path) -> list[Row]:
     missing = [column for column in REQUIRED if column not in columns]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(columns) or 'none'}")
-    if not rows:
-        raise ValueError(f"{path} has no rows")
     for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise ValueError(f"{path}, row {number}: the number of cells differs from the number of columns")
         if row["language"] not in LANGUAGES:
             raise ValueError(f"{path}, row {number}: no voice for {row['language']!r}, only {', '.join(LANGUAGES)}")
     return rows
@@ -131,8 +114,7 @@ def speak_split(
 ) -> tuple[list[Row], Counter, float]:
     """Writes the audio of one split and its `metadata.csv`.
 
-    Returns:
-        The rows of `metadata.csv`, how many sentences were left out and why, and the seconds of audio.
+    Returns: the rows of `metadata.csv`, how many sentences were left out and why, and the seconds of audio.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Row] = []
@@ -163,31 +145,19 @@ def speak_split(
     return written, left_out, samples / SAMPLING_RATE
 
 
-def speak_text(
-    table_dir: str | os.PathLike, output_dir: str | os.PathLike, limits: dict[str, int], seed: int = 42
-) -> str:
-    """Writes the corpus: `{train,validation,test}/metadata.csv` with 16 kHz FLAC files.
+def speak_text(table_dir: Path, output_dir: Path, limits: dict[str, int], seed: int = 42) -> str:
+    """Writes `{train,validation,test}/metadata.csv` with 16 kHz FLAC files, `limits` sentences of each split at most.
 
-    Args:
-        table_dir: folder with `{train,validation,test}.csv`.
-        output_dir: new or empty folder.
-        limits: the most sentences of each split.
-        seed: of the choice of sentences and of how they are said.
-
-    Returns:
-        A summary: clips and seconds per split, and what was left out.
-
+    Returns: clips and seconds of each split, and what was left out.
     Raises:
         FileExistsError: `output_dir` is not empty; nothing in it is touched.
         ImportError: espeakng-loader is not installed.
-        ValueError: a table or an argument is not usable.
+        ValueError: see `read_table`.
     """
-    if seed < 0 or any(limit < 1 for limit in limits.values()):
-        raise ValueError(f"seed must not be negative and limits must be at least 1, got {seed} and {limits}")
-    tables = {split: read_table(Path(table_dir) / f"{split}.csv") for split in SPLITS}
-    engine, folder = Espeak(), Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; give a new or empty folder")
+    tables = {split: read_table(table_dir / f"{split}.csv") for split in SPLITS}
+    engine = Espeak()
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} exists and is not empty; give a new or empty folder")
     chosen = {
         split: choose(rows, limits[split], np.random.default_rng((seed, number)))
         for number, (split, rows) in enumerate(tables.items())
@@ -195,7 +165,7 @@ def speak_text(
     lines = []
     with tqdm(total=sum(map(len, chosen.values())), unit="sentence", desc="speaking") as progress:
         for number, (split, rows) in enumerate(chosen.items()):
-            written, left_out, seconds = speak_split(folder / split, rows, engine, (seed, number), progress)
+            written, left_out, seconds = speak_split(output_dir / split, rows, engine, (seed, number), progress)
             lines.append(f"{split}: {len(written)} clips, {seconds:.0f} s; left out: {dict(left_out) or 'none'}")
     return "\n".join(lines)
 
@@ -206,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Speak emotional sentences in a flat eSpeak NG voice, so that only the words carry the emotion.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("table_dir", help="folder with train.csv, validation.csv and test.csv")
-    parser.add_argument("output_dir", help="new or empty folder")
+    parser.add_argument("table_dir", type=Path, help="folder with train.csv, validation.csv and test.csv")
+    parser.add_argument("output_dir", type=Path, help="new or empty folder")
     for split, limit in zip(SPLITS, (3000, 400, 800), strict=True):
         parser.add_argument(f"--max_{split}", type=int, default=limit, help=f"most sentences in {split}")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")
