@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What MMSER has to beat on real speech: the largest class, hand-made features, a linear probe, fine-tuned Whisper.
 
-Read: `hand_made_features` (needs librosa, ISC licence; openSMILE's own licence is for research only), `linear_probe`
-(for hand-made features and for pooled states of a frozen encoder), `fine_tune_whisper`, then the rows that
-`real_speech.py` has of them. Choices are made on validation clips alone. Classes are ids from 0.
+Hand-made features need librosa (ISC licence; openSMILE's own licence is for research only). Choices are made on
+validation clips alone. Classes are ids from 0. The last functions are rows of `real_speech.py`.
 """
 
 import copy
@@ -11,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -59,21 +59,11 @@ def hand_made_features(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
     Args:
         waveform: float [T] in [-1, 1].
         sampling_rate: in Hz.
-
-    Returns:
-        float64 [73], named by `FEATURE_NAMES`; always finite. Frequencies are in Hz, but range and standard deviation
-        of the pitch in semitones, and energies in dB.
-
-    Raises:
-        ImportError: librosa is not installed.
-        ValueError: the waveform is empty or not one-dimensional.
+    Returns: float64 [73], named by `FEATURE_NAMES`; always finite. Frequencies are in Hz, but range and standard
+        deviation of the pitch in semitones, and energies in dB.
     """
-    try:
-        import librosa
-    except ImportError as error:
-        raise ImportError("hand-made features need librosa: pip install librosa") from error
-    if np.ndim(waveform) != 1 or not len(waveform):
-        raise ValueError(f"the waveform must be one-dimensional and not empty, got the shape {np.shape(waveform)}")
+    import librosa  # not needed by the other baselines
+
     size, hop = round(0.032 * sampling_rate), round(0.010 * sampling_rate)  # 32 ms windows every 10 ms
     longest = 2 * math.ceil(sampling_rate / LOWEST)  # the window for the pitch holds two of its longest periods
     audio = np.asarray(waveform, np.float32)
@@ -84,22 +74,16 @@ def hand_made_features(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
     energy = librosa.power_to_db(librosa.feature.rms(S=spectrum, frame_length=size) ** 2, top_db=None)
     zero_crossings = librosa.feature.zero_crossing_rate(audio, frame_length=size, hop_length=hop)
     shape = {"S": spectrum, "sr": sampling_rate}
-    frames = np.concatenate(
-        (
-            mfcc,
-            librosa.feature.delta(mfcc, mode="nearest"),
-            energy,
-            librosa.feature.delta(energy, mode="nearest"),
-            zero_crossings,
-            librosa.feature.spectral_centroid(**shape),
-            librosa.feature.spectral_bandwidth(**shape),
-            librosa.feature.spectral_rolloff(**shape),
-            librosa.feature.spectral_flatness(S=spectrum),
-        )
-    ).astype(np.float64)  # [33, frames]
-    pitch = librosa.yin(
-        audio, fmin=LOWEST, fmax=HIGHEST, sr=sampling_rate, frame_length=2 * longest, hop_length=hop
-    )  # [frames]
+    parts = [part for own in (mfcc, energy) for part in (own, librosa.feature.delta(own, mode="nearest"))]
+    parts += [
+        zero_crossings,
+        librosa.feature.spectral_centroid(**shape),
+        librosa.feature.spectral_bandwidth(**shape),
+        librosa.feature.spectral_rolloff(**shape),
+        librosa.feature.spectral_flatness(S=spectrum),
+    ]
+    frames = np.concatenate(parts).astype(np.float64)  # [33, frames]
+    pitch = librosa.yin(audio, fmin=LOWEST, fmax=HIGHEST, sr=sampling_rate, frame_length=2 * longest, hop_length=hop)
     quiet, loud = np.percentile(energy, (5, 95))
     # Voiced: loud enough, few zero crossings, and no pitch at the ends of the range, where YIN puts what has none
     voiced = (energy[0] > max(loud - 25.0, -70.0)) & (zero_crossings[0] < 0.2)
@@ -124,15 +108,8 @@ COSTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression: the inv
 
 
 def mean_and_std(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Pools the states of an encoder over time.
-
-    Args:
-        states: float [clips, frames, layers, D].
-        attention_mask: [clips, frames], 1 for frames of the clip; at least one each.
-
-    Returns:
-        float32 [clips, layers, 2 D]: the mean, then the standard deviation, over the frames of each clip.
-    """
+    """Mean and standard deviation [clips, layers, 2 D] over time of states [clips, frames, layers, D]; the mask is
+    [clips, frames], 1 for frames of the clip."""
     mask = attention_mask.to(torch.float32)[:, :, None, None]
     states, count = states.float(), mask.sum(1)
     mean = (states * mask).sum(1) / count
@@ -141,49 +118,27 @@ def mean_and_std(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Te
 
 
 def linear_probe(
-    train_features: np.ndarray,
+    train: np.ndarray,
     train_labels: np.ndarray,
-    validation_features: np.ndarray,
+    validation: np.ndarray,
     validation_labels: np.ndarray,
-    evaluation_features: np.ndarray,
-    costs: Sequence[float] = COSTS,
+    test: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Standardises features by the training clips and fits a logistic regression.
+    """A logistic regression on one layer of features [clips, layers, D] that are standardised by the training clips.
 
-    Args:
-        train_features: float [clips, D], or [clips, layers, D] to choose one layer.
-        train_labels: int [clips]; every class must occur.
-        validation_features, validation_labels: the layer and C with the best weighted F1 here are chosen.
-        evaluation_features: of the clips to predict.
-        costs: candidates for C.
-
-    Returns:
-        Probabilities [clips, classes] of the evaluation clips, and a dict with the chosen `layer` and `cost` and their
-        `validation_weighted_f1`.
-
-    Raises:
-        ValueError: the features do not fit together, or a class has no training clip.
+    Returns: class ids [clips] of the test clips, and a dict with the `layer` and the `cost` that are best on the
+        validation clips, and their `validation_weighted_f1`.
     """
-    features = [np.asarray(part) for part in (train_features, validation_features, evaluation_features)]
-    features = [part[:, None] if part.ndim == 2 else part for part in features]
-    if any(part.ndim != 3 or part.shape[1:] != features[0].shape[1:] for part in features):
-        raise ValueError(
-            f"features must be [clips, D] or [clips, layers, D] alike, got {[part.shape for part in features]}"
-        )
-    missing = np.flatnonzero(np.bincount(train_labels, minlength=1 + max(validation_labels)) == 0)
-    if len(missing):
-        raise ValueError(f"no training clip has the label {', '.join(map(str, missing))}")
-    train, validation, evaluation = features
     best: Any = None
     chosen: dict[str, Any] = {"validation_weighted_f1": -1.0}
     for layer in range(train.shape[1]):
-        for cost in costs:
+        for cost in COSTS:
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=cost, max_iter=1000))
             probe.fit(train[:, layer], train_labels)
             score = f1_score(validation_labels, probe.predict(validation[:, layer]), average="weighted")
             if score > chosen["validation_weighted_f1"]:
                 best, chosen = probe, {"layer": layer, "cost": cost, "validation_weighted_f1": float(score)}
-    return best.predict_proba(evaluation[:, chosen["layer"]]), chosen
+    return best.predict(test[:, chosen["layer"]]), chosen
 
 
 # ---- Transformers' own audio classifier
@@ -195,20 +150,13 @@ NOT_PREDICTIONS = ["hidden_states", "attentions"]  # with a weighted sum of laye
 def load_whisper_classifier(
     encoder: str, label_names: Sequence[str], window_seconds: int = 8
 ) -> tuple[WhisperForAudioClassification, Any]:
-    """Transformers' own classifier on the weighted layers of a pretrained Whisper encoder, for a shorter window.
+    """Transformers' own classifier on the weighted layers of a pretrained Whisper encoder, and its feature extractor.
+    What a clip has beyond `window_seconds` is cut off.
 
     Whisper pads every clip to its window of 30 s. Its positions are sinusoidal: the first rows serve a shorter one.
 
-    Args:
-        encoder: name on the Hub, or a folder with the encoder's weights; a decoder is not needed.
-        label_names: in the order of their ids.
-        window_seconds: of every clip; what a clip has beyond them is cut off.
-
-    Returns:
-        The model, in float32 and with a random head, and its feature extractor.
-
     Raises:
-        ValueError: the window is too long, or the encoder's weights are not there.
+        ValueError: the folder or the Hub's model lacks weights of the encoder.
     """
     loaded: Any = WhisperForAudioClassification.from_pretrained(
         encoder,
@@ -223,39 +171,27 @@ def load_whisper_classifier(
     missing = sorted(key for key in info["missing_keys"] if key.startswith("encoder."))
     if missing:
         raise ValueError(f"{encoder} lacks {len(missing)} weights of the encoder: {', '.join(missing[:3])}, ...")
-    positions, longest = round(window_seconds / SECONDS_PER_POSITION), model.config.max_source_positions
-    if not 0 < positions <= longest:
-        raise ValueError(f"window_seconds must be 1 to {longest * SECONDS_PER_POSITION:g}, got {window_seconds}")
+    positions = round(window_seconds / SECONDS_PER_POSITION)
     weight = model.encoder.embed_positions.weight[:positions].detach().clone()
     model.encoder.embed_positions = nn.Embedding.from_pretrained(weight, freeze=True)
     model.config.max_source_positions = model.encoder.max_source_positions = positions
     return model, AutoFeatureExtractor.from_pretrained(encoder, chunk_length=window_seconds)
 
 
-class _Collator:
+def collate(feature_extractor: Any, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Log-mel features and labels of a batch of examples."""
-
-    def __init__(self, feature_extractor):
-        self.feature_extractor = feature_extractor
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.feature_extractor(
-            [example["audio"] for example in examples],
-            sampling_rate=self.feature_extractor.sampling_rate,
-            return_tensors="pt",
-        )
-        return {
-            "input_features": batch["input_features"],
-            "labels": torch.tensor([example["labels"] for example in examples]),
-        }
+    audio = [example["audio"] for example in examples]
+    batch = feature_extractor(audio, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
+    labels = torch.tensor([example["labels"] for example in examples])
+    return {"input_features": batch["input_features"], "labels": labels}
 
 
-class _TrainingClock(TrainerCallback):
-    """Adds up the seconds of training without the evaluation between epochs, and stops when they are used up."""
+class TrainingClock(TrainerCallback):
+    """Seconds of each epoch without the evaluation after it; stops the training when `budget` seconds are used up."""
 
-    def __init__(self, budget: float | None = None):
+    def __init__(self, budget: float = math.inf):
         self.budget = budget
-        self.seconds = 0.0
+        self.epochs: list[float] = []
         self.step_ends: list[float] = []
         self.used_up = False
 
@@ -264,12 +200,12 @@ class _TrainingClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step_ends.append(time.perf_counter())
-        elapsed = self.seconds + self.step_ends[-1] - self._begin
-        if self.budget is not None and elapsed >= self.budget and state.global_step < state.max_steps:
+        elapsed = sum(self.epochs) + self.step_ends[-1] - self._begin
+        if elapsed >= self.budget and state.global_step < state.max_steps:
             control.should_training_stop = self.used_up = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.seconds += time.perf_counter() - self._begin
+        self.epochs.append(time.perf_counter() - self._begin)
 
 
 def _weighted_f1(prediction) -> dict[str, float]:
@@ -277,14 +213,12 @@ def _weighted_f1(prediction) -> dict[str, float]:
     return {"weighted_f1": float(f1_score(prediction.label_ids, predicted, average="weighted"))}
 
 
-def _seconds_per_step(model: nn.Module, num_steps: int, arguments: dict[str, Any], **trainer_options) -> float:
+def _seconds_per_step(model: nn.Module, arguments: dict[str, Any], **trainer_options) -> float:
     """The median time of a step, reading of the data included, of a copy of the model that is thrown away."""
-    clock = _TrainingClock()
-    plain = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "max_steps": num_steps}
-    trainer = Trainer(
-        copy.deepcopy(model), TrainingArguments(**{**arguments, **plain}), callbacks=[clock], **trainer_options
-    )
-    trainer.train()
+    clock = TrainingClock()
+    plain = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "max_steps": 8}
+    options = TrainingArguments(**{**arguments, **plain})
+    Trainer(copy.deepcopy(model), options, callbacks=[clock], **trainer_options).train()
     return float(np.median(np.diff(clock.step_ends)))
 
 
@@ -297,37 +231,27 @@ def fine_tune_whisper(
     *,
     max_seconds_of_training: float,
     window_seconds: int = 8,
-    learning_rate: float = 5e-5,
-    num_epochs: float = 40,
+    num_epochs: int = 40,
     batch_size: int = 16,
     seed: int = 42,
-    measured_steps: int = 8,
     **training_arguments,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Fine-tunes `WhisperForAudioClassification` with `transformers.Trainer`, keeping the epoch best on validation.
 
-    Args:
-        encoder, label_names, window_seconds: of `load_whisper_classifier`.
-        train, validation, test: clips with audio, at the sampling rate of the encoder.
-        max_seconds_of_training: the number of steps, and with it the course of the learning rate, is chosen for this
-            time from that of `measured_steps` steps; training stops when it is used up. Evaluation does not count.
-        learning_rate: reached after a tenth of the steps, then falling to 0 at the last one.
-        num_epochs: at most.
-        batch_size, seed, measured_steps: clips per step; of the head and the order of the clips; at least 3.
-        **training_arguments: of `transformers.TrainingArguments`, such as bf16 or disable_tqdm.
+    The number of steps, and with it the course of the learning rate, is chosen for `max_seconds_of_training` from the
+    time of a few steps, for `num_epochs` at most; training stops when the time is used up. Evaluation does not count.
 
-    Returns:
-        Predicted class ids [clips] of the test, and a dict of what the training took.
+    Returns: class ids [clips] of the test, and what the training took.
     """
     set_seed(seed)
     model, feature_extractor = load_whisper_classifier(encoder, label_names, window_seconds)
-    data: dict[str, Any] = {"train_dataset": train, "data_collator": _Collator(feature_extractor)}
+    data: dict[str, Any] = {"train_dataset": train, "data_collator": partial(collate, feature_extractor)}
     with tempfile.TemporaryDirectory() as folder:
         arguments: dict[str, Any] = {
             "output_dir": folder,
             "per_device_train_batch_size": batch_size,
             "per_device_eval_batch_size": batch_size,
-            "learning_rate": learning_rate,
+            "learning_rate": 5e-5,
             "warmup_steps": 0.1,  # a share
             "seed": seed,
             "eval_strategy": "epoch",
@@ -340,10 +264,10 @@ def fine_tune_whisper(
             "report_to": "none",
             **training_arguments,
         }
-        seconds_per_step = _seconds_per_step(model, measured_steps, arguments, **data)
-        most = math.ceil(num_epochs * math.ceil(len(train) / batch_size))
+        seconds_per_step = _seconds_per_step(model, arguments, **data)
+        most = num_epochs * math.ceil(len(train) / batch_size)
         steps = min(most, max(1, int(max_seconds_of_training / seconds_per_step)))
-        clock = _TrainingClock(max_seconds_of_training)
+        clock = TrainingClock(max_seconds_of_training)
         trainer = Trainer(
             model,
             TrainingArguments(**{**arguments, "max_steps": steps}),
@@ -355,7 +279,7 @@ def fine_tune_whisper(
         trainer.train(ignore_keys_for_eval=NOT_PREDICTIONS)
         logits = trainer.predict(test, ignore_keys=NOT_PREDICTIONS).predictions
     return np.asarray(logits).argmax(axis=-1), {
-        "training_seconds": clock.seconds,
+        "training_seconds": sum(clock.epochs),
         "steps": trainer.state.global_step,
         "planned_steps": steps,
         "epochs": trainer.state.epoch,
@@ -385,11 +309,11 @@ def _probe(data_dir: str, features_of: Callable[[datasets.Dataset], np.ndarray])
     start = time.perf_counter()
     clips = [(features_of(splits[name]), np.array(splits[name]["labels"])) for name in ("train", "validation", "test")]
     (test, labels), groups = clips.pop(), groups_of(splits["test"])
-    probabilities, chosen = linear_probe(*clips[0], *clips[1], test)
+    predictions, chosen = linear_probe(*clips[0], *clips[1], test)
     return {
         "training_seconds": time.perf_counter() - start,
         "validation_weighted_f1": chosen.pop("validation_weighted_f1"),
-        "scores": score("audio_only", probabilities.argmax(axis=1), labels, label_names, groups),
+        "scores": score("audio_only", predictions, labels, label_names, groups),
         "details": chosen,
     }
 
@@ -400,7 +324,7 @@ def probe_hand_made_features(data_dir: str) -> dict[str, Any]:
     def features_of(clips: datasets.Dataset) -> np.ndarray:
         dataset: Any = EmotionDataset(clips, use_text=False)
         rows = (dataset[index]["audio"] for index in logging.tqdm(range(len(dataset)), "hand-made features"))
-        return np.stack([hand_made_features(audio, dataset.reader.sampling_rate) for audio in rows])
+        return np.stack([[hand_made_features(audio, dataset.reader.sampling_rate)] for audio in rows])  # one layer
 
     return _probe(data_dir, features_of)
 
@@ -428,9 +352,7 @@ def probe_encoder(data_dir: str, audio_encoder: str, text_encoder: str) -> dict[
 def whisper(data_dir: str, audio_encoder: str, seconds: float, seed: int) -> dict[str, Any]:
     """Transformers' own classifier, with so many seconds of training."""
     splits, label_names = load_emotion_dataset(data_dir)
-    train, validation, test = (
-        EmotionDataset(splits[name], use_text=False) for name in ("train", "validation", "test")
-    )
+    train, validation, test = (EmotionDataset(splits[n], use_text=False) for n in ("train", "validation", "test"))
     predictions, details = fine_tune_whisper(
         audio_encoder,
         train,
@@ -445,9 +367,5 @@ def whisper(data_dir: str, audio_encoder: str, seconds: float, seed: int) -> dic
     )
     columns = ("training_seconds", "validation_weighted_f1", "parameters", "trainable_parameters")
     scores = score("audio_only", predictions, splits["test"]["labels"], label_names, groups_of(splits["test"]))
-    return {
-        **{name: details.pop(name) for name in columns},
-        "scores": scores,
-        "details": details,
-        "dtype": "bfloat16 autocast",
-    }
+    result = {name: details.pop(name) for name in columns}
+    return {**result, "scores": scores, "details": details, "dtype": "bfloat16 autocast"}

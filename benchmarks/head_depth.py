@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Wav2Vec2FeatureExtractor, get_cosine_sch
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.tables import ROOT, Row, add_output_arguments, publish, read_results, table
+from benchmarks.tables import ROOT, Row, parse_arguments, publish, read_results, table
 from configuration_mmser import DEFAULT_LABELS, MMSERConfig
 from mmser.metrics import compute_classification_metrics
 from mmser.optimizer import parameter_groups
@@ -74,11 +74,8 @@ def train(variant: str, seed: int, arguments: argparse.Namespace) -> Row:
     model.eval()
     with torch.no_grad():
         predictions = model(**processor(text=test_texts)).logits.argmax(dim=-1)
-    return {
-        "variant": variant,
-        "seed": seed,
-        **compute_classification_metrics(predictions, test_labels, DEFAULT_LABELS),
-    }
+    metrics = compute_classification_metrics(predictions, test_labels, DEFAULT_LABELS)
+    return {"variant": variant, "seed": seed, **metrics}
 
 
 def summarise(lines: Sequence[Row]) -> list[Row]:
@@ -104,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=16)
-    add_output_arguments(parser, "head_depth")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, "head_depth", arguments)
     if options.from_results:
         report, lines = read_results(options.output)
     else:

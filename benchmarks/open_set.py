@@ -3,8 +3,8 @@
 
     python benchmarks/open_set.py --checkpoint runs/ser4 --data_dir ser4 --ood_dir ser4/ood --use_amp
 
-Read: the forms, the predictions, the scores, `measure`, `compare`. A form is to be chosen on the validation split, on
-unknown emotions of its speakers and on noise of another seed than in the test; the test has other clips and speakers.
+Forms are chosen on the validation split, on unknown emotions of its speakers and on noise of another seed than in the
+test; the test has other clips and speakers.
 """
 
 import argparse
@@ -20,19 +20,17 @@ from scipy.spatial.distance import cdist
 from sklearn.covariance import LedoitWolf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.tables import Row, add_output_arguments, publish, read_results, table
+from benchmarks.tables import Row, parse_arguments, publish, read_results, table
 from configuration_mmser import MMSERConfig
 from demo import synthesize_non_speech
 from mmser.arguments import MMSERTrainingArguments
-from mmser.batches import MMSERDataCollator
-from mmser.evaluation_run import load_label_names
+from mmser.evaluation_run import load_label_names, load_trainer
 from mmser.examples import EmotionDataset
 from mmser.loading import load_emotion_dataset, load_emotion_split
 from mmser.open_set import auroc, fpr_at_95_tpr, knn_distance, oscr
 from mmser.results import environment
 from mmser.scores import open_set_scores, predict_clips
-from mmser.trainer import MMSERTrainer
-from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from modeling_mmser import register_auto_classes
 from openmax_mmser import OpenMax
 from processing_mmser import MMSERProcessor
 
@@ -83,9 +81,6 @@ def load_tables(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All sets of clips by name; those that are no speech are made in `folder`."""
     label_names = load_label_names(str(arguments.checkpoint))
     tables = dict(load_emotion_dataset(arguments.data_dir, label_names=label_names)[0])
-    missing = {"train", "validation", "test"} - set(tables)
-    if missing:
-        raise ValueError(f"--data_dir has no {', '.join(sorted(missing))} split.")
     unknown = load_emotion_split(arguments.ood_dir, label_names=label_names)
     tables[WHOLE] = unknown.select([i for i, label in enumerate(unknown["labels"]) if label < 0])
     for name, (clips, seed) in NON_SPEECH.items():
@@ -98,7 +93,6 @@ def predict(arguments: argparse.Namespace) -> tuple[dict[str, Outputs], dict[str
     """What the model says of every clip, by set, and what it said it with."""
     register_auto_classes()
     processor = MMSERProcessor.from_pretrained(arguments.checkpoint)
-    model = MMSERForAudioClassification.from_pretrained(arguments.checkpoint)
     clips: dict[str, Outputs] = {}
     with tempfile.TemporaryDirectory() as folder:
         options = MMSERTrainingArguments(
@@ -109,12 +103,13 @@ def predict(arguments: argparse.Namespace) -> tuple[dict[str, Outputs], dict[str
             eval_strategy="no",
             save_strategy="no",
         )
-        trainer = MMSERTrainer(model, options, data_collator=MMSERDataCollator(processor), processing_class=processor)
+        trainer = load_trainer(str(arguments.checkpoint), processor, options)
         for name, rows in load_tables(arguments, Path(folder)).items():
             dataset = EmotionDataset(rows, sampling_rate=processor.feature_extractor.sampling_rate)
             clips[name] = predict_clips(trainer, dataset, rows["row"])
             for column in ("corpus", "speaker"):
                 clips[name][column] = np.array(rows[column] if column in rows.column_names else [""] * len(rows))
+    model: Any = trainer.model
     dtype = f"{'bfloat16' if options.bf16 else 'float16'} autocast" if arguments.use_amp else "float32"
     settings = {name: value for name, value in vars(model.config).items() if name.startswith("openmax_")}
     made_with = {"dtype": dtype, "batch_size": arguments.batch_size, "temperature": model.temperature.item()}
@@ -217,14 +212,13 @@ def measure(method: str, scored: Sequence[Scores], clips: Mapping[str, Outputs])
 
 
 def compare(ours: Scores, rivals: Mapping[str, Scores], correct: np.ndarray, num_samples: int = 500) -> list[Row]:
-    """
-    By how much a score is better than its rivals on the mean of the final sets (positive = better).
+    """By how much a score is better than its rivals on the mean of the final sets (positive = better).
 
     Args:
         ours, rivals: scores of the test clips and of the sets of `FINAL`.
         correct: whether a test clip is classified right.
         num_samples: resamples of the clips of each set, the same for all scores, for the 95 % percentile interval.
-    Returns: a row for each rival with the gain in each metric and the ends of its interval, [gain, low, high].
+    Returns: a row for each rival; of each metric [gain, low, high].
     """
     rng = np.random.default_rng(0)
     sets = ("test", *FINAL)
@@ -285,11 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ood_dir", type=Path, help="clips of emotions that are none of the classes")
     parser.add_argument("--use_amp", action="store_true", help="mixed precision")
     parser.add_argument("--batch_size", type=int, default=16)
-    add_output_arguments(parser, "open_set")
-    options = parser.parse_args(arguments)
-    missing = [name for name in ("checkpoint", "data_dir", "ood_dir") if getattr(options, name) is None]
-    if missing and not options.from_results:
-        parser.error(f"--{', --'.join(missing)} must be given, unless --from_results shows what was measured before")
+    options = parse_arguments(parser, "open_set", arguments, ("checkpoint", "data_dir", "ood_dir"))
     report = read_results(options.output)[0] if options.from_results else run(options)
     publish(make_tables(report), report, [], options)
 

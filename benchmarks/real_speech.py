@@ -5,8 +5,8 @@
         --text_encoder intfloat/multilingual-e5-small --spoken_text_dir spoken
     python benchmarks/real_speech.py --from_results --write_docs
 
-Read: the rows, `Study` (which runs there are, and what is left to do), the runs, the results, the tables. A finished
-run has a `result.json` in `--work_dir`, so the same command goes on where it was stopped. Tables are of test clips.
+A finished run has a `result.json` in `--work_dir`, so the same command goes on where it was stopped. Tables are of
+test clips.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import train_hf
 from benchmarks import baselines
 from benchmarks.modalities import METRICS, Lines, autocast_of, examine_checkpoint, groups_of, score
 from benchmarks.real_speech_tables import ALONE, BEST, FROZEN, HEARD, RUN_COLUMNS, TABLES, TUNED, make_tables
-from benchmarks.tables import ROOT, add_output_arguments, publish, read_results, table
+from benchmarks.tables import ROOT, parse_arguments, publish, read_results, table
 from mmser.export import export_checkpoint
 from mmser.loading import load_emotion_dataset
 from mmser.results import RESULTS_NAME, environment
@@ -442,7 +442,7 @@ def collect(study: Study) -> tuple[Tree, Lines]:
     return {"environments": environments, "data": data, "rows": rows}, lines
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", help="real speech: train, validation and test with metadata.csv")
     parser.add_argument("--audio_encoder", help="Hub name or folder")
@@ -458,17 +458,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--list", action="store_true", help="show rows and what is finished, and stop")
     parser.add_argument("--report_only", action="store_true", help="no runs, only the tables of what is finished")
-    add_output_arguments(parser, "real_speech")
-    parsed = parser.parse_args(arguments)
-    missing = [name for name in ("data_dir", "audio_encoder", "text_encoder") if getattr(parsed, name) is None]
-    if missing and not parsed.from_results:
-        parser.error(f"--{', --'.join(missing)} must be given, unless --from_results shows what was measured before")
-    return parsed
+    return parse_arguments(parser, "real_speech", arguments, ("data_dir", "audio_encoder", "text_encoder"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit status: 1 if a run failed."""
-    options = parse_arguments(arguments)
+    options = parse_flags(arguments)
     if options.from_results:
         report, lines = read_results(options.output)
         publish(make_tables(report, lines), report, lines, options)

@@ -12,13 +12,13 @@ and ratios are medians of the ratios of each turn. Updates `benchmarks/results/s
 import argparse
 import contextlib
 import gc
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,12 @@ import datasets
 import numpy as np
 import soundfile
 import torch
-from transformers import (
-    AutoModel,
-    BertTokenizer,
-    TrainerCallback,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForSequenceClassification,
-)
+from transformers import AutoModel, BertTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.tables import Row, add_output_arguments, publish, read_results, short_json, table, three_digits
+from benchmarks.baselines import TrainingClock
+from benchmarks.tables import Row, parse_arguments, publish, read_results, short_json, table, three_digits
 from configuration_mmser import MMSERConfig
 from mmser.arguments import MMSERTrainingArguments
 from mmser.batches import MMSERDataCollator
@@ -56,25 +51,11 @@ BATCH_SIZES = (1, 8, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLOOR, OURS, AUDIO_ALONE, STOCK = "bare encoders", "MMSER", "MMSER, audio alone", "Wav2Vec2ForSequenceClassification"
 
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+AUDIO = {"conv_dim": [8] * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 TINY: dict[str, Any] = {
-    "audio_config": {
-        "model_type": "wav2vec2",
-        "conv_dim": [8] * 7,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_conv_pos_embeddings": 4,
-        "num_conv_pos_embedding_groups": 2,
-    },
-    "text_config": {
-        "model_type": "bert",
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    },
+    "audio_config": {"model_type": "wav2vec2", **AUDIO, **SMALL},
+    "text_config": {"model_type": "bert", "vocab_size": 64, **SMALL},
 }
 
 
@@ -95,10 +76,9 @@ def build_model(kind: str, arguments: argparse.Namespace, dtype: torch.dtype = t
     """One of `FLOOR` (a `ModuleList`), `OURS` and `STOCK`, in eval mode on the device."""
     torch.manual_seed(0)
     config = build_config(arguments)
+    model: Any
     if kind == FLOOR:
-        model: Any = torch.nn.ModuleList(
-            [AutoModel.from_config(config.audio_config), AutoModel.from_config(config.text_config)]
-        )
+        model = torch.nn.ModuleList(AutoModel.from_config(part) for part in (config.audio_config, config.text_config))
     elif kind == STOCK:
         stock: Any = config.audio_config
         stock.num_labels = config.num_labels
@@ -113,10 +93,8 @@ def build_batch(batch_size: int, arguments: argparse.Namespace, dtype: torch.dty
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(batch_size, round(seconds * RATE), generator=generator).to(arguments.device, dtype)
     ids = torch.randint(5, 64, (batch_size, TOKENS), generator=generator).to(arguments.device)
-    return {"input_values": values, "attention_mask": torch.ones_like(values, dtype=torch.long)}, {
-        "input_ids": ids,
-        "text_attention_mask": torch.ones_like(ids),
-    }
+    audio = {"input_values": values, "attention_mask": torch.ones_like(values, dtype=torch.long)}
+    return audio, {"input_ids": ids, "text_attention_mask": torch.ones_like(ids)}
 
 
 def forward_passes(
@@ -145,16 +123,12 @@ def forward_passes(
 # ---- how it is measured
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     function()
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -163,10 +137,11 @@ def in_turns(functions: Mapping[Any, Callable[[], Any]], repeats: int, device: t
     for function in functions.values():
         function()
     seconds: dict[Any, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats):
-        names = list(functions)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    names = list(functions)
+    for _ in range(repeats):
+        for name in names:
             seconds[name].append(seconds_of(functions[name], device))
+        names = names[1:] + names[:1]
     return {name: np.array(values) for name, values in seconds.items()}
 
 
@@ -196,13 +171,15 @@ def _status(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
 
 
-def in_child(function: str, arguments: argparse.Namespace, **options: Any) -> dict[str, Any]:
-    """Call a function of this file in a process of its own, of which the memory can be told."""
-    job = json.dumps({"function": function, "options": options})
-    flags = ["--size", arguments.size, "--threads", str(arguments.threads), "--device", str(arguments.device)]
-    command = [sys.executable, __file__, "--child", job, *flags]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+def in_child(function: Callable[..., Row], arguments: argparse.Namespace, **options: Any) -> Row:
+    """Call a function of this file in a process of its own, whose memory can be measured."""
+    with ProcessPoolExecutor(1, get_context("spawn"), prepare, (arguments,)) as child:
+        return child.submit(function, arguments, **options).result()
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
 
 
 # ---- sections: each returns its rows
@@ -228,28 +205,30 @@ def forward(arguments: argparse.Namespace) -> list[Row]:
 
 def memory(arguments: argparse.Namespace) -> list[Row]:
     """Peak memory of a forward pass at batch 8 and of a training step at batch 16, 5 s clips with 24 tokens."""
-    jobs: list[tuple[str, Row]] = [("forward_memory", {"name": name}) for name in (FLOOR, OURS, AUDIO_ALONE, STOCK)]
-    jobs += [("training_memory", {"checkpointing": value}) for value in (False, True)]
-    return [
-        in_child(function, arguments, dtype_name=dtype, **options) for function, options in jobs for dtype in DTYPES
+    rows = [
+        in_child(forward_memory, arguments, name=name, dtype=dtype)
+        for name in (FLOOR, OURS, AUDIO_ALONE, STOCK)
+        for dtype in DTYPES
+    ]
+    return rows + [
+        in_child(training_memory, arguments, checkpointing=checkpointing, dtype=dtype)
+        for checkpointing in (False, True)
+        for dtype in DTYPES
     ]
 
 
-def forward_memory(arguments: argparse.Namespace, name: str, dtype_name: str) -> dict[str, Any]:
-    kind, dtype = OURS if name == AUDIO_ALONE else name, DTYPES[dtype_name]
-    functions = forward_passes({kind: build_model(kind, arguments, dtype)}, 8, arguments, dtype)
+@torch.no_grad()
+def forward_memory(arguments: argparse.Namespace, name: str, dtype: str) -> Row:
+    kind = OURS if name == AUDIO_ALONE else name
+    models = {kind: build_model(kind, arguments, DTYPES[dtype])}
+    run = forward_passes(models, 8, arguments, DTYPES[dtype])[name]
     before = start_peak(arguments.device)
-    with torch.no_grad():
-        functions[name]()
-    return {
-        "what": f"{name}, forward, batch 8",
-        "dtype": dtype_name,
-        "peak MB": peak_memory(arguments.device),
-        "before MB": before,
-    }
+    run()
+    memory = {"peak MB": peak_memory(arguments.device), "before MB": before}
+    return {"what": f"{name}, forward, batch 8", "dtype": dtype, **memory}
 
 
-def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype_name: str) -> dict[str, Any]:
+def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype: str) -> Row:
     """Steps of AdamW on all weights; bf16 is mixed precision, as in training."""
     batch_size = 16 if arguments.size == "full" else 2
     model = build_model(OURS, arguments).train()
@@ -260,7 +239,7 @@ def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype_na
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step():
-        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=dtype_name == "bf16"):
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             loss = model(**audio, **text, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -269,12 +248,9 @@ def training_memory(arguments: argparse.Namespace, checkpointing: bool, dtype_na
     step()  # makes the optimiser's states
     start_peak(arguments.device)
     seconds = [seconds_of(step, arguments.device) for _ in range(2)]
-    return {
-        "what": f"MMSER, training step, batch {batch_size}" + (", gradient checkpointing" if checkpointing else ""),
-        "dtype": dtype_name,
-        "peak MB": peak_memory(arguments.device),
-        "s per step": float(np.median(seconds)),
-    }
+    name = f"MMSER, training step, batch {batch_size}" + (", gradient checkpointing" if checkpointing else "")
+    peak = peak_memory(arguments.device)
+    return {"what": name, "dtype": dtype, "peak MB": peak, "s per step": float(np.median(seconds))}
 
 
 def read_clips(clips: datasets.Dataset) -> list[Row]:
@@ -284,51 +260,31 @@ def read_clips(clips: datasets.Dataset) -> list[Row]:
     return [{"raw": row["audio"], "sampling_rate": RATE, "text": row["text"]} for row in rows]
 
 
-class Items(torch.utils.data.Dataset):
-    """A list that pipelines go through in its order."""
-
-    def __init__(self, items: Sequence[Any]):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
-
-
 def lengths(arguments: argparse.Namespace) -> list[Row]:
     """Pipelines over shuffled test clips, in batches of 16: in the order given, grouped by length, and one by one. The
-    default configuration goes through `--clips` of them, `--checkpoint` through all."""
+    default configuration goes through 48 of them, `--checkpoint` through all."""
     if not arguments.data_dir:
         raise ValueError("section lengths needs --data_dir: it is about clips of real lengths")
     test = load_emotion_dataset(arguments.data_dir)[0]["test"]
     test = test.select(np.random.default_rng(0).permutation(len(test)))
-    ours = MMSERPipeline(
-        model=build_model(OURS, arguments),
-        processor=build_processor(),
-        device=arguments.device,
-        task="audio-classification",
-    )
-    models = {"MMSER": (ours, read_clips(test.select(range(min(arguments.clips, len(test))))))}
+    ours = classifier_of(build_model(OURS, arguments), build_processor(), arguments)
+    rows = orders("MMSER", ours, read_clips(test.select(range(min(48, len(test))))), arguments)
     if arguments.checkpoint:
-        models["trained MMSER"] = (load_classifier(arguments.checkpoint, arguments), read_clips(test))
-    return [row for name, (classifier, clips) in models.items() for row in orders(name, classifier, clips, arguments)]
+        rows += orders("trained MMSER", load_classifier(arguments.checkpoint, arguments), read_clips(test), arguments)
+    return rows
 
 
-def orders(name: str, classifier: MMSERPipeline, clips: list[Row], arguments: argparse.Namespace) -> list[Row]:
-    """One pipeline over the same clips in several orders."""
+def orders(name: str, classifier: MMSERPipeline, clips: Any, arguments: argparse.Namespace) -> list[Row]:
+    """One pipeline over the same list of clips in several orders."""
     results: dict[str, list] = {}
 
-    def keep(order: str, items: Any, batch_size: int) -> Callable[[], None]:
-        def classify() -> None:
-            results[order] = list(classifier(items, batch_size=batch_size))
-
-        return classify
+    def classify(order: str, items: Any, batch_size: int) -> None:
+        results[order] = list(classifier(items, batch_size=batch_size))
 
     given, grouped, single = "batches in the order given", "grouped by length", "one by one"
-    inputs = {given: (Items(clips), 16), grouped: (clips, 16), single: (clips, 1)}
-    functions = {order: keep(order, *values) for order, values in inputs.items()}
+    as_dataset: Any = torch.utils.data.Subset(clips, range(len(clips)))  # pipelines group lists, but not data sets
+    inputs = {given: (as_dataset, 16), grouped: (clips, 16), single: (clips, 1)}
+    functions = {order: partial(classify, order, *values) for order, values in inputs.items()}
     seconds = in_turns(functions, arguments.repeats, arguments.device)
 
     def scores(order: str) -> np.ndarray:
@@ -378,24 +334,11 @@ def build_trainer(
     return MMSERTrainer(model, options, data_collator=MMSERDataCollator(processor), **data)
 
 
-class EpochTimer(TrainerCallback):
-    """Seconds of each epoch, without what a trainer does before the first and after the last."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self._start)
-
-
 def cache(arguments: argparse.Namespace) -> list[Row]:
     """An epoch of training with both encoders frozen, encoding each clip and reading its states from the cache."""
     processor = build_processor()
     with tempfile.TemporaryDirectory() as temporary:
-        clips = noise_table(Path(temporary) / "corpus", arguments.cached_clips, [SECONDS])
+        clips = noise_table(Path(temporary) / "corpus", 128 if arguments.size == "full" else 16, [SECONDS])
         model = MMSERForAudioClassification(build_config(arguments)).to(arguments.device)
         model.freeze_audio_encoder()
         model.freeze_text_encoder()
@@ -405,13 +348,13 @@ def cache(arguments: argparse.Namespace) -> list[Row]:
         cached = CachedStatesDataset(plain, states)
         filling = time.perf_counter() - start
 
-        timers = {"uncached": EpochTimer(), "cached": EpochTimer()}
+        clocks = {"uncached": TrainingClock(), "cached": TrainingClock()}
         functions = {}
-        for (name, timer), dataset in zip(timers.items(), (plain, cached), strict=True):
-            trainer = build_trainer(model, processor, temporary, arguments, train_dataset=dataset, callbacks=[timer])
+        for (name, clock), dataset in zip(clocks.items(), (plain, cached), strict=True):
+            trainer = build_trainer(model, processor, temporary, arguments, train_dataset=dataset, callbacks=[clock])
             functions[name] = trainer.train
         in_turns(functions, min(3, arguments.repeats), arguments.device)
-        seconds = {name: np.array(timer.seconds[1:]) for name, timer in timers.items()}
+        seconds = {name: np.array(clock.epochs[1:]) for name, clock in clocks.items()}
     return [
         {
             "clips": len(clips),
@@ -425,7 +368,7 @@ def cache(arguments: argparse.Namespace) -> list[Row]:
 
 def evaluation(arguments: argparse.Namespace) -> list[Row]:
     """Time and memory of an evaluation by number of clips, with a tiny model: it is the rest that is looked at."""
-    return [in_child("many_clips", arguments, count=count) for count in (100, 1000, 10000)]
+    return [in_child(many_clips, arguments, count=count) for count in (100, 1000, 10000)]
 
 
 @torch.no_grad()
@@ -447,7 +390,7 @@ def duration(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def many_clips(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
+def many_clips(arguments: argparse.Namespace, count: int) -> Row:
     """Evaluate `count` clips with the trainer."""
     processor = build_processor()
     model = MMSERForAudioClassification(MMSERConfig(**TINY))
@@ -458,12 +401,8 @@ def many_clips(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
         trainer.evaluate(EmotionDataset(clips.select(range(64))))
         before = start_peak(arguments.device)
         seconds = seconds_of(lambda: trainer.evaluate(EmotionDataset(clips)), arguments.device)
-    return {
-        "clips": count,
-        "ms per clip": 1000 * seconds / count,
-        "peak MB": peak_memory(arguments.device),
-        "before MB": before,
-    }
+    memory = {"peak MB": peak_memory(arguments.device), "before MB": before}
+    return {"clips": count, "ms per clip": 1000 * seconds / count, **memory}
 
 
 @contextlib.contextmanager
@@ -475,20 +414,21 @@ def exported(arguments: argparse.Namespace, dtypes: Sequence[str]) -> Iterator[t
             register_auto_classes()
             MMSERForAudioClassification(build_config(arguments)).save_pretrained(checkpoint)
             build_processor().save_pretrained(checkpoint)
-        folders = {}
-        for dtype in dtypes:
-            folders[dtype] = Path(temporary) / dtype
-            export_checkpoint(checkpoint, folders[dtype], dtype=dtype)
+        folders = {dtype: Path(temporary) / dtype for dtype in dtypes}
+        for dtype, folder in folders.items():
+            export_checkpoint(checkpoint, folder, dtype=dtype)
         yield checkpoint, folders
 
 
 def export(arguments: argparse.Namespace) -> list[Row]:
     """A clip of 5 s with 24 words at batch 1: PyTorch against onnxruntime. With `--data_dir` also the weighted F1."""
-    rows: list[Row] = []
     with exported(arguments, ("float32", "int8")) as (checkpoint, folders):
-        classifiers = {"PyTorch float32": load_classifier(checkpoint, arguments)}
+        ours = "PyTorch float32"
+        classifiers = {ours: load_classifier(checkpoint, arguments)}
+        files = {ours: checkpoint / "model.safetensors"}
         for dtype, folder in folders.items():
             classifiers[f"onnxruntime {dtype}"] = MMSERPipeline.from_onnx(folder)
+            files[f"onnxruntime {dtype}"] = folder / "model.onnx"
         wave = 0.1 * np.random.default_rng(0).standard_normal(round(SECONDS * RATE)).astype(np.float32)
         clip = {"raw": wave, "sampling_rate": RATE, "text": " ".join(["word"] * (TOKENS - 2))}
         inputs = {name: classifier.preprocess(clip) for name, classifier in classifiers.items()}
@@ -498,26 +438,25 @@ def export(arguments: argparse.Namespace) -> list[Row]:
 
         functions = {name: partial(run, name) for name in classifiers}
         seconds = in_turns(functions, max(7, 3 * arguments.repeats), arguments.device)
-        weights = checkpoint / "model.safetensors"
-        sizes = [weights.stat().st_size, *((folder / "model.onnx").stat().st_size for folder in folders.values())]
-        scores = [weighted_f1(classifier, arguments) for classifier in classifiers.values()]
-        for name, size, score in zip(classifiers, sizes, scores, strict=True):
-            rows.append(
-                {
-                    "model": name,
-                    "ms per clip": 1000 * float(np.median(seconds[name])),
-                    "times faster than PyTorch": ratio(seconds["PyTorch float32"], seconds[name]),
-                    "file, MB": size / 1e6,
-                    "weighted F1, test": score,
-                }
-            )
-    return rows
+        return [
+            {
+                "model": name,
+                "ms per clip": 1000 * float(np.median(seconds[name])),
+                "times faster than PyTorch": ratio(seconds[ours], seconds[name]),
+                "file, MB": files[name].stat().st_size / 1e6,
+                "weighted F1, test": weighted_f1(classifier, arguments),
+            }
+            for name, classifier in classifiers.items()
+        ]
 
 
 def load_classifier(checkpoint: str | Path, arguments: argparse.Namespace) -> MMSERPipeline:
     register_auto_classes()
     model = MMSERForAudioClassification.from_pretrained(checkpoint, dtype=torch.float32)
-    processor = MMSERProcessor.from_pretrained(checkpoint)
+    return classifier_of(model, MMSERProcessor.from_pretrained(checkpoint), arguments)
+
+
+def classifier_of(model: Any, processor: MMSERProcessor, arguments: argparse.Namespace) -> MMSERPipeline:
     return MMSERPipeline(model=model, processor=processor, device=arguments.device, task="audio-classification")
 
 
@@ -526,8 +465,7 @@ def weighted_f1(classifier: MMSERPipeline, arguments: argparse.Namespace) -> flo
     if not (arguments.data_dir and arguments.checkpoint):
         return None
     splits, names = load_emotion_dataset(arguments.data_dir)[:2]
-    clips = read_clips(splits["test"])
-    results = classifier(clips, batch_size=16, top_k=1)
+    results = classifier(read_clips(splits["test"]), batch_size=16, top_k=1)
     predictions = [names.index(result[0]["label"]) for result in results]
     return compute_classification_metrics(predictions, splits["test"]["labels"], names)["weighted_f1"]
 
@@ -542,12 +480,12 @@ def stream(arguments: argparse.Namespace) -> list[Row]:
             with soundfile.SoundFile(path, "w", RATE, 1) as file:
                 for _ in range(minutes):
                     file.write(0.1 * rng.standard_normal(60 * RATE).astype(np.float32))
-            rows.append(in_child("classify_recording", arguments, export=str(folders["int8"]), path=str(path)))
+            rows.append(in_child(classify_recording, arguments, folder=folders["int8"], path=str(path)))
     return rows
 
 
-def classify_recording(arguments: argparse.Namespace, export: str, path: str) -> dict[str, Any]:
-    classifier = MMSERPipeline.from_onnx(export)
+def classify_recording(arguments: argparse.Namespace, folder: Path, path: str) -> Row:
+    classifier = MMSERPipeline.from_onnx(folder)
     options = {"chunk_length_s": 8, "stride_length_s": 1, "batch_size": 4}
     classifier({"raw": np.zeros(40 * RATE), "sampling_rate": RATE}, **options)
     before, result = start_peak(torch.device("cpu")), {}
@@ -564,17 +502,7 @@ def classify_recording(arguments: argparse.Namespace, export: str, path: str) ->
 
 
 SECTIONS = {
-    "forward": forward,
-    "lengths": lengths,
-    "memory": memory,
-    "cache": cache,
-    "evaluation": evaluation,
-    "duration": duration,
-    "export": export,
-    "stream": stream,
-}
-CHILDREN = {
-    function.__name__: function for function in (forward_memory, training_memory, many_clips, classify_recording)
+    section.__name__: section for section in (forward, lengths, memory, cache, evaluation, duration, export, stream)
 }
 
 
@@ -597,7 +525,7 @@ def make_tables(report: Mapping[str, Any]) -> dict[str, str]:
     return tables
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: to try this script")
@@ -607,25 +535,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--batch_sizes", type=int, nargs="+", help="of section forward, which is then kept beside that of all sizes"
     )
-    parser.add_argument("--clips", type=int, default=48, help="clips of section lengths, default configuration")
-    parser.add_argument("--cached_clips", type=int, default=128, help="clips of section cache")
     parser.add_argument("--data_dir", help="data set whose test split gives clips (lengths) and scores (export)")
     parser.add_argument("--checkpoint", help="trained MMSER for the sections lengths, export and stream")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    add_output_arguments(parser, "speed")
-    parsed = parser.parse_args(arguments)
-    if parsed.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {parsed.repeats}")
-    return parsed
+    return parse_arguments(parser, "speed", arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
-    torch.set_num_threads(parsed.threads)
-    logging.set_verbosity_error()
-    if parsed.child:
-        print(json.dumps(CHILDREN[parsed.child["function"]](parsed, **parsed.child["options"])))
-        return
+    parsed = parse_flags(arguments)
+    prepare(parsed)
     report: dict[str, Any] = read_results(parsed.output)[0] if parsed.from_results or parsed.output.exists() else {}
     forward_name = f"forward, batch {' '.join(map(str, parsed.batch_sizes))}" if parsed.batch_sizes else "forward"
     parsed.batch_sizes = parsed.batch_sizes or BATCH_SIZES

@@ -46,16 +46,12 @@ def mean(values: BySeed) -> float | None:
     return float(np.mean(list(values.values()))) if values else None
 
 
-def three_decimals(value: float) -> str:
-    return f"{value:.3f}"
-
-
 def three_digits(value: float) -> str:
     """At least three significant digits, and no exponent."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(rows: Sequence[Row], form: Callable[[float], str] = three_decimals) -> str:
+def table(rows: Sequence[Row], form: Callable[[float], str] = "{:.3f}".format) -> str:
     """Markdown table with the keys of all rows as columns; `form` writes floats, and a mapping is one of shares."""
 
     def short(value: Any) -> Any:
@@ -93,14 +89,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _parse(text: str) -> Any:
-    if not text:
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return text
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -118,12 +110,8 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def write_tables(tables: Mapping[str, str], files: Sequence[Path] = DOCUMENTS) -> list[str]:
-    """
-    Put tables between `<!-- NAME -->` and `<!-- /NAME -->`, in each file that has the markers of that name.
+    """Put tables between `<!-- NAME -->` and `<!-- /NAME -->`, in each file that exists and has these markers.
 
-    Args:
-        tables: Markdown by name, such as "real_speech:study".
-        files: Markdown files; one that does not exist is passed over.
     Returns: what was written, as "FILE: NAME".
     Raises:
         ValueError: a marker stands twice, or is not closed; nothing is written then.
@@ -146,11 +134,18 @@ def write_tables(tables: Mapping[str, str], files: Sequence[Path] = DOCUMENTS) -
     return written
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """The flags that `publish` reads."""
+def parse_arguments(
+    parser: argparse.ArgumentParser, name: str, arguments: Sequence[str] | None, required: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Parse the flags of a benchmark and those that `publish` reads; only measuring needs the `required` ones."""
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="the summary")
     parser.add_argument("--from_results", action="store_true", help="measure nothing, show the tables of --output")
     parser.add_argument("--write_docs", action="store_true", help="put the tables into docs/results.md and its like")
+    options = parser.parse_args(arguments)
+    missing = [name for name in required if getattr(options, name) is None]
+    if missing and not options.from_results:
+        parser.error(f"--{', --'.join(missing)} must be given, unless --from_results shows what was measured before")
+    return options
 
 
 def publish(

@@ -102,21 +102,9 @@ def test_probe_is_perfect_on_separable_data_and_finds_the_layer_that_tells(scrip
         return 1e3 * features + 5, labels  # standardisation takes scale and offset away
 
     train, validation, evaluation = clips(90), clips(40), clips(50)
-    probabilities, chosen = script.linear_probe(*train, *validation, evaluation[0])
-    assert (probabilities.argmax(1) == evaluation[1]).all()
-    assert np.allclose(probabilities.sum(1), 1)
+    predictions, chosen = script.linear_probe(*train, *validation, evaluation[0])
+    assert (predictions == evaluation[1]).all()
     assert chosen["layer"] == 2 and chosen["validation_weighted_f1"] == 1.0 and chosen["cost"] in script.COSTS
-    flat = [part[:, 2] for part in (train[0], validation[0], evaluation[0])]
-    again, _ = script.linear_probe(flat[0], train[1], flat[1], validation[1], flat[2])
-    assert np.allclose(again, probabilities)
-
-
-def test_probe_refuses_what_does_not_fit(script):
-    labels = np.array([0, 1, 0, 1])
-    with pytest.raises(ValueError, match="alike, got"):
-        script.linear_probe(np.zeros((4, 3)), labels, np.zeros((4, 2)), labels, np.zeros((4, 3)))
-    with pytest.raises(ValueError, match="no training clip has the label 1"):
-        script.linear_probe(np.zeros((3, 2)), np.array([0, 2, 0]), np.zeros((1, 2)), np.array([2]), np.zeros((1, 2)))
 
 
 def test_the_probe_of_an_encoder_is_on_mean_and_deviation_of_each_layer(script, tmp_path, monkeypatch):
@@ -124,7 +112,7 @@ def test_the_probe_of_an_encoder_is_on_mean_and_deviation_of_each_layer(script, 
 
     def linear_probe(train, train_labels, validation, validation_labels, test):
         seen.update(train=train, test=test)
-        return np.eye(4)[[1] * len(test)], {"layer": 1, "cost": 0.1, "validation_weighted_f1": 0.5}
+        return np.ones(len(test), int), {"layer": 1, "cost": 0.1, "validation_weighted_f1": 0.5}
 
     monkeypatch.setattr(script, "linear_probe", linear_probe)
     write_corpus(tmp_path / "speech")
@@ -201,10 +189,7 @@ def test_the_pretrained_encoder_is_loaded_and_its_positions_are_sliced(script, e
     assert model(**batch).logits.shape == (2, 2)
 
 
-def test_a_window_or_weights_that_cannot_be_are_refused(script, encoder, tmp_path):
-    for window in (0, 31):
-        with pytest.raises(ValueError, match=f"must be 1 to 30, got {window}"):
-            script.load_whisper_classifier(str(encoder), LABELS, window)
+def test_an_encoder_without_all_of_its_weights_is_refused(script, encoder, tmp_path):
     model, feature_extractor = script.load_whisper_classifier(str(encoder), LABELS)
     weights = {key: value for key, value in model.state_dict().items() if "layers.1." not in key}
     model.save_pretrained(tmp_path, state_dict=weights)
@@ -221,12 +206,12 @@ def fine_tune(script, encoder, clips, seconds, **options):
 
 
 def test_fine_tuning_measures_a_step_plans_and_repeats(script, encoder, clips):
-    predictions, done = fine_tune(script, encoder, clips, 600.0, num_epochs=1, measured_steps=3)
+    predictions, done = fine_tune(script, encoder, clips, 600.0, num_epochs=1)
     assert predictions.shape == (10,) and set(predictions) <= {0, 1}
     assert done["steps"] == done["planned_steps"] == 2 and done["epochs"] == 1.0 and not done["out_of_time"]
     assert done["training_seconds"] > 0 and 0 < done["seconds_per_step"] < 60
     assert 0 <= done["validation_weighted_f1"] <= 1
-    again, repeated = fine_tune(script, encoder, clips, 600.0, num_epochs=1, measured_steps=4)
+    again, repeated = fine_tune(script, encoder, clips, 600.0, num_epochs=1)
     assert (again == predictions).all()  # the steps that were measured leave the model as it was
     assert repeated["validation_weighted_f1"] == done["validation_weighted_f1"]
 

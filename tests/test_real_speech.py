@@ -64,7 +64,7 @@ def flags(given, tmp_path):
 
 @pytest.fixture
 def options(script, flags):
-    return script.parse_arguments(flags)
+    return script.parse_flags(flags)
 
 
 # ---- the study
