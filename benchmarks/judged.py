@@ -44,11 +44,8 @@ def summarise(stored: Mapping[str, Any]) -> dict[str, Any]:
     summary["clips"] = {**stored["data"]["clips"], **stored.get("unknown_clips", {})}
     if "parameters" in stored:
         summary["parameters"] = {part["part"]: part["parameters"] for part in stored["parameters"]}
-    splits = (
-        {stored["split"]: stored["rows"]}
-        if "rows" in stored
-        else {n: stored.get(n, {}) for n in ("validation", "test")}
-    )
+    names = (stored["split"],) if "rows" in stored else ("validation", "test")
+    splits = {name: stored["rows"] if "rows" in stored else stored.get(name, {}) for name in names}
     summary["rows"] = [
         {"split": split, "row": row, **pick(rows[row])}
         for split, rows in splits.items()

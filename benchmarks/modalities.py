@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modality a checkpoint listens to: tested with one missing, and with that of another clip in its place.
-
-Read: `score` (the lines of `real_speech.csv`), `conditions` (what a model is shown), `examine_checkpoint`.
-"""
+"""Which modality a checkpoint listens to: tested with one missing, and with that of another clip in its place."""
 
 import json
 from collections import defaultdict
@@ -95,14 +92,9 @@ def autocast_of(model_dir: Path) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def examine_checkpoint(model_dir: Path, data_dir: str, seed: int = 0) -> Lines:
-    """
-    Which modality a model listens to, and what it does when one is missing or wrong.
+def examine_checkpoint(model_dir: Path, data_dir: str) -> Lines:
+    """Which modality a checkpoint listens to, in the precision of its training, on the test split of `data_dir`.
 
-    Args:
-        model_dir: the checkpoint, run in the precision that it was trained with.
-        data_dir: its test split is used.
-        seed: of what is swapped: a clip gets the transcript, or the audio, of another clip of its language.
     Returns: a line for each of `EXAMINED` that the data allow, each part (spoken text or not), corpus and language.
         Those of "model" have `audio_share` as well: the mean share of the audio in the fused vector, over the clips
         with both modalities.
@@ -114,7 +106,7 @@ def examine_checkpoint(model_dir: Path, data_dir: str, seed: int = 0) -> Lines:
     label_names, precision = load_label_names(str(model_dir)), autocast_of(model_dir)
     test = load_emotion_dataset(data_dir, label_names=label_names)[0]["test"]
     lines = []
-    for name, clips, modalities in conditions(test, seed):
+    for name, clips, modalities in conditions(test, seed=0):
         options: dict[str, Any] = {"sampling_rate": processor.feature_extractor.sampling_rate, **modalities}
         dataset = EmotionDataset(clips, **options)
         predicted, gates = [], []

@@ -12,7 +12,7 @@ TABLES = ("study", "parts", "text", "generalisation", "compact")
 FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, second stage"
 ALONE, BEST = "MMSER, tuned once", "MMSER"
 # What a run has besides scores; in the CSV file it stands on the run's first line
-RUN_COLUMNS = (*("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes"),)
+RUN_COLUMNS = ("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes")
 
 
 class Results:
