@@ -107,9 +107,8 @@ class Espeak:
         try:
             import espeakng_loader
         except ImportError as error:
-            raise ImportError(
-                "the synthetic corpus needs espeakng-loader (the eSpeak NG engine): pip install .[demo]"
-            ) from error
+            message = "the synthetic corpus needs espeakng-loader (the eSpeak NG engine): pip install .[demo]"
+            raise ImportError(message) from error
         self._data = Path(espeakng_loader.get_data_path())
         self._library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
         # 2: synchronous, 0x8000: return an error instead of ending the process
@@ -135,13 +134,12 @@ class Espeak:
         return 0  # go on
 
     def say(self, text: str, language: str, variant: str, prosody: Prosody) -> np.ndarray:
-        """Speaks a sentence.
+        """Speaks a sentence with the rate, pitch, pitch range and volume of `prosody`.
 
         Args:
-            text: the sentence, in the script of the language.
+            text: in the script of the language.
             language: a key of `SENTENCES`, or the name of another eSpeak NG voice.
-            variant: name of an eSpeak NG voice variant.
-            prosody: only rate, pitch, pitch range and volume are used here.
+            variant: an eSpeak NG voice variant.
 
         Returns:
             float32 [T] at 16 kHz, without the silence around it.
@@ -174,13 +172,12 @@ def sentences_of(language: str, emotion: str, split: str) -> list[str]:
 
     Every opener and every adverb occurs in train, no pair in two of the splits. Fear, in `ood` alone, uses all pairs.
     """
-    adverbs = SENTENCES[language]["adverbs"]
-    parts = {0: "test", 1: "validation"}
+    splits = ["test", "validation", "train", "train", "train", "train"]
     texts = [
         opener.format(adverb)
         for i, opener in enumerate(SENTENCES[language][emotion])
-        for j, adverb in enumerate(adverbs)
-        if split in ("ood", parts.get((i + j) % len(adverbs), "train"))
+        for j, adverb in enumerate(SENTENCES[language]["adverbs"])
+        if split in ("ood", splits[(i + j) % 6])
     ]
     return [text[:1].upper() + text[1:] for text in texts]
 
@@ -189,8 +186,7 @@ def plan_corpus(languages: Sequence[str], clips_per_cell: int, seed: int) -> dic
     """Chooses the sentences, their speakers and their emotions.
 
     Args:
-        languages: keys of `SENTENCES`.
-        clips_per_cell: train clips per language and emotion, at least 1; the other splits scale with it.
+        languages, clips_per_cell: see `synthesize_corpus`.
         seed: of the choice of sentences and of the order of the clips, at least 0.
 
     Returns:
@@ -303,10 +299,8 @@ def _babble(count: int, engine: Espeak, rng: Generator) -> np.ndarray:
 def _make_sound(kind: str, engine: Espeak, rng: Generator) -> np.ndarray:
     """One clip without a speaker, float [T]; `kind` is one of `NON_SPEECH`."""
     count = int(rng.uniform(1.0, LONGEST - 0.2) * SAMPLING_RATE)
-    if kind == "white_noise":
-        return rng.normal(size=count)
-    if kind == "pink_noise":
-        return _pink(count, rng)
+    if kind.endswith("noise"):
+        return rng.normal(size=count) if kind == "white_noise" else _pink(count, rng)
     if kind == "babble":
         return _babble(count, engine, rng)
     if kind in ("chords", "melody"):
@@ -366,9 +360,8 @@ def check_output_folder(folder: Path) -> None:
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     body, _, last_line = text.rpartition(FINGERPRINT)
     if last_line.split(" ")[0] != _fingerprint(folder, body):
-        raise FileExistsError(
-            f"{folder} is not empty, and it is no corpus of this script or was changed; give a new or empty folder"
-        )
+        problem = "is not empty, and it is no corpus of this script or was changed"
+        raise FileExistsError(f"{folder} {problem}; give a new or empty folder")
 
 
 def _write_split(folder: Path, clips: Sequence[Clip], engine: Espeak, seed: Sequence[int], progress: tqdm) -> float:
@@ -398,7 +391,7 @@ def synthesize_corpus(
             end; an interrupted run leaves it as it was.
         seed: of everything random.
         clips_per_cell: train clips per language and emotion; validation has 0.2, test 0.3 of it.
-        languages: keys of `SENTENCES`.
+        languages: distinct keys of `SENTENCES`.
 
     Returns:
         A table of clips per split and label with their seconds.
@@ -446,9 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("output", metavar="OUT", help="new or empty folder, or an unchanged earlier corpus to replace")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    parser.add_argument(
-        "--clips_per_cell", type=int, default=20, help="train clips per language and emotion; the other splits scale"
-    )
+    cells = "train clips per language and emotion; the other splits scale"
+    parser.add_argument("--clips_per_cell", type=int, default=20, help=cells)
     parser.add_argument("--languages", nargs="+", default=list(SENTENCES), metavar="CODE", help="languages to speak")
     options = parser.parse_args(arguments)
     try:
