@@ -19,14 +19,8 @@ from mmser.groups import FEW_CLIPS
 from mmser.open_set import auroc, fpr_at_95_tpr, oscr, oscr_curve, roc_curve
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-LINES = [
-    (BLUE, "-"),
-    (VERMILLION, "--"),
-    (GREEN, "-."),
-    (PURPLE, ":"),
-    (ORANGE, (0, (6, 1, 1, 1))),
-    (SKY, (0, (3, 1))),
-]
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (3, 1)))
 GREY, PALE = "#666666", "#CCCCCC"
 # A grey dotted line that a curve is compared with
 REFERENCE = {"color": GREY, "linestyle": ":", "linewidth": 1}
@@ -41,14 +35,11 @@ def check_matplotlib() -> None:
 
 
 def _new_figure(width: float, height: float) -> Any:
-    """Empty matplotlib figure (inches) with its own Agg canvas: pyplot and the global backend stay untouched."""
+    """Empty matplotlib figure (inches), unknown to pyplot: its state and the global backend stay untouched."""
     check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def _new_axes(width: float, height: float, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
@@ -61,9 +52,8 @@ def _new_axes(width: float, height: float, title: str, x_label: str, y_label: st
 def _new_square(num_entries: int, title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     """Axes of the unit square, with room for a legend of `num_entries` lines below."""
     figure, axes = _new_axes(5.2, 5.5 + 0.22 * num_entries, title, x_label, y_label)
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), box_aspect=1)
-    axes.set_xticks(np.linspace(0, 1, 6))
-    axes.set_yticks(np.linspace(0, 1, 6))
+    ticks = np.linspace(0, 1, 6)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), box_aspect=1, xticks=ticks, yticks=ticks)
     return figure, axes
 
 
@@ -90,9 +80,10 @@ def _value(number: float) -> str:
 
 def _with_lines(methods: Mapping[str, Any]) -> list[tuple[tuple[str, Any], dict[str, Any]]]:
     """Each method with its colour and line style."""
-    if not isinstance(methods, Mapping) or not 1 <= len(methods) <= len(LINES):
-        raise ValueError(f"`methods` must map 1 to {len(LINES)} names to their arrays, got {methods!r}.")
-    styles = [{"color": colour, "linestyle": style, "linewidth": 1.8} for colour, style in LINES]
+    if not isinstance(methods, Mapping) or not 1 <= len(methods) <= len(COLOURS):
+        raise ValueError(f"`methods` must map 1 to {len(COLOURS)} names to their arrays, got {methods!r}.")
+    lines = zip(COLOURS, LINE_STYLES, strict=True)
+    styles = ({"color": colour, "linestyle": style, "linewidth": 1.8} for colour, style in lines)
     return list(zip(methods.items(), styles, strict=False))
 
 
@@ -101,8 +92,7 @@ def _draw_curves(axes: Any, methods: Mapping[str, Any], curve: Callable[..., tup
     curves = []
     for (name, arrays), style in _with_lines(methods):
         x, y, note = curve(*arrays)
-        marker = "o" if len(x) == 1 else None
-        axes.plot(x, y, **style, marker=marker, clip_on=False, label=f"{name} ({note})")
+        axes.plot(x, y, **style, marker="o" if len(x) == 1 else None, clip_on=False, label=f"{name} ({note})")
         if np.isnan(x).any() or np.isnan(y).any():
             box = {"facecolor": "white", "edgecolor": "none"}
             reason = "undefined: it takes\nknown and unknown clips"
@@ -118,11 +108,11 @@ def plot_confusion_matrix(matrix: Any, label_names: Sequence[str], path: str | P
     if counts.shape != (len(names), len(names)) or (counts < 0).any():
         raise ValueError(f"`matrix` must hold counts >= 0 in shape {(len(names),) * 2}, got shape {counts.shape}.")
     support = counts.sum(axis=1)
-    shares = counts / np.maximum(support, 1)[:, None]
+    # Cells of a class without clips are left white: there is no share to show
+    shares = np.where(support[:, None] > 0, counts / np.maximum(support, 1)[:, None], np.nan)
     size = max(3.4, 0.85 * len(names))
     figure, axes = _new_axes(size + 2.0, size + 0.9, "Confusion matrix", "predicted class", "true class")
-    # Cells of a class without clips are left white: there is no share to show
-    image = axes.imshow(np.where(support[:, None] > 0, shares, np.nan), cmap="cividis", vmin=0, vmax=1)
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     is_wide = len(names) > 4 or max(map(len, names)) > 9
     turned = {"rotation": 35 if is_wide else 0, "ha": "right" if is_wide else "center", "rotation_mode": "anchor"}
     rows = [f"{name}\n({total:.0f} clips)" for name, total in zip(names, support, strict=True)]
@@ -139,33 +129,31 @@ def plot_confusion_matrix(matrix: Any, label_names: Sequence[str], path: str | P
     return _save(figure, path)
 
 
-def plot_reliability(methods: Mapping[str, Any], labels: Any, path: str | Path, num_bins: int = 15) -> Path:
+def plot_reliability(methods: Mapping[str, Any], labels: Any, path: str | Path) -> Path:
     """Reliability diagram, with the share of clips in each confidence bin below; bins as in `reliability_bins`.
 
     Args:
         methods: name -> probabilities [N, C], for example before and after temperature scaling; at most 3.
         labels: int [N] true class indices.
-        num_bins: number of bins of [0, 1].
     """
     figure = _new_figure(5.2, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    top.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="perfect: the score is the share of right answers")
+    top.plot([0, 1], [0, 1], **REFERENCE, label="perfect: the score is the share of right answers")
     series = zip(_with_lines(methods), "osD", strict=False)
     for position, (((name, probabilities), style), marker) in enumerate(series):
-        bins = reliability_bins(probabilities, labels, num_bins)
-        error = expected_calibration_error(probabilities, labels, num_bins)
+        bins = reliability_bins(probabilities, labels)
+        error = expected_calibration_error(probabilities, labels)
         filled = bins.count > 0
         share = bins.count / bins.count.sum()
         confidence, accuracy = bins.confidence[filled], bins.accuracy[filled]
         top.plot(confidence, accuracy, **{**style, "linewidth": 1}, alpha=0.5)
-        # The size of a point says how many clips are behind it
-        sizes = 12 + 160 * share[filled]
-        colour = style["color"]
-        top.scatter(confidence, accuracy, s=sizes, color=colour, marker=marker, zorder=3, clip_on=False)
+        sizes = 12 + 160 * share[filled]  # the size of a point says how many clips are behind it
+        top.scatter(confidence, accuracy, s=sizes, color=style["color"], marker=marker, zorder=3, clip_on=False)
         top.plot([], [], **style, marker=marker, label=f"{name} (ECE {error:.3f})")
-        width = 0.8 / (num_bins * len(methods))
-        left = bins.edges[:-1] + 0.1 / num_bins + position * width
-        bottom.bar(left, share, width=width, align="edge", color=colour)
+        bin_width = bins.edges[1]
+        width = 0.8 * bin_width / len(methods)
+        left = bins.edges[:-1] + 0.1 * bin_width + position * width
+        bottom.bar(left, share, width=width, align="edge", color=style["color"])
     top.set(xlim=(0, 1.02), ylim=(-0.02, 1.04))
     _label(top, "Reliability", "", "share of right answers")
     _label(bottom, "", "score of the answer (probability of its class)", "share of clips")
@@ -179,8 +167,8 @@ def plot_risk_coverage(methods: Mapping[str, tuple[Any, Any]], path: str | Path)
         coverage, risk = risk_coverage_curve(uncertainty, is_wrong)
         return coverage, risk, f"mean {_value(float(risk.mean()))}"
 
-    labels = "share of clips kept, the surest first", "error rate of the kept clips"
-    figure, axes = _new_axes(5.6, 4.6, "Risk and coverage", *labels)
+    kept, errors = "share of clips kept, the surest first", "error rate of the kept clips"
+    figure, axes = _new_axes(5.6, 4.6, "Risk and coverage", kept, errors)
     risks = _draw_curves(axes, methods, curve)
     for risk in risks:
         axes.axhline(risk[-1], **REFERENCE)
@@ -250,37 +238,31 @@ def plot_score_histograms(
 def plot_group_bars(
     groups: Mapping[str, Mapping[str, Any]],
     path: str | Path,
-    metric: str = "weighted_f1",
-    title: str | None = None,
+    title: str = "Weighted F1 per group",
     overall: float | None = None,
 ) -> Path:
-    """Horizontal bars of one metric (in [0, 1]) per group, as `grouped_metrics` gives them.
+    """Horizontal bars of the weighted F1 per group, as `grouped_metrics` gives it.
 
     Args:
-        groups: name -> `count`, the metric and, for error bars, `<metric>_interval` (low, high). A group of fewer
-            than `FEW_CLIPS` clips is drawn pale.
-        metric: its name in `groups`.
-        title: of the picture; by default the name of the metric.
-        overall: the metric over all clips, drawn as a line.
+        groups: name -> `count`, `weighted_f1` and, for error bars, `weighted_f1_interval` (low, high). A group of
+            fewer than `FEW_CLIPS` clips is drawn pale.
+        title: of the picture.
+        overall: the weighted F1 over all clips, drawn as a line.
     """
-    if not groups or any(metric not in values for values in groups.values()):
-        raise ValueError(f"`groups` must be a non-empty result of `grouped_metrics` that holds `{metric}`.")
-    metric_name = metric.replace("_", " ").replace("f1", "F1")
+    if not groups or any("weighted_f1" not in values for values in groups.values()):
+        raise ValueError("`groups` must be a non-empty result of `grouped_metrics` that holds `weighted_f1`.")
     names = [f"{name} (n = {values['count']})" for name, values in groups.items()]
     height = 1.35 + 0.36 * len(names) + (0.25 if overall is not None else 0)
-    title = title or f"{metric_name[0].upper()}{metric_name[1:]} per group"
-    figure, axes = _new_axes(6.0, height, title, metric_name, "")
+    figure, axes = _new_axes(6.0, height, title, "weighted F1", "")
     for position, values in enumerate(groups.values()):
-        value, (low, high) = values[metric], values.get(f"{metric}_interval", (math.nan, math.nan))
-        is_small = values["count"] < FEW_CLIPS
-        axes.barh(position, value, color=PALE if is_small else SKY, height=0.66)
+        value, (low, high) = values["weighted_f1"], values.get("weighted_f1_interval", (math.nan, math.nan))
+        axes.barh(position, value, color=PALE if values["count"] < FEW_CLIPS else SKY, height=0.66)
         if not (math.isnan(value) or math.isnan(low)):
             axes.plot([low, high], [position] * 2, color="black", linewidth=1.4, marker="|", markersize=6)
         axes.text(1.03, position, "n/a" if math.isnan(value) else f"{value:.2f}", va="center")
     if overall is not None and not math.isnan(overall):
         axes.axvline(overall, color=VERMILLION, linestyle="--", linewidth=1.4, label=f"all clips ({overall:.2f})")
     axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1))
-    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1), xticks=np.linspace(0, 1, 6))
     axes.tick_params(axis="y", length=0)
     return _save(figure, path)

@@ -177,8 +177,8 @@ def test_errors(tmp_path, monkeypatch):
         plot_oscr([0.1, 0.2], tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"`methods` must map 1 to 6 names"):
         plot_reliability({}, [0], tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"holds `recall`"):
-        plot_group_bars({"en": {"count": 1}}, tmp_path / "x.png", metric="recall")
+    with pytest.raises(ValueError, match=r"holds `weighted_f1`"):
+        plot_group_bars({"en": {"count": 1}}, tmp_path / "x.png")
     with pytest.raises(ValueError, match="both empty"):
         plot_score_histograms([], [], tmp_path / "x.png")
     with pytest.raises(ValueError, match="`scores` must be finite, got nan at index 1"):
