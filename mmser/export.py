@@ -64,13 +64,13 @@ class ExportedForward(nn.Module):
         )
         logits = outputs.logits.float()
         results = {**outputs, "logits": logits, "probabilities": logits.softmax(dim=-1)}
-        tensors = (results[name] for name in self.output_names(outputs))
+        tensors = (results[name] for name in output_names(outputs))
         return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
-    @staticmethod
-    def output_names(outputs) -> list[str]:
-        """The names of the outputs that the model has: those of OpenMax are None until it is fitted."""
-        return [*OUTPUTS, *(name for name in OPEN_SET_OUTPUTS if outputs.get(name) is not None)]
+
+def output_names(outputs) -> list[str]:
+    """The names of the outputs that the model has: those of OpenMax are None until it is fitted."""
+    return [*OUTPUTS, *(name for name in OPEN_SET_OUTPUTS if outputs.get(name) is not None)]
 
 
 def min_audio_length(model: MMSERForAudioClassification) -> int:
@@ -96,10 +96,9 @@ def example_inputs(
     model: MMSERForAudioClassification, processor: MMSERProcessor, seconds: float, batch_size: int, seed: int = 0
 ) -> dict[str, Tensor]:
     """
-    A batch of random sounds and tokens to export with or to compare on.
+    A batch of random sounds (up to `seconds` long, or as long as the encoder takes) and tokens.
 
-    The sounds are up to `seconds` long, or as long as the encoder takes. In a batch of two or more the last row has no
-    text; in a batch of three or more the first row has no audio.
+    In a batch of two or more the last row has no text; in a batch of three or more the first row has no audio.
     """
     rng = np.random.default_rng(seed)
     rate = processor.feature_extractor.sampling_rate
@@ -151,7 +150,6 @@ def export_onnx(
     Args:
         model: in float32 or float16; the inputs and outputs of the graph are float32 in both cases.
         processor: of the same checkpoint.
-        path: file to write.
         opset: version of the ONNX operators.
     Raises:
         ImportError: onnx or onnxscript is not installed.
@@ -160,7 +158,7 @@ def export_onnx(
     forward = ExportedForward(model).eval()
     example = example_inputs(model, processor, seconds=1.0, batch_size=3)
     names = [model.main_input_name, "attention_mask", "input_ids", "text_attention_mask"]
-    outputs = forward.output_names(model(**example))
+    outputs = output_names(model(**example))
     # With named axes the exporter finds the constraints on the sizes itself; with bounds it asks for a proof of them
     axes = [{0: "batch", 1: "audio"}, {0: "batch", 1: "audio"}, {0: "batch", 1: "text"}, {0: "batch", 1: "text"}]
     axes[0] = {0: "batch", example[names[0]].ndim - 1: "audio"}
@@ -180,7 +178,12 @@ def export_onnx(
             verbose=False,
         )
     model.eval()  # the exporter may leave it in training mode
-    _forget_source(program.model)
+    # The notes on the source line of each node are most of a small file, and full of paths
+    graph = program.model.graph
+    nodes = list(graph.all_nodes())
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
+    for noted in (*nodes, *values, graph, program.model):
+        noted.metadata_props.clear()
     program.model.producer_name = "mmser"
     program.model.metadata_props.update(notes_of(model, processor))
     program.save(os.fspath(path))
@@ -245,14 +248,6 @@ def _quiet_exporter() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _forget_source(model) -> None:
-    """Remove the notes on the source line of each node: they are most of a small file, and full of paths."""
-    nodes = list(model.graph.all_nodes())
-    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in nodes for v in node.outputs)]
-    for noted in (*nodes, *values, model.graph, model):
-        noted.metadata_props.clear()
-
-
 @dataclass
 class Comparison:
     """One batch, and the largest difference of each output between PyTorch and the export."""
@@ -290,18 +285,17 @@ def _differences(expected, given) -> dict[str, float]:
     1); the other outputs are probabilities. For `is_unknown`, the share of clips with another decision.
     """
     differences = {}
-    for name in (*OUTPUTS, *OPEN_SET_OUTPUTS):
+    names = output_names(expected)
+    if names != output_names(given):
+        raise ValueError(f"The model has the outputs {names}, but its export has {output_names(given)}")
+    for name in names:
         first, second = (
-            output.logits.float().softmax(dim=-1) if name == "probabilities" else output.get(name)
+            (output.logits.float().softmax(dim=-1) if name == "probabilities" else output[name].float())
             for output in (expected, given)
         )
-        if (first is None) != (second is None):
-            raise ValueError(f"Either the model or its export has no output `{name}`; the other one has it")
-        if first is None or second is None:
-            continue
-        difference = (first.float() - second.float()).abs()
+        difference = (first - second).abs()
         if name in ("logits", "rejection_score"):
-            difference = difference / first.float().abs().amax().clamp(min=1)
+            difference = difference / first.abs().amax().clamp(min=1)
         differences[name] = (difference.mean() if name == "is_unknown" else difference.amax()).item()
     return differences
 
@@ -387,7 +381,7 @@ def export_checkpoint(
     """
     output_dir = Path(output_dir).absolute()
     _check_options(formats, dtype, output_dir, overwrite)
-    source = Path(name_or_path).absolute().resolve()
+    source = Path(name_or_path).resolve()
     if source.exists() and output_dir.resolve() in (source, *source.parents):
         raise ValueError(f"The export would replace {output_dir}, where the checkpoint itself is: give another folder")
     register_auto_classes()  # use this code of MMSER, not the copy in the checkpoint

@@ -27,6 +27,7 @@ from mmser.export import (
     example_inputs,
     export_checkpoint,
     min_audio_length,
+    output_names,
 )
 from mmser.quantization import quantize_onnx
 from modeling_mmser import MMSERForAudioClassification
@@ -372,6 +373,6 @@ def test_without_openmax_there_are_three_outputs():
     model = tiny_model().eval()
     inputs = example_inputs(model, tiny_processor(), 0.3, 2)
     forward = ExportedForward(model)
-    assert forward.output_names(model(**inputs)) == ["logits", "probabilities", "uncertainty"]
+    assert output_names(model(**inputs)) == ["logits", "probabilities", "uncertainty"]
     names = ("input_values", "attention_mask", "input_ids", "text_attention_mask")
     assert len(forward(*(inputs[name] for name in names))) == 3
