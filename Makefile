@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a machine that has nothing but Python 3.10 or newer.
+# `make demo` and `make test` work on a machine that has nothing but Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any file, bytes, array or stream to mono float32 samples at one sampling rate.
 
-Read `load_audio` (a whole clip) first, then `stream_audio` (a long recording, a block at a time).
+Read `load_audio` (a whole clip) first, then `stream_audio` (a long recording, a block at a time). `pad_and_stack`
+makes one array of several clips.
 """
 
 import contextlib
@@ -221,3 +222,25 @@ def _samples_to_mono(audio, name: str) -> np.ndarray:
             "(time, channels) with fewer channels than samples"
         )
     return samples.mean(axis=int(np.argmin(samples.shape)), dtype=np.float32)
+
+
+def pad_and_stack(rows: list[np.ndarray | None], padding_value: float = 0, multiple_of: int | None = None):
+    """Stack arrays that differ in their last axis, padded at its end; None becomes a row of padding.
+
+    Args:
+        rows (list of `np.ndarray` of shape (..., length_i) or None): at least one is an array.
+        padding_value (`float`): value of the padding.
+        multiple_of (`int`): round the common length up to a multiple of this.
+
+    Returns:
+        `np.ndarray` of shape (rows, ..., length), of the dtype of the rows.
+    """
+    first = next(row for row in rows if row is not None)
+    length = max(row.shape[-1] for row in rows if row is not None)
+    if multiple_of:
+        length += -length % multiple_of
+    stacked = np.full((len(rows), *first.shape[:-1], length), padding_value, dtype=first.dtype)
+    for target, row in zip(stacked, rows, strict=True):
+        if row is not None:
+            target[..., : row.shape[-1]] = row
+    return stacked

@@ -212,6 +212,8 @@ class MMSERConfig(PreTrainedConfig):
     distillation_temperature: float | int = 2.0
 
     def __post_init__(self, **kwargs):
+        if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
+            raise ValueError("`supervised_contrastive_temperature` cannot be set any more: it is 0.1.")
         if self.id2label is None and self.label2id is not None:
             self.id2label = {int(i): label for label, i in self.label2id.items()}
         elif self.id2label is None and kwargs.get("num_labels") in (None, len(DEFAULT_LABELS)):

@@ -2,7 +2,7 @@
 # /// script
 # dependencies = [
 #     "accelerate", "datasets", "evaluate", "matplotlib", "scikit-learn", "scipy", "soundfile", "soxr", "torch",
-#     "transformers>=5.20",
+#     "transformers>=5.23",
 # ]
 # ///
 """Judge an MMSER checkpoint: is it right, does its score mean what it says, does it know what it does not know.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
-# dependencies = ["onnx", "onnxruntime", "onnxscript", "scipy", "soundfile", "soxr", "torch", "transformers>=5.20"]
+# dependencies = ["onnx", "onnxruntime", "onnxscript", "scipy", "soundfile", "soxr", "torch", "transformers>=5.23"]
 # ///
 """Make an MMSER checkpoint portable (ONNX), small (int8, float16, fewer languages), or both.
 

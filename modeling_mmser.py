@@ -1105,9 +1105,11 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             self.train(was_training)
         if not outputs["labels"]:
             raise ValueError("`dataloader` gave no batch.")
-        self.openmax.reset()
-        train = {name: torch.cat(values) for name, values in outputs.items()}
-        self.openmax.fit_outputs(train, tail_size=tail_size or self.config.openmax_tail_size)
+        logits, fused, anchor_distances, labels = (torch.cat(values) for values in outputs.values())
+        if self.openmax.has_centroids:
+            self.openmax.fit_centroids(fused, labels)
+        distances = self.openmax.distances(fused, anchor_distances)
+        self.openmax.fit(distances, labels, logits.argmax(dim=-1), tail_size or self.config.openmax_tail_size)
 
 
 def register_auto_classes() -> None:

@@ -23,6 +23,10 @@ logger = logging.get_logger(__name__)
 Array = np.ndarray | Tensor
 
 
+class OpenMaxFitError(ValueError):
+    """The clips cannot determine a fit: too few are classified correctly, or they are all alike."""
+
+
 class OpenMax(nn.Module):
     """
     OpenMax (Bendale & Boult 2016): the farther a clip is from a class, compared with the members of that class, the
@@ -142,7 +146,6 @@ class OpenMax(nn.Module):
         temperature: float = 1.0,
         tail_size: int = 20,
         acceptance: float | None = None,
-        min_correct: int = min_tail,
     ) -> None:
         """
         Fit everything to the outputs of a model.
@@ -158,22 +161,23 @@ class OpenMax(nn.Module):
             temperature: that the model divides its logits by.
             tail_size: see `fit`.
             acceptance: see `fit_thresholds`; None fits no thresholds.
-            min_correct: number of correctly classified clips that the Weibulls need.
         Raises:
-            ValueError: there are no centroids and no training clips, or too few clips are classified correctly and
-                nothing was fitted before.
+            OpenMaxFitError: there are no centroids and no training clips, too few clips are classified correctly and
+                nothing was fitted before, or the clips are all alike.
+            ValueError: values that are not finite, or shapes that do not match.
         """
         if self.has_centroids and not self.centroids.any():
             if train is None:
-                raise ValueError("OpenMax has no centroids: they come from training clips, and none are given.")
+                raise OpenMaxFitError("OpenMax has no centroids: they come from training clips, and none are given.")
             self.fit_centroids(train["fused"], train["labels"])
+        enough = self.min_tail * len(self.weibull_shape)
         sources = [held_out, train] if self.has_centroids else [train]
-        source = next((outputs for outputs in sources if outputs and _num_correct(outputs) >= min_correct), None)
+        source = next((outputs for outputs in sources if outputs and _num_correct(outputs) >= enough), None)
         if source is not None:
             predictions = as_array(source["logits"]).argmax(axis=1)
             self.fit(self._distances_of(source), source["labels"], predictions, tail_size)
         elif not self.is_fitted:
-            raise ValueError(f"OpenMax needs at least {min_correct} correctly classified clips, and there are fewer.")
+            raise OpenMaxFitError(f"OpenMax needs at least {enough} correctly classified clips, and there are fewer.")
         if held_out is not None and acceptance is not None:
             logits = torch.as_tensor(held_out["logits"]).float().to(self.fitted.device) / temperature
             scores = self.rejection_scores(logits, self._distances_of(held_out))
@@ -258,7 +262,7 @@ class OpenMax(nn.Module):
         fits = [self._fit_tail(tail, tail_size) for tail in tails]
         pooled = self._fit_tail(own_distance, tail_size)
         if pooled is None and None in fits:
-            raise ValueError(
+            raise OpenMaxFitError(
                 f"OpenMax needs at least {self.min_tail} correctly classified clips with different distances, "
                 f"got {len(own_distance)} correct of {len(labels)}."
             )

@@ -23,11 +23,11 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import ModelOutput, cached_file
 
 try:
-    from .audio_mmser import MIN_SECONDS, load_audio, stream_audio
+    from .audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from audio_mmser import MIN_SECONDS, load_audio, stream_audio
+    from audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
 
 AUDIO_KEYS = ("raw", "array", "bytes", "path", "file")  # what a dict given to the pipeline may hold
 TEXT_KEYS = ("text", "transcription")
@@ -324,6 +324,8 @@ class MMSERPipeline(Pipeline):
             name_or_path, providers: see [`MMSEROnnxForAudioClassification.from_pretrained`].
             kwargs: `revision`, `token`... for a repository; otherwise as for any pipeline, e.g. `top_k`.
         """
+        if cls.processor_class is None:
+            raise ImportError("Import MMSERPipeline from `mmser` or `processing_mmser`, which bring its processor.")
         AutoConfig.register(MMSEROnnxConfig.model_type, MMSEROnnxConfig, exist_ok=True)  # loading a tokenizer asks
         hub_kwargs = {name: kwargs.pop(name) for name in ("cache_dir", "revision", "token") if name in kwargs}
         model: Any = MMSEROnnxForAudioClassification.from_pretrained(name_or_path, providers=providers, **hub_kwargs)
@@ -420,6 +422,16 @@ class MMSERPipeline(Pipeline):
         with _errors_named(name):
             return self.preprocess(item, **preprocess_params)
 
+    def _collate(self, rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Pad single clips to one batch; a modality that a clip lacks is padding with a mask of zeros."""
+        batch = {}
+        for key in self.processor.model_input_names:
+            values = [row[key][0] if key in row else None for row in rows]
+            if any(value is not None for value in values):
+                padding_value = self.processor.tokenizer.pad_token_id if key == "input_ids" else 0
+                batch[key] = pad_and_stack(values, padding_value)
+        return batch
+
     def get_iterator(
         self, inputs: Any, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ):
@@ -452,7 +464,7 @@ class MMSERPipeline(Pipeline):
             kind(named, self._preprocess_named, preprocess_params),
             num_workers=num_workers,
             batch_size=batch_size,
-            collate_fn=self.processor.pad,
+            collate_fn=self._collate,
         )
         outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(outputs, self.postprocess, postprocess_params)

@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.utils import logging
 
 try:
-    from .audio_mmser import MIN_SECONDS, load_audio, stream_audio
+    from .audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
     from .pipeline_mmser import (
         Chunk,
         MMSEROnnxConfig,
@@ -28,7 +28,7 @@ try:
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from audio_mmser import MIN_SECONDS, load_audio, stream_audio
+    from audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
     from pipeline_mmser import (
         Chunk,
         MMSEROnnxConfig,
@@ -149,23 +149,6 @@ class MMSERProcessor(ProcessorMixin):
             inputs.update(self._process_texts(texts, **options["text_kwargs"]))
         return inputs
 
-    def pad(self, rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Pad clips that were processed one by one to one batch.
-
-        Args:
-            rows: what `__call__` returned for each clip with `return_tensors="np"`: arrays with a batch axis of 1.
-
-        Returns:
-            The same arrays with a batch axis of `len(rows)`. A modality that a clip lacks is padding under a mask of
-            zeros; one that all clips lack is left out.
-        """
-        batch = {}
-        for key in self.model_input_names:
-            values = [row[key][0] if key in row else None for row in rows]
-            if any(value is not None for value in values):
-                batch[key] = pad_and_stack(values, self.tokenizer.pad_token_id if key == "input_ids" else 0)
-        return batch
-
     def _process_clips(self, clips: list, sampling_rate=None, pad_to_multiple_of=None, return_tensors=None):
         """List of clips (None = missing) -> padded features and their mask."""
         rate = self.feature_extractor.sampling_rate
@@ -228,28 +211,6 @@ class MMSERProcessor(ProcessorMixin):
                 encoded["input_ids"][row] = [self.tokenizer.pad_token_id] * length
                 encoded["text_attention_mask"][row] = [0] * length
         return BatchFeature(dict(encoded), tensor_type=return_tensors)
-
-
-def pad_and_stack(rows: list[np.ndarray | None], padding_value: float = 0, multiple_of: int | None = None):
-    """Stack arrays that differ in their last axis, padded at its end; None becomes a row of padding.
-
-    Args:
-        rows (list of `np.ndarray` of shape (..., length_i) or None): at least one is an array.
-        padding_value (`float`): value of the padding.
-        multiple_of (`int`): round the common length up to a multiple of this.
-
-    Returns:
-        `np.ndarray` of shape (rows, ..., length), of the dtype of the rows.
-    """
-    first = next(row for row in rows if row is not None)
-    length = max(row.shape[-1] for row in rows if row is not None)
-    if multiple_of:
-        length += -length % multiple_of
-    stacked = np.full((len(rows), *first.shape[:-1], length), padding_value, dtype=first.dtype)
-    for target, row in zip(stacked, rows, strict=True):
-        if row is not None:
-            target[..., : row.shape[-1]] = row
-    return stacked
 
 
 def _as_clips(audio) -> list | None:

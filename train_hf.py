@@ -2,7 +2,7 @@
 # /// script
 # dependencies = [
 #     "accelerate", "datasets", "evaluate", "scikit-learn", "scipy", "soundfile", "soxr", "torch",
-#     "transformers>=5.20",
+#     "transformers>=5.23",
 # ]
 # ///
 """Fine-tune MMSER on emotional speech, evaluate it and save a checkpoint that explains itself.

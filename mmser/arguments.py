@@ -423,5 +423,8 @@ def parse_arguments(kinds: Sequence[Any], arguments: Sequence[str], description:
         unknown = sorted(set(recipe) - set(destination))
         if unknown:
             raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}. `--help` shows the flags.")
-        parser.set_defaults(**{destination[key]: value for key, value in recipe.items()})
+        given = {destination[key]: value for key, value in recipe.items()}
+        parser.set_defaults(**given)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in given
     return parser.parse_args_into_dataclasses(words)

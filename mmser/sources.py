@@ -177,10 +177,11 @@ def read_table(path: Path, request: Request, *, root: Path | None = None, split:
         return []
     available = list(dict.fromkeys(column for _, raw in rows for column in raw))
     layout = find_layout(available, request, path)
-    values = [""] * len(rows)
-    split_of = {"": split or "train"}
-    if split is None and request.split_names is not None and "split" in available:
-        values = [_string(raw.get("split")).casefold() for _, raw in rows]
+    values = [split or "train"] * len(rows)
+    split_of = {values[0]: values[0]}
+    if split is None and request.split_names is not None:
+        if "split" in available:
+            values = [_string(raw.get("split")).casefold() for _, raw in rows]
         split_of = {value: split for split, value in _pick_splits(dict.fromkeys(values), request, path).items()}
     records = []
     for (number, raw), value in zip(rows, values, strict=True):

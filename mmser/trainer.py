@@ -40,6 +40,7 @@ from mmser.examples import EmotionDataset, class_counts
 from mmser.metrics import build_compute_metrics, softmax
 from mmser.optimizer import parameter_groups
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
+from openmax_mmser import OpenMaxFitError
 
 logger = logging.get_logger(__name__)
 
@@ -409,10 +410,9 @@ class MMSERTrainer(Trainer):
     def _fit_openmax(self, held_out: dict[str, np.ndarray] | None, temperature: float) -> None:
         model = self.accelerator.unwrap_model(self.model)
         tail_size, acceptance = model.config.openmax_tail_size, model.config.openmax_acceptance
-        enough = model.openmax.min_tail * model.config.num_labels
         try:
-            model.openmax.fit_outputs(self.train_outputs, held_out, temperature, tail_size, acceptance, enough)
-        except ValueError as error:  # such as clips that are all alike: no reason to lose a trained model
+            model.openmax.fit_outputs(self.train_outputs, held_out, temperature, tail_size, acceptance)
+        except OpenMaxFitError as error:  # no reason to lose a trained model
             logger.warning(f"OpenMax is left as it is: {error}")
 
 

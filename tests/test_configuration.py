@@ -189,3 +189,9 @@ def test_two_configurations_share_no_state():
     assert second.auto_map == AUTO_MAP == tiny_config().auto_map
     assert second.custom_pipelines == CUSTOM_PIPELINES
     assert second.id2label[0] == tiny_config().id2label[0] == "neutral"
+
+
+def test_a_removed_field_is_refused_unless_it_has_the_only_value():
+    assert not hasattr(MMSERConfig(supervised_contrastive_temperature=0.1), "supervised_contrastive_temperature")
+    with pytest.raises(ValueError, match=r"cannot be set any more: it is 0\.1"):
+        MMSERConfig(supervised_contrastive_temperature=0.3)

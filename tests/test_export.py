@@ -13,6 +13,8 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import soundfile
 import torch
@@ -20,6 +22,7 @@ from tiny import fit_openmax_by_chance, randomize
 from tiny_corpus import NAMES, tiny_model, tiny_processor
 
 import export_hf
+from mmser.arguments import ExportArguments, parse_arguments
 from mmser.export import (
     Comparison,
     ExportedForward,
@@ -376,3 +379,48 @@ def test_without_openmax_there_are_three_outputs():
     assert output_names(model(**inputs)) == ["logits", "probabilities", "uncertainty"]
     names = ("input_values", "attention_mask", "input_ids", "text_attention_mask")
     assert len(forward(*(inputs[name] for name in names))) == 3
+
+
+@pytest.mark.parametrize("std", [2e-2, 1e-4, 1e-6])
+def test_int8_weights_are_close_however_small_they_are(std, tmp_path):
+    """A product and a table of tokens against float64: a scale that float16 cannot hold is kept in float32."""
+    rng = np.random.default_rng(0)
+    matrix, table = (rng.normal(0, std, size).astype(np.float32) for size in ((128, 640), (700, 64)))
+    float_type, int_type = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "matrix"], ["product"], "product"),
+            onnx.helper.make_node("Gather", ["table", "input_ids"], ["tokens"], "tokens"),
+        ],
+        "small",
+        [
+            onnx.helper.make_tensor_value_info("x", float_type, [4, 128]),
+            onnx.helper.make_tensor_value_info("input_ids", int_type, [700]),
+        ],
+        [
+            onnx.helper.make_tensor_value_info("product", float_type, [4, 640]),
+            onnx.helper.make_tensor_value_info("tokens", float_type, [700, 64]),
+        ],
+        [onnx.numpy_helper.from_array(matrix, "matrix"), onnx.numpy_helper.from_array(table, "table")],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "a.onnx")
+    quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    x = rng.normal(size=(4, 128)).astype(np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "b.onnx", providers=["CPUExecutionProvider"])
+    product, tokens = session.run(["product", "tokens"], {"x": x, "input_ids": np.arange(700)})
+    for given, expected in ((product, x.astype(np.float64) @ matrix), (tokens, table)):
+        assert np.linalg.norm(given - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_a_recipe_gives_the_flags_of_the_export_too(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"checkpoint": "a", "output_dir": "b", "dtype": "int8"}))
+    (options,) = parse_arguments((ExportArguments,), [str(tmp_path / "recipe.json"), "--output_dir", "c"])
+    assert (options.model_name_or_path, options.output_dir, options.dtype) == ("a", "c", "int8")
+    with pytest.raises(SystemExit):
+        parse_arguments((ExportArguments,), ["--output_dir", "c"])
+
+
+def test_the_pipeline_alone_says_where_its_processor_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(MMSERPipeline, "processor_class", None)
+    with pytest.raises(ImportError, match="from `mmser` or `processing_mmser`"):
+        MMSERPipeline.from_onnx(tmp_path)

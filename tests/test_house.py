@@ -6,6 +6,7 @@ The rules are those of the layout: commands -> `mmser/` -> processing, modeling 
 """
 
 import ast
+import configparser
 import functools
 import graphlib
 import importlib
@@ -167,3 +168,13 @@ def test_no_function_is_longer_than_a_screen():
 def test_a_large_class_has_a_reason():
     large = [entry for entry in definitions(ast.ClassDef) if entry[2] > 250 and entry[1] not in LARGE_CLASSES]
     assert large == []
+
+
+def test_an_installation_has_every_file_of_the_package():
+    """Templates are read at the end of a run: a wheel without one would fail after all the work."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    patterns = settings["options.package_data"]["mmser"].split()
+    files = [path for path in (ROOT / "mmser").iterdir() if path.suffix != ".py" and path.name != "__pycache__"]
+    assert len(files) >= 2
+    assert [path.name for path in files if not any(path.match(pattern) for pattern in patterns)] == []

@@ -187,6 +187,12 @@ def test_split_names_given_by_the_user(folder):
         load_emotion_dataset(folder, validation_split="dev")
 
 
+def test_a_split_named_by_the_user_must_be_in_undivided_data_too(tmp_path):
+    write_table(tmp_path / "clips.csv", clips(tmp_path))
+    with pytest.raises(ValueError, match=r"no split 'foo' \(--test_split\); it has: \['train'\]"):
+        load_emotion_dataset(manifest=tmp_path / "clips.csv", test_split="foo")
+
+
 def test_folder_without_metadata(tmp_path):
     (tmp_path / "happy").mkdir()
     with pytest.raises(ValueError, match=r"no metadata: expected metadata.csv .* the folder has \['happy'\]"):

@@ -19,7 +19,7 @@ from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch, tiny_config, t
 
 import openmax_mmser
 from modeling_mmser import MMSERForAudioClassification
-from openmax_mmser import OpenMax
+from openmax_mmser import OpenMax, OpenMaxFitError
 
 SIZE = 6  # width of the vectors
 LEVELS = ("activation", "probability")
@@ -535,3 +535,40 @@ def test_the_shapes_follow_the_configuration():
     model = MMSERForAudioClassification(tiny_config(openmax_centroids_per_class=5, fusion_hidden_size=24))
     assert model.openmax.centroids.shape == (4, 5, 24)
     assert "openmax.centroids" not in MMSERForAudioClassification(tiny_config(openmax_distance="anchor")).state_dict()
+
+
+def outputs_of(rng, size=60, num_labels=3):
+    labels = np.arange(size) % num_labels
+    return {
+        "logits": 4 * np.eye(num_labels)[labels] + rng.normal(size=(size, num_labels)),
+        "fused": rng.normal(size=(size, SIZE)) + 3 * np.eye(SIZE)[labels],
+        "anchor_distances": rng.uniform(0.2, 1.8, (size, num_labels)),
+        "labels": labels,
+    }
+
+
+@pytest.mark.parametrize("bad", ["fused", "anchor_distances", "logits"])
+def test_values_that_are_not_finite_are_never_taken_for_too_few_clips(bad, rng):
+    """The trainer goes on after `OpenMaxFitError`: an error of another kind must end the run."""
+    openmax = OpenMax(3, 2, centroids_per_class=8 if bad == "fused" else 0, embedding_size=SIZE)
+    train, held_out = outputs_of(rng), outputs_of(rng)
+    openmax.fit_outputs(train, held_out, acceptance=0.9)
+    assert openmax.is_fitted and openmax.has_thresholds
+    openmax.reset()
+    (train if bad != "logits" else held_out)[bad][:] = np.nan
+    with pytest.raises(ValueError) as error:
+        openmax.fit_outputs(train, held_out, acceptance=0.9)
+    assert not isinstance(error.value, OpenMaxFitError)
+
+
+def test_a_fit_that_fails_leaves_the_earlier_one(rng):
+    model = tiny_model(openmax_distance="anchor", openmax_level="activation")
+    fit_openmax_by_chance(model)
+    before = {name: value.clone() for name, value in model.openmax.named_buffers()}
+    with torch.no_grad():
+        batch = tiny_batch(model, [2000] * 4, [3] * 4)
+        batch["labels"] = (model(**batch).logits.argmax(dim=-1) + 1) % 4  # all of them wrong
+    with pytest.raises(OpenMaxFitError, match="got 0 correct of 4"):
+        model.fit_openmax([batch])
+    assert model.openmax.is_fitted
+    assert all(torch.equal(value, before[name]) for name, value in model.openmax.named_buffers())

@@ -551,14 +551,14 @@ class TestPipeline:
         soundfile.write(tmp_path / "a.wav", noise(9000, 9000), RATE, subtype="FLOAT")
         inputs[1] = tmp_path / "a.wav"
         inputs[2]["text"] = "no"
-        padding, collate = [], classifier.processor.pad
+        padding, collate = [], classifier._collate
 
         def spy(rows):
             batch = collate(rows)
             padding.append(1 - batch["attention_mask"].mean())
             return batch
 
-        monkeypatch.setattr(classifier.processor, "pad", spy)
+        monkeypatch.setattr(classifier, "_collate", spy)
         results = classifier(inputs, batch_size=3)
         assert len(padding) == 2 and max(padding) < 0.2
         for item, result in zip(inputs, results, strict=True):
