@@ -4,7 +4,6 @@
 Order: what a run leaves behind, calibration, kinds of data, errors before the model runs.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -20,7 +19,7 @@ import sklearn.metrics
 import soundfile
 import torch
 from tiny import fit_openmax_by_chance
-from tiny_corpus import NAMES, tiny_model, tiny_processor, write_corpus, write_table
+from tiny_corpus import NAMES, parse_strict_json, read_rows, tiny_model, tiny_processor, write_corpus, write_table
 
 import eval_hf
 from mmser.arguments import DataArguments, EvaluationArguments, SourceArguments
@@ -84,23 +83,8 @@ def run(corpus, checkpoint, tmp_path, monkeypatch):
     return call
 
 
-def read_rows(corpus, *splits):
-    """Rows of the corpus with the path of each clip and its split."""
-    rows = []
-    for split in splits:
-        with open(corpus / split / "metadata.csv", newline="", encoding="utf-8") as file:
-            rows += [
-                {**row, "file_name": str(corpus / split / row["file_name"]), "split": split}
-                for row in csv.DictReader(file)
-            ]
-    return rows
-
-
 def read_json(folder):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    return parse_strict_json((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def digests(folder):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from tiny import fit_openmax_by_chance, tiny_model
-from tiny_corpus import tiny_flags, tiny_tokenizer, write_corpus
+from tiny_corpus import parse_strict_json, tiny_flags, tiny_tokenizer, write_corpus
 
 import train_hf
 from mmser import __version__
@@ -591,13 +591,9 @@ def table_rows(text, first_column):
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def refuse_constant(constant):
-    raise AssertionError(f"{constant} is not JSON")
-
-
 def read(folder):
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
-    return json.loads((folder / "eval_results.json").read_text(), parse_constant=refuse_constant), card.text
+    return parse_strict_json((folder / "eval_results.json").read_text()), card.text
 
 
 def test_the_tables_say_what_the_json_says(cases):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `report`: the numbers, pictures and words of a report, from outputs that are known beforehand."""
 
-import json
 import math
 import re
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import sklearn.metrics
+from tiny_corpus import parse_strict_json
 
 from mmser.report import Measured, draw, judge, reproducible, verdict, write_report
 
@@ -71,10 +71,7 @@ def write(measured, folder, **more):
     report = make_report(measured, **more)
     path = write_report(report, draw(measured, report, folder / "plots"), folder)
 
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return path.read_text(encoding="utf-8"), json.loads((folder / "report.json").read_text(), parse_constant=refuse)
+    return path.read_text(encoding="utf-8"), parse_strict_json((folder / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")

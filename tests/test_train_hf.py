@@ -4,7 +4,6 @@
 Order: what a run leaves behind, the flags, kinds of data, starting points, errors before any work.
 """
 
-import csv
 import json
 import logging as python_logging
 import re
@@ -21,6 +20,8 @@ from tiny_corpus import (
     JOINT,
     NAMES,
     WORDS,
+    parse_strict_json,
+    read_rows,
     tiny_flags,
     tiny_model,
     tiny_processor,
@@ -104,10 +105,7 @@ def test_main_returns_what_it_writes(finished):
     folder, results = finished
     text = (folder / "eval_results.json").read_text()
 
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    written = json.loads(text, parse_constant=refuse)
+    written = parse_strict_json(text)
     for split in ("validation", "test"):
         assert set(written[split]) == {"model", "audio_only", "text_only", "linear_probe", "majority"}
         for row, values in results[split].items():
@@ -405,18 +403,6 @@ def test_the_run_tells_what_it_does(run, caplog, capsys):
 
 
 # --- kinds of data ---------------------------------------------------------------------------------------------------
-
-
-def read_rows(corpus, *splits):
-    """Rows of the corpus with the path of each clip and its split."""
-    rows = []
-    for split in splits:
-        with open(corpus / split / "metadata.csv", newline="", encoding="utf-8") as file:
-            rows += [
-                {**row, "file_name": str(corpus / split / row["file_name"]), "split": split}
-                for row in csv.DictReader(file)
-            ]
-    return rows
 
 
 def test_class_counts_come_from_the_training_set(run, corpus, tmp_path):

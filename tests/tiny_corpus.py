@@ -2,6 +2,7 @@
 """What the tests of training share: a learnable corpus of sines and a model that trains on it in seconds.
 
 `write_corpus` makes the files, `tiny_processor` and `tiny_model` the model, `tiny_flags` the same model as flags.
+`read_rows` and `parse_strict_json` read what was written.
 """
 
 import csv
@@ -171,3 +172,24 @@ def tiny_flags(corpus, output_dir, tokenizer, **more):
             value = json.dumps(value) if isinstance(value, dict) else str(value)
             arguments += [f"--{name}", value]
     return arguments
+
+
+def read_rows(corpus, *splits):
+    """Rows of the corpus with the path of each clip and its split."""
+    rows = []
+    for split in splits:
+        with open(corpus / split / "metadata.csv", newline="", encoding="utf-8") as file:
+            rows += [
+                {**row, "file_name": str(corpus / split / row["file_name"]), "split": split}
+                for row in csv.DictReader(file)
+            ]
+    return rows
+
+
+def parse_strict_json(text):
+    """JSON without NaN and infinity, which `json.loads` would let through."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
