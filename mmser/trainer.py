@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import shutil
+import time
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
@@ -54,6 +56,33 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         for target in self.targets:
             target.set_epoch(int(state.epoch))
+
+
+class TrainingTime(TrainerCallback, ExportableState):
+    """
+    The seconds of a training with all its parts: each checkpoint holds those until then, and a resumed run goes on
+    from there. What a stop lost is not counted.
+    """
+
+    def __init__(self):
+        self.seconds_before = 0.0
+        self.start: float | None = None  # while training
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + (0.0 if self.start is None else time.monotonic() - self.start)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds_before": 0.0 if self.start is None else self.seconds}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A checkpoint of an earlier version has no such entry, and the trainer wants one when it saves
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.seconds_before = saved["attributes"]["seconds_before"]
+        self.start = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds_before, self.start = self.seconds, None
 
 
 class MMSERTrainer(Trainer):
@@ -97,6 +126,8 @@ class MMSERTrainer(Trainer):
         self._is_predicting = False
         self._set_epoch = _SetEpoch()
         self.add_callback(self._set_epoch)
+        self.training_time = TrainingTime()
+        self.add_callback(self.training_time)
         if hasattr(self.train_dataset, "set_epoch"):
             self._set_epoch.targets.append(self.train_dataset)
         self._average: WeightAverage | None = None  # while training with `args.weight_averaging`

@@ -244,8 +244,9 @@ def train(
     if standardize_clips and resumed is None:
         trainer.fit_standardization(examples.for_evaluation(some_clips(data.splits["train"], standardize_clips)))
     training = trainer.train(resume_from_checkpoint=resumed.folder if resumed else None).metrics
+    training["total_runtime"] = round(trainer.training_time.seconds, 4)
     if resumed and trainer.state.global_step == resumed.step:  # it was finished before
-        training = earlier_training(trainer.args.output_dir) or training
+        training |= earlier_training(trainer.args.output_dir) or {}
     is_stream = isinstance(data.splits["train"], datasets.IterableDataset)
     train_dataset: Any = trainer.train_dataset
     training["skipped_clips"] = train_dataset.num_skipped if is_stream else data.skipped_clips

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +367,7 @@ def test_two_accumulated_batches_of_four_are_one_batch_of_eight(splits, tmp_path
 WORKER = """
 import os
 import sys
+import time
 import numpy as np
 import torch
 from test_trainer import (
@@ -488,6 +490,40 @@ def test_resuming_in_the_middle_of_an_accumulated_epoch(splits, tmp_path):
     resumed = resumable(splits, tmp_path / "resumed", start, **arguments, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5)
+
+
+def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(splits, tmp_path):
+    start = tiny_model()
+    whole = resumable(splits, tmp_path / "whole", start)
+    began = time.monotonic()
+    whole.train()
+    assert 0 < whole.training_time.seconds <= time.monotonic() - began
+    path = tmp_path / "whole" / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"]["TrainingTime"]["attributes"]
+    assert 0 < saved["seconds_before"] < whole.training_time.seconds
+    saved["seconds_before"] = 1000.0
+    path.write_text(json.dumps(state))
+    resumed = resumable(splits, tmp_path / "resumed", start)
+    began = time.monotonic()
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    assert 1000 < resumed.training_time.seconds <= 1000 + time.monotonic() - began
+    began = time.monotonic()
+    resumed.train()  # anew
+    assert 0 < resumed.training_time.seconds <= time.monotonic() - began
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_seconds(splits, tmp_path):
+    start = tiny_model()
+    resumable(splits, tmp_path / "whole", start).train()
+    path = tmp_path / "whole" / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["TrainingTime"]
+    path.write_text(json.dumps(state))
+    resumed = resumable(splits, tmp_path / "resumed", start)
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    later = json.loads((tmp_path / "resumed" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert later["stateful_callbacks"]["TrainingTime"]["attributes"]["seconds_before"] > 0
 
 
 # --- the average of the weights --------------------------------------------------------------------------------------
