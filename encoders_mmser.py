@@ -8,7 +8,7 @@ Shape letters: B clips, T audio samples or mel frames, Ta audio states, L layers
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -279,8 +279,16 @@ class Moments:
         self.square = self.square + (vectors**2).sum(dim=0)
 
 
+def parameters_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of a module, also of a replica of `nn.DataParallel`, which holds them as plain tensors."""
+    if not getattr(module, "_is_replica", False):
+        return module.parameters()
+    parts: Any = module.modules()
+    return (parameter for part in parts for parameter in part._former_parameters.values())
+
+
 def is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())
+    return not any(parameter.requires_grad for parameter in parameters_of(module))
 
 
 def build_audio_encoder(config: PreTrainedConfig) -> PreTrainedModel:

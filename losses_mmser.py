@@ -135,7 +135,8 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 def check_finite_losses(losses: dict[str, Tensor]) -> None:
     """Raise `FloatingPointError` naming every NaN or infinite part of the loss. Reads the values: synchronises."""
-    values = torch.stack([value.float() for value in losses.values()]).tolist()  # one wait for the device, not many
+    # One wait for the device, not many. `nn.DataParallel` gives a value for each device
+    values = torch.stack([value.float().mean() for value in losses.values()]).tolist()
     bad = {name: value for name, value in zip(losses, values, strict=True) if not math.isfinite(value)}
     if bad:
         raise FloatingPointError(

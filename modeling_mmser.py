@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 try:
     from .configuration_mmser import MMSERConfig
@@ -39,6 +41,7 @@ try:
         keep_layers,
         load_encoder,
         mask_log_mel,
+        parameters_of,
         state_mask,
         time_mask,
         valid_frames,
@@ -74,6 +77,7 @@ except ImportError:
         keep_layers,
         load_encoder,
         mask_log_mel,
+        parameters_of,
         state_mask,
         time_mask,
         valid_frames,
@@ -94,6 +98,9 @@ except ImportError:
     from openmax_mmser import OpenMax
 
 logger = logging.get_logger(__name__)
+
+# What `create_bidirectional_mask` reads of a configuration, for each implementation of the cross-modal attention
+_ATTENTION_MASKS: Any = {name: SimpleNamespace(_attn_implementation=name) for name in ("eager", "sdpa")}
 
 
 def eager_attention_forward(
@@ -132,6 +139,9 @@ class CrossModalAttention(nn.Module):
     Its output projection starts at zero (`branch_output`): at first each modality passes unchanged, and training lets
     the other one in as far as it helps.
 
+    It runs "eager" where the model does and "sdpa" elsewhere, whatever the encoders run: FlashAttention unpads queries
+    and keys by one mask, but here they are of two modalities.
+
     Args:
         config: gives the shared width, heads and dropout.
         query_size: width of the attending states, which is also the width of the result.
@@ -157,10 +167,11 @@ class CrossModalAttention(nn.Module):
             projection(states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, heads, T, head_size)
             for projection, states in ((self.query, hidden_states), (self.key, context), (self.value, context))
         )
+        implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
         attention_mask = create_bidirectional_mask(
-            self.config, hidden_states, context_mask, encoder_hidden_states=context
+            _ATTENTION_MASKS[implementation], hidden_states, context_mask, encoder_hidden_states=context
         )
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attended, _ = attention(
             self,
             query,
@@ -475,6 +486,17 @@ class MMSERPreTrainedModel(PreTrainedModel):
         """
         return False
 
+    # Those of the library look for parameters, which a replica of `nn.DataParallel` lacks
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the first weight that is floating point."""
+        return next(parameter.dtype for parameter in parameters_of(self) if parameter.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first weight."""
+        return next(parameter.device for parameter in parameters_of(self))
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
@@ -611,6 +633,13 @@ class MMSERModel(MMSERPreTrainedModel):
             if is_frozen(encoder):
                 encoder.eval()
         return self
+
+    def _replicate_for_data_parallel(self):
+        """Set the hooks that record the layers' states first: replicas share hooks, and each would set its own."""
+        for encoder in self.children():
+            if isinstance(encoder, PreTrainedModel):
+                maybe_install_capturing_hooks(encoder)
+        return super()._replicate_for_data_parallel()
 
     @can_return_tuple
     def forward(
@@ -781,7 +810,8 @@ class MMSERModel(MMSERPreTrainedModel):
             "output_attentions": output_attentions,
             "return_dict": True,
         }
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
+        # A frozen encoder builds no graph, unless the audio itself asks for a gradient: saliency, adversarial examples
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (audio.requires_grad or not is_frozen(encoder))):
             if self.config.uses_log_mel:
                 frame_mask = valid_frames(mask, 1, 2)
                 if encoder.training:

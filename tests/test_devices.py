@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the model where it is run in another way than alone, in float32, on one processor: other attention kernels,
+replicas of `nn.DataParallel`, gradients that an input asks for.
+"""
+
+import copy
+
+import pytest
+import torch
+from tiny import AUDIO_CONFIGS, NO_DROPOUT, NO_ENCODER_DROPOUT, fit_openmax_by_chance, tiny_batch, tiny_model
+from torch import nn
+from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input, _upad_input
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from losses_mmser import check_finite_losses
+
+OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "fused", "open_set_probabilities")
+LABELS = torch.tensor([0, 1, 2, 3])
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+def batch_for(model):
+    lengths = [100, 57, 20, 0] if model.config.uses_log_mel else [4000, 2100, 3205, 0]
+    return tiny_batch(model, lengths, [9, 4, 0, 6])
+
+
+def audio_name(model):
+    return "input_features" if model.config.uses_log_mel else "input_values"
+
+
+# Attention kernels
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """FlashAttention as Transformers calls it, its kernel for sequences of any lengths replaced by a loop."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, T, heads, head_size)
+    batch_size, query_length = query.shape[:2]
+    if attention_mask is None:
+        attention_mask = torch.ones(key.shape[:2], dtype=torch.bool)
+    query, key, value, indices, (query_ends, key_ends), _ = _upad_input(
+        query, key, value, attention_mask, query_length, _unpad_input
+    )
+    attended = []
+    for i in range(batch_size):
+        rows, seen = slice(query_ends[i], query_ends[i + 1]), slice(key_ends[i], key_ends[i + 1])
+        scores = torch.einsum("qhd,khd->hqk", query[rows], key[seen]) * scaling
+        attended.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value[seen]))
+    return _pad_input(torch.cat(attended), indices, batch_size, query_length), None
+
+
+def use_attention(model, implementation):
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = implementation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in AUDIO_CONFIGS if kind != "wavlm"])  # it has an attention of its own
+def test_flash_attention_gives_what_eager_attention_gives(kind, monkeypatch):
+    """The encoders unpad their queries by their own mask; the attention between the modalities cannot."""
+    calls = []
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "flash_attention_2",
+        lambda *args, **kwargs: calls.append(0) or varlen_attention(*args, **kwargs),
+    )
+    model = tiny_model(kind)
+    fit_openmax_by_chance(model)
+    batch = batch_for(model)
+    use_attention(model, "eager")
+    expected = model(**batch)
+    assert not calls
+    use_attention(model, "flash_attention_2")
+    outputs = model(**batch)
+    assert len(calls) == 4  # two layers of each encoder
+    for name in OUTPUTS:
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+# Replicas
+
+
+def replicas_of(model, number):
+    """What `torch.nn.parallel.replicate` makes, on the processor: modules whose parameters are plain tensors."""
+    modules = list(model.modules())
+    index = {module: i for i, module in enumerate(modules)}
+    result = []
+    for _ in range(number):
+        copies = [module._replicate_for_data_parallel() for module in modules]
+        for module, replica in zip(modules, copies, strict=True):
+            replica._former_parameters = {}
+            for name, child in module._modules.items():
+                setattr(replica, name, None if child is None else copies[index[child]])
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    replica._parameters[name] = None
+                    continue
+                # Broadcasting keeps the graph of those that are trained
+                tensor = parameter.view_as(parameter) if parameter.requires_grad else parameter.detach()
+                setattr(replica, name, tensor)
+                replica._former_parameters[name] = tensor
+            for name, buffer in module._buffers.items():
+                replica._buffers[name] = buffer
+        result.append(copies[0])
+    return result
+
+
+class Replicated(nn.Module):
+    """`nn.DataParallel` on the processor: each replica gets its share of the rows, and the outputs are gathered."""
+
+    def __init__(self, module, number=2):
+        super().__init__()
+        self.module, self.number = module, number
+
+    def forward(self, **inputs):
+        parts = {name: values.chunk(self.number) for name, values in inputs.items()}
+        outputs = [
+            replica(**{name: values[i] for name, values in parts.items()})
+            for i, replica in enumerate(replicas_of(self.module, self.number))
+        ]
+        return self.gather(outputs)
+
+    def gather(self, outputs):
+        """As `torch.nn.parallel.gather`: a scalar becomes a vector with an entry for each replica."""
+        first = outputs[0]
+        if isinstance(first, torch.Tensor):
+            return torch.stack(outputs) if first.ndim == 0 else torch.cat(outputs)
+        return type(first)((name, self.gather([output[name] for output in outputs])) for name in first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_replicas_classify_as_the_model_does(kind):
+    model = tiny_model(kind)
+    fit_openmax_by_chance(model)
+    batch = batch_for(model)
+    expected, outputs = model(**batch), Replicated(model)(**batch)
+    for name in (*OUTPUTS, "is_unknown"):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("frozen", ["none", "audio", "text"])
+def test_replicas_train_as_the_model_does(frozen):
+    dropout = {"audio": NO_ENCODER_DROPOUT["wav2vec2"] | {"mask_time_prob": 0.0}, "text": NO_ENCODER_DROPOUT["bert"]}
+    model = tiny_model(**dropout, **NO_DROPOUT)
+    if frozen != "none":
+        getattr(model, f"freeze_{frozen}_encoder")()
+    batch = batch_for(model) | {"labels": LABELS}
+    reference = copy.deepcopy(model).train()
+    reference(**batch).loss.backward()
+    outputs = Replicated(model.train())(**batch)
+    outputs.loss.mean().backward()  # as the Trainer does
+    assert outputs.loss.shape == (2,) and outputs.losses["focal"].shape == (2,)
+    check_finite_losses(outputs.losses)
+    with pytest.raises(FloatingPointError, match="focal=nan"):
+        check_finite_losses(outputs.losses | {"focal": torch.tensor([1.0, torch.nan])})
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    trained = {name for name, gradient in expected.items() if gradient is not None}
+    assert any("text_encoder" in name for name in trained) == (frozen != "text")
+    assert any("audio_encoder" in name for name in trained) == (frozen != "audio")
+    for name, parameter in model.named_parameters():
+        if name not in trained:
+            assert parameter.grad is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Gradients of inputs
+
+
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+@pytest.mark.parametrize("training", [False, True])
+def test_an_input_that_asks_for_a_gradient_gets_it_through_a_frozen_encoder(kind, training):
+    """Saliency maps and adversarial examples; the gradient is that of a model with nothing frozen."""
+    model = tiny_model(kind, **NO_DROPOUT)
+    batch, name = batch_for(model), audio_name(model)
+    model.mmser.text_encoder.eval()
+    gradients = []
+    for frozen in (False, True):
+        if frozen:
+            model.freeze_audio_encoder()
+            model.freeze_text_encoder()
+            model.train(training)
+            model.zero_grad()
+        audio = batch[name].clone().requires_grad_(True)
+        model(**batch | {name: audio}).logits[:, 0].sum().backward()
+        gradients.append(audio.grad)
+    assert gradients[1][:3].abs().amax() > 0 and gradients[1][3].abs().max() == 0  # the last row has no audio
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+    assert all(parameter.grad is None for parameter in model.mmser.audio_encoder.parameters())
