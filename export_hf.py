@@ -10,18 +10,26 @@ python export_hf.py --checkpoint me/model --output_dir runs/half --format safete
 """
 
 import sys
+from typing import TYPE_CHECKING
 
-from transformers.utils import logging
+from mmser.arguments import EXPORT_ARGUMENTS, parse_arguments
+from mmser.console import run_command
 
-from mmser.arguments import ExportArguments, parse_arguments
-from mmser.export import ExportReport, export_checkpoint
-from mmser.vocabulary import read_texts
+if TYPE_CHECKING:
+    from mmser.export import ExportReport
 
 
-def main(arguments: list[str] | None = None) -> ExportReport:
+def main(arguments: list[str] | None = None) -> "ExportReport":
     """Export a checkpoint as the flags say. Prints and returns the sizes and the differences to PyTorch."""
     command = sys.argv[1:] if arguments is None else arguments
-    (options,) = parse_arguments((ExportArguments,), command, __doc__)
+    (options,) = parse_arguments(EXPORT_ARGUMENTS, command, __doc__)
+
+    # Late: `--help` and a wrong flag do not wait for torch
+    from transformers.utils import logging
+
+    from mmser.export import export_checkpoint
+    from mmser.vocabulary import read_texts
+
     logging.set_verbosity_warning()
     report = export_checkpoint(
         options.model_name_or_path,
@@ -41,7 +49,7 @@ def main(arguments: list[str] | None = None) -> ExportReport:
 
 def command() -> None:
     """The installed command `mmser-export`."""
-    main()
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.baselines import TrainingClock
 from benchmarks.tables import Row, parse_arguments, publish, read_results, short_json, table, three_digits
 from configuration_mmser import MMSERConfig
-from mmser.arguments import MMSERTrainingArguments
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.examples import EmotionDataset
@@ -42,6 +41,7 @@ from mmser.loading import load_emotion_dataset
 from mmser.metrics import compute_classification_metrics
 from mmser.results import environment
 from mmser.trainer import MMSERTrainer
+from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERPipeline, MMSERProcessor
 

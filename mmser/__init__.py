@@ -22,7 +22,7 @@ _MODULES = {
     "EmotionDataset": "mmser.examples",
     "MMSERDataCollator": "mmser.batches",
     "MMSERTrainer": "mmser.trainer",
-    "MMSERTrainingArguments": "mmser.arguments",
+    "MMSERTrainingArguments": "mmser.training_arguments",
     "export_checkpoint": "mmser.export",
     "load_emotion_dataset": "mmser.loading",
     "load_emotion_split": "mmser.loading",

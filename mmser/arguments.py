@@ -2,18 +2,20 @@
 """The arguments of all commands, and how they are parsed: flags after an optional JSON recipe."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import HfArgumentParser, TrainingArguments
+from mmser.flags import FlagParser, parse_json, split_debug, with_trainer_flags
+from mmser.training_flags import TrainingFlags
 
-from mmser.export import DTYPES, FORMATS, OPSET
-from mmser.optimizer import PARAMETER_GROUPS
-from mmser.sources import DataColumns
+if TYPE_CHECKING:  # what imports torch or datasets is imported when it is needed: `--help` does not need it
+    from mmser.sources import DataColumns
+
+DTYPES = ("float32", "float16", "int8")
+FORMATS = ("onnx", "safetensors")
+OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
 
 
 @dataclass
@@ -91,7 +93,7 @@ class ModelArguments:
     def __post_init__(self):
         for name in ("audio_config_overrides", "text_config_overrides", "config_overrides"):
             value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
+            setattr(self, name, parse_json(value, f"--{name}") if isinstance(value, str) else value or {})
         for kind in ("audio", "text"):
             if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
                 raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
@@ -140,7 +142,9 @@ class SourceArguments:
     )
 
     @property
-    def columns(self) -> DataColumns:
+    def columns(self) -> "DataColumns":
+        from mmser.sources import DataColumns
+
         names = [column.name for column in dataclasses.fields(DataColumns)]
         given = {name: getattr(self, f"{name}_column") for name in names}
         return DataColumns(**{name: None if column.lower() == "none" else column for name, column in given.items()})
@@ -198,94 +202,14 @@ class DataArguments(SourceArguments):
     audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
 
 
-@dataclass
-class MMSERTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for fine-tuning MMSER and the short spellings of the most used flags."""
-
-    output_dir: str = field(
-        default="runs/mmser",
-        metadata={"aliases": ["--save_dir"], "help": "Folder for the checkpoints and the results."},
-    )
-    num_train_epochs: float = field(default=10.0, metadata={"aliases": ["--epochs"], "help": "Passes over the data."})
-    per_device_train_batch_size: int = field(
-        default=16, metadata={"aliases": ["--batch_size"], "help": "Clips per device and training step."}
-    )
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Clips per device in evaluation."})
-    learning_rate: float = field(
-        default=1e-4, metadata={"aliases": ["--lr"], "help": "Peak learning rate; each parameter group multiplies it."}
-    )
-    lr_multipliers: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON: learning rate multipliers that differ from the published ones, e.g. "
-            f"'{{\"audio_encoder\": 1}}'. Groups: {', '.join(PARAMETER_GROUPS)}."
-        },
-    )
-    weight_decay: float | None = field(  # type: ignore[assignment]  # None: the published one of each group
-        default=None, metadata={"help": "One weight decay for all groups instead of the published one for each."}
-    )
-    use_amp: bool = field(
-        default=False,
-        metadata={
-            "help": "Mixed precision: bf16 where the device has it, else fp16. `--bf16` and `--fp16` choose one."
-        },
-    )
-    weight_averaging: float = field(
-        default=0.0,
-        metadata={
-            "help": "Decay per step of an exponential average of the trained weights, such as 0.99; it is what is "
-            "evaluated and saved. 0: no average."
-        },
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1: the share of all steps."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints to keep (the best one is kept too)."}
-    )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint at the end."})
-    metric_for_best_model: str | None = field(
-        default="weighted_f1", metadata={"help": "What makes a checkpoint best."}
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "group_by_length (clips of similar length in a batch, less padding), random or sequential."},
-    )
-    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})
-
-    def __post_init__(self):
-        if isinstance(self.lr_multipliers, str):
-            self.lr_multipliers = json.loads(self.lr_multipliers)
-        unknown = set(self.lr_multipliers or {}) - set(PARAMETER_GROUPS)
-        if unknown:
-            raise ValueError(
-                f"`lr_multipliers` names {sorted(unknown)}; the groups are {', '.join(PARAMETER_GROUPS)}."
-            )
-        if not 0 <= self.weight_averaging < 1:
-            raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
-        if self.use_amp and not (self.bf16 or self.fp16):
-            has_bf16 = self.use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-            self.bf16, self.fp16 = has_bf16, not has_bf16
-        if self.bf16 and not torch.cuda.is_available():
-            self.use_cpu = True  # without it, bf16 is refused on a machine that has no GPU
-        self.label_names = ["labels"]
-        # A loss that is not finite is an error here, not something to be averaged away in the log
-        self.logging_nan_inf_filter = False
-        if self.eval_strategy == "no" or self.save_strategy == "no":
-            self.load_best_model_at_end = False
-        super().__post_init__()
-
-
 COMPARED_GROUPS = ("sex", "language", "corpus", "duration")
+TTA_PASSES = 5  # of a `--tta` without a number
 SPLITS = ("test", "validation", "train")  # the first that is there is evaluated
 
 
 def _same_flag(name: str, *aliases: str):
     """The flag `name` as training has it, with its default and its help text."""
-    flag = MMSERTrainingArguments.__dataclass_fields__[name]
+    flag = TrainingFlags.__dataclass_fields__[name]
     return field(default=flag.default, metadata={**flag.metadata, **({"aliases": list(aliases)} if aliases else {})})
 
 
@@ -322,7 +246,11 @@ class EvaluationArguments:
         },
     )
     tta: list[int] | None = field(
-        default=None, metadata={"help": "Test-time augmentation: numbers of passes over each clip, e.g. 1 5 10."}
+        default=None,
+        metadata={
+            "help": "Test-time augmentation: numbers of passes over each clip, e.g. 1 5 10. Without a number: "
+            f"{TTA_PASSES}."
+        },
     )
     group_by: list[str] | None = field(
         default=None,
@@ -338,13 +266,15 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = _same_flag("per_device_eval_batch_size", "--batch_size")
     dataloader_num_workers: int = _same_flag("dataloader_num_workers")
     use_amp: bool = _same_flag("use_amp")
-    use_cpu: bool = _same_flag("use_cpu")
+    use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU even where there is a GPU."})
     seed: int = field(default=42, metadata={"help": "Seed of the clips that are drawn and of the augmentation."})
 
     def __post_init__(self):
         if self.output_dir is None:
             checkpoint = Path(self.model_name_or_path)
             self.output_dir = str(checkpoint / "evaluation") if checkpoint.is_dir() else "runs/eval"
+        if self.tta == []:
+            self.tta = [TTA_PASSES]
         if min(self.tta or [1]) < 1:
             raise ValueError(f"--tta takes numbers of passes of at least 1, got {self.tta}.")
         for name in ("bootstrap_samples", "max_train_samples"):
@@ -393,8 +323,22 @@ class ExportArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in --output_dir."})
 
 
-TRAINING_ARGUMENTS = (ModelArguments, DataArguments, MMSERTrainingArguments)
+TRAINING_ARGUMENTS = (ModelArguments, DataArguments, TrainingFlags)
 EVALUATION_ARGUMENTS = (EvaluationArguments, SourceArguments)
+EXPORT_ARGUMENTS = (ExportArguments,)
+NEGATIVE_HELP = {
+    "augment": "Train on the clips as they are.",
+    "augment_noise": "Augment by speed alone.",
+    "check": "Write the export without comparing it with PyTorch.",
+    "load_best_model_at_end": "Keep the weights of the last step.",
+}
+OPTIONAL_VALUES = ("tta",)
+
+
+def command_parser(kinds: Sequence[Any], description: str | None = None) -> FlagParser:
+    """A parser that knows all flags of a command, for `--help` and for wrong flags: it imports no torch."""
+    shown = [with_trainer_flags(kind) if kind is TrainingFlags else kind for kind in kinds]
+    return FlagParser(shown, description, NEGATIVE_HELP, OPTIONAL_VALUES)
 
 
 def parse_arguments(kinds: Sequence[Any], arguments: Sequence[str], description: str | None = None) -> tuple:
@@ -405,26 +349,37 @@ def parse_arguments(kinds: Sequence[Any], arguments: Sequence[str], description:
         kinds: dataclasses with the fields that are flags, such as `TRAINING_ARGUMENTS`.
         arguments: the words of the command line.
         description: what `--help` says of the command.
-    Returns: an object of each kind.
+    Returns: an object of each kind; `MMSERTrainingArguments` for `TrainingFlags`.
     Raises:
-        ValueError: a key of the recipe that is no flag, or values that do not go together.
+        ValueError: a word or a key of the recipe that is no flag, or values that do not go together.
     """
-    parser = HfArgumentParser(kinds, description=description)
-    words = list(arguments)
+    words, _ = split_debug(arguments)
+    recipe: dict[str, Any] = {}
+    path = ""
     if words and words[0].endswith(".json"):
-        path = Path(words.pop(0))
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-        destination = {
-            option.removeprefix("--"): action.dest
-            for action in parser._actions
-            for option in action.option_strings
-            if action.const is not False  # --no_augment and its like: in a recipe it is "augment": false
-        }
-        unknown = sorted(set(recipe) - set(destination))
-        if unknown:
-            raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}. `--help` shows the flags.")
-        given = {destination[key]: value for key, value in recipe.items()}
-        parser.set_defaults(**given)
-        for action in parser._actions:
-            action.required = action.required and action.dest not in given
-    return parser.parse_args_into_dataclasses(words)
+        path = words.pop(0)
+        recipe = read_recipe(path)
+    parser = command_parser(kinds, description)
+    parser.set_recipe(recipe, path)
+    parser.check(words)
+    if TrainingFlags in kinds:  # only now, as this imports torch
+        from mmser.training_arguments import MMSERTrainingArguments
+
+        parser = FlagParser([MMSERTrainingArguments if kind is TrainingFlags else kind for kind in kinds])
+        parser.set_recipe(recipe, path)
+    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The flags of a JSON file; ValueError or FileNotFoundError if it has none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"The recipe {path} does not exist.")
+    return parse_json(Path(path).read_text(encoding="utf-8"), f"The recipe {path}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MMSERTrainingArguments":  # it is a class of Transformers, and imports torch
+        from mmser.training_arguments import MMSERTrainingArguments
+
+        return MMSERTrainingArguments
+    raise AttributeError(f"module 'mmser.arguments' has no attribute {name!r}")

@@ -1,16 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command tells on the console while it works."""
+"""What a command tells on the console: what it does while it works, and what was wrong where it cannot."""
 
+import gc
+import linecache
 import logging as python_logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
-from transformers.utils import logging
+from mmser.flags import split_debug
+
+if TYPE_CHECKING:  # `--help` does not wait for torch
+    from transformers import TrainingArguments
 
 OWN_LOGGERS = ("mmser", "audio_mmser", "encoders_mmser", "modeling_mmser", "openmax_mmser", "processing_mmser")
+# Libraries whose own exceptions are about what they were given: a file, a data set, an address
+FOREIGN_ERRORS = (
+    "datasets",
+    "httpcore",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "requests",
+    "safetensors",
+    "safetensors_rust",
+)
+WORKER_ERROR = re.compile(r"^Caught \w+ in .*Original Traceback.*\n(?:\w+\.)*\w+: ", re.DOTALL)
+RANK_DELAY = 5  # seconds
 
 
-def set_up_logging(arguments: TrainingArguments) -> None:
+def set_up_logging(arguments: "TrainingArguments") -> None:
     """Our own modules tell what they do, on the main process; others warn only. `--log_level` sets both."""
+    from transformers.utils import logging
+
     level = arguments.get_process_log_level()
     logging.set_verbosity(level)
     logging.enable_default_handler()
@@ -19,3 +44,68 @@ def set_up_logging(arguments: TrainingArguments) -> None:
     tells = arguments.log_level == "passive" and arguments.should_log
     for name in OWN_LOGGERS:
         python_logging.getLogger(name).setLevel(python_logging.INFO if tells else level)
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """
+    Run `main` as a program: a user's mistake ends in one sentence and exit code 2, with `--debug` in a traceback.
+
+    What looks like a fault of the program itself ends in a traceback in any case, see `mistake`.
+    """
+    try:
+        main()
+        leave_process_group()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)  # as a shell says it: 128 + SIGINT
+    except Exception as error:
+        message = mistake(error)
+        if message is None or split_debug(sys.argv[1:])[1]:
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            # All processes of a run fail for the same reason as a rule; the launcher ends this one when the first has
+            # said so
+            time.sleep(RANK_DELAY)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def mistake(error: Exception) -> str | None:
+    """
+    What a user did wrong; None for an exception that looks like a fault of the program.
+
+    A user's mistakes are files and addresses that cannot be read, packages that are missing, and values that some
+    code refuses with `raise ValueError`. A ValueError of an operation, such as of an unpacking, is no refusal.
+    """
+    if type(error).__module__.split(".")[0] in FOREIGN_ERRORS:
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if isinstance(error, (ValueError, ImportError)) and _is_raised_by_a_statement(error):
+        return WORKER_ERROR.sub("", str(error)).strip()
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"The device has not enough memory: lower --batch_size or --max_seconds. {error}".splitlines()[0]
+    return None
+
+
+def _is_raised_by_a_statement(error: Exception) -> bool:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    line = linecache.getline(frame.tb_frame.f_code.co_filename, frame.tb_lineno).strip() if frame else ""
+    return not line or line.startswith("raise")
+
+
+def leave_process_group() -> None:
+    """
+    End what a program shares with the other processes of its run: the last thing it does, its trainers out of scope.
+
+    A thread of Gloo that lets go of a tensor while the interpreter ends aborts the process, and a run that has worked
+    counts as failed (https://github.com/pytorch/pytorch/issues/190489). The threads end with the group, and the group
+    with the last model that was wrapped for it: hence the collection.
+    """
+    import torch
+
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
-from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, MMSERTrainingArguments, SourceArguments
+from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, SourceArguments
 from mmser.batches import MMSERDataCollator
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.groups import duration_bands, split_groups
@@ -22,6 +22,7 @@ from mmser.report import Measured, reproducible
 from mmser.results import describe_data, environment
 from mmser.scores import evaluate_augmentation, predict_clips, predict_rows
 from mmser.trainer import MMSERTrainer
+from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 

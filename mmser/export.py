@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
+from mmser.arguments import DTYPES, FORMATS, OPSET
 from mmser.quantization import quantize_onnx
 from mmser.tables import format_table
 from mmser.vocabulary import Trimmed, trim_vocabulary
@@ -31,9 +32,6 @@ from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from pipeline_mmser import MMSEROnnxForAudioClassification
 from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 
-DTYPES = ("float32", "float16", "int8")
-FORMATS = ("onnx", "safetensors")
-OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
 # Largest allowed difference to PyTorch in float32, of probabilities and of logits divided by the largest logit
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.15}
 # Where the `Auto*` classes find the code of an exported model

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameter groups of the published optimiser, each with its learning rate multiplier and weight decay."""
 
-from torch import nn
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of the groups are also those of a flag, and `--help` does not wait for torch
+    from torch import nn
 
 # name: (prefixes of the parameters, learning rate multiplier, weight decay), as published but for the layer weights
 PARAMETER_GROUPS = {

@@ -6,7 +6,6 @@ finite, and `finalize`, which calibrates the model and fits its OpenMax.
 """
 
 import contextlib
-import gc
 import os
 import shutil
 import time
@@ -27,7 +26,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_l
 from transformers.utils import PushInProgress, logging
 
 from losses_mmser import check_finite_losses
-from mmser.arguments import MMSERTrainingArguments
 from mmser.averaging import WeightAverage
 from mmser.batches import LengthGroupedSampler, evaluation_order
 from mmser.calibration import (
@@ -41,6 +39,7 @@ from mmser.calibration import (
 from mmser.examples import EmotionDataset, class_counts
 from mmser.metrics import build_compute_metrics, softmax
 from mmser.optimizer import parameter_groups
+from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
 from openmax_mmser import OpenMaxFitError
 
@@ -457,16 +456,3 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
         if (step := folder.name.rsplit("-", 1)[1]).isdigit() and (folder / "trainer_state.json").exists()
     }
     return str(complete[max(complete)]) if complete else None
-
-
-def leave_process_group() -> None:
-    """
-    End what a program shares with the other processes of its run: the last thing it does, its trainers out of scope.
-
-    A thread of Gloo that lets go of a tensor while the interpreter ends aborts the process, and a run that has worked
-    counts as failed (https://github.com/pytorch/pytorch/issues/190489). The threads end with the group, and the group
-    with the last model that was wrapped for it: hence the collection.
-    """
-    gc.collect()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from mmser.arguments import DataArguments, MMSERTrainingArguments, ModelArguments
+from mmser.arguments import DataArguments, ModelArguments
 from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
@@ -31,6 +31,7 @@ from mmser.results import RESULTS_NAME, describe_data, earlier_training, environ
 from mmser.scores import describe_rows, evaluate_open_set, predict_clips, predict_rows
 from mmser.tables import format_table, strict_json
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
+from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 

@@ -20,13 +20,13 @@ from tiny_corpus import RATE, tiny_model, tiny_processor, write_corpus
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from mmser.arguments import MMSERTrainingArguments
 from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache, StateStore
 from mmser.examples import EmotionDataset, TestTimeAugmentation
 from mmser.loading import load_emotion_dataset
 from mmser.trainer import MMSERTrainer
+from mmser.training_arguments import MMSERTrainingArguments
 
 pytestmark = pytest.mark.usefixtures("seeded")
 NOISY = {"training": True, "augmenter": Augmenter(), "max_seconds": 0.3, "text_dropout": 0.2, "audio_dropout": 0.2}

@@ -35,7 +35,6 @@ from tiny_corpus import AUDIO, JOINT, NAMES, TEXT, WHISPER, tiny_processor, tiny
 from transformers import (
     BertConfig,
     BertForPreTraining,
-    HfArgumentParser,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForPreTraining,
@@ -44,7 +43,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from mmser.arguments import EVALUATION_ARGUMENTS, TRAINING_ARGUMENTS, ExportArguments, parse_arguments
+from mmser.arguments import EVALUATION_ARGUMENTS, EXPORT_ARGUMENTS, TRAINING_ARGUMENTS, command_parser, parse_arguments
 from mmser.loading import load_emotion_dataset
 from modeling_mmser import MMSERForAudioClassification
 
@@ -53,7 +52,7 @@ README = ROOT / "README.md"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*sorted(ROOT.glob("docs/*.md")), README]
 }
-COMMANDS = {"train_hf": TRAINING_ARGUMENTS, "eval_hf": EVALUATION_ARGUMENTS, "export_hf": (ExportArguments,)}
+COMMANDS = {"train_hf": TRAINING_ARGUMENTS, "eval_hf": EVALUATION_ARGUMENTS, "export_hf": EXPORT_ARGUMENTS}
 SHORTER = {
     "train_hf.py": "--max_steps 2 --save_strategy no --eval_strategy no --load_best_model_at_end false --use_cpu "
     "--dataloader_num_workers 0 --augmented_copies 1 --max_train_samples 16 --max_eval_samples 8 --disable_tqdm true",
@@ -431,7 +430,7 @@ def test_every_link_points_to_something():
 
 
 def known_flags():
-    return {flag for kinds in COMMANDS.values() for flag in HfArgumentParser(kinds)._option_string_actions}
+    return {flag for kinds in COMMANDS.values() for flag in command_parser(kinds)._option_string_actions}
 
 
 def test_every_flag_is_one_of_the_command_lines():
@@ -450,7 +449,7 @@ def test_arguments_in_the_prose_are_parsed(monkeypatch):
         "eval_hf": ["--checkpoint", "x"],
         "export_hf": ["--checkpoint", "x", "--output_dir", "y"],
     }
-    parsers = {name: HfArgumentParser(kinds) for name, kinds in COMMANDS.items()}
+    parsers = {name: command_parser(kinds) for name, kinds in COMMANDS.items()}
     parsed = 0
     for page, span in all_spans():
         if page == "docs/results.md":  # its flags are those of the benchmarks

@@ -22,6 +22,7 @@ from tiny import fit_openmax_by_chance
 from tiny_corpus import NAMES, parse_strict_json, read_rows, tiny_model, tiny_processor, write_corpus, write_table
 
 import eval_hf
+from mmser import evaluation_run, report
 from mmser.arguments import DataArguments, EvaluationArguments, SourceArguments
 from mmser.evaluation_run import store_calibration
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
@@ -74,7 +75,7 @@ def flags(**given):
 @pytest.fixture
 def run(corpus, checkpoint, tmp_path, monkeypatch):
     """Run `main` on the tiny corpus into `tmp_path / "out"`, without the pictures: drawing takes longest by far."""
-    monkeypatch.setattr(eval_hf, "draw", lambda *arguments: defaultdict(str))
+    monkeypatch.setattr(report, "draw", lambda *arguments: defaultdict(str))
 
     def call(**given):
         given = {"checkpoint": checkpoint, "data_dir": corpus, "output_dir": tmp_path / "out", **given}
@@ -181,8 +182,8 @@ def test_the_same_command_gives_the_same_numbers(run, corpus):
     second = run(tta=[2], ood_dir=corpus / "ood", max_eval_samples=6, max_train_samples=9, batch_size=3)
     assert first["rows"]["model"]["clips"] == 6 and first["unknown_clips"] == {"ood": 6}
     assert first["data"]["clips"] == {"test": 6, "train": 9}
-    for report in (first, second):
-        del report["test_time_augmentation"][0]["seconds"], report["command"]
+    for found in (first, second):
+        del found["test_time_augmentation"][0]["seconds"], found["command"]
     assert json.dumps(first["rows"]["model"]["confusion_matrix"]) == json.dumps(
         second["rows"]["model"]["confusion_matrix"]
     )
@@ -245,7 +246,7 @@ def test_nothing_is_stored_before_everything_is_measured(step, run, checkpoint, 
 
     copy = tmp_path / "tiny"
     shutil.copytree(checkpoint, copy)
-    monkeypatch.setattr(eval_hf, step, fail)
+    monkeypatch.setattr(evaluation_run, step, fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(checkpoint=copy, calibrate=True, tta=[1])
     assert digests(copy) == digests(checkpoint)

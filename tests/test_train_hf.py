@@ -32,6 +32,7 @@ from tiny_corpus import (
 from transformers import WhisperConfig, WhisperModel, pipeline
 
 import train_hf
+from mmser import model_loading, training_run
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.caching import EncoderStateCache
 from mmser.examples import EmotionDataset
@@ -187,7 +188,7 @@ def test_a_second_call_goes_on_from_the_last_checkpoint(run, tmp_path, caplog):
 
 
 def test_what_is_no_checkpoint_is_told_before_any_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_hf, "load_data", lambda *_: pytest.fail("The data were loaded."))
+    monkeypatch.setattr(training_run, "load_data", lambda *_: pytest.fail("The data were loaded."))
     with pytest.raises(FileNotFoundError, match=r"--resume_from_checkpoint: .*nowhere is no checkpoint"):
         run(resume_from_checkpoint=tmp_path / "nowhere")
 
@@ -261,7 +262,7 @@ def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(corpus, tok
         implementations[arguments.attn_implementation] = {config._attn_implementation for config in configs}
         return model
 
-    monkeypatch.setattr(train_hf, "load_model", remember)
+    monkeypatch.setattr(model_loading, "load_model", remember)
     for name in ("sdpa", "eager"):
         flags = tiny_flags(corpus, tmp_path / name, tokenizer, attn_implementation=name, max_steps=2)
         results[name] = train_hf.main(flags)
@@ -618,7 +619,7 @@ def test_errors_come_before_any_work(run, corpus, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(train_hf, "load_model", refuse)
+    monkeypatch.setattr(model_loading, "load_model", refuse)
     rows = read_rows(corpus, "train", "validation")
     manifest = tmp_path / "all.csv"
 
@@ -636,9 +637,11 @@ def test_errors_come_before_any_work(run, corpus, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line(tmp_path, monkeypatch):
+def test_the_command_line(tmp_path, monkeypatch, capsys):
     """As a program, with its arguments from the command line."""
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["train_hf.py", "--data_dir", str(tmp_path / "empty"), "--use_cpu"])
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/empty has no metadata"):
+    with pytest.raises(SystemExit) as ended:
         runpy.run_path(train_hf.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert f"error: {tmp_path}/empty has no metadata" in capsys.readouterr().err

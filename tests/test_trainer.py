@@ -29,7 +29,6 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
 
-from mmser.arguments import MMSERTrainingArguments
 from mmser.augmentation import Augmenter
 from mmser.averaging import WeightAverage
 from mmser.batches import LengthGroupedSampler, MMSERDataCollator
@@ -38,6 +37,7 @@ from mmser.loading import load_emotion_dataset
 from mmser.metrics import build_compute_metrics
 from mmser.optimizer import PARAMETER_GROUPS, parameter_groups, parameter_table
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
+from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
 from openmax_mmser import OpenMax
 

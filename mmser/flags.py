@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A parser of flags that answers at once: `--help` and a wrong flag must not wait for torch to be imported."""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.hf_argparser import HfArgumentParser
+
+EPILOG = "A mistake ends in one sentence and exit code 2; with --debug it ends in a traceback."
+
+
+class FlagParser(HfArgumentParser):
+    """
+    A parser of dataclasses whose `--no_...` flags have a help text of their own, and which knows the nearest flag.
+
+    Args:
+        kinds: the dataclasses whose fields are the flags.
+        description: what `--help` says of the command; its lines stay as they are.
+        negative_help: help texts of `--no_...` flags, by the name of the field.
+        optional_values: names of the fields whose flag may stand without a value. It then gives an empty list.
+    """
+
+    def __init__(
+        self,
+        kinds: Iterable[Any],
+        description: str | None = None,
+        negative_help: dict[str, str] | None = None,
+        optional_values: Iterable[str] = (),
+    ):
+        super().__init__(
+            kinds,
+            usage="%(prog)s [recipe.json] [flags]",  # the list of all flags in front of their list is of no help
+            description=description,
+            epilog=EPILOG,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,  # a misspelt flag is no abbreviation
+        )
+        for action in self._actions:
+            if action.const is False:
+                action.help = (negative_help or {}).get(action.dest, f"Switch --{action.dest} off.")
+                action.default = argparse.SUPPRESS  # the default of both flags is that of the field
+            if action.dest in optional_values:
+                action.nargs = "*"
+
+    def error(self, message: str) -> Any:
+        """Without the list of all flags, in which argparse drowns what is wrong."""
+        self.exit(2, f"{self.prog}: error: {message}. --help shows all flags.\n")
+
+    def check(self, words: Sequence[str]) -> None:
+        """Raise ValueError, with the nearest flag, if a word is no flag and no value of one. Answers `--help`."""
+        _, unknown = self.parse_known_args(list(words))
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help shows all flags."
+            kind = "flag" if flag.startswith("-") else "argument"
+            raise ValueError(f"Unknown {kind} {flag}: {hint}")
+
+    def destinations(self) -> dict[str, str]:
+        """The names that a recipe may use, each with the name of its field."""
+        return {
+            option.removeprefix("--"): action.dest
+            for action in self._actions
+            for option in action.option_strings
+            if action.const is not False  # --no_augment and its like: in a recipe it is "augment": false
+        }
+
+    def set_recipe(self, recipe: dict[str, Any], name: str) -> None:
+        """Take the values of a recipe as defaults; raises ValueError for a key that is no flag."""
+        destination = self.destinations()
+        unknown = sorted(set(recipe) - set(destination))
+        if unknown:
+            raise ValueError(f"{name} has unknown keys: {', '.join(unknown)}. `--help` shows the flags.")
+        given = {destination[key]: value for key, value in recipe.items()}
+        self.set_defaults(**given)
+        for action in self._actions:
+            action.required = action.required and action.dest not in given
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and the examples in the description keep their lines."""
+
+
+def split_debug(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without a bare `--debug` (with a value it is a flag of the Trainer), and whether there was one."""
+    bare = [
+        number
+        for number, word in enumerate(words)
+        if word == "--debug" and (number + 1 == len(words) or words[number + 1].startswith("--"))
+    ]
+    return [word for number, word in enumerate(words) if number not in bare], bool(bare)
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """The object that a JSON text holds; the ValueError says what `name` is wrong about."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error}. Names and texts need double quotes.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} must be a JSON object, as in {{"name": 1}}, got {text.strip()[:80]}.')
+    return value
+
+
+def with_trainer_flags(own: type) -> type:
+    """
+    `own` with the fields that `transformers.TrainingArguments` has besides, for a parser that only shows and checks.
+
+    They are read from the source of Transformers: importing it would import torch, which takes longer than all else
+    that `--help` does. Types other than numbers, texts and booleans become texts.
+    """
+    specification = importlib.util.find_spec("transformers.training_args")
+    tree = ast.parse(Path(str(specification.origin)).read_text(encoding="utf-8"))  # type: ignore[union-attr]
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    known = {field.name for field in dataclasses.fields(own)}
+    fields = []
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id not in known:
+            fields.append((node.target.id, _annotated_type(node.annotation), _declared_field(node.value)))
+    return make_dataclass(own.__name__, fields, bases=(own,))
+
+
+def _annotated_type(annotation: ast.expr) -> Any:
+    """What `HfArgumentParser` makes of a type: of a union the first type, or the one beside a text."""
+    names = ast.unparse(annotation).split(" | ")
+    kinds = [name for name in names if name != "None"]
+    if len(names) == 2 and len(kinds) == 2 and "str" in kinds:
+        kinds.remove("str")
+    if kinds[0].startswith("list["):
+        return list[str]
+    kind = {"bool": bool, "int": int, "float": float}.get(kinds[0], str)
+    return kind | None if "None" in names else kind
+
+
+def _declared_field(value: ast.expr | None) -> Any:
+    """The `field(default=..., metadata={...})` of the source, without what is computed there."""
+    given = {keyword.arg: keyword.value for keyword in value.keywords} if isinstance(value, ast.Call) else {}
+    metadata = given.get("metadata")
+    pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
+    notes = {_literal(key): _literal(note) for key, note in pairs if key is not None}
+    return field(
+        default=_literal(given["default"]) if "default" in given else None,
+        metadata={key: note for key, note in notes.items() if note is not argparse.SUPPRESS},
+    )
+
+
+def _literal(value: ast.expr) -> Any:
+    """The value of an expression; SUPPRESS, which the help does not show, for one that is no literal."""
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        return argparse.SUPPRESS

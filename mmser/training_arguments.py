@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MMSERTrainingArguments`: the arguments of Transformers' Trainer with the defaults and the additions of MMSER."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments
+
+from mmser.flags import parse_json
+from mmser.optimizer import PARAMETER_GROUPS
+from mmser.training_flags import TrainingFlags
+
+
+@dataclass
+class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[misc]  # other types of some defaults
+    """`TrainingArguments` with defaults for fine-tuning MMSER and the short spellings of the most used flags."""
+
+    def __post_init__(self):
+        if isinstance(self.lr_multipliers, str):
+            self.lr_multipliers = parse_json(self.lr_multipliers, "--lr_multipliers")
+        unknown = set(self.lr_multipliers or {}) - set(PARAMETER_GROUPS)
+        if unknown:
+            raise ValueError(
+                f"`lr_multipliers` names {sorted(unknown)}; the groups are {', '.join(PARAMETER_GROUPS)}."
+            )
+        if not 0 <= self.weight_averaging < 1:
+            raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
+        if self.use_amp and not (self.bf16 or self.fp16):
+            has_bf16 = self.use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+            self.bf16, self.fp16 = has_bf16, not has_bf16
+        if self.bf16 and not torch.cuda.is_available():
+            self.use_cpu = True  # without it, bf16 is refused on a machine that has no GPU
+        self.label_names = ["labels"]
+        # A loss that is not finite is an error here, not something to be averaged away in the log
+        self.logging_nan_inf_filter = False
+        if self.eval_strategy == "no" or self.save_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()

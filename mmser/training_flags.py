@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainingFlags`: the flags of training besides those of Transformers' Trainer, without an import of torch."""
+
+from dataclasses import dataclass, field
+
+from mmser.optimizer import PARAMETER_GROUPS
+
+
+@dataclass
+class TrainingFlags:
+    """The flags of training that are ours or whose default is; `MMSERTrainingArguments` adds those of the Trainer."""
+
+    output_dir: str = field(
+        default="runs/mmser",
+        metadata={"aliases": ["--save_dir"], "help": "Folder for the checkpoints and the results."},
+    )
+    num_train_epochs: float = field(default=10.0, metadata={"aliases": ["--epochs"], "help": "Passes over the data."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"aliases": ["--batch_size"], "help": "Clips per device and training step."}
+    )
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Clips per device in evaluation."})
+    learning_rate: float = field(
+        default=1e-4, metadata={"aliases": ["--lr"], "help": "Peak learning rate; each parameter group multiplies it."}
+    )
+    lr_multipliers: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON: learning rate multipliers that differ from the published ones, e.g. "
+            f"'{{\"audio_encoder\": 1}}'. Groups: {', '.join(PARAMETER_GROUPS)}."
+        },
+    )
+    weight_decay: float | None = field(  # None: the published one of each group
+        default=None, metadata={"help": "One weight decay for all groups instead of the published one for each."}
+    )
+    use_amp: bool = field(
+        default=False,
+        metadata={
+            "help": "Mixed precision: bf16 where the device has it, else fp16. `--bf16` and `--fp16` choose one."
+        },
+    )
+    weight_averaging: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay per step of an exponential average of the trained weights, such as 0.99; it is what is "
+            "evaluated and saved. 0: no average."
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1: the share of all steps."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep (the best one is kept too)."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Go back to the best checkpoint at the end."})
+    metric_for_best_model: str | None = field(
+        default="weighted_f1", metadata={"help": "What makes a checkpoint best."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "group_by_length (clips of similar length in a batch, less padding), random or sequential."},
+    )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})

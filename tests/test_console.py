@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of mmser.flags and mmser.console: flags that are wrong, help, and how a command ends when it cannot work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+
+from mmser import console
+from mmser.arguments import (
+    EVALUATION_ARGUMENTS,
+    EXPORT_ARGUMENTS,
+    TRAINING_ARGUMENTS,
+    DataArguments,
+    ModelArguments,
+    command_parser,
+    parse_arguments,
+)
+from mmser.flags import FlagParser, split_debug
+from mmser.training_arguments import MMSERTrainingArguments
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"train_hf": TRAINING_ARGUMENTS, "eval_hf": EVALUATION_ARGUMENTS, "export_hf": EXPORT_ARGUMENTS}
+WITHOUT_TORCH = """
+import sys
+import {command}
+try:
+    {command}.main({words!r})
+except (SystemExit, ValueError) as error:
+    print(getattr(error, "code", error))
+print("heavy:", sorted({{"torch", "datasets", "scipy"}} & set(sys.modules)))
+"""
+NO_MEMORY = "The device has not enough memory: lower --batch_size or --max_seconds."
+FROM_A_WORKER = """Caught ValueError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x.py", line 1, in f
+    raise ValueError("clip.wav: empty")
+ValueError: clip.wav: empty
+"""
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_quick_parser_has_the_flags_of_the_real_one():
+    """Those of the Trainer are read from its source: each with its name, its number of values and its help."""
+    quick = command_parser(TRAINING_ARGUMENTS)._option_string_actions
+    real = FlagParser([ModelArguments, DataArguments, MMSERTrainingArguments])._option_string_actions
+    assert quick.keys() == real.keys() and len(quick) > 200
+    for flag, action in quick.items():
+        assert (action.dest, action.nargs, action.const) == (real[flag].dest, real[flag].nargs, real[flag].const), flag
+        if action.const is not False:
+            assert action.help == real[flag].help, flag
+    defaults = {flag for flag in quick if quick[flag].default != real[flag].default}
+    assert defaults <= {"--optim", "--include_for_metrics", "--include-for-metrics"}  # computed in the source
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("words", "said"), [(["--help"], "usage: "), (["--pleas"], "Unknown flag --pleas")])
+def test_help_and_wrong_flags_do_not_wait_for_torch(command, words, said):
+    required = [] if command == "train_hf" else ["--checkpoint", "x", "--output_dir", "y"]
+    code = WITHOUT_TORCH.format(command=command, words=[*required, *words])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said in done.stdout and done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--learning_rat", "Unknown flag --learning_rat: did you mean --learning_rate?"),
+        ("--chekpoint=x", "Unknown flag --chekpoint: did you mean --checkpoint?"),
+        ("--xyzzy", "Unknown flag --xyzzy: --help shows all flags."),
+        ("data", "Unknown argument data: "),
+    ],
+)
+def test_the_nearest_flag_is_named(wrong, said):
+    kinds, required = (TRAINING_ARGUMENTS, []) if "rat" in wrong else (EVALUATION_ARGUMENTS, ["--checkpoint", "x"])
+    with pytest.raises(ValueError) as raised:
+        parse_arguments(kinds, [wrong, *required])
+    assert str(raised.value).startswith(said)
+
+
+def test_a_wrong_value_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(TRAINING_ARGUMENTS, ["--lr", "fast"])
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert shown.count("\n") == 1 and "error: argument" in shown and "invalid float value: 'fast'" in shown
+
+
+def test_every_no_flag_says_what_it_does():
+    for kinds in COMMANDS.values():
+        actions = command_parser(kinds)._option_string_actions
+        for flag in (flag for flag in actions if flag.startswith("--no_") and actions[flag].const is False):
+            positive = actions[f"--{flag.removeprefix('--no_')}"]
+            assert actions[flag].help and actions[flag].help != positive.help, flag
+    assert "without comparing" in command_parser(EXPORT_ARGUMENTS)._option_string_actions["--no_check"].help
+
+
+def test_the_flags_of_the_design():
+    """`--tta` and `--calibrate` may stand alone."""
+    options, _ = parse_arguments(
+        EVALUATION_ARGUMENTS, ["--checkpoint", "x", "--tta", "--calibrate", "--data_dir", "d"]
+    )
+    assert options.tta == [5] and options.calibrate is True
+    options, _ = parse_arguments(EVALUATION_ARGUMENTS, ["--checkpoint", "x", "--calibrate", "--tta", "1", "3"])
+    assert options.tta == [1, 3] and options.calibrate is True
+    assert parse_arguments(EVALUATION_ARGUMENTS, ["--checkpoint", "x"])[0].tta is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config_overrides", "{a: 1}"], r"--config_overrides is not JSON: .* double quotes"),
+        (["--lr_multipliers", "{a}", "--use_cpu"], r"--lr_multipliers is not JSON"),
+        (["--config_overrides", "[1]"], r"--config_overrides must be a JSON object"),
+    ],
+)
+def test_what_is_no_json_is_named(words, said):
+    with pytest.raises(ValueError, match=said):
+        parse_arguments(TRAINING_ARGUMENTS, words)
+
+
+def test_a_recipe_that_is_none_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"The recipe .*gone.json does not exist"):
+        parse_arguments(TRAINING_ARGUMENTS, [str(tmp_path / "gone.json")])
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"The recipe .*list.json must be a JSON object"):
+        parse_arguments(TRAINING_ARGUMENTS, [str(tmp_path / "list.json")])
+
+
+def test_debug_alone_is_ours_and_with_a_value_the_trainers():
+    assert split_debug(["--a", "--debug"]) == (["--a"], True)
+    assert split_debug(["--debug", "--a", "1"]) == (["--a", "1"], True)
+    assert split_debug(["--debug", "underflow_overflow"]) == (["--debug", "underflow_overflow"], False)
+    *_, training = parse_arguments(TRAINING_ARGUMENTS, ["--debug", "--use_cpu"])
+    assert training.debug == []
+    *_, training = parse_arguments(TRAINING_ARGUMENTS, ["--debug", "underflow_overflow", "--use_cpu"])
+    assert [option.value for option in training.debug] == ["underflow_overflow"]
+
+
+# --- how a command ends ----------------------------------------------------------------------------------------------
+
+
+def end_of(main, monkeypatch, capsys, *words):
+    """Exit code and stderr of `main` as a program."""
+    monkeypatch.setattr(sys, "argv", ["command.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        console.run_command(main)
+    return ended.value.code, capsys.readouterr().err
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("row 3: no label"), "row 3: no label"),
+        (FileNotFoundError(2, "No such file or directory", "gone.csv"), "gone.csv: No such file or directory"),
+        (OSError("no checkpoint"), "no checkpoint"),
+        (ImportError("Pictures need matplotlib"), "Pictures need matplotlib"),
+        (HFValidationError("Repo id must be"), "Repo id must be"),
+        (SafetensorError("header too large"), "header too large"),
+        (torch.OutOfMemoryError("CUDA\nmore"), f"{NO_MEMORY} CUDA"),
+        (ValueError(FROM_A_WORKER), "clip.wav: empty"),
+    ],
+)
+def test_a_mistake_is_a_sentence(error, said, monkeypatch, capsys):
+    assert end_of(failing(error), monkeypatch, capsys) == (2, f"error: {said}\n")
+    with pytest.raises(type(error)):
+        monkeypatch.setattr(sys, "argv", ["command.py", "--debug"])
+        console.run_command(failing(error))
+
+
+def test_a_chain_of_errors_is_one_sentence(monkeypatch, capsys):
+    def main():
+        try:
+            soundfile.read(__file__)
+        except soundfile.LibsndfileError as error:
+            raise ValueError("clip.wav: cannot be read as audio") from error
+
+    assert end_of(main, monkeypatch, capsys) == (2, "error: clip.wav: cannot be read as audio\n")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: dict([(1, 2, 3)]),  # type: ignore[list-item]
+        lambda: len(3),  # type: ignore[arg-type]
+        lambda: {1: 2}[3],
+        lambda: int("one"),
+        lambda: torch.zeros(2) @ torch.zeros(3),
+        lambda: list(zip([1], [], strict=True)),
+    ],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(fault, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command.py"])
+    with pytest.raises((TypeError, KeyError, ValueError, RuntimeError)):
+        console.run_command(fault)
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    assert end_of(failing(KeyboardInterrupt()), monkeypatch, capsys) == (130, "error: interrupted\n")
+
+
+def test_other_processes_let_the_first_speak(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(console.time, "sleep", waited.append)
+    assert end_of(failing(ValueError("no data")), monkeypatch, capsys) == (2, "error: no data\n")
+    monkeypatch.setenv("RANK", "0")
+    end_of(failing(ValueError("no data")), monkeypatch, capsys)
+    assert waited == [console.RANK_DELAY]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_programs_end_with_a_sentence(command, tmp_path):
+    """As a user calls them; `main` called from Python raises, as all other tests of the commands see."""
+    flags = ["--checkpoint", str(tmp_path / "gone")] if command != "train_hf" else ["--use_cpu"]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    if command != "export_hf":
+        flags += ["--data_dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, ROOT / f"{command}.py", *flags],
+        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
+    assert str(tmp_path) in done.stderr.splitlines()[-1]
