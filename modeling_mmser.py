@@ -58,6 +58,7 @@ try:
         prototype_loss,
         supervised_contrastive_loss,
         uncertainty_loss,
+        without_autocast,
     )
     from .openmax_mmser import OpenMax
 except ImportError:
@@ -94,6 +95,7 @@ except ImportError:
         prototype_loss,
         supervised_contrastive_loss,
         uncertainty_loss,
+        without_autocast,
     )
     from openmax_mmser import OpenMax
 
@@ -340,9 +342,10 @@ class ClassAnchorClustering(nn.Module):
         Returns: anchor logits (cosine similarity over the temperature) and Euclidean distances on the unit sphere in
             [0, 2], both float32 [B, C].
         """
-        projected = F.normalize(self.projection(features).float(), dim=-1)
-        anchors = F.normalize(self.anchors.float(), dim=-1)
-        similarity = projected @ anchors.T
+        with without_autocast(features):
+            projected = F.normalize(self.projection(features.to(self.anchors.dtype)).float(), dim=-1)
+            anchors = F.normalize(self.anchors.float(), dim=-1)
+            similarity = projected @ anchors.T
         distances = (2 - 2 * similarity).clamp(min=1e-6).sqrt()
         return similarity * torch.exp(-self.log_temperature.float()), distances
 
@@ -396,7 +399,8 @@ class PrototypeMemory(nn.Module):
         """
         features = F.normalize(features.float(), dim=-1)
         prototypes = F.normalize(self.prototypes.float(), dim=-1)
-        squared_distance = 2 - 2 * torch.einsum("bd,ckd->bck", features, prototypes)
+        with without_autocast(features):
+            squared_distance = 2 - 2 * torch.einsum("bd,ckd->bck", features, prototypes)
         return torch.logsumexp(-squared_distance, dim=-1) - math.log(prototypes.shape[1])
 
 

@@ -1,18 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the model where it is run in another way than alone, in float32, on one processor: other attention kernels,
-replicas of `nn.DataParallel`, gradients that an input asks for.
+replicas of `nn.DataParallel`, autocast, gradients that an input asks for.
 """
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from tiny import AUDIO_CONFIGS, NO_DROPOUT, NO_ENCODER_DROPOUT, fit_openmax_by_chance, tiny_batch, tiny_model
+import torch.nn.functional as F
+from tiny import (
+    AUDIO_CONFIGS,
+    NO_DROPOUT,
+    NO_ENCODER_DROPOUT,
+    fit_openmax_by_chance,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
 from torch import nn
 from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input, _upad_input
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from losses_mmser import check_finite_losses
+from losses_mmser import (
+    check_finite_losses,
+    class_balanced_focal_loss,
+    clustering_loss,
+    distillation_loss,
+    prototype_loss,
+    supervised_contrastive_loss,
+    uncertainty_loss,
+)
+from modeling_mmser import ClassAnchorClustering, PrototypeMemory
+from openmax_mmser import OpenMax
 
 OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "fused", "open_set_probabilities")
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -164,6 +184,94 @@ def test_replicas_train_as_the_model_does(frozen):
             assert parameter.grad is None, name
         else:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Autocast
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda features, logits, labels: class_balanced_focal_loss(logits, labels, torch.tensor([0.5, 1.0, 1.0, 1.5])),
+        lambda features, logits, labels: clustering_loss(logits, logits.sigmoid(), labels),
+        lambda features, logits, labels: uncertainty_loss(logits[:, :1].sigmoid(), logits, labels),
+        lambda features, logits, labels: prototype_loss(logits, labels),
+        lambda features, logits, labels: supervised_contrastive_loss(features, labels),
+        lambda features, logits, labels: distillation_loss(logits, logits.flip(1)),
+    ],
+    ids=["focal", "clustering", "uncertainty", "prototype", "contrastive", "distillation"],
+)
+def test_losses_are_not_rounded_by_autocast(loss):
+    labels = torch.randint(4, (64,))
+    results = []
+    for region in (contextlib.nullcontext(), autocast()):
+        torch.manual_seed(1)
+        features, logits = (torch.randn(64, size).requires_grad_(True) for size in (32, 4))
+        with region:
+            value = loss(features, logits, labels)
+        value.backward()
+        results.append([value, logits.grad, features.grad])
+    assert results[1][0].dtype == torch.float32
+    for plain, in_autocast in zip(*results, strict=True):
+        assert (plain is None) == (in_autocast is None)
+        assert plain is None or torch.equal(plain, in_autocast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", [ClassAnchorClustering, PrototypeMemory])
+def test_distances_are_not_rounded_by_autocast(part, dtype):
+    """Features of layers under autocast come in bfloat16: what is measured between them is still exact."""
+    module = part(tiny_config(feature_size=256, anchor_size=128))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    features = (torch.randn(256) + 0.05 * torch.randn(400, 256)).to(dtype)  # clips of one class lie close together
+    expected = module(features.float())
+    with autocast():
+        outputs = module(features)
+    for value, exact in zip(*(o if isinstance(o, tuple) else (o,) for o in (outputs, expected)), strict=True):
+        assert value.dtype == torch.float32 and torch.equal(value, exact)
+        assert len(value[:, 0].unique()) > 380
+    (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for name, p in module.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["activation", "probability"])
+@pytest.mark.parametrize("centroids", [0, 8])
+def test_openmax_is_not_rounded_by_autocast(centroids, level):
+    labels = torch.arange(200) % 4
+    fused = F.one_hot(labels, 32) + 0.1 * torch.randn(200, 32)
+    logits, distances = 4 * F.one_hot(labels, 4) + torch.randn(200, 4), 0.5 + 0.1 * torch.rand(200, 4)
+    results = []
+    for region in (contextlib.nullcontext(), autocast()):
+        openmax = OpenMax(4, 3, level, centroids, 32)
+        with region:
+            outputs = {"logits": logits, "fused": fused, "anchor_distances": distances, "labels": labels}
+            openmax.fit_outputs(outputs, outputs, acceptance=0.9)
+            measured = openmax.distances(fused, distances)
+            scores, probabilities = openmax.rejection_scores(logits, measured), openmax(logits, measured)
+            rejected = openmax.reject(scores, probabilities, logits.argmax(dim=-1), 0.3)
+        assert len(measured[:, 0].unique()) > 190
+        results.append([*openmax.buffers(), measured, openmax.cdf(measured), scores, probabilities, rejected])
+    assert results[1][-1].any() and all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("distance", ["anchor", "centroid"])
+def test_what_the_model_measures_under_autocast_is_exact_for_its_features(distance):
+    model = tiny_model(openmax_distance=distance)
+    fit_openmax_by_chance(model)
+    with autocast():
+        outputs = model(**batch_for(model))
+    assert outputs.features.dtype == torch.bfloat16
+    _, anchor_distances = model.anchors(outputs.features.float())
+    assert torch.equal(outputs.anchor_distances, anchor_distances)
+    measured = model.openmax.distances(outputs.fused, anchor_distances)
+    assert torch.equal(outputs.open_set_probabilities, model.openmax(outputs.logits, measured))
 
 
 # Gradients of inputs
