@@ -5,10 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from mmser.flags import parse_json
 from mmser.optimizer import PARAMETER_GROUPS
 from mmser.training_flags import TrainingFlags
+
+
+def has_accelerator() -> bool:
+    """Whether there is a GPU or another device that trains: CUDA, ROCm, XPU, MPS, NPU, TPU and their like."""
+    return torch.accelerator.is_available() or is_torch_xla_available()
 
 
 @dataclass
@@ -25,11 +31,14 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
             )
         if not 0 <= self.weight_averaging < 1:
             raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
+        on_cpu = self.use_cpu or not has_accelerator()
         if self.use_amp and not (self.bf16 or self.fp16):
-            has_bf16 = self.use_cpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-            self.bf16, self.fp16 = has_bf16, not has_bf16
-        if self.bf16 and not torch.cuda.is_available():
-            self.use_cpu = True  # without it, bf16 is refused on a machine that has no GPU
+            self.bf16 = on_cpu or is_torch_xla_available() or is_torch_bf16_gpu_available()
+            self.fp16 = not self.bf16
+        if self.fp16 and on_cpu:
+            raise ValueError("--fp16 has no effect on a processor, which computes in bf16: give --use_amp or --bf16.")
+        if self.bf16 and on_cpu:
+            self.use_cpu = True  # it is what runs anyway, but unless it is said Transformers refuses bf16
         self.label_names = ["labels"]
         # A loss that is not finite is an error here, not something to be averaged away in the log
         self.logging_nan_inf_filter = False

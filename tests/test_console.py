@@ -196,7 +196,7 @@ def test_a_chain_of_errors_is_one_sentence(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda: dict([(1, 2, 3)]),  # type: ignore[list-item]
+        lambda: dict([(1, 2, 3)]),  # type: ignore[arg-type]
         lambda: len(3),  # type: ignore[arg-type]
         lambda: {1: 2}[3],
         lambda: int("one"),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import transformers
 from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
@@ -29,6 +30,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
 
+from mmser import training_arguments
 from mmser.augmentation import Augmenter
 from mmser.averaging import WeightAverage
 from mmser.batches import LengthGroupedSampler, MMSERDataCollator
@@ -297,6 +299,32 @@ def test_mixed_precision_trains_on_the_processor(flag, splits, tmp_path):
     assert all(math.isfinite(loss) for loss in training_losses(trainer))
     assert (flat_parameters(trainer.model) - before).abs().max() > 1e-4
     assert trainer.predict_outputs(trainer.eval_dataset)["logits"].dtype == np.float32
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_mixed_precision_is_that_of_the_device_which_stays(accelerator, has_bf16, use_cpu, monkeypatch, tmp_path):
+    """Any kind of accelerator: MPS and XPU are no CUDA, and are not left for the processor."""
+    assert not torch.cuda.is_available()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    for module in (training_arguments, transformers.training_args):
+        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: accelerator and has_bf16)
+    options = {"output_dir": str(tmp_path), "use_cpu": use_cpu}
+    found = MMSERTrainingArguments(use_amp=True, **options)
+    on_cpu = use_cpu or not accelerator
+    assert found.use_cpu is on_cpu
+    assert (found.bf16, found.fp16) == (on_cpu or has_bf16, not (on_cpu or has_bf16))
+    if on_cpu:
+        with pytest.raises(ValueError, match="--fp16 has no effect on a processor"):
+            MMSERTrainingArguments(fp16=True, **options)
+    else:
+        assert MMSERTrainingArguments(fp16=True, **options).fp16
+    if not on_cpu and not has_bf16:
+        with pytest.raises(ValueError, match="doesn't support bf16"):
+            MMSERTrainingArguments(bf16=True, **options)
+    else:
+        assert MMSERTrainingArguments(bf16=True, **options).use_cpu is on_cpu
 
 
 def test_frozen_encoders_do_not_move(splits, tmp_path):
