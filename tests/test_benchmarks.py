@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what all benchmarks share, of the committed results, and of `open_set.py`, `head_depth.py`, `judged.py`."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -235,3 +236,17 @@ def test_the_variants_of_the_head_are_fields_of_the_configuration(script):
     for fields in VARIANTS.values():
         MMSERConfig(**fields)
     assert VARIANTS["neither (as published)"].keys() == {"zero_init_branches", "scale_branches_by_depth"}
+
+
+# ---- real_speech.py
+
+
+def test_the_published_settings_switch_nothing_off():
+    recipe = json.loads((Path(__file__).parents[1] / "recipes" / "real_speech_published.json").read_text())
+    config = MMSERConfig(**recipe["config_overrides"])
+    parts = ("cross_entropy", "focal", "anchor", "uncertainty", "prototype")
+    assert [getattr(config, f"{part}_loss_weight") for part in parts] == [1.0, 0.3, 0.1, 0.05, 0.01]
+    assert (config.label_smoothing, config.class_balanced_beta, config.focal_gamma) == (0.1, 0.9999, 2.0)
+    assert (config.classifier_num_layers, config.openmax_threshold, config.openmax_acceptance) == (35, 0.3, None)
+    assert (config.openmax_distance, config.openmax_level) == ("anchor", "activation")
+    assert recipe["augment"]
