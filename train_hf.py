@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> dict:
     # Late: `--help` and a wrong flag do not wait for torch
     from transformers import set_seed
 
-    from mmser import model_loading, training_run
+    from mmser import model_loading, run_identity, training_run
 
     set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
@@ -37,7 +37,11 @@ def main(arguments: list[str] | None = None) -> dict:
     training_run.leave_out_unreadable(data, data_arguments, processor.feature_extractor.sampling_rate)
 
     model = model_loading.load_model(model_arguments, data.label_names, processor)
-    teacher = model_loading.load_teacher(model_arguments, data_arguments)
+    teacher = model_loading.load_teacher(model_arguments, data_arguments, model, processor)
+    identity = run_identity.describe_identity(
+        data.splits, data.label_names, model, teacher, processor, model_arguments, data_arguments, training_arguments
+    )
+    run_identity.claim_output_dir(training_arguments, identity, resumed.folder if resumed else None)
     model_loading.limit_tokens(processor, model)
 
     examples = training_run.Examples(data_arguments, training_arguments, model, processor)

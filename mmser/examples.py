@@ -28,6 +28,7 @@ from mmser.bad_rows import check_on_bad_example, skip_or_raise
 logger = logging.get_logger(__name__)
 
 NUM_THREADS = 8  # that read files
+SAMPLE_BYTES = 4096  # of a file, to tell it from others
 MAX_WORKERS = 256  # of a stream that count skipped rows, each in its own slot
 MANY_ROWS = 2000  # from here on a progress bar is shown
 
@@ -158,6 +159,17 @@ def _audio_source(row: dict[str, Any]) -> str | bytes | None:
     if isinstance(audio, dict):
         return audio.get("bytes") or audio.get("path") or None
     return audio or None
+
+
+def content_sample(row: dict[str, Any]) -> bytes:
+    """The size and the middle of the encoded audio of a row, which tell a clip from others; of an address, itself."""
+    source = _audio_source(row)
+    if source is None or (isinstance(source, str) and "://" in source):
+        return (source or "").encode()
+    with _naming(row["row"], source), io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - SAMPLE_BYTES) // 2)
+        return size.to_bytes(8, "big") + file.read(SAMPLE_BYTES)
 
 
 def _fetch(source: str | bytes) -> str | bytes:

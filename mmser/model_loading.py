@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model and the processor that a training starts from: two encoders, or an MMSER checkpoint."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +123,80 @@ def encoder_name(arguments: ModelArguments, kind: str) -> str:
     return f"{name} architecture{changed}, started at random"
 
 
-def load_teacher(arguments: ModelArguments, data_arguments: DataArguments) -> MMSERForAudioClassification | None:
-    """The model to distil from, if there is one."""
-    if arguments.teacher_name_or_path is None:
+def load_teacher(
+    arguments: ModelArguments,
+    data_arguments: DataArguments,
+    model: MMSERForAudioClassification,
+    processor: MMSERProcessor,
+) -> MMSERForAudioClassification | None:
+    """The model to distil from, if there is one: with the labels and the inputs of `model`, which learns from it."""
+    name = arguments.teacher_name_or_path
+    if name is None:
         return None
     if data_arguments.cache_encoder_states:
         raise ValueError("--cache_encoder_states keeps states of this model's encoders: a teacher has its own.")
-    return MMSERForAudioClassification.from_pretrained(arguments.teacher_name_or_path)
+    register_auto_classes()
+    teacher_processor = MMSERProcessor.from_pretrained(name)
+    check_teacher(model.config, MMSERConfig.from_pretrained(name), processor, teacher_processor)
+    return MMSERForAudioClassification.from_pretrained(name)
+
+
+def check_teacher(
+    config: MMSERConfig,
+    teacher_config: MMSERConfig,
+    processor: MMSERProcessor | None = None,
+    teacher_processor: MMSERProcessor | None = None,
+) -> None:
+    """
+    Refuse a teacher that means something else by a class, or by a number of the input, than the model does.
+
+    Args:
+        config, teacher_config: of the two models.
+        processor, teacher_processor: of the two models, as far as they are known.
+    Raises:
+        ValueError: naming what differs, of both.
+    """
+    configs = (teacher_config, config)
+    pairs: dict[str, list[Any]] = {
+        "labels": [_labels(each) for each in configs],
+        "audio input": [_audio_input(each) for each in configs],
+    }
+    if processor is not None and teacher_processor is not None:
+        processors = (teacher_processor, processor)
+        pairs["feature extraction"] = [feature_settings(each) for each in processors]
+        pairs["tokenizer"] = [_vocabulary(each) for each in processors]
+    for what, (theirs, own) in pairs.items():
+        if theirs != own:
+            raise ValueError(
+                f"The teacher and the model see the same batches, but differ in their {what}: {theirs} (teacher), "
+                f"{own} (model). Train the model with what the teacher has, or take another teacher."
+            )
+
+
+def _labels(config: Any) -> list[str]:
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
+def _audio_input(config: Any) -> str:
+    return f"{config.audio_config.num_mel_bins} log-mel bands" if config.uses_log_mel else "waveform"
+
+
+def feature_settings(processor: MMSERProcessor) -> dict[str, Any]:
+    """What decides the numbers that the audio encoder gets of a clip."""
+    extractor: Any = processor.feature_extractor
+    names = ("sampling_rate", "feature_size", "do_normalize", "n_fft", "hop_length")
+    settings = {name: getattr(extractor, name) for name in names if hasattr(extractor, name)}
+    return {"type": type(extractor).__name__, **settings}
+
+
+def vocabulary_checksum(processor: MMSERProcessor) -> str:
+    """A checksum of the tokens and their ids."""
+    vocabulary = sorted(processor.tokenizer.get_vocab().items())
+    return hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=10).hexdigest()
+
+
+def _vocabulary(processor: MMSERProcessor) -> str:
+    return f"{len(processor.tokenizer)} tokens with the checksum {vocabulary_checksum(processor)}"
 
 
 def limit_tokens(processor: MMSERProcessor, model: MMSERForAudioClassification) -> None:

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,19 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all: a run may be killed at any moment, and a later one reads the file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def earlier_training(output_dir: str | Path) -> dict[str, Any] | None:

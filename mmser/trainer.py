@@ -6,6 +6,7 @@ finite, and `finalize`, which calibrates the model and fits its OpenMax.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -27,7 +28,7 @@ from transformers.utils import PushInProgress, logging
 
 from losses_mmser import check_finite_losses
 from mmser.averaging import WeightAverage
-from mmser.batches import LengthGroupedSampler, evaluation_order
+from mmser.batches import LengthGroupedSampler, MMSERDataCollator, evaluation_order
 from mmser.calibration import (
     error_detection_auroc,
     error_log_odds,
@@ -38,10 +39,12 @@ from mmser.calibration import (
 )
 from mmser.examples import EmotionDataset, class_counts
 from mmser.metrics import build_compute_metrics, softmax
+from mmser.model_loading import check_teacher
 from mmser.optimizer import parameter_groups
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
 from openmax_mmser import OpenMaxFitError
+from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -92,26 +95,41 @@ class MMSERTrainer(Trainer):
         model (`MMSERForAudioClassification`): gets the class counts of the training set, if it has none.
         args (`MMSERTrainingArguments`): by default with all its defaults.
         teacher (`MMSERForAudioClassification`, *optional*): for `config.distillation_loss_weight`, on the same inputs.
+        teacher_processor (`MMSERProcessor`, *optional*): that of the teacher, to be compared with the model's.
         kwargs: as for `Trainer`. `compute_metrics` defaults to the metrics of `mmser.metrics`, which also warn when
-            all predictions are of one class. Call `finalize` after `train`.
+            all predictions are of one class, `processing_class` to the processor of an `MMSERDataCollator`. Call
+            `finalize` after `train`.
     Raises:
         TypeError: other training arguments, whose defaults would undo the parameter groups and drop the audio.
-        ValueError: a teacher without `config.distillation_loss_weight`, or the other way round.
+        ValueError: a teacher without `config.distillation_loss_weight`, or the other way round, or one with other
+            labels or another input than the model.
     """
 
     model: Any  # `MMSERForAudioClassification`, wrapped or not
     args: MMSERTrainingArguments
 
-    def __init__(self, model=None, args=None, teacher: MMSERForAudioClassification | None = None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        teacher: MMSERForAudioClassification | None = None,
+        teacher_processor: MMSERProcessor | None = None,
+        **kwargs,
+    ):
         args = MMSERTrainingArguments() if args is None else args
         if not isinstance(args, MMSERTrainingArguments):
             raise TypeError(f"`args` must be MMSERTrainingArguments, got {type(args).__name__}.")
+        collator = kwargs.get("data_collator")
+        if kwargs.get("processing_class") is None and isinstance(collator, MMSERDataCollator):
+            kwargs["processing_class"] = collator.processor  # what is saved without a processor cannot be used
         if model is not None:
             if (teacher is None) != (model.config.distillation_loss_weight == 0):
                 raise ValueError(
                     "Distillation needs both a teacher and a `distillation_loss_weight` in the configuration; got "
                     f"{'no teacher' if teacher is None else 'a teacher'} and {model.config.distillation_loss_weight}."
                 )
+            if teacher is not None:
+                check_teacher(model.config, teacher.config, kwargs.get("processing_class"), teacher_processor)
             label_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
             kwargs.setdefault("compute_metrics", build_compute_metrics(label_names))
             if model.config.class_counts is None and isinstance(kwargs.get("train_dataset"), EmotionDataset):
@@ -174,6 +192,12 @@ class MMSERTrainer(Trainer):
             save_file(last, Path(output_dir) / WeightAverage.file_name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        labels, own = labels_of(resume_from_checkpoint), self.accelerator.unwrap_model(self.model).config.id2label
+        if labels is not None and labels != [own[key] for key in sorted(own)]:
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained on the labels {labels}, not on {list(own.values())}: training "
+                "cannot go on from it. Give another `output_dir`, or start from its weights with `from_pretrained`."
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._average is not None:
             self._average.restart()
@@ -205,7 +229,9 @@ class MMSERTrainer(Trainer):
                 logger.info(
                     f"Parameter group {name}: {size:,} parameters, lr {own[0]['lr']:.2e}, weight decay {decay}"
                 )
-            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, optimizer_kwargs = cast(Any, self).optimizer_cls_and_kwargs or (
+                self.get_optimizer_cls_and_kwargs(self.args, model)
+            )
             self.optimizer = optimizer_class(groups, **optimizer_kwargs)
         return self.optimizer
 
@@ -216,9 +242,10 @@ class MMSERTrainer(Trainer):
                 teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
                 inputs = {**inputs, "teacher_logits": self.teacher(**teacher_inputs).logits}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        check_finite_losses(outputs["losses"])
-        if model.training:
-            for name, value in outputs["losses"].items():
+        parts = outputs.get("losses") or {"loss": loss.detach()}  # a `compute_loss_func` makes a loss without parts
+        check_finite_losses(parts)
+        if model.training and "losses" in outputs:
+            for name, value in parts.items():
                 self._loss_parts[name].append(value)
         return (loss, outputs) if return_outputs else loss
 
@@ -287,6 +314,11 @@ class MMSERTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as usual, with the training arguments as JSON in place of a pickle."""
         super()._save(output_dir, state_dict)
+        if self.processing_class is None:
+            logger.warning_once(
+                "Checkpoints are saved without a processor, and pipelines cannot load them: give the trainer "
+                "`processing_class=processor`, or call `processor.save_pretrained` with the same folder."
+            )
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)
@@ -448,11 +480,24 @@ class MMSERTrainer(Trainer):
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest checkpoint in `output_dir` that was written to its end: a run may be killed while it saves one."""
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    # The trainer writes its state last
-    complete = {
+    folders = {
         int(step): folder
-        for folder in folders
-        if (step := folder.name.rsplit("-", 1)[1]).isdigit() and (folder / "trainer_state.json").exists()
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := folder.name.rsplit("-", 1)[1]).isdigit()
     }
-    return str(complete[max(complete)]) if complete else None
+    for number in sorted(folders, reverse=True):
+        try:  # the trainer writes its state last, and not at once
+            json.loads((folders[number] / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(folders[number])
+    return None
+
+
+def labels_of(checkpoint: str | os.PathLike) -> list[str] | None:
+    """The labels of a saved model in the order of their ids; None if its folder does not tell."""
+    try:
+        names = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))["id2label"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return [names[key] for key in sorted(names, key=int)]

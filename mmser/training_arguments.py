@@ -17,11 +17,28 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available() or is_torch_xla_available()
 
 
+# Arguments of the base class that do nothing here, or harm: what they may be, and what to do instead
+WITHOUT_EFFECT = {
+    "label_smoothing_factor": (
+        (0, 0.0),
+        "The model computes its own loss: set its field `label_smoothing`, as in --config_overrides "
+        "'{\"label_smoothing\": 0.1}'.",
+    ),
+    "label_names": ((None, ["labels"]), "The labels of a batch are always `labels`; `--labels` names the classes."),
+    "length_column_name": (("length",), "The lengths of clips are read from their files."),
+    "prediction_loss_only": ((False,), "Scores and calibration need the predictions."),
+    "remove_unused_columns": ((False,), "Clips are raw audio, which the model knows by no column."),
+}
+
+
 @dataclass
 class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[misc]  # other types of some defaults
     """`TrainingArguments` with defaults for fine-tuning MMSER and the short spellings of the most used flags."""
 
     def __post_init__(self):
+        for name, (allowed, advice) in WITHOUT_EFFECT.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` has no effect here, got {getattr(self, name)!r}. {advice}")
         if isinstance(self.lr_multipliers, str):
             self.lr_multipliers = parse_json(self.lr_multipliers, "--lr_multipliers")
         unknown = set(self.lr_multipliers or {}) - set(PARAMETER_GROUPS)

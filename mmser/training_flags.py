@@ -14,6 +14,10 @@ class TrainingFlags:
         default="runs/mmser",
         metadata={"aliases": ["--save_dir"], "help": "Folder for the checkpoints and the results."},
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Delete the run that --output_dir holds, its checkpoints and its results, and start anew."},
+    )
     num_train_epochs: float = field(default=10.0, metadata={"aliases": ["--epochs"], "help": "Passes over the data."})
     per_device_train_batch_size: int = field(
         default=16, metadata={"aliases": ["--batch_size"], "help": "Clips per device and training step."}

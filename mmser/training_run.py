@@ -27,7 +27,14 @@ from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
 from mmser.model_loading import encoder_name
 from mmser.optimizer import parameter_table
-from mmser.results import RESULTS_NAME, describe_data, earlier_training, environment, format_results
+from mmser.results import (
+    RESULTS_NAME,
+    describe_data,
+    earlier_training,
+    environment,
+    format_results,
+    write_atomically,
+)
 from mmser.scores import describe_rows, evaluate_open_set, predict_clips, predict_rows
 from mmser.tables import format_table, strict_json
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
@@ -55,15 +62,24 @@ def find_checkpoint(arguments: MMSERTrainingArguments) -> Checkpoint | None:
     Its step is read here: `save_total_limit` may delete the checkpoint while training goes on.
     """
     wanted = str(arguments.resume_from_checkpoint)
-    if wanted.lower() in ("false", "no"):
-        return None
-    folder = wanted
-    if wanted.lower() in ("none", "true"):
-        found = last_complete_checkpoint(arguments.output_dir)
-        if found is None:
+    output_dir, last = Path(arguments.output_dir), last_complete_checkpoint(arguments.output_dir)
+    if wanted.lower() in ("false", "no", "none", "true"):
+        if last is None or arguments.overwrite_output_dir:
             return None
-        folder = found
-        logger.info(f"Resuming from {folder}. Choose another --output_dir to start anew.")
+        if wanted.lower() in ("false", "no"):
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted}: {output_dir} has checkpoints, which a later call would go on "
+                "from. Add --overwrite_output_dir to delete them, or give another --output_dir."
+            )
+        folder = last
+        logger.info(f"Resuming from {folder}. Choose another --output_dir, or --overwrite_output_dir, to start anew.")
+    else:
+        folder = wanted
+        if arguments.overwrite_output_dir and output_dir.resolve() in Path(folder).resolve().parents:
+            raise ValueError(
+                f"--overwrite_output_dir would delete {folder}, which --resume_from_checkpoint goes on from. Leave "
+                "one of the two out, or give another --output_dir."
+            )
     state = Path(folder) / "trainer_state.json"
     if not state.is_file():
         raise FileNotFoundError(f"--resume_from_checkpoint: {folder} is no checkpoint (no trainer_state.json).")
@@ -247,7 +263,7 @@ def train(
     training = trainer.train(resume_from_checkpoint=resumed.folder if resumed else None).metrics
     training["total_runtime"] = round(trainer.training_time.seconds, 4)
     if resumed and trainer.state.global_step == resumed.step:  # it was finished before
-        training |= earlier_training(trainer.args.output_dir) or {}
+        training |= earlier_training(Path(resumed.folder).parent) or {}
     is_stream = isinstance(data.splits["train"], datasets.IterableDataset)
     train_dataset: Any = trainer.train_dataset
     training["skipped_clips"] = train_dataset.num_skipped if is_stream else data.skipped_clips
@@ -306,7 +322,7 @@ def write_results(
     """
     folder = Path(output_dir)
     results = {**results, "environment": environment(device), "command": shlex.join(command or sys.argv)}
-    (folder / RESULTS_NAME).write_text(strict_json(results), encoding="utf-8")
+    write_atomically(folder / RESULTS_NAME, strict_json(results))
     write_model_card(results, folder)
     tables = format_results(results)
     titles = {

@@ -487,7 +487,7 @@ def test_the_same_command_again_evaluates_and_keeps_what_was_measured(run, tmp_p
     assert again["test"]["model"]["confusion_matrix"] == first["test"]["model"]["confusion_matrix"]
     last = last_complete_checkpoint(tmp_path / "out")
     assert run(**whole, resume_from_checkpoint=last + "/")["training"] == first["training"]
-    anew = run(**whole, resume_from_checkpoint="false")
+    anew = run("--overwrite_output_dir", **whole)
     assert anew["training"]["train_runtime"] != first["training"]["train_runtime"]
 
 
@@ -610,6 +610,18 @@ def test_distillation_from_a_teacher(run, checkpoint, tmp_path):
     overrides = {**JOINT, "distillation_loss_weight": 0.5}
     run(config_overrides=overrides, teacher_name_or_path=checkpoint)
     assert all(line["loss_distillation"] > 0 for line in log_lines(tmp_path / "out"))
+
+
+def test_a_teacher_of_other_labels_or_another_tokenizer_is_refused(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmser.training_run.make_trainer", lambda *_: pytest.fail("Training was prepared."))
+    flags = {"config_overrides": {**JOINT, "distillation_loss_weight": 0.5}, "teacher_name_or_path": checkpoint}
+    with pytest.raises(ValueError, match=r"labels: .*'neutral', 'happy', 'sad', 'angry'.* \(teacher\)"):
+        run("--labels", *reversed(NAMES), **flags)
+    processor = tiny_processor()
+    processor.tokenizer.add_tokens(["more"])
+    processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"tokenizer: 17 tokens .* \(teacher\), 18 tokens .* \(model\)"):
+        run(**{**flags, "tokenizer_name": tmp_path / "tokenizer"})
 
 
 # --- errors before any work ------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
 from tiny import fit_openmax_by_chance, slow_openmax
-from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, write_corpus
+from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, tiny_tokenizer, write_corpus
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
@@ -37,11 +37,13 @@ from mmser.batches import LengthGroupedSampler, MMSERDataCollator
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import build_compute_metrics
+from mmser.model_loading import check_teacher
 from mmser.optimizer import PARAMETER_GROUPS, parameter_groups, parameter_table
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
 from openmax_mmser import OpenMax
+from processing_mmser import MMSERProcessor
 
 # As published: learning rate multiplier and weight decay of each group.
 PUBLISHED = {
@@ -338,6 +340,30 @@ def test_frozen_encoders_do_not_move(splits, tmp_path):
     assert not any(name.startswith(("mmser.audio_encoder.", "mmser.text_encoder.embeddings.")) for name in moved)
     assert any(name.startswith("mmser.text_encoder.encoder.") for name in moved)
     assert any(name.startswith("classifier.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"id2label": dict(enumerate(reversed(NAMES)))}, r"labels: \['angry', .*\] \(teacher\), \['neutral'"),
+        ({"whisper": True}, r"audio input: 16 log-mel bands \(teacher\), waveform \(model\)"),
+    ],
+)
+def test_a_teacher_that_means_something_else_is_refused(splits, tmp_path, changed, said):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tiny_model(distillation_loss_weight=0.5), splits, tmp_path, teacher=tiny_model(**changed))
+
+
+def test_a_teacher_with_another_tokenizer_or_feature_extractor_is_refused():
+    config, processor, other = tiny_model().config, tiny_processor(), tiny_processor()
+    check_teacher(config, config, processor, other)
+    other.feature_extractor.sampling_rate = 8000
+    with pytest.raises(ValueError, match=r"feature extraction: .*8000.* \(teacher\), .*16000.* \(model\)"):
+        check_teacher(config, config, processor, other)
+    other = tiny_processor()
+    other.tokenizer.add_tokens(["more"])
+    with pytest.raises(ValueError, match=r"tokenizer: 18 tokens .* \(teacher\), 17 tokens .* \(model\)"):
+        check_teacher(config, config, processor, other)
 
 
 def test_distillation_from_an_equal_teacher_is_zero_and_from_another_is_the_divergence(splits, tmp_path):
@@ -771,7 +797,8 @@ def test_a_checkpoint_is_only_complete_with_its_last_file(tmp_path):
         (tmp_path / name / "model.safetensors").touch()
     assert last_complete_checkpoint(tmp_path) is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
-        (tmp_path / name / "trainer_state.json").touch()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-100" / "trainer_state.json").write_text('{"epoch": 1, "glo')  # killed while writing
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
@@ -1213,3 +1240,55 @@ def test_saved_arguments_are_json_and_have_no_token(splits, tmp_path):
     assert json.loads(text)["learning_rate"] == trainer.args.learning_rate
     assert "hf_secret" not in text
     assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+# --- what the base class offers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect here, got 0.1.*`label_smoothing`"),
+        ({"label_names": ["classes"]}, "`label_names` has no effect here"),
+        ({"length_column_name": "duration"}, "`length_column_name` has no effect here"),
+        ({"prediction_loss_only": True}, "`prediction_loss_only` has no effect here"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` has no effect here"),
+    ],
+)
+def test_arguments_of_the_base_class_without_effect_are_refused(tmp_path, argument, said):
+    with pytest.raises(ValueError, match=said):
+        MMSERTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **argument)
+
+
+def test_a_loss_of_the_users_own_is_what_is_minimised(splits, tmp_path):
+    trainer = make_trainer(tiny_model(), splits, tmp_path)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean()
+    trainer.train()
+    line = training_lines(trainer)[0]
+    assert not [name for name in line if name.startswith("loss_")] and line["loss"] > 0
+
+
+def test_an_optimiser_of_the_users_own_gets_the_groups(splits, tmp_path):
+    made = make_trainer(tiny_model(), splits, tmp_path)
+    trainer = MMSERTrainer(made.model, made.args, optimizer_cls_and_kwargs=(torch.optim.SGD, {"momentum": 0.5}))
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.5
+    assert {group["name"] for group in optimizer.param_groups} == set(PARAMETER_GROUPS)
+
+
+def test_a_checkpoint_has_its_processor_though_only_the_collator_knows_it(splits, tmp_path, caplog):
+    made = make_trainer(tiny_model(), splits, tmp_path)
+    options = {"train_dataset": made.train_dataset, "data_collator": made.data_collator}
+    MMSERTrainer(made.model, made.args, **options).save_model(str(tmp_path / "model"))
+    assert MMSERProcessor.from_pretrained(tmp_path / "model").tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert "without a processor" not in caplog.text
+    options["data_collator"] = lambda examples: made.data_collator(examples)
+    MMSERTrainer(made.model, made.args, **options).save_model(str(tmp_path / "without"))
+    assert "saved without a processor" in caplog.text
+
+
+def test_resuming_never_gives_old_weights_new_labels(splits, tmp_path):
+    make_trainer(tiny_model(), splits, tmp_path, save_strategy="steps", save_steps=1).train()
+    other = make_trainer(tiny_model(id2label=dict(enumerate("abcd"))), splits, tmp_path)
+    with pytest.raises(ValueError, match=r"was trained on the labels \['neutral', .*not on \['a', 'b', 'c', 'd'\]"):
+        other.train(resume_from_checkpoint=True)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run was started with. A run is continued only with the same data, labels, encoders and architecture.
+
+1. `describe_identity`: what must stay as it was, and the settings that may change
+2. `claim_output_dir`: compares it with what the output folder holds, and writes it there
+3. `delete_run`: for `--overwrite_output_dir`
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from mmser.arguments import DataArguments, ModelArguments
+from mmser.examples import content_sample, map_in_threads
+from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
+from mmser.results import RESULTS_NAME, write_atomically
+from mmser.sources import TEXT_COLUMNS
+from mmser.trainer import labels_of, last_complete_checkpoint
+from mmser.training_arguments import MMSERTrainingArguments
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
+
+logger = logging.get_logger(__name__)
+
+IDENTITY_NAME = "run_identity.json"
+WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
+# Of the configuration: what other entries say, what is written for the library, what acts after training
+OTHER_FIELDS = {
+    *("architectures", "auto_map", "class_counts", "custom_pipelines", "dtype", "id2label", "label2id"),
+    *("num_labels", "transformers_version", "use_openmax", "_name_or_path"),
+}
+# A run may go on with others: it is told which ones changed
+TRAINING_SETTINGS = (
+    *("learning_rate", "lr_multipliers", "weight_decay", "lr_scheduler_type", "warmup_steps", "optim", "seed"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_grad_norm", "weight_averaging", "train_sampling_strategy", "bf16", "fp16"),
+)
+DATA_SETTINGS = ("augment", "augment_noise", "augmented_copies", "text_dropout", "audio_dropout", "max_seconds")
+# What a run writes into its folder, besides its checkpoints and the code, which every save replaces
+WRITTEN_FILES = (
+    *("model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json"),
+    *("config.json", "generation_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "*.bpe.model", "spiece.model"),
+    *("training_args.json", "training_args.bin", "trainer_state.json", RESULTS_NAME),
+)
+
+
+# --- what a run is ---------------------------------------------------------------------------------------------------
+
+
+def describe_identity(
+    splits: Mapping[str, datasets.Dataset | datasets.IterableDataset],
+    label_names: list[str],
+    model: MMSERForAudioClassification,
+    teacher: MMSERForAudioClassification | None,
+    processor: MMSERProcessor,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: MMSERTrainingArguments,
+) -> dict[str, Any]:
+    """
+    Describe a run before it starts. Nothing in it depends on where the files are or on what is drawn at random.
+
+    Args:
+        splits: the clips, by the name of the split.
+        label_names: in the order of the class ids.
+        model, teacher: as they are loaded; the teacher is None without distillation.
+        processor: of the model.
+        model_arguments, data_arguments, training_arguments: of the run.
+    Returns: for JSON: `fixed` (what must stay), `names` (of the encoders, for messages) and `settings` (what may
+        change).
+    """
+    fixed: dict[str, Any] = {"labels": label_names}
+    for name in ("train", "validation", "test"):
+        fixed[f"{name} clips"] = fingerprint_clips(splits[name], data_arguments) if name in splits else None
+    backbone: Any = model.base_model
+    for kind in ("audio", "text"):
+        encoder = getattr(backbone, f"{kind}_encoder", None)
+        is_random = getattr(model_arguments, f"random_{kind}_encoder")
+        fixed[f"{kind} encoder"] = None if encoder is None or is_random else fingerprint_weights(encoder)
+    fixed["other starting weights"] = None
+    if model_arguments.model_name_or_path:
+        fixed["other starting weights"] = fingerprint_weights(backbone, "_encoder.")
+    fixed["teacher"] = None if teacher is None else fingerprint_weights(teacher)
+    parts = ("audio", "text", "feature_encoder")
+    fixed["frozen"] = [part for part in parts if getattr(model_arguments, f"freeze_{part}")]
+    fixed["tokenizer"] = vocabulary_checksum(processor)
+    fixed["feature extraction"] = feature_settings(processor)
+    fixed |= _config_fields(model.config)
+    settings = {name: getattr(training_arguments, name) for name in TRAINING_SETTINGS}
+    settings |= {name: getattr(data_arguments, name) for name in DATA_SETTINGS}
+    names = {f"{kind} encoder": encoder_name(model_arguments, kind) for kind in ("audio", "text")}
+    # As it is read back: no tuples, no keys but strings
+    return json.loads(json.dumps({"fixed": fixed, "names": names, "settings": settings}, default=str))
+
+
+def fingerprint_clips(split: datasets.Dataset | datasets.IterableDataset, arguments: DataArguments) -> str:
+    """
+    The number of clips and a checksum of their labels, texts, speakers and audio, whatever their order and their path.
+
+    Of a file its size and its middle count, which is cheap and notices clips that were made anew. A stream is not
+    read: its name and the flags that choose its rows count.
+    """
+    if isinstance(split, datasets.IterableDataset):
+        names = ("dataset_config_name", "train_split", "validation_split", "test_split", "columns")
+        chosen = [getattr(arguments, name) for name in (*names, "max_train_samples", "max_eval_samples")]
+        return f"streamed from {Path(arguments.name).name}, {_checksum(chosen)}"
+    columns = [name for name in ("labels", *TEXT_COLUMNS) if name in split.column_names]
+
+    def fingerprint(index: int) -> str:
+        row = split[index]
+        audio = hashlib.blake2b(content_sample(row), digest_size=10).hexdigest()
+        return _checksum([audio, *((name, row[name]) for name in columns if row[name] not in (None, ""))])
+
+    rows = sorted(map_in_threads(fingerprint, len(split), "comparing clips"))
+    return f"{len(rows)} clips, {_checksum(rows)}"
+
+
+def fingerprint_weights(module: nn.Module, leave_out: str | None = None) -> str:
+    """
+    A checksum of the names and shapes of all matrices, and of some numbers of each: two trainings never agree in them.
+
+    Vectors are left out: some of those that a pretrained encoder lacks start at random.
+
+    Args:
+        module: whose parameters are looked at.
+        leave_out: parameters with this in their name are not.
+    """
+    digest = hashlib.blake2b(digest_size=10)
+    for name, parameter in sorted(module.named_parameters()):
+        if parameter.ndim < 2 or (leave_out is not None and leave_out in name):
+            continue
+        values = parameter.detach().reshape(-1)
+        count = min(len(values), WEIGHT_SAMPLES)
+        places = torch.arange(count, device=values.device) * (len(values) - 1) // max(1, count - 1)
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(values[places].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(value: Any) -> str:
+    content = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()
+    return hashlib.blake2b(content, digest_size=10).hexdigest()
+
+
+def _config_fields(config: PreTrainedConfig, prefix: str = "config") -> dict[str, Any]:
+    """The fields that make the architecture and the loss, those of the encoders among them, under flat names."""
+    fields: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            fields |= _config_fields(part, f"{prefix}.{name}")
+        elif name not in OTHER_FIELDS and not name.startswith("openmax_"):
+            fields[f"{prefix}.{name}"] = value
+    return fields
+
+
+# --- the folder of a run ---------------------------------------------------------------------------------------------
+
+
+def claim_output_dir(
+    arguments: MMSERTrainingArguments, identity: Mapping[str, Any], checkpoint: str | None = None
+) -> None:
+    """
+    Make the output folder that of this run: write its identity there, after a look at what the folder holds.
+
+    Args:
+        arguments: name the folder, and say whether to overwrite what is there.
+        identity: of `describe_identity`.
+        checkpoint: the folder of the checkpoint that the run goes on from.
+    Raises:
+        ValueError: the checkpoint, or the run in the folder, was started with other data or another model.
+    """
+    folder = Path(arguments.output_dir)
+    with arguments.main_process_first(local=False):
+        if arguments.overwrite_output_dir and arguments.process_index == 0:
+            delete_run(folder)
+        origin = None if checkpoint is None else Path(checkpoint).parent
+        if origin is not None:
+            _check_run(origin, Path(str(checkpoint)), identity)
+        if holds_run(folder) and (origin is None or origin.resolve() != folder.resolve()):
+            _check_run(folder, folder, identity)
+        if arguments.process_index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / IDENTITY_NAME, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_run(folder: Path, checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Compare a run with the one in `folder`; one without a file of its identity by the labels of `checkpoint`."""
+    try:
+        earlier = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+        fixed = earlier["fixed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        labels = labels_of(checkpoint)
+        earlier, fixed = {}, {} if labels is None else {"labels": labels}
+        logger.warning(
+            f"{folder} has no {IDENTITY_NAME}: whether its run had the same data and encoders is not known; only the "
+            "labels are compared."
+        )
+    changed = _differences(fixed, identity["fixed"], earlier.get("names", {}), identity["names"])
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run that was started with something else, so this one cannot go on from it (before -> "
+            "now):\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nGive another --output_dir, or --overwrite_output_dir to delete that run and start anew."
+        )
+    others = _differences(earlier.get("settings", {}), identity["settings"])
+    if others:
+        logger.warning(f"The run in {folder} goes on with other settings (before -> now): {'; '.join(others)}.")
+
+
+def _differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    names_before: Mapping[str, str] | None = None,
+    names_now: Mapping[str, str] | None = None,
+) -> list[str]:
+    """What both have and differs, in words. An entry that only one has is of another version of the code."""
+    lines = []
+    for key, value in now.items():
+        if key in before and before[key] != value:
+            shown = [_shown(key, before[key], names_before or {}), _shown(key, value, names_now or {})]
+            lines.append(f"{key}: {shown[0]} -> {shown[1]}")
+    return lines
+
+
+def _shown(key: str, value: Any, names: Mapping[str, str]) -> str:
+    if key in names:
+        return names[key] if value is None else f"{names[key]} (weights {value})"
+    return "none" if value is None else str(value)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether something of a run would be lost: a complete checkpoint, a model or results."""
+    return (
+        last_complete_checkpoint(folder) is not None
+        or (folder / RESULTS_NAME).exists()
+        or ((folder / "config.json").exists() and any(folder.glob("model*.safetensors")))
+    )
+
+
+def delete_run(folder: Path) -> None:
+    """
+    Delete what a run wrote into its folder, and nothing else; the file of its identity last.
+
+    Each checkpoint loses the file that makes it complete first: none is taken for whole if this is interrupted.
+    """
+    is_run = holds_run(folder) or (folder / IDENTITY_NAME).exists()
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir() and path.name.rsplit("-", 1)[1].isdigit():
+            (path / "trainer_state.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+    if not is_run:
+        return
+    has_card = (folder / RESULTS_NAME).exists()  # a README.md without results is someone's own
+    for pattern in (*WRITTEN_FILES, *(("README.md",) if has_card else ()), IDENTITY_NAME):
+        for path in folder.glob(pattern):
+            path.unlink()
+    if (folder / "evaluation").exists():
+        logger.warning(f"{folder / 'evaluation'} is left as it is: it describes the model that was there before.")

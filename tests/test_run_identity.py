@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of mmser.run_identity: when a run is continued, when it is refused, and what overwriting deletes.
+
+Order: runs of `train_hf.main` in a folder that holds one, fingerprints, the folder.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny_corpus import (
+    JOINT,
+    NAMES,
+    RATE,
+    TEXT,
+    read_rows,
+    tiny_flags,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+    write_corpus,
+    write_table,
+)
+
+import train_hf
+from mmser.arguments import DataArguments
+from mmser.loading import load_emotion_dataset
+from mmser.run_identity import IDENTITY_NAME, delete_run, fingerprint_clips, fingerprint_weights, holds_run
+from mmser.trainer import last_complete_checkpoint
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}
+
+
+def train(data, folder, tokenizer, *words, **flags):
+    return train_hf.main([*words, *tiny_flags(data, folder, tokenizer, **{**SAVING, **flags})])
+
+
+@pytest.fixture(scope="module")
+def run_a(corpus, tokenizer, tmp_path_factory):
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    train(corpus, folder, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def started(run_a, tmp_path):
+    """A copy of that run, for a test to work on."""
+    return Path(shutil.copytree(run_a, tmp_path / "run"))
+
+
+def with_other_labels(corpus, folder):
+    other = {"neutral": "calm", "happy": "glad", "sad": "blue", "angry": "cross"}
+    for split in ("train", "validation", "test"):
+        rows = [{**row, "label": other[row["label"]]} for row in read_rows(corpus, split)]
+        write_table(folder / f"{split}.csv", rows)
+    return folder
+
+
+def labels_of(folder):
+    return list(json.loads((folder / "config.json").read_text())["id2label"].values())
+
+
+def steps_of(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["global_step"]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_another_label_set_does_not_relabel_the_model_that_is_there(corpus, tokenizer, started, tmp_path):
+    other = with_other_labels(corpus, tmp_path / "other")
+    before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run that was started with something else") as refused:
+        train(other, started, tokenizer)
+    message = str(refused.value)
+    assert f"labels: {NAMES} -> ['blue', 'calm', 'cross', 'glad']" in message
+    assert "--overwrite_output_dir" in message and "another --output_dir" in message
+    assert {path: path.read_bytes() for path in started.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match="labels: "):
+        train(other, tmp_path / "new", tokenizer, resume_from_checkpoint=started / "checkpoint-2")
+    assert not (tmp_path / "new" / "config.json").exists()
+
+    results = train(other, started, tokenizer, "--overwrite_output_dir", max_steps=1)
+    assert labels_of(started) == results["label_names"] == ["blue", "calm", "cross", "glad"]
+    assert steps_of(started) == 1 and [path.name for path in started.glob("checkpoint-*")] == ["checkpoint-1"]
+    results = train(other, started, tokenizer, max_steps=2)  # goes on from its own checkpoint
+    assert steps_of(started) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("relabel", "train clips: 32 clips, "),
+        ("rerecord", "validation clips: 8 clips, "),
+        ("drop", "test clips: 16 clips, "),
+        ("no test", "-> none"),
+    ],
+)
+def test_other_clips_are_refused(corpus, tokenizer, started, tmp_path, change, said):
+    data = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    if change == "rerecord":  # the same name and the same size
+        path = data / "validation" / "4_0.wav"
+        soundfile.write(path, np.random.default_rng(1).uniform(-0.1, 0.1, soundfile.info(path).frames), RATE)
+    elif change == "no test":
+        shutil.rmtree(data / "test")
+    else:
+        split = "train" if change == "relabel" else "test"
+        rows = [{**row, "file_name": Path(row["file_name"]).name} for row in read_rows(data, split)]
+        if change == "relabel":
+            rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
+        write_table(data / split / "metadata.csv", rows if change == "relabel" else rows[1:])
+    with pytest.raises(ValueError, match="before -> now") as refused:
+        train(data, started, tokenizer)
+    lines = [line for line in str(refused.value).splitlines() if line.startswith("  ")]
+    assert len(lines) == 1 and said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"config_overrides": {**JOINT, "anchor_loss_weight": 0.2}}, "config.anchor_loss_weight: 0.1 -> 0.2"),
+        ({"config_overrides": {**JOINT, "fusion_hidden_size": 24}}, "config.fusion_hidden_size: 16 -> 24"),
+        ({"text_config_overrides": {**TEXT, "num_hidden_layers": 2}}, "config.text_config.num_hidden_layers: 1 -> 2"),
+        ({"freeze_audio": True}, "frozen: [] -> ['audio']"),
+    ],
+)
+def test_another_architecture_or_loss_is_refused(corpus, tokenizer, started, flags, said):
+    with pytest.raises(ValueError, match="before -> now") as refused:
+        train(corpus, started, tokenizer, **flags)
+    assert said in str(refused.value)
+    assert steps_of(started) == 2
+
+
+def test_other_weights_under_the_same_name_are_refused(corpus, tokenizer, tmp_path):
+    def start_from(seed):
+        torch.manual_seed(seed)
+        tiny_model().save_pretrained(tmp_path / "earlier")
+        tiny_processor().save_pretrained(tmp_path / "earlier")
+
+    none = dict.fromkeys(("tokenizer_name", "random_audio_encoder", "audio_config_overrides", "random_text_encoder"))
+    flags = {**none, "text_config_overrides": None, "config_overrides": None}
+    flags["model_name_or_path"] = tmp_path / "earlier"
+    start_from(1)
+    train(corpus, tmp_path / "run", tokenizer, **flags)
+    start_from(2)
+    with pytest.raises(ValueError, match=r"audio encoder: as in earlier \(weights ") as refused:
+        train(corpus, tmp_path / "run", tokenizer, **flags)
+    assert "other starting weights: " in str(refused.value) and "config." not in str(refused.value)
+
+
+def test_moved_clips_another_order_and_other_settings_go_on(corpus, tokenizer, started, tmp_path, caplog):
+    moved = tmp_path / "elsewhere"
+    for split in ("train", "validation", "test"):
+        shutil.copytree(corpus / split, moved / "audio" / split)
+        names = [f"audio/{split}/{Path(row['file_name']).name}" for row in read_rows(corpus, split)]
+        rows = [{**row, "file_name": name} for name, row in zip(names, read_rows(corpus, split), strict=True)]
+        write_table(moved / f"{split}.csv", rows[::-1])
+    train(moved, started, tokenizer, max_steps=3, learning_rate=0.01, augment=False, logging_steps=2)
+    assert steps_of(started) == 3
+    lines = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    assert len(lines) == 1
+    for said in ("learning_rate: 0.0001 -> 0.01", "max_steps: 2 -> 3", "augment: True -> False"):
+        assert said in lines[0]
+    assert "logging_steps" not in lines[0]
+
+
+def test_a_run_from_before_identities_is_compared_by_its_labels(corpus, tokenizer, started, tmp_path, caplog):
+    (started / IDENTITY_NAME).unlink()
+    with pytest.raises(ValueError, match="labels: "):
+        train(with_other_labels(corpus, tmp_path / "other"), started, tokenizer)
+    assert not (started / IDENTITY_NAME).exists()
+    caplog.clear()
+    train(corpus, started, tokenizer, max_steps=3)
+    assert caplog.text.count(f"has no {IDENTITY_NAME}") == 1 and steps_of(started) == 3
+    caplog.clear()
+    train(corpus, started, tokenizer, max_steps=3)
+    assert IDENTITY_NAME not in caplog.text
+
+
+def test_a_run_that_left_nothing_behind_holds_nobody_up(corpus, tokenizer, started):
+    """It was killed before its first checkpoint was whole."""
+    for path in started.iterdir():
+        if path.name not in (IDENTITY_NAME, "checkpoint-1"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    state = started / "checkpoint-1" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:20])
+    train(corpus, started, tokenizer, freeze_text=True, max_steps=1)
+    assert steps_of(started) == 1
+    assert json.loads((started / IDENTITY_NAME).read_text())["fixed"]["frozen"] == ["text"]
+
+
+def test_starting_anew_beside_old_checkpoints_is_refused(corpus, tokenizer, started, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"--resume_from_checkpoint no: .*run has checkpoints.*--overwrite_output_dir"
+    ):
+        train(corpus, started, tokenizer, resume_from_checkpoint="no")
+    with pytest.raises(ValueError, match=r"--overwrite_output_dir would delete .*checkpoint-1"):
+        train(corpus, started, tokenizer, "--overwrite_output_dir", resume_from_checkpoint=started / "checkpoint-1")
+    train(corpus, tmp_path / "new", tokenizer, resume_from_checkpoint="no", max_steps=1)
+    assert steps_of(tmp_path / "new") == 1
+
+
+def test_going_on_from_the_checkpoint_of_another_folder(corpus, tokenizer, started, tmp_path):
+    train(corpus, tmp_path / "new", tokenizer, resume_from_checkpoint=started / "checkpoint-1", max_steps=3)
+    assert steps_of(tmp_path / "new") == 3
+    names = sorted(path.name for path in (tmp_path / "new").glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-3"]
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+FRESH = """
+import sys
+from mmser.arguments import DataArguments
+from mmser.loading import load_emotion_dataset
+from mmser.run_identity import fingerprint_clips
+splits, _ = load_emotion_dataset(sys.argv[1])
+print(fingerprint_clips(splits["train"], DataArguments(data_dir=sys.argv[1])))
+"""
+
+
+def test_the_fingerprint_of_clips_is_the_same_in_another_process_and_another_folder(corpus, tmp_path):
+    splits, _ = load_emotion_dataset(corpus)
+    expected = fingerprint_clips(splits["train"], DataArguments(data_dir=str(corpus)))
+    assert expected.startswith("32 clips, ")
+    shutil.copytree(corpus, tmp_path / "moved")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "moved")]
+    printed = subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
+    assert printed.strip().splitlines()[-1] == expected
+
+
+def test_the_fingerprint_of_embedded_audio_is_that_of_its_file(corpus):
+    splits, _ = load_emotion_dataset(corpus)
+    train_split = splits["test"]
+    embedded = [{"bytes": Path(path).read_bytes(), "path": None} for path in train_split["audio"]]
+    other = train_split.remove_columns("audio").add_column("audio", embedded)
+    arguments = DataArguments(data_dir="anywhere")
+    assert fingerprint_clips(other, arguments) == fingerprint_clips(train_split, arguments)
+
+
+def test_the_fingerprint_of_weights_sees_a_training_step_and_no_vector():
+    model = tiny_model()
+    before = fingerprint_weights(model.mmser.audio_encoder)
+    assert before != fingerprint_weights(tiny_model().mmser.audio_encoder)
+    with torch.no_grad():
+        model.mmser.audio_encoder.masked_spec_embed.add_(1)
+        assert fingerprint_weights(model.mmser.audio_encoder) == before
+        for parameter in model.mmser.audio_encoder.parameters():
+            parameter.mul_(1.001)
+    assert fingerprint_weights(model.mmser.audio_encoder) != before
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(started, tmp_path):
+    mine = ["notes.txt", "evaluation/report.md", "checkpoint-best/weights", "data/train/metadata.csv", "model.onnx"]
+    for name in (*mine, "elsewhere/file"):
+        path = (tmp_path if name.startswith("elsewhere") else started) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    (started / "checkpoint-9").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    delete_run(started)
+    left = {str(path.relative_to(started)) for path in started.rglob("*") if path.is_file()}
+    assert {name for name in left if not name.endswith(".py")} == set(mine)
+    assert not holds_run(started) and not (started / "checkpoint-9").exists()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
+
+
+def test_a_folder_without_a_run_is_left_alone(tmp_path):
+    for name in ("README.md", "config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("mine")
+    delete_run(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_deleting_that_is_interrupted_leaves_no_checkpoint_that_looks_whole(started, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmser.run_identity.shutil.rmtree", interrupted)
+    for _ in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            delete_run(started)
+    newest = last_complete_checkpoint(started)
+    assert newest is None or not (started / "checkpoint-2" / "trainer_state.json").exists()
+    assert (started / IDENTITY_NAME).exists()
