@@ -5,6 +5,7 @@ What is frozen, how long one trains and on which files belongs to `train_hf.py`;
 the network and to explain its own labels is here.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -144,6 +145,7 @@ class MMSERConfig(PreTrainedConfig):
     ```"""
 
     model_type = "mmser"
+    is_registered = False  # whether `register_auto_classes` made this code known to Transformers
     sub_configs_defaults = {
         "audio_config": SubConfigSpec(AutoConfig, model_type="wav2vec2"),
         "text_config": SubConfigSpec(AutoConfig, model_type="bert", init_kwargs={"vocab_size": 119547}),
@@ -223,7 +225,8 @@ class MMSERConfig(PreTrainedConfig):
             self.label2id = {label: int(i) for i, label in self.id2label.items()}
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
-        self.custom_pipelines = {task: dict(options) for task, options in CUSTOM_PIPELINES.items()}
+        # With one, `pipeline` of Transformers insists on code from the checkpoint
+        self.custom_pipelines = {} if self.is_registered else copy.deepcopy(CUSTOM_PIPELINES)
         for name in ("layerdrop", "encoder_layerdrop"):
             if getattr(self.audio_config, name, 0.0):
                 setattr(self.audio_config, name, 0.0)
@@ -235,6 +238,10 @@ class MMSERConfig(PreTrainedConfig):
         if num_labels not in (None, len(config_dict.get("class_counts") or ())):
             config_dict = {**config_dict, "class_counts": None}
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As always; `custom_pipelines` as a checkpoint needs it: `pipeline` of Transformers puts classes there."""
+        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @property
     def uses_log_mel(self) -> bool:

@@ -435,7 +435,8 @@ class MMSEROutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): calibrated by the temperature in eval mode.
         uncertainty (`torch.FloatTensor` of shape `(batch_size, 1)`): in [0, 1], high where a prediction may be wrong;
             once it is calibrated, in eval mode, the probability that it is.
-        anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss; 0 without `labels` or weight.
+        anchor_loss (`torch.FloatTensor` of shape `()`): unweighted clustering loss, if `labels` are given; 0
+            if it has no weight.
         losses (`dict[str, torch.FloatTensor]`): the weighted parts by name, detached; they sum to `loss`.
         features (`torch.FloatTensor` of shape `(batch_size, feature_size)`): input of the output layer.
         fused (`torch.FloatTensor` of shape `(batch_size, fusion_hidden_size)`): `pooler_output` of `MMSERModel`.
@@ -1030,10 +1031,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             logits = (raw_logits / self.temperature).to(raw_logits.dtype)
             uncertainty = self.uncertainty.calibrated(raw_uncertainty, logits)
 
-        loss = losses = None
-        anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
+        loss = losses = anchor_loss = None  # a scalar among the outputs breaks the batches of stock pipelines
         if labels is not None:
             self._check_labels(labels)
+            anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
             if self.config.anchor_loss_weight:
                 anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
             parts = self._weighted_losses(raw_logits, features, raw_uncertainty, anchor_loss, labels, teacher_logits)
@@ -1147,9 +1148,20 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
 
 def register_auto_classes() -> None:
-    """Make the `Auto*` classes of Transformers know MMSER in this process: no `trust_remote_code` is needed then."""
+    """
+    Make Transformers know MMSER in this process: its `Auto*` classes and `pipeline` then need no `trust_remote_code`,
+    and run this code instead of the one beside the weights.
+    """
     from transformers import AutoModelForAudioClassification
 
+    try:
+        # Only here: a checkpoint's model, copied with this file, loads without the libraries that read audio
+        from processing_mmser import register_processor
+    except ImportError as error:
+        raise ImportError(
+            f"MMSER is not whole: {error}. Install it with `pip install`, or work in a clone."
+        ) from error
+    register_processor()
     AutoConfig.register("mmser", MMSERConfig, exist_ok=True)
     AutoModel.register(MMSERConfig, MMSERModel, exist_ok=True)
     AutoModelForAudioClassification.register(MMSERConfig, MMSERForAudioClassification, exist_ok=True)

@@ -2,15 +2,17 @@
 """`MMSERPipeline`: anything to labelled scores, with a PyTorch model or an exported one.
 
 Read in this order: `MMSEROnnxForAudioClassification` (an exported model, run by onnxruntime), `split_into_chunks` (a
-long recording in pieces), `MMSERPipeline`. The pipeline is handed its processor: this file does not import it.
+long recording in pieces), `MMSERPipeline`, `AudioClassificationTask` (which of them `pipeline` makes). The pipeline is
+handed its processor: this file does not import it.
 """
 
 import contextlib
+import difflib
 import io
 import json
 import os
 import urllib.request
-from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,15 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from transformers import AutoConfig, BatchFeature, Pipeline, PreTrainedConfig
+from transformers import (
+    AudioClassificationPipeline,
+    AutoConfig,
+    AutoFeatureExtractor,
+    BatchFeature,
+    Pipeline,
+    PreTrainedConfig,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import ModelOutput, cached_file
 
@@ -37,6 +47,12 @@ class MMSEROnnxConfig(PreTrainedConfig):
     """The configuration that `export_hf.py` stored in an ONNX file: labels and thresholds."""
 
     model_type = "mmser-onnx"
+    is_registered = False  # as in `MMSERConfig`
+
+    def __post_init__(self, **kwargs):
+        if self.is_registered:
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
 
 
 @dataclass
@@ -314,6 +330,15 @@ class MMSERPipeline(Pipeline):
     preprocess_options = ("sampling_rate", "chunk_length_s", "stride_length_s")
     postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "function_to_apply")
 
+    def __init__(self, model, *args, local_files_only=None, **kwargs):
+        # `pipeline` of Transformers leaves `local_files_only` in here when everything is loaded
+        super().__init__(model, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save the model and its processor, with the code of both."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_onnx(cls, name_or_path: str | os.PathLike, providers: Sequence[str] | None = None, **kwargs):
         """
@@ -366,6 +391,7 @@ class MMSERPipeline(Pipeline):
 
         Raises:
             ValueError, TypeError, FileNotFoundError: an unusable input (the message names it) or option.
+            TypeError: an option that does not exist; the message has the nearest one.
         """
         if isinstance(inputs, list) and not inputs:
             return []
@@ -385,10 +411,7 @@ class MMSERPipeline(Pipeline):
         return [id2label[index] for index in range(len(id2label))]
 
     def _sanitize_parameters(self, **kwargs):
-        known = (*self.preprocess_options, *self.postprocess_options)
-        unknown = [key for key in kwargs if key not in known]
-        if unknown:
-            raise ValueError(f"Unknown arguments {unknown}; allowed are {list(known)}, batch_size and num_workers")
+        refuse_unknown(kwargs, (*self.preprocess_options, *self.postprocess_options, "batch_size", "num_workers"))
         top_k = kwargs.get("top_k")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"`top_k` must be a positive integer or None, got {top_k!r}")
@@ -558,6 +581,53 @@ class MMSERPipeline(Pipeline):
         return results
 
 
+class AudioClassificationTask:
+    """
+    Stands for the task "audio-classification" in Transformers, whose own pipeline would drop the text: models of MMSER
+    get `MMSERPipeline`, all others what they always got.
+    """
+
+    # Whether `pipeline` loads them before it calls this: True, if it can (None), or not (False)
+    _load_feature_extractor = None  # a model in memory may come with its processor alone
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_video_processor = False
+
+    def __init__(self, loads_processor: bool):
+        self._load_processor = None if loads_processor else False
+
+    def __call__(self, model, processor=None, feature_extractor=None, tokenizer=None, **kwargs) -> Pipeline:
+        if getattr(model.config, "model_type", None) in ("mmser", MMSEROnnxConfig.model_type):
+            processor = self._find_processor(model, processor, feature_extractor, tokenizer)
+            # Several copies of this file may be loaded, one for each checkpoint: that of the processor
+            return processor.pipeline_class(model=model, processor=processor, **kwargs)
+        if feature_extractor is None:  # loading it once more says why it could not be loaded
+            if not model.name_or_path:
+                raise ValueError("`feature_extractor` is needed: the model was not loaded from a folder that has one")
+            feature_extractor = AutoFeatureExtractor.from_pretrained(model.name_or_path)
+        return AudioClassificationPipeline(
+            model=model, feature_extractor=feature_extractor, tokenizer=tokenizer, **kwargs
+        )
+
+    @staticmethod
+    def _find_processor(model, processor, feature_extractor, tokenizer):
+        """The processor as it was given, or made of its two parts, or the one beside the weights."""
+        if processor is not None and not isinstance(processor, (str, os.PathLike)):
+            return processor
+        if processor is None and feature_extractor is not None and tokenizer is not None:
+            return MMSERPipeline.processor_class(feature_extractor, tokenizer)
+        name = processor or getattr(model, "name_or_path", None)
+        if not name:
+            raise ValueError("`processor` is needed: the model was not loaded from a folder that has one")
+        return MMSERPipeline.processor_class.from_pretrained(name)
+
+    @classmethod
+    def install(cls, loads_processor: bool = False) -> None:
+        """Let `pipeline("audio-classification", ...)` ask here; `loads_processor` for models given by name."""
+        tasks = PIPELINE_REGISTRY.supported_tasks
+        tasks["audio-classification"] = {**tasks["audio-classification"], "impl": cls(loads_processor)}
+
+
 def _unpack(item, text_keys: tuple[str, ...]) -> tuple[Any, Any, int | None, str]:
     """A pipeline's input -> (audio or None, what is under one of `text_keys`, sampling rate, the audio's name)."""
     audio, words, sampling_rate, name = item, None, None, "audio"
@@ -616,6 +686,15 @@ def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
     return [{"label": label, "score": scores[label], **means} for label in best]
 
 
+def refuse_unknown(given: Iterable[str], allowed: Collection[str]) -> None:
+    """Raise `TypeError` for the first name that is not allowed; the message has the nearest one that is."""
+    for name in given:
+        if name not in allowed:
+            nearest = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
+            raise TypeError(f"Unexpected keyword argument `{name}`{hint} Allowed are {', '.join(sorted(allowed))}")
+
+
 def _download(url: str) -> bytes:
     """The content behind an http(s) URL."""
     try:
@@ -626,11 +705,13 @@ def _download(url: str) -> bytes:
 
 
 __all__ = [
+    "AudioClassificationTask",
     "Chunk",
     "MMSEROnnxConfig",
     "MMSEROnnxForAudioClassification",
     "MMSEROnnxOutput",
     "MMSERPipeline",
+    "refuse_unknown",
     "split_into_chunks",
     "text_of_chunk",
 ]

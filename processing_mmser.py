@@ -10,18 +10,28 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from transformers import BatchFeature, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoProcessor,
+    BatchFeature,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import logging
 
 try:
     from .audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
+    from .configuration_mmser import MMSERConfig
     from .pipeline_mmser import (
+        AudioClassificationTask,
         Chunk,
         MMSEROnnxConfig,
         MMSEROnnxForAudioClassification,
         MMSEROnnxOutput,
         MMSERPipeline,
+        refuse_unknown,
         split_into_chunks,
         text_of_chunk,
     )
@@ -29,12 +39,15 @@ except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
     from audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
+    from configuration_mmser import MMSERConfig
     from pipeline_mmser import (
+        AudioClassificationTask,
         Chunk,
         MMSEROnnxConfig,
         MMSEROnnxForAudioClassification,
         MMSEROnnxOutput,
         MMSERPipeline,
+        refuse_unknown,
         split_into_chunks,
         text_of_chunk,
     )
@@ -63,6 +76,15 @@ class MMSERProcessorKwargs(ProcessingKwargs, total=False):
     audio_kwargs: MMSERAudioKwargs  # type: ignore[misc]  # the library declares its own kind here
 
 
+# Names that the processor takes, in one of the groups (`text_kwargs`...) or by themselves
+PROCESSOR_OPTIONS = {
+    "common_kwargs",
+    *MMSERProcessorKwargs.__annotations__,
+    *TextKwargs.__annotations__,
+    *MMSERAudioKwargs.__annotations__,
+}
+
+
 class MMSERProcessor(ProcessorMixin):
     """Turns audio clips and their transcripts into the inputs of an MMSER model.
 
@@ -72,6 +94,7 @@ class MMSERProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text encoder.
     """
 
+    pipeline_class = MMSERPipeline
     valid_processor_kwargs: Any = MMSERProcessorKwargs
     text_kwargs = {"padding": True, "return_tensors": "pt"}  # noqa: RUF012 (read and copied by ProcessorMixin)
     audio_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
@@ -128,8 +151,9 @@ class MMSERProcessor(ProcessorMixin):
         Raises:
             ValueError: a row without audio and text, lists of different length, or a clip that [`load_audio`] refuses
                 or that is shorter than 25 ms; the message names the row.
-            TypeError: a text that is not a string.
+            TypeError: a text that is not a string, or an option that does not exist.
         """
+        refuse_unknown(kwargs, ("audio", "text", *PROCESSOR_OPTIONS))
         clips, texts = _as_clips(audio), _as_texts(text)
         if clips is None and texts is None:
             raise ValueError("Give `audio`, `text` or both: there is nothing to process")
@@ -246,8 +270,19 @@ def _as_texts(text) -> list[str | None] | None:
     return [entry if entry and entry.strip() else None for entry in texts]
 
 
+def register_processor() -> None:
+    """The part of `register_auto_classes` that concerns processors, pipelines and exported models."""
+    for config_class in (MMSERConfig, MMSEROnnxConfig):
+        config_class.is_registered = True
+        AutoProcessor.register(config_class, MMSERProcessor, exist_ok=True)
+    AutoConfig.register(MMSEROnnxConfig.model_type, MMSEROnnxConfig, exist_ok=True)
+    AutoModelForAudioClassification.register(MMSEROnnxConfig, MMSEROnnxForAudioClassification, exist_ok=True)
+    AudioClassificationTask.install(loads_processor=True)
+
+
 MMSERProcessor.register_for_auto_class("AutoProcessor")
 MMSERPipeline.processor_class = MMSERProcessor
+AudioClassificationTask.install()
 
 __all__ = [
     "MIN_SECONDS",
@@ -258,6 +293,7 @@ __all__ = [
     "MMSERPipeline",
     "MMSERProcessor",
     "load_audio",
+    "register_processor",
     "split_into_chunks",
     "stream_audio",
     "text_of_chunk",

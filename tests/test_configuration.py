@@ -171,8 +171,9 @@ def test_saved_config_points_at_the_code_beside_it(tmp_path):
     assert saved["custom_pipelines"]["audio-classification"]["impl"] == "processing_mmser.MMSERPipeline"
 
 
-def test_auto_map_never_keeps_a_repository_prefix(tmp_path):
+def test_auto_map_never_keeps_a_repository_prefix(tmp_path, monkeypatch):
     """Loading from the Hub writes `user/repo--` before each entry: pushed elsewhere, that would run the old code."""
+    monkeypatch.setattr(MMSERConfig, "is_registered", False)
     saved = tiny_config().to_dict()
     saved["auto_map"] = {name: f"someone/somewhere--{target}" for name, target in AUTO_MAP.items()}
     saved["custom_pipelines"]["audio-classification"]["impl"] = "someone/somewhere--processing_mmser.MMSERPipeline"
@@ -182,7 +183,8 @@ def test_auto_map_never_keeps_a_repository_prefix(tmp_path):
     assert "someone" not in (tmp_path / "config.json").read_text()
 
 
-def test_two_configurations_share_no_state():
+def test_two_configurations_share_no_state(monkeypatch):
+    monkeypatch.setattr(MMSERConfig, "is_registered", False)
     first, second = tiny_config(), tiny_config()
     first.auto_map["AutoModel"] = first.custom_pipelines["audio-classification"]["impl"] = "changed"
     first.id2label[0] = "changed"

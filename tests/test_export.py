@@ -20,6 +20,7 @@ import soundfile
 import torch
 from tiny import fit_openmax_by_chance, randomize
 from tiny_corpus import NAMES, tiny_model, tiny_processor
+from transformers import pipeline
 
 import export_hf
 from mmser.arguments import ExportArguments, parse_arguments
@@ -33,7 +34,7 @@ from mmser.export import (
     output_names,
 )
 from mmser.quantization import quantize_onnx
-from modeling_mmser import MMSERForAudioClassification
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
 
 pytest.importorskip("onnx")
@@ -198,7 +199,7 @@ def test_the_pipeline_is_the_same(export, tmp_path):
         {"function_to_apply": "none"},
     ):
         same_results(exported(inputs, **options), classifier(inputs, **options))
-    with pytest.raises(ValueError, match="Unknown arguments"):
+    with pytest.raises(TypeError, match="Unexpected keyword argument `no_such_option`"):
         exported(inputs[0], no_such_option=1)
     assert "MMSEROnnxForAudioClassification" in repr(exported)
 
@@ -219,6 +220,15 @@ def test_the_usual_call_in_a_fresh_process(export, tmp_path):
     classifier = MMSERPipeline(export.model, processor=export.processor, device="cpu")
     expected = classifier([str(tmp_path / "clip.wav"), {"text": "what a joy"}], return_uncertainty=True)
     same_results(json.loads((tmp_path / "results.json").read_text()), expected)
+
+
+def test_registered_an_export_needs_no_trust(export):
+    register_auto_classes()
+    classifier = pipeline("audio-classification", model=str(export.folder))
+    assert type(classifier) is MMSERPipeline and type(classifier.model) is MMSEROnnxForAudioClassification
+    inputs = [{"raw": clips(0.5)[0], "sampling_rate": 16000, "text": "what a joy"}, {"text": "stop it now"}]
+    expected = MMSERPipeline(export.model, processor=export.processor, device="cpu")
+    same_results(classifier(inputs, batch_size=2), expected(inputs))
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -38,6 +38,8 @@ FILES = {
     "mmser": ROOT / "mmser" / "__init__.py",
 }
 COMMANDS = [name for name, path in FILES.items() if path.parent == ROOT and not name.endswith("_mmser")]
+# Imports on the same floor, and why
+NEIGHBOURS = {("modeling_mmser", "processing_mmser"): "`register_auto_classes` is there, and makes all of it known"}
 # Longer than 250 lines, and why they are one class
 LARGE_CLASSES = {
     "MMSERTrainer": "overrides of the methods of Transformers' Trainer, which share its state",
@@ -140,7 +142,8 @@ def test_arrows_point_down(module):
     """To a lower floor; inside the package also to a neighbour."""
     for imported in own_imports(FILES[module]):
         same_package = floor(module) == floor(imported) == PACKAGE_FLOOR
-        assert floor(imported) < floor(module) or same_package, f"{module} imports {imported}"
+        is_lower = floor(imported) < floor(module) or same_package or (module, imported) in NEIGHBOURS
+        assert is_lower, f"{module} imports {imported}"
 
 
 def test_no_module_imports_itself_in_a_circle():

@@ -124,19 +124,20 @@ def provenance(*objects):
 def author(wav, recipe):
     """Push a data set, train on it, push the model; take one training step on the stream of the same data set."""
     import io
+    import sys
     from pathlib import Path
 
     import datasets
     import numpy as np
     import soundfile
     from huggingface_hub import HfApi
-    from transformers import AutoModel, AutoModelForAudioClassification, BertTokenizer
+    from transformers import AutoModel, AutoModelForAudioClassification, AutoProcessor, BertTokenizer, pipeline
 
     import train_hf
     from mmser import training_run
     from mmser.loading import load_emotion_dataset
     from modeling_mmser import MMSERForAudioClassification, MMSERModel, register_auto_classes
-    from processing_mmser import MMSERPipeline
+    from processing_mmser import MMSERPipeline, MMSERProcessor
 
     classes = [("bored", 150, "not this again"), ("calm", 400, "all is well"), ("tense", 900, "watch out now")]
     words = sorted({word for _, _, text in classes for word in text.split()})
@@ -202,11 +203,15 @@ def author(wav, recipe):
     result["checkpoints"] = [str(path.resolve()) for path in sorted(Path().glob("*/checkpoint-*"))]
 
     register_auto_classes()
-    loaded = AutoModelForAudioClassification.from_pretrained("run")
+    classifier = pipeline("audio-classification", model="me/mmser-tiny")
     result["registered"] = [
         type(AutoModel.from_pretrained("run")) is MMSERModel,
-        type(loaded) is MMSERForAudioClassification,
+        type(AutoModelForAudioClassification.from_pretrained("run")) is MMSERForAudioClassification,
+        type(AutoProcessor.from_pretrained("run")) is MMSERProcessor,
+        type(classifier) is MMSERPipeline,
+        [module for module in sys.modules if module.startswith("transformers_modules.")] == [],
     ]
+    result["registered_pipeline"] = classifier({"path": wav, "text": "all is well"}, return_uncertainty=True)
     return result
 
 
@@ -524,7 +529,8 @@ def test_a_trained_checkpoint_starts_on_another_number_of_labels(story):
 
 
 def test_registered_classes_need_no_trust(story):
-    assert story.author["registered"] == [True, True]
+    assert story.author["registered"] == [True] * 5
+    assert_close(story.author["registered_pipeline"], story.author["numbers"]["pipeline"]["path and text"], 1e-5)
 
 
 # ----------------------------------------------------------------------------------------- checkpoints of older code
