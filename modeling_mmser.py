@@ -377,9 +377,11 @@ class UncertaintyHead(nn.Module):
             logits: divided by the temperature, [B, C].
         Returns: [B, 1] in [0, 1]; the head's own uncertainty as long as nothing is fitted.
         """
-        doubt = 1 - logits.float().softmax(dim=-1).amax(dim=-1, keepdim=True)
+        # Log-odds of 1 - max probability from the logits: as a probability it rounds to 0 for a sure answer, and ties
+        ordered = logits.float().sort(dim=-1, descending=True).values
+        doubt = (ordered[..., 1:].logsumexp(dim=-1, keepdim=True) - ordered[..., :1]).clamp(-80, 80)
         weights = self.error_calibration
-        log_odds = weights[0] * doubt.logit(eps=1e-6) + weights[1] * uncertainty.float().logit(eps=1e-6) + weights[2]
+        log_odds = weights[0] * doubt + weights[1] * uncertainty.float().logit(eps=1e-6) + weights[2]
         return torch.sigmoid(log_odds).to(uncertainty.dtype)
 
 

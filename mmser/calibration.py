@@ -5,14 +5,14 @@ Every function takes lists, numpy arrays or torch tensors and computes in float6
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.optimize
 import scipy.special
-from transformers.utils import logging
+import scipy.stats
 
 from mmser.checks import (
     check_floats,
@@ -26,8 +26,10 @@ from mmser.checks import (
 )
 from mmser.metrics import rank_auroc
 
-logger = logging.get_logger(__name__)
 TEMPERATURE_BOUNDS = (0.05, 20.0)
+PRIOR_CLIPS = (100.0, 30.0, 10.0, 3.0)  # strengths of the prior on the temperature that cross-validation chooses from
+NUM_FOLDS = 5  # of cross-validation
+ONE_MINUS_MAX = (1.0, 0.0, 0.0)  # weights with which the probability of an error is 1 - max probability
 
 
 @dataclass(frozen=True)
@@ -110,34 +112,108 @@ def _mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> flo
     return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
 
-def fit_temperature(logits: Any, labels: Any) -> float:
-    """Temperature scaling (Guo et al. 2017, section 4.2): the T in [0.05, 20] with the lowest held-out NLL.
+def error_rate_interval(num_wrong: int, num_clips: int, level: float = 0.95) -> tuple[float, float]:
+    """The error rates that `num_wrong` wrong answers to `num_clips` clips allow (Clopper & Pearson 1934).
 
-    The NLL is convex in 1/T, so a bounded scalar search over log T finds its one minimum. The result is compared with
-    the bounds and with T = 1: it is never worse than T = 1 on the given clips, and it is 1 when no T is better.
+    It says what the clips can show: with no error in 60 clips, up to 6 % of further answers may be wrong.
+
+    Args:
+        num_wrong: in [0, `num_clips`].
+        num_clips: at least 1.
+        level: coverage of the interval, in (0, 1).
+    Returns: Lower and upper bound, in [0, 1].
+    Raises:
+        ValueError: a number out of its range.
+    """
+    if not 0 <= num_wrong <= check_positive_integer(num_clips, "num_clips"):
+        raise ValueError(f"`num_wrong` must be from 0 to `num_clips`, got {num_wrong} of {num_clips}.")
+    interval = scipy.stats.binomtest(int(num_wrong), num_clips).proportion_ci(level, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def _folds(num_clips: int, groups: Any = None) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows of each cross-validation fold, and a group id [N]: a group (a speaker) is never in two folds."""
+    if groups is None or len(set(groups)) < 2:  # one speaker cannot be divided
+        ids = np.arange(num_clips)
+    else:
+        check_same_length(groups=np.asarray(groups), clips=np.arange(num_clips))
+        ids = np.unique(np.asarray(groups), return_inverse=True)[1]
+    number = ids.max() + 1
+    fold_of_group = np.random.default_rng(0).permutation(number) % min(NUM_FOLDS, number)
+    return [np.flatnonzero(fold_of_group[ids] == fold) for fold in range(min(NUM_FOLDS, number))], ids
+
+
+def _surely_gained(gains: np.ndarray, groups: np.ndarray) -> float:
+    """What the mean exceeds with 95 % confidence (Student's t): `gains` [N] of one of `groups` [N] go together."""
+    number = groups.max() + 1
+    sums = np.bincount(groups, weights=gains - gains.mean())
+    error = math.sqrt((sums**2).sum() * number / (number - 1)) / len(gains)
+    return float(gains.mean() - scipy.stats.t.ppf(0.95, number - 1) * error)
+
+
+def fit_temperature(logits: Any, labels: Any, groups: Any = None, current: float = 1.0) -> float:
+    """Temperature scaling (Guo et al. 2017, section 4.2), kept from what few clips or few errors suggest by chance.
+
+    With no error among the clips the NLL falls without end as T does; with few it has its minimum far too low. So T
+    minimises the NLL of smoothed targets (Platt 1999: n clips that are all right stand for an error rate of
+    1 / (n + 2)) on the given clips and on some more, whose labels are distributed as the scores at T = 1 say. How many
+    more is chosen by cross-validation, over whole groups. T stays `current` unless the cross-validated NLL falls with
+    95 % confidence, even if one more clip, with a wrong answer, is counted.
 
     Args:
         logits: float [N, C], not from training clips.
         labels: int [N] true class indices in [0, C - 1].
-    Returns: T; divide the logits by it.
+        groups: N speakers, or None if they are not known: clips of one speaker are alike.
+        current: the temperature so far, > 0.
+    Returns: T in [0.05, 20]; divide the logits by it.
     Raises:
         ValueError: as in `negative_log_likelihood`.
     """
+    check_temperature(current)
     logits, labels = _check_logits(logits, labels)
+    folds, groups = _folds(len(labels), groups)
+    if len(folds) < 2:
+        return current
+    grid = np.geomspace(*TEMPERATURE_BOUNDS, 81)
+    losses = np.stack([_loss_parts(logits, labels, temperature) for temperature in grid])  # [grid, 3, N]
+    before = _loss_parts(logits, labels, current)
+    surest, strength = 0.0, None
+    for candidate in PRIOR_CLIPS:
+        after = np.empty((3, len(labels)))
+        for fold in folds:
+            others = np.setdiff1d(np.arange(len(labels)), fold)
+            best = min(range(len(grid)), key=lambda i: _prior_loss(losses[i][:, others], candidate))
+            after[:, fold] = losses[best][:, fold]
+        gains, if_wrong, _ = before - after
+        ids = groups
+        if if_wrong.mean() < 0:
+            gains, ids = np.append(gains, if_wrong.mean()), np.append(groups, groups.max() + 1)
+        surely = _surely_gained(gains, ids)
+        if surely > surest:
+            surest, strength = surely, candidate
+    if strength is None:
+        return current
     search = scipy.optimize.minimize_scalar(
-        lambda log_temperature: _mean_nll(logits, labels, math.exp(log_temperature)),
-        bounds=(math.log(TEMPERATURE_BOUNDS[0]), math.log(TEMPERATURE_BOUNDS[1])),
+        lambda log_temperature: _prior_loss(_loss_parts(logits, labels, math.exp(log_temperature)), strength),
+        bounds=tuple(map(math.log, TEMPERATURE_BOUNDS)),
         method="bounded",
-        options={"xatol": 1e-8},
     )
-    candidates = (1.0, math.exp(search.x), *TEMPERATURE_BOUNDS)
-    best = min(candidates, key=lambda temperature: _mean_nll(logits, labels, temperature))
-    if best in TEMPERATURE_BOUNDS:
-        logger.warning(
-            f"The temperature stopped at its bound {best}: the {len(labels)} held-out clips are too few, or nearly all"
-            " right, or nearly all wrong. Fit it on more held-out clips."
-        )
-    return best
+    return math.exp(search.x)
+
+
+def _loss_parts(logits: np.ndarray, labels: np.ndarray, temperature: float) -> np.ndarray:
+    """[3, N]: the NLL of the true class, its mean over the others, and its mean over labels as the scores at T = 1."""
+    losses = -scipy.special.log_softmax(logits / temperature, axis=1)
+    true = losses[np.arange(len(labels)), labels]
+    others = (losses.sum(axis=1) - true) / max(losses.shape[1] - 1, 1)
+    return np.stack([true, others, (scipy.special.softmax(logits, axis=1) * losses).sum(axis=1)])
+
+
+def _prior_loss(parts: np.ndarray, strength: float) -> float:
+    """What `fit_temperature` minimises, of `_loss_parts` [3, N]: convex in 1 / T, so there is one minimum."""
+    number = parts.shape[1]
+    true, others, prior = parts.sum(axis=1)
+    return float((number + 1) / (number + 2) * true + others / (number + 2) + strength / number * prior)
 
 
 def error_detection_auroc(uncertainty: Any, is_wrong: Any) -> float:
@@ -153,50 +229,101 @@ def error_detection_auroc(uncertainty: Any, is_wrong: Any) -> float:
     return rank_auroc(uncertainty, is_wrong, "uncertainty", "is_wrong")
 
 
+def doubt_log_odds(logits: Any) -> np.ndarray:
+    """Log-odds [N] of 1 - max softmax(logits) [N, C]: exact also where that probability rounds to 0."""
+    ordered = np.sort(check_floats(logits, "logits", num_dimensions=2), axis=1)
+    return scipy.special.logsumexp(ordered[:, :-1], axis=1) - ordered[:, -1]
+
+
 def error_log_odds(doubt: Any, uncertainty: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Log-odds of an error [N]: weights[0] logit(doubt) + weights[1] logit(uncertainty) + weights[2].
+    """Log-odds of an error [N]: weights[0] doubt + weights[1] logit(uncertainty) + weights[2].
 
     Args:
-        doubt: float [N], one minus the largest class probability.
+        doubt: float [N], of `doubt_log_odds`.
         uncertainty: float [N], of the uncertainty head, in [0, 1].
         weights: three numbers, as `fit_error_probability` gives them.
     """
-    scores = [check_floats(doubt, "doubt"), check_floats(uncertainty, "uncertainty")]
-    log_odds = [scipy.special.logit(np.clip(values, 1e-6, 1 - 1e-6)) for values in scores]
-    return weights[0] * log_odds[0] + weights[1] * log_odds[1] + weights[2]
+    doubt, uncertainty = check_floats(doubt, "doubt"), check_floats(uncertainty, "uncertainty")
+    head = scipy.special.logit(np.clip(uncertainty, 1e-6, 1 - 1e-6))
+    return weights[0] * doubt + weights[1] * head + weights[2]
 
 
-def fit_error_probability(doubt: Any, uncertainty: Any, is_wrong: Any) -> np.ndarray:
+def fit_error_probability(
+    doubt: Any,
+    uncertainty: Any,
+    is_wrong: Any,
+    groups: Any = None,
+    current: Sequence[float] | np.ndarray = ONE_MINUS_MAX,
+) -> np.ndarray:
     """Logistic regression of "the prediction is wrong" on the log-odds of two scores (Platt 1999 uses one).
 
-    The weights of the scores are at least 0, so that more doubt never lowers the probability of an error. A unit
-    Gaussian prior on them keeps them small when there are few clips.
+    A unit Gaussian prior keeps the weights near those of 1 - max probability, which needs no fit; the weight of the
+    head is at least 0. The weights stay `current` unless the cross-validated log-loss falls with 95 % confidence. The
+    head has a part only if it falls further with it, and errors are told apart no worse than by 1 - max probability.
 
     Args:
-        doubt: float [N], one minus the largest class probability, of held-out clips.
+        doubt: float [N], of `doubt_log_odds`, of held-out clips.
         uncertainty: float [N], of the uncertainty head, in [0, 1].
-        is_wrong: bool [N]; at least one prediction is right and one is wrong.
+        is_wrong: bool [N].
+        groups: N speakers, or None if they are not known.
+        current: the weights so far.
     Returns: Weights of the two log-odds and the constant, float64 [3]; see `error_log_odds`.
     Raises:
-        ValueError: unequal lengths, a score outside [0, 1], or only right (or only wrong) predictions.
+        ValueError: unequal lengths, or an uncertainty outside [0, 1].
     """
     doubt, is_wrong = check_scores(doubt, is_wrong, "doubt", "is_wrong")
     uncertainty = check_floats(uncertainty, "uncertainty")
     check_same_length(doubt=doubt, uncertainty=uncertainty)
-    for name, values in (("doubt", doubt), ("uncertainty", uncertainty)):
-        reject(values, (values < -1e-6) | (values > 1 + 1e-6), f"`{name}` must be in [0, 1]")
-    if is_wrong.all() or not is_wrong.any():
-        raise ValueError("`is_wrong` must hold both right and wrong predictions.")
-    sign = np.where(is_wrong, 1.0, -1.0)
+    reject(uncertainty, (uncertainty < -1e-6) | (uncertainty > 1 + 1e-6), "`uncertainty` must be in [0, 1]")
+    current = np.asarray(current, dtype=np.float64)
+    folds, groups = _folds(len(doubt), groups)
+    if is_wrong.all() or not is_wrong.any() or len(folds) < 2:
+        return current
     columns = np.stack([error_log_odds(doubt, uncertainty, row) for row in np.eye(3)], axis=1)  # [N, 3]
+    sign = np.where(is_wrong, 1.0, -1.0)
+    rivals, best = [columns @ current], current
+    for with_head in (False, True):
+        log_odds = np.empty(len(doubt))
+        for fold in folds:
+            others = np.setdiff1d(np.arange(len(doubt)), fold)
+            log_odds[fold] = columns[fold] @ _error_weights(columns[others], sign[others], with_head)
+        losses = [np.logaddexp(0, -sign * values) for values in (*rivals, log_odds)]
+        is_better = all(_surely_gained(rival - losses[-1], groups) > 0 for rival in losses[:-1])
+        if with_head and error_detection_auroc(log_odds, is_wrong) < error_detection_auroc(doubt, is_wrong):
+            is_better = False
+        if is_better:
+            best = _error_weights(columns, sign, with_head)
+        rivals.append(log_odds)
+    return best
+
+
+def _error_weights(columns: np.ndarray, sign: np.ndarray, with_head: bool) -> np.ndarray:
+    """The weights [3] of `fit_error_probability` for `columns` [N, 3]; without the head its weight is 0."""
 
     def loss(weights):
-        margin = sign * (columns @ weights)
-        gradient = -(sign * scipy.special.expit(-margin)) @ columns + weights * [1, 1, 0]
-        return np.logaddexp(0, -margin).sum() + (weights[:2] ** 2).sum() / 2, gradient
+        margin, off = sign * (columns @ weights), weights - ONE_MINUS_MAX
+        gradient = -(sign * scipy.special.expit(-margin)) @ columns + off
+        return np.logaddexp(0, -margin).sum() + (off**2).sum() / 2, gradient
 
-    start, bounds = np.array([0.5, 0.5, 0.0]), [(0, None), (0, None), (None, None)]
-    return scipy.optimize.minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B").x
+    # Without any weight of the doubt, answers that differ in it would tie
+    bounds = [(0.1, None), (0, None if with_head else 0), (None, None)]
+    return scipy.optimize.minimize(loss, np.array(ONE_MINUS_MAX), jac=True, bounds=bounds, method="L-BFGS-B").x
+
+
+def describe_fit(report: Mapping[str, Any]) -> str:
+    """What `MMSERTrainer.calibrate` fitted, and what its clips can show, in words."""
+    low, high = (100 * rate for rate in report["error_rate_interval"])
+    speakers = "unknown speakers" if report["speakers"] is None else f"{report['speakers']} speaker(s)"
+    lines = [
+        f"Calibrated on {report['clips']} held-out clips of {speakers} with {report['errors']} error(s): as far as "
+        f"they can show, {low:.1f} to {high:.1f} % of the answers are wrong, and scores may be off by as much.",
+        f"The temperature is {report['temperature']:.3g}."
+        if report["temperature"] != 1
+        else "The temperature stays 1: these clips do not show that another is better.",
+    ]
+    if report["uses_one_minus_max"]:
+        lines.append("The uncertainty is 1 - the largest score: these clips do not show that another is better.")
+    return " ".join(lines)
 
 
 def risk_coverage_curve(uncertainty: Any, is_wrong: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -38,6 +38,24 @@ def split_groups(
     }
 
 
+def speakers_of(dataset: Any) -> list[str] | None:
+    """
+    The speaker of each clip that a data set gives, with the corpus before the name: N names, or None.
+
+    It is None where speakers are not known: a stream, a data set of another kind, a table without speakers. A clip
+    without a speaker, among others that have one, is a speaker of its own. Rows that were skipped are left out.
+    """
+    table, skipped = getattr(dataset, "dataset", None), getattr(dataset, "skipped", None)
+    if not isinstance(table, datasets.Dataset) or "speaker" not in table.column_names or not any(table["speaker"]):
+        return None
+    corpora = table["corpus"] if "corpus" in table.column_names else [""] * len(table)
+    names = [
+        f"{corpus or ''}/{speaker}" if speaker else f"clip {index}"
+        for index, (corpus, speaker) in enumerate(zip(corpora, table["speaker"], strict=True))
+    ]
+    return names if skipped is None else [name for name, left_out in zip(names, skipped, strict=True) if not left_out]
+
+
 def duration_bands(seconds: Sequence[float] | np.ndarray) -> list[str]:
     """The band of each clip's duration; the names of the bands sort in their order.
 

@@ -30,14 +30,19 @@ from losses_mmser import check_finite_losses
 from mmser.averaging import WeightAverage
 from mmser.batches import LengthGroupedSampler, MMSERDataCollator, evaluation_order
 from mmser.calibration import (
+    ONE_MINUS_MAX,
+    describe_fit,
+    doubt_log_odds,
     error_detection_auroc,
     error_log_odds,
+    error_rate_interval,
     expected_calibration_error,
     fit_error_probability,
     fit_temperature,
     negative_log_likelihood,
 )
 from mmser.examples import EmotionDataset, class_counts
+from mmser.groups import speakers_of
 from mmser.metrics import build_compute_metrics, softmax
 from mmser.model_loading import check_teacher
 from mmser.optimizer import parameter_groups
@@ -434,33 +439,44 @@ class MMSERTrainer(Trainer):
 
         Args:
             calibration_dataset: clips that were not trained on, and are not those of the final evaluation. What they
-                cannot determine keeps its former value: all of them may be classified correctly, or too few of them.
-        Returns: the temperature; NLL and expected calibration error before and after on these clips; the AUROC with
-            which the uncertainty tells wrong answers from right ones, before and after.
+                cannot show to be better keeps its former value: at first a temperature of 1, and an uncertainty of
+                1 - max probability.
+        Returns: `temperature`; `clips`, `speakers` (None if not known) and `errors`, and the `error_rate_interval`
+            that these allow; NLL and expected calibration error `_before` and `_after` on these clips; whether the
+            uncertainty `uses_one_minus_max`; the AUROC with which wrong answers are told from right ones, by the
+            uncertainty before and after, and by 1 - max probability.
         """
         model = self.accelerator.unwrap_model(self.model)
-        temperature, weights = model.temperature.item(), model.uncertainty.error_calibration.clone()
+        temperature, weights = model.temperature.item(), model.uncertainty.error_calibration.tolist()
+        if weights == list(model.uncertainty.uncalibrated):
+            weights = list(ONE_MINUS_MAX)
         self._reset_calibration()
         outputs = self.predict_outputs(calibration_dataset)
         logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
+        speakers = speakers_of(calibration_dataset)
         wrong = logits.argmax(axis=1) != labels
-        if wrong.any():
-            temperature = fit_temperature(logits, labels)
-        else:  # the likelihood then only grows with confidence: such clips cannot say when to doubt
-            logger.warning(f"All held-out clips are classified correctly: the temperature stays {temperature:g}.")
-        model.temperature.fill_(temperature)
-        report = {"temperature": temperature}
+        model.temperature.fill_(fit_temperature(logits, labels, speakers, temperature))
+        temperature = model.temperature.item()  # as the model rounds it
+        doubt = doubt_log_odds(logits / temperature)
+        fitted = fit_error_probability(doubt, outputs["uncertainty"], wrong, speakers, weights)
+        weights = model.uncertainty.error_calibration.copy_(torch.from_numpy(fitted)).tolist()
+        report: dict[str, Any] = {
+            "temperature": temperature,
+            "clips": len(labels),
+            "speakers": None if speakers is None else len(set(speakers)),
+            "errors": int(wrong.sum()),
+            "error_rate_interval": error_rate_interval(int(wrong.sum()), len(labels)),
+            "uses_one_minus_max": weights == list(ONE_MINUS_MAX),
+        }
         for name, divisor in (("before", 1.0), ("after", temperature)):
             report[f"nll_{name}"] = negative_log_likelihood(logits, labels, divisor)
             report[f"ece_{name}"] = expected_calibration_error(softmax(logits / divisor), labels)
         if wrong.any() and not wrong.all():
-            doubt = 1 - softmax(logits / temperature).max(axis=1)
-            fitted: Any = fit_error_probability(doubt, outputs["uncertainty"], wrong)
-            weights = torch.from_numpy(fitted)
-            combined = error_log_odds(doubt, outputs["uncertainty"], fitted)
+            combined = error_log_odds(doubt, outputs["uncertainty"], weights)
             report["error_auroc_before"] = error_detection_auroc(outputs["uncertainty"], wrong)
+            report["error_auroc_of_max_probability"] = error_detection_auroc(doubt, wrong)
             report["error_auroc_after"] = error_detection_auroc(combined, wrong)
-        model.uncertainty.error_calibration.copy_(weights)
+        logger.info(describe_fit(report))
         self._fit_openmax(outputs, temperature)
         return report
 

@@ -22,7 +22,7 @@ import torch
 import transformers
 from datasets import concatenate_datasets
 from safetensors.torch import load_file
-from scipy.optimize import minimize_scalar
+from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
 from tiny import fit_openmax_by_chance, slow_openmax
 from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, tiny_tokenizer, write_corpus
@@ -34,7 +34,9 @@ from mmser import training_arguments
 from mmser.augmentation import Augmenter
 from mmser.averaging import WeightAverage
 from mmser.batches import LengthGroupedSampler, MMSERDataCollator
+from mmser.calibration import fit_temperature
 from mmser.examples import EmotionDataset, drop_unreadable
+from mmser.groups import speakers_of
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import build_compute_metrics
 from mmser.model_loading import check_teacher
@@ -976,11 +978,11 @@ def training(splits):
 
 @pytest.fixture
 def held_out(splits):
-    """24 clips that were not trained on, of which three are labelled wrongly: the best temperature is not a bound."""
+    """24 clips that were not trained on, and 12 of them again, labelled wrongly: for each speaker it is too sure."""
     table = concatenate_datasets([splits["test"], splits["validation"]])
-    labels = np.array(table["labels"])
-    labels[[0, 5, 10]] = (labels[[0, 5, 10]] + 1) % 4
-    return EmotionDataset(table.remove_columns("labels").add_column("labels", labels))
+    again = table.select(range(0, 24, 2))
+    labels = (np.array(again["labels"]) + 1) % 4
+    return EmotionDataset(concatenate_datasets([table, again.remove_columns("labels").add_column("labels", labels)]))
 
 
 @pytest.fixture(params=[("centroid", "probability"), ("anchor", "activation")], ids=["default", "published"])
@@ -1022,19 +1024,23 @@ def changed(model, state):
     return {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
 
 
-def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_path):
+def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_path, log):
     model = either.model
     raw = either.predict_outputs(held_out)
     logits, labels = raw["logits"], raw["labels"]
-    assert (logits.argmax(axis=1) != labels).sum() == 3
+    assert (logits.argmax(axis=1) != labels).sum() == 12
 
     report = either.finalize(training, held_out)
-    best = minimize_scalar(lambda log_t: mean_nll(logits, labels, math.exp(log_t)), bounds=(-3, 3), method="bounded")
-    assert report["temperature"] == pytest.approx(math.exp(best.x), rel=1e-2)
-    assert model.temperature.item() == pytest.approx(report["temperature"])
+    assert report["temperature"] == pytest.approx(fit_temperature(logits, labels, speakers_of(held_out)))
+    assert model.temperature.item() == report["temperature"]
     assert report["nll_before"] == pytest.approx(mean_nll(logits, labels, 1.0), abs=1e-5)
     assert report["nll_after"] == pytest.approx(mean_nll(logits, labels, report["temperature"]), abs=1e-5)
     assert report["nll_after"] < report["nll_before"]
+    speakers = {(row["corpus"], row["speaker"]) for row in held_out.dataset}
+    assert (report["clips"], report["speakers"], report["errors"]) == (36, len(speakers), 12)
+    expected = beta.ppf(0.025, 12, 25), beta.ppf(0.975, 13, 24)  # Clopper & Pearson
+    assert report["error_rate_interval"] == pytest.approx(expected)
+    assert "36 held-out clips" in log.text and "18.6 to 51.0 % of the answers are wrong" in log.text
 
     # Centroids from the training clips, Weibulls from the held-out ones; with anchors, as published, from the former
     outputs = either.train_outputs
@@ -1049,7 +1055,7 @@ def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_p
     state = state_of(model)
     either.save_model(str(tmp_path))
     assert not changed(MMSERForAudioClassification.from_pretrained(tmp_path), state)
-    assert either.finalize(training, held_out) == pytest.approx(report)  # what is there already does not count
+    assert either.finalize(training, held_out) == report  # what is there already does not count
     assert not changed(model, state)
 
 
@@ -1062,8 +1068,8 @@ def test_the_calibrated_model_says_what_was_fitted(either, training, held_out):
     np.testing.assert_allclose(outputs["logits"], raw["logits"] / report["temperature"], atol=1e-5)
     for name in ("features", "fused", "anchor_distances", "labels"):
         np.testing.assert_allclose(outputs[name], raw[name], atol=1e-6)
-    assert outputs["features"].shape == (24, 16)
-    assert all(outputs[name].shape == (24,) for name in ("unknown_probability", "rejection_score", "is_unknown"))
+    assert outputs["features"].shape == (36, 16)
+    assert all(outputs[name].shape == (36,) for name in ("unknown_probability", "rejection_score", "is_unknown"))
     probabilities, scores = slow_openmax(model.openmax, outputs["logits"], distances_of(model, outputs))
     np.testing.assert_allclose(outputs["unknown_probability"], probabilities[:, 4], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(outputs["rejection_score"], scores, rtol=1e-3, atol=1e-5)
@@ -1075,7 +1081,7 @@ def test_the_calibrated_model_says_what_was_fitted(either, training, held_out):
     weights = model.uncertainty.error_calibration.tolist()
     expected = 1 / (1 + np.exp(-(weights[0] * doubt + weights[1] * own + weights[2])))
     np.testing.assert_allclose(outputs["uncertainty"], expected, atol=1e-5)
-    assert outputs["uncertainty"].mean() == pytest.approx(wrong.mean(), abs=1e-3)
+    assert outputs["uncertainty"].mean() == pytest.approx(wrong.mean(), abs=0.05)
     assert report["error_auroc_before"] == pytest.approx(roc_auc_score(wrong, raw["uncertainty"]))
     assert report["error_auroc_after"] == pytest.approx(roc_auc_score(wrong, expected))
 
@@ -1087,7 +1093,7 @@ def test_the_calibrated_model_says_what_was_fitted(either, training, held_out):
         own = np.sort(scores[predictions == label])
         assert thresholds[label] == pytest.approx(own[math.ceil((len(own) + 1) * 0.7) - 1], abs=1e-5)
         assert (own <= thresholds[label] + 1e-6).mean() >= 0.7
-    assert 0 < outputs["is_unknown"].sum() <= 0.3 * 24
+    assert 0 < outputs["is_unknown"].sum() <= 0.3 * 36
 
 
 def test_calibrating_again_changes_nothing(either, training, held_out, splits, tmp_path):
@@ -1107,11 +1113,12 @@ def test_calibrating_again_changes_nothing(either, training, held_out, splits, t
 def test_calibrating_on_other_clips_leaves_what_was_learned(either, training, held_out):
     either.finalize(training, held_out)
     model, state = either.model, state_of(either.model)
-    report = either.calibrate(EmotionDataset(held_out.dataset.select(range(2, 24))))
-    assert report["nll_after"] <= report["nll_before"]
-    fitted = {"temperature", "uncertainty.error_calibration", "openmax.rejection_thresholds"}
+    report = either.calibrate(EmotionDataset(held_out.dataset.select(range(2, 24))))  # all of them are right
+    assert report["errors"] == 0 and report["temperature"] < state["temperature"].item()
+    fitted = {"temperature", "openmax.rejection_thresholds"}
     weibulls = {f"openmax.weibull_{name}" for name in ("shape", "scale", "shift")}
-    assert changed(model, state) == (fitted | weibulls if model.openmax.has_centroids else fitted)
+    assert changed(model, state) - weibulls == fitted
+    assert bool(changed(model, state) & weibulls) == model.openmax.has_centroids
 
 
 def test_few_held_out_clips_leave_the_weibulls_to_the_training_clips(either, training, held_out, log):
@@ -1139,7 +1146,7 @@ def test_without_training_clips_openmax_is_left_unfitted(splits, held_out, tmp_p
         trainer = make_trainer(tiny_model(openmax_distance=distance), splits, tmp_path)
         report = trainer.calibrate(held_out)
         assert report["nll_after"] <= report["nll_before"]
-        assert trainer.model.temperature.item() == pytest.approx(report["temperature"]) and report["temperature"] != 1
+        assert trainer.model.temperature.item() == report["temperature"]
         assert trainer.model.uncertainty.error_calibration.tolist() != [0, 1, 0]
         assert not trainer.model.openmax.is_fitted and "OpenMax is left as it is" in log.text
 
@@ -1154,7 +1161,7 @@ def test_without_held_out_clips_nothing_is_calibrated(either, training):
     assert either.model.openmax.is_fitted and not either.model.openmax.has_thresholds
 
 
-def test_held_out_clips_that_are_all_right_leave_the_temperature_at_one(trained, splits, log):
+def test_few_held_out_clips_that_are_all_right_leave_the_temperature_at_one(trained, splits, log):
     """Their likelihood grows without end as the temperature falls: it says nothing about doubt on other clips."""
     held_out = EmotionDataset(splits["test"])
     outputs = trained.predict_outputs(held_out)
@@ -1162,9 +1169,12 @@ def test_held_out_clips_that_are_all_right_leave_the_temperature_at_one(trained,
     assert len(right) > 4
     report = trained.finalize(EmotionDataset(splits["train"]), EmotionDataset(splits["test"].select(right)))
     assert report["temperature"] == trained.model.temperature.item() == 1.0
-    assert trained.model.uncertainty.error_calibration.tolist() == [0, 1, 0]
+    assert trained.model.uncertainty.error_calibration.tolist() == [1, 0, 0] and report["uses_one_minus_max"]
     assert trained.model.openmax.is_fitted
-    assert "the temperature stays 1" in log.text
+    assert "The temperature stays 1" in log.text and "0 error(s)" in log.text
+    outputs = trained.predict_outputs(held_out)
+    confidence = torch.tensor(outputs["logits"]).double().softmax(dim=-1).amax(dim=-1)
+    np.testing.assert_allclose(outputs["uncertainty"], 1 - confidence, rtol=1e-3)
 
 
 def test_what_held_out_clips_cannot_determine_stays_as_it_was(either, training, held_out, log):
@@ -1172,20 +1182,18 @@ def test_what_held_out_clips_cannot_determine_stays_as_it_was(either, training, 
     before = either.finalize(training, held_out)
     head = either.model.uncertainty
     weights = head.error_calibration.clone()
-    assert abs(before["temperature"] - 1) > 0.01 and weights.tolist() != [0, 1, 0]
+    assert abs(before["temperature"] - 1) > 0.01 and weights.tolist() not in ([0, 1, 0], [1, 0, 0])
     outputs = either.predict_outputs(held_out)
     right = np.flatnonzero(outputs["logits"].argmax(axis=1) == outputs["labels"])
 
-    report = either.calibrate(EmotionDataset(held_out.dataset.select(right)))
+    report = either.calibrate(EmotionDataset(held_out.dataset.select(right[:6])))
     assert report["temperature"] == either.model.temperature.item() == pytest.approx(before["temperature"])
     assert torch.equal(head.error_calibration, weights)
     assert "error_auroc_after" not in report
-    assert f"the temperature stays {before['temperature']:g}" in log.text
-
     table = held_out.dataset.select(right)
     labels = (np.array(table["labels"]) + 1) % 4
     report = either.calibrate(EmotionDataset(table.remove_columns("labels").add_column("labels", labels)))
-    assert report["temperature"] > 1.1 * before["temperature"]
+    assert report["temperature"] > before["temperature"]
     assert torch.equal(head.error_calibration, weights) and "error_auroc_after" not in report
 
 
