@@ -43,6 +43,18 @@ AUDIO_KEYS = ("raw", "array", "bytes", "path", "file")  # what a dict given to t
 TEXT_KEYS = ("text", "transcription")
 
 
+def _import_onnxruntime() -> Any:
+    """onnxruntime without its telemetry, which calls a host outside since 1.32, unless a user has chosen it."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("An exported model needs onnxruntime: `pip install onnxruntime`") from error
+    if os.environ["ORT_DISABLE_TELEMETRY"] != "0" and hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()  # it may have been imported before
+    return onnxruntime
+
+
 class MMSEROnnxConfig(PreTrainedConfig):
     """The configuration that `export_hf.py` stored in an ONNX file: labels and thresholds."""
 
@@ -121,10 +133,7 @@ class MMSEROnnxForAudioClassification:
             ImportError: onnxruntime is not installed.
             ValueError: an ONNX file of something else.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError("An exported model needs onnxruntime: `pip install onnxruntime`") from error
+        onnxruntime = _import_onnxruntime()
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         path: Any = name_or_path
         if not Path(path).is_file():

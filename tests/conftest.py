@@ -11,6 +11,7 @@ from pathlib import Path
 
 # Before torch is imported, and for child processes: for tensors this small more threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import onnxruntime themselves
 
 import pytest
 import torch
