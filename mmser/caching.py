@@ -9,6 +9,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -36,7 +37,7 @@ from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1  # raise it whenever the same inputs would give other states
+FORMAT_VERSION = 2  # raise it whenever the same inputs would give other states
 TEXT_BUDGET = 2**14  # letters in a batch of texts, padding included
 BATCHES_AHEAD = 2  # that are read while one is encoded
 
@@ -274,6 +275,8 @@ class EncoderStateCache:
                 for batch, contents in _read_ahead(_batches(clips, budget), read):
                     pairs = [pair for pair in zip(batch, contents, strict=True) if pair[1] is not None]
                     states = self._encode(kind, [content for _, content in pairs]) if pairs else []
+                    if pairs and not done:
+                        self._check_space(kind, states, [clip for clip, _ in pairs], clips)
                     for (clip, content), array in zip(pairs, states, strict=True):
                         store.add(clip.key, array, len(content) if kind == "audio" else 0, clip.row)
                     done += len(pairs)
@@ -282,6 +285,22 @@ class EncoderStateCache:
             store.flush()
             self.model.train(was_training)
         return done
+
+    def _check_space(self, kind: str, states: list[np.ndarray], encoded: list[_Clip], clips: Sequence[_Clip]) -> None:
+        """Before anything is written, say how large the states of all clips will be, by those of the first batch."""
+        store = self.stores[kind]
+        size = float(sum(array.size for array in states) * store.dtype.itemsize)
+        size *= sum(clip.length for clip in clips) / max(1, sum(clip.length for clip in encoded))
+        free = shutil.disk_usage(store.folder).free
+        logger.info(
+            f"The states of {len(clips)} {kind} clips take about {size / 1e6:,.0f} MB in {store.folder.parent}"
+        )
+        if size > free:
+            raise ValueError(
+                f"The encoder states of {len(clips)} {kind} clips take about {size / 1e9:.1f} GB, but the disk of "
+                f"{store.folder} has only {free / 1e9:.1f} GB left. Take fewer augmented copies (--augmented_copies), "
+                "another folder (--cache_encoder_states) or none."
+            )
 
     @torch.no_grad()
     def _encode(self, kind: str, contents: list) -> list[np.ndarray]:

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 
 from mmser.groups import GROUPS
 from mmser.tables import format_table
+from mmser.training_flags import MIN_STEPS
 
 RESULTS_NAME = "eval_results.json"
+LEAST_GAP = 0.03  # of weighted F1 between a probe and the head that is worth a word
 
 
 def describe_data(
@@ -88,6 +92,47 @@ def earlier_training(output_dir: str | Path) -> dict[str, Any] | None:
     """The entry `training` of an `eval_results.json` that is already there: a finished run may be evaluated again."""
     path = Path(output_dir) / RESULTS_NAME
     return json.loads(path.read_text(encoding="utf-8"))["training"] if path.exists() else None
+
+
+def advise(results: Mapping[str, Any]) -> list[str]:
+    """
+    Say what to do about a model that did not learn what it could, by the validation clips (else the test clips).
+
+    Returns: sentences, none if the head is as good as a linear probe on its features and every class is predicted.
+    """
+    rows = results.get("validation") or results.get("test") or {}
+    advice = []
+    if "model" in rows and "linear_probe" in rows:
+        model, probe = (rows[name]["weighted_f1"] for name in ("model", "linear_probe"))
+        error = math.sqrt(max(probe * (1 - probe), 0) / rows["model"]["clips"])  # of a share of that many clips
+        if probe - model > max(LEAST_GAP, error):
+            advice.append(
+                f"The model (weighted F1 {model:.2f}) is below a linear probe on its own features ({probe:.2f}): its "
+                f"head has not learnt what the encoders offer. {_remedy(results['training'])}"
+            )
+    counts = np.array(rows.get("model", {}).get("confusion_matrix", []))  # [true, predicted]
+    if counts.size:
+        is_missing = (counts.sum(axis=0) == 0) & (counts.sum(axis=1) > 0)
+        missing = [name for name, flag in zip(results["label_names"], is_missing, strict=True) if flag]
+        if missing:
+            advice.append(
+                f"Never predicted: {', '.join(missing)}. {'' if advice else _remedy(results['training'])}".strip()
+            )
+    return advice
+
+
+def _remedy(training: Mapping[str, Any]) -> str:
+    steps, epochs = training.get("steps"), training.get("epoch")
+    if steps and epochs and steps < MIN_STEPS:
+        longer = math.ceil(epochs * MIN_STEPS / steps)
+        return (
+            f"{steps} steps are few: train longer, with --epochs {longer} ({MIN_STEPS} steps). The table of recipes "
+            "in docs/train.md says what suits how many clips."
+        )
+    return (
+        "Try a lower --lr, frozen encoders (--freeze_audio --freeze_text), or a shorter head by --config_overrides "
+        "'{\"classifier_num_layers\": 5}'; see the table of recipes in docs/train.md."
+    )
 
 
 def format_results(results: Mapping[str, Any]) -> dict[str, str]:

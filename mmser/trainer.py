@@ -127,6 +127,8 @@ class MMSERTrainer(Trainer):
         collator = kwargs.get("data_collator")
         if kwargs.get("processing_class") is None and isinstance(collator, MMSERDataCollator):
             kwargs["processing_class"] = collator.processor  # what is saved without a processor cannot be used
+        if kwargs.get("train_dataset") is not None and has_length(kwargs["train_dataset"]):
+            args.choose_epochs(len(kwargs["train_dataset"]))
         if model is not None:
             if (teacher is None) != (model.config.distillation_loss_weight == 0):
                 raise ValueError(
@@ -137,8 +139,15 @@ class MMSERTrainer(Trainer):
                 check_teacher(model.config, teacher.config, kwargs.get("processing_class"), teacher_processor)
             label_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
             kwargs.setdefault("compute_metrics", build_compute_metrics(label_names))
-            if model.config.class_counts is None and isinstance(kwargs.get("train_dataset"), EmotionDataset):
-                model.config.class_counts = class_counts(kwargs["train_dataset"], model.config.num_labels)
+            if isinstance(kwargs.get("train_dataset"), EmotionDataset):
+                counts = class_counts(kwargs["train_dataset"], model.config.num_labels)
+                if model.config.class_counts is None:
+                    model.config.class_counts = counts
+                elif list(model.config.class_counts) != counts:
+                    logger.warning(
+                        f"The focal loss weighs the classes by `config.class_counts`, {model.config.class_counts}, "
+                        f"but the training set has {counts}. Set `config.class_counts = None` to have them counted."
+                    )
         super().__init__(model, args, **kwargs)
         self.teacher = (
             None if teacher is None else cast(Any, teacher).to(self.args.device).requires_grad_(False).eval()
@@ -162,7 +171,12 @@ class MMSERTrainer(Trainer):
             )
 
     def train(self, *args, **kwargs):
-        """As usual; with `args.weight_averaging` the model ends with the average (or the best of them, if wanted)."""
+        """
+        As usual; with `args.weight_averaging` the model ends with the average (or the best of them, if wanted).
+
+        A calibration that the model brought is forgotten: it is not that of the weights to come. See `finalize`.
+        """
+        self._forget_calibration()
         if not self.args.weight_averaging:
             return super().train(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model).to(self.args.device)
@@ -422,10 +436,7 @@ class MMSERTrainer(Trainer):
                 uncertainty is the head's own, and OpenMax knows only how far training clips lie from their class.
         Returns: as `calibrate`.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        # A finished checkpoint, if training started from one, brought a calibration of its own
-        self._reset_calibration()
-        model.openmax.reset()
+        self._forget_calibration()
         self.train_outputs = self.predict_outputs(train_dataset)
         if calibration_dataset is not None:
             return self.calibrate(calibration_dataset)
@@ -479,6 +490,12 @@ class MMSERTrainer(Trainer):
         logger.info(describe_fit(report))
         self._fit_openmax(outputs, temperature)
         return report
+
+    def _forget_calibration(self) -> None:
+        """Forget all that was fitted to outputs: a model may bring it from an earlier training."""
+        self._reset_calibration()
+        self.accelerator.unwrap_model(self.model).openmax.reset()
+        self.train_outputs = None
 
     def _reset_calibration(self) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MMSERTrainingArguments`: the arguments of Transformers' Trainer with the defaults and the additions of MMSER."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 
 from mmser.flags import parse_json
 from mmser.optimizer import PARAMETER_GROUPS
-from mmser.training_flags import TrainingFlags
+from mmser.training_flags import MAX_EPOCHS, MIN_EPOCHS, MIN_STEPS, TrainingFlags
+
+logger = logging.get_logger(__name__)
 
 
 def has_accelerator() -> bool:
@@ -39,6 +42,9 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         for name, (allowed, advice) in WITHOUT_EFFECT.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` has no effect here, got {getattr(self, name)!r}. {advice}")
+        self.has_default_epochs = self.num_train_epochs is None
+        if self.num_train_epochs is None:
+            self.num_train_epochs = float(MIN_EPOCHS)
         if isinstance(self.lr_multipliers, str):
             self.lr_multipliers = parse_json(self.lr_multipliers, "--lr_multipliers")
         unknown = set(self.lr_multipliers or {}) - set(PARAMETER_GROUPS)
@@ -62,3 +68,12 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+
+    def choose_epochs(self, num_clips: int) -> None:
+        """Where no number of epochs was given, choose it by the number of training clips: few clips need many."""
+        if not self.has_default_epochs or self.num_train_epochs != MIN_EPOCHS or self.max_steps > 0:
+            return
+        clips_per_step = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+        epochs = math.ceil(MIN_STEPS / max(1, math.ceil(num_clips / clips_per_step)))
+        self.num_train_epochs = float(min(max(MIN_EPOCHS, epochs), MAX_EPOCHS))
+        logger.info(f"{num_clips} training clips: {self.num_train_epochs:g} epochs. Give --epochs for another number.")

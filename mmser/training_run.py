@@ -29,6 +29,7 @@ from mmser.model_loading import encoder_name
 from mmser.optimizer import parameter_table
 from mmser.results import (
     RESULTS_NAME,
+    advise,
     describe_data,
     earlier_training,
     environment,
@@ -261,6 +262,7 @@ def train(
     if standardize_clips and resumed is None:
         trainer.fit_standardization(examples.for_evaluation(some_clips(data.splits["train"], standardize_clips)))
     training = trainer.train(resume_from_checkpoint=resumed.folder if resumed else None).metrics
+    training["steps"] = trainer.state.global_step
     training["total_runtime"] = round(trainer.training_time.seconds, 4)
     if resumed and trainer.state.global_step == resumed.step:  # it was finished before
         training |= earlier_training(Path(resumed.folder).parent) or {}
@@ -335,4 +337,5 @@ def write_results(
         "open_set": "Clips that are none of the classes",
     }
     parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
+    parts += [f"What to do\n{advice}" for advice in ("\n".join(advise(results)),) if advice]
     return "\n\n".join([*parts, f"Checkpoint, eval_results.json and README.md (the model card): {folder}"])

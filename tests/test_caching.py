@@ -7,9 +7,11 @@ The reference is always the run without a cache, and `safetensors` for the files
 import json
 import logging as python_logging
 import pickle
+import re
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -406,6 +408,22 @@ def test_states_that_do_not_fit_name_the_clip(splits, tmp_path, value, message):
 
 def shards(folder, kind="audio"):
     return sorted(folder.glob(f"{kind}-*/*.safetensors"))
+
+
+def test_the_size_is_told_and_the_disk_looked_at_before_anything_is_written(splits, tmp_path, log, monkeypatch):
+    def encode(folder):
+        cache = EncoderStateCache(tmp_path / folder, frozen_model(["audio"]), tiny_processor(), batch_seconds=2)
+        CachedStatesDataset(EmotionDataset(splits["train"], **NOISY), cache, augmented_copies=3)
+        return cache.stores["audio"].num_bytes()
+
+    size = encode("enough")
+    assert re.search(r"The states of 96 audio clips take about \d+ MB in .*enough", log.text)
+    monkeypatch.setattr("mmser.caching.shutil.disk_usage", lambda _: SimpleNamespace(free=1.25 * size))
+    assert encode("just_enough") == size
+    monkeypatch.setattr("mmser.caching.shutil.disk_usage", lambda _: SimpleNamespace(free=0.75 * size))
+    with pytest.raises(ValueError, match=r"of 96 audio clips take about .* GB, .*audio-.* has only .* left.*copies"):
+        encode("too_small")
+    assert not list((tmp_path / "too_small").rglob("*.safetensors"))
 
 
 def test_files_are_small_and_readable_by_safetensors(splits, tmp_path):

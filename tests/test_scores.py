@@ -14,7 +14,7 @@ import torch
 from tiny_corpus import parse_strict_json
 
 from mmser.groups import split_groups
-from mmser.results import describe_data, format_results
+from mmser.results import advise, describe_data, format_results
 from mmser.scores import (
     describe_predictions,
     describe_rejection,
@@ -312,3 +312,40 @@ def test_tables_without_rows_are_empty():
         {"label_names": NAMES, "parameters": [{"part": "all", "parameters": 12345, "trainable": 12}]}
     )
     assert {name for name, text in tables.items() if text} == {"parameters"}
+
+
+# --- what to do ------------------------------------------------------------------------------------------------------
+
+
+def results_of(model, probe, confusion, steps=100, epochs=10):
+    rows = {
+        "model": {"weighted_f1": model, "clips": int(np.sum(confusion)), "confusion_matrix": confusion},
+        "linear_probe": {"weighted_f1": probe},
+    }
+    good = {"model": {**rows["model"], "weighted_f1": 1.0}, "linear_probe": {"weighted_f1": 0.0}}
+    training = {"steps": steps, "epoch": epochs}
+    return {"label_names": ["a", "b", "c"], "validation": rows, "test": good, "training": training}
+
+
+ALL = [[40, 30, 30], [30, 40, 30], [30, 30, 40]]
+
+
+def test_the_summary_says_what_to_do_when_the_head_is_below_a_probe():
+    assert advise(results_of(0.50, 0.52, ALL)) == []
+    (short,) = advise(results_of(0.20, 0.38, ALL, steps=21, epochs=3))
+    assert "weighted F1 0.20" in short and "(0.38)" in short and "--epochs 126 (880 steps)" in short
+    (long,) = advise(results_of(0.20, 0.38, ALL, steps=900))
+    assert "--epochs" not in long and "lower --lr" in long and "classifier_num_layers" in long
+    few = [[4, 3, 3], [3, 4, 3], [3, 3, 4]]
+    assert advise(results_of(0.34, 0.40, few)) == []  # 30 clips cannot tell
+    without = results_of(0.2, 0.4, ALL)
+    del without["validation"]["linear_probe"]
+    assert advise(without) == [] == advise({"label_names": ["a"], "training": {}})
+
+
+def test_the_summary_names_classes_that_are_never_predicted():
+    (said,) = advise(results_of(0.5, 0.5, [[90, 10, 0], [10, 90, 0], [50, 50, 0]]))
+    assert said.startswith("Never predicted: c. 100 steps are few")
+    assert advise(results_of(0.5, 0.5, [[90, 10, 0], [10, 90, 0], [0, 0, 0]])) == []  # there is none
+    both = advise(results_of(0.2, 0.5, [[100, 0, 0], [100, 0, 0], [100, 0, 0]]))
+    assert len(both) == 2 and both[1] == "Never predicted: b, c."

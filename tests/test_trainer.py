@@ -43,6 +43,7 @@ from mmser.model_loading import check_teacher
 from mmser.optimizer import PARAMETER_GROUPS, parameter_groups, parameter_table
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
 from mmser.training_arguments import MMSERTrainingArguments
+from mmser.training_flags import MIN_STEPS
 from modeling_mmser import MMSERForAudioClassification
 from openmax_mmser import OpenMax
 from processing_mmser import MMSERProcessor
@@ -1300,3 +1301,44 @@ def test_resuming_never_gives_old_weights_new_labels(splits, tmp_path):
     other = make_trainer(tiny_model(id2label=dict(enumerate("abcd"))), splits, tmp_path)
     with pytest.raises(ValueError, match=r"was trained on the labels \['neutral', .*not on \['a', 'b', 'c', 'd'\]"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("clips", "batch_size", "epochs"),
+    [(20_000, 16, 10), (1866, 32, 15), (200, 16, 68), (200, 32, 100), (8, 16, 100)],
+)
+def test_few_clips_get_more_epochs_by_default(tmp_path, clips, batch_size, epochs):
+    arguments = MMSERTrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=batch_size)
+    arguments.choose_epochs(clips)
+    assert arguments.num_train_epochs == epochs
+    steps = epochs * math.ceil(clips / batch_size)
+    assert steps >= MIN_STEPS or epochs == 100
+
+
+def test_a_number_of_epochs_or_steps_that_was_given_stays(splits, tmp_path):
+    assert make_trainer(tiny_model(), splits, tmp_path, max_steps=-1).args.num_train_epochs == 100  # 4 steps each
+    for given in ({"num_train_epochs": 10}, {"num_train_epochs": 0.5}, {"max_steps": 3}):
+        trainer = make_trainer(tiny_model(), splits, tmp_path, **{"max_steps": -1, **given})
+        assert trainer.args.num_train_epochs == given.get("num_train_epochs", 10)
+    assert MMSERTrainingArguments(output_dir=str(tmp_path), use_cpu=True).num_train_epochs == 10  # for any trainer
+
+
+# --- what a model brings from an earlier training --------------------------------------------------------------------
+
+
+def test_training_forgets_the_calibration_of_the_weights_before(splits, tmp_path):
+    model = tiny_model()
+    fit_openmax_by_chance(model)
+    model.temperature.fill_(2.0)
+    trainer = make_trainer(model, splits, tmp_path)
+    trainer.train_outputs = {"logits": np.zeros((1, 4))}
+    trainer.train()
+    assert model.temperature.item() == 1 and not model.openmax.is_fitted and trainer.train_outputs is None
+
+
+def test_class_counts_of_other_clips_are_told(splits, tmp_path, caplog):
+    make_trainer(tiny_model(class_counts=[8, 8, 8, 8]), splits, tmp_path)
+    assert "class_counts" not in caplog.text
+    model = make_trainer(tiny_model(class_counts=[1, 2, 3, 4]), splits, tmp_path).model
+    assert "`config.class_counts`, [1, 2, 3, 4], but the training set has [8, 8, 8, 8]" in caplog.text
+    assert model.config.class_counts == [1, 2, 3, 4]  # the user may have meant them
