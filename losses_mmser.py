@@ -16,8 +16,8 @@ from torch import Tensor
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """
-    A region where products are not rounded to the type of autocast on the device of `tensor`. Distances are differences
-    of numbers next to 1: of 400 that bfloat16 rounds, 4 are left.
+    A region where products are not rounded to the type of autocast on the device of `tensor`. Distances are
+    differences of numbers next to 1: of 400 that bfloat16 rounds, 4 are left.
     """
     device_type = tensor.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

@@ -48,6 +48,11 @@ def load_model(
         "id2label": dict(enumerate(label_names)),
         "label2id": {label: i for i, label in enumerate(label_names)},
     }
+    overrides: Any = arguments.config_overrides
+    try:
+        MMSERConfig.check_fields(overrides)
+    except TypeError as error:
+        raise ValueError(f"--config_overrides: {error}") from error
     start = _from_checkpoint if arguments.model_name_or_path else _from_encoders
     model = start(arguments, labels, processor)
     if arguments.attn_implementation is not None:

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny import AUDIO_CONFIGS, tiny_config
 from transformers import BertConfig, Wav2Vec2Config
 
+import configuration_mmser
 from configuration_mmser import AUTO_MAP, CHECKS, CUSTOM_PIPELINES, MMSERConfig
 from mmser.model_card import _loss_table
 
@@ -197,3 +198,34 @@ def test_a_removed_field_is_refused_unless_it_has_the_only_value():
     assert not hasattr(MMSERConfig(supervised_contrastive_temperature=0.1), "supervised_contrastive_temperature")
     with pytest.raises(ValueError, match=r"cannot be set any more: it is 0\.1"):
         MMSERConfig(supervised_contrastive_temperature=0.3)
+
+
+def test_a_misspelt_field_is_warned_of_and_fields_of_other_versions_are_not(monkeypatch):
+    """Transformers keeps unknown names as attributes without a word; refused, old checkpoints would not load."""
+    messages = []
+    monkeypatch.setattr(configuration_mmser.logger, "warning_once", messages.append)
+    config = MMSERConfig(clasifier_dropout=0.5)
+    assert messages == ["`clasifier_dropout` is no field of MMSERConfig: did you mean `classifier_dropout`?"]
+    assert config.classifier_dropout == 0.15
+    MMSERConfig.from_dict({**config.to_dict(), "clasifier_dropout": 0.5})
+    assert len(messages) == 2
+    MMSERConfig(gone_with_another_version=1, num_labels=3, torch_dtype="float16")
+    MMSERConfig.from_dict(MMSERConfig().to_dict())
+    assert len(messages) == 2
+
+
+def test_names_of_fields_can_be_checked():
+    MMSERConfig.check_fields(["feature_size", "num_labels", "id2label", "label2id", "problem_type"])
+    with pytest.raises(TypeError, match="`feature_sise` is no field of MMSERConfig: did you mean `feature_size`"):
+        MMSERConfig.check_fields(["num_labels", "feature_sise"])
+
+
+@pytest.mark.parametrize("labels", [{"0": "calm", "1": "loud"}, {0: "calm", 1: "loud"}])
+def test_ids_of_labels_may_be_strings(labels, tmp_path):
+    """As JSON has them."""
+    tiny_config().save_pretrained(tmp_path)
+    for config in (MMSERConfig(id2label=labels), MMSERConfig.from_pretrained(tmp_path, id2label=labels)):
+        assert config.id2label == {0: "calm", 1: "loud"} and config.label2id == {"calm": 0, "loud": 1}
+        assert config.num_labels == 2
+    config = MMSERConfig(label2id={"calm": "0", "loud": "1"})
+    assert config.id2label == {0: "calm", 1: "loud"} and config.label2id == {"calm": 0, "loud": 1}

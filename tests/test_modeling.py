@@ -280,6 +280,42 @@ def test_a_missing_modality_is_its_embedding_and_nothing_else(models, batch):
     assert difference(after[2], before[2]) > 1e-3 and difference(after[[0, 1, 3]], before[[0, 1, 3]]) < 1e-6
 
 
+@pytest.mark.parametrize("of", ["classifier", "base model"])
+def test_an_unknown_keyword_is_refused_and_the_nearest_name_suggested(model, batch, of):
+    """Swallowed, the mask would be left out: the clip would be another one."""
+    model = model if of == "classifier" else model.mmser
+    mask, batch = batch["attention_mask"], {name: batch[name] for name in batch.keys() - {"attention_mask"}}
+    with pytest.raises(TypeError, match=r"`atention_mask` is no argument of .*forward: did you mean `attention_mask`"):
+        model(**batch, atention_mask=mask)
+    with pytest.raises(TypeError, match=r"`zzz` is no argument of .*: known are .*input_ids, .*text_states"):
+        model(**batch, zzz=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of", ["classifier", "base model"])
+def test_keywords_of_the_library_are_accepted(model, batch, of):
+    """PEFT, the Trainer and pipelines pass these to any model."""
+    model = model if of == "classifier" else model.mmser
+    general = {"inputs_embeds": None, "position_ids": None, "num_items_in_batch": torch.tensor(4)}
+    outputs = model(**batch, **general, return_dict=True, output_attentions=False, output_hidden_states=False)
+    for value, expected in zip(outputs.to_tuple(), model(**batch, return_dict=False), strict=True):
+        assert torch.equal(value, expected)
+
+
+@torch.no_grad()
+def test_uncertainty_is_returned_unless_it_is_not_wanted(model, batch):
+    outputs = model(**batch)
+    assert torch.equal(model(**batch, return_uncertainty=True).uncertainty, outputs.uncertainty)
+    without = model(**batch, return_uncertainty=False)
+    assert without.keys() == outputs.keys() - {"uncertainty"} and torch.equal(without.logits, outputs.logits)
+
+
+@torch.no_grad()
+def test_each_output_without_labels_has_a_row_for_each_clip(model, batch):
+    """A stock pipeline takes batches apart by rows: a scalar among the outputs breaks it."""
+    assert {len(value) for value in model(**batch).values()} == {len(batch["input_ids"])}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -1250,6 +1286,11 @@ def test_from_backbones_keeps_the_first_layers(folders, tmp_path, kind):
     for number in (0, 3, -1):
         with pytest.raises(ValueError, match=f"`audio_num_hidden_layers` must be from 1 to 2, got {number}"):
             MMSERModel.from_backbones(*sources, audio_num_hidden_layers=number, **small_parts())
+
+
+def test_from_backbones_refuses_an_unknown_field(folders):
+    with pytest.raises(TypeError, match="`clasifier_dropout` is no field of MMSERConfig: did you mean `classifier_dr"):
+        MMSERForAudioClassification.from_backbones(folders / "wav2vec2", folders / "bert", clasifier_dropout=0.5)
 
 
 def test_from_backbones_cuts_a_copy_of_the_configuration(folders):

@@ -566,7 +566,8 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
 
 def save_another(folder, seed, **overrides):
     """A checkpoint with the architecture of `checkpoint` and other weights."""
-    tiny_model(seed=seed, **overrides).save_pretrained(folder)
+    torch.manual_seed(seed)
+    tiny_model(**overrides).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return str(folder)
 

@@ -24,10 +24,10 @@ from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
-from tiny import fit_openmax_by_chance, slow_openmax
+from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch
 from tiny_corpus import NAMES, RATE, tiny_model, tiny_processor, tiny_tokenizer, write_corpus
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
 
 from mmser import training_arguments
@@ -777,10 +777,10 @@ def test_results_in_batches_or_in_part_are_in_the_order_of_the_data_set(splits, 
     dataset = EmotionDataset(splits["train"])
     predictions = trainer.predict(dataset).predictions
     in_batches = "eval_do_concat_batches" in option
-    logits = np.concatenate([batch[0] for batch in predictions]) if in_batches else predictions[0]
+    logits = np.concatenate(predictions) if in_batches else predictions
     plain = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=4)
     plain.model.load_state_dict(trainer.model.state_dict())
-    np.testing.assert_allclose(logits, plain.predict(dataset).predictions[0][: len(logits)], atol=1e-5)
+    np.testing.assert_allclose(logits, plain.predict(dataset).predictions[: len(logits)], atol=1e-5)
 
 
 def test_groups_of_length_are_what_one_step_sees(splits, tmp_path, monkeypatch):
@@ -905,6 +905,27 @@ def test_batches_have_little_padding_and_many_labels(batch_size):
         means = [lengths[batch].mean() for batch in own]
         correlation[name] = np.corrcoef(means[:-1], means[1:])[0, 1]
     assert abs(correlation["ours"]) < 0.3 < 0.7 < correlation["stock"]
+
+
+def test_the_stock_trainer_gets_the_logits_alone(tmp_path):
+    """As tutorials have it: `np.argmax(eval_pred.predictions, axis=1)`."""
+    model, seen = tiny_model(), []
+    fit_openmax_by_chance(model)
+    batch = tiny_batch(model, [3000, 2100, 3205, 2000, 1500], [9, 4, 5, 6, 3])
+    batch["input_ids"] %= model.config.text_config.vocab_size
+    rows = [{name: values[i] for name, values in batch.items()} | {"labels": i % 4} for i in range(5)]
+
+    def accuracy(eval_pred):
+        seen.append(eval_pred.predictions)
+        return {"accuracy": float((np.argmax(eval_pred.predictions, axis=1) == eval_pred.label_ids).mean())}
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=2, report_to="none")
+    trainer = Trainer(model, arguments, eval_dataset=rows, compute_metrics=accuracy)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        logits = model(**batch).logits.numpy()
+    np.testing.assert_allclose(seen[0], logits, atol=1e-5)
+    assert metrics["eval_accuracy"] == (logits.argmax(axis=1) == np.arange(5) % 4).mean()
 
 
 # --- predictions, calibration, OpenMax -------------------------------------------------------------------------------
