@@ -8,7 +8,6 @@ handed its processor: this file does not import it.
 
 import contextlib
 import difflib
-import io
 import json
 import os
 import urllib.request
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from transformers import (
     AudioClassificationPipeline,
@@ -33,13 +31,28 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import ModelOutput, cached_file
 
 try:
-    from .audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
+    from .audio_mmser import (
+        AUDIO_KEYS,
+        MIN_SECONDS,
+        audio_length,
+        load_audio,
+        pad_and_stack,
+        stream_audio,
+        unwrap_audio,
+    )
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
+    from audio_mmser import (
+        AUDIO_KEYS,
+        MIN_SECONDS,
+        audio_length,
+        load_audio,
+        pad_and_stack,
+        stream_audio,
+        unwrap_audio,
+    )
 
-AUDIO_KEYS = ("raw", "array", "bytes", "path", "file")  # what a dict given to the pipeline may hold
 TEXT_KEYS = ("text", "transcription")
 
 
@@ -280,14 +293,21 @@ def text_of_chunk(words: Sequence[dict], start: float, stop: float) -> str | Non
     return " ".join(inside) or None
 
 
-class _Named(torch.utils.data.Dataset):
-    """Items of a sequence, each with what an error calls it."""
+class _Rows(torch.utils.data.Dataset):
+    """A sequence that is no list, such as a column of `datasets`, which decodes a clip when it is asked for."""
 
     def __init__(self, items):
         self.items = items
 
     def __len__(self):
         return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class _Named(_Rows):
+    """Items of a sequence, each with what an error calls it."""
 
     def __getitem__(self, index):
         return f"input {index}", self.items[index]
@@ -299,7 +319,7 @@ def _first(item: dict, keys: tuple[str, ...]) -> Any:
 
 
 def _size(item) -> tuple[float, int]:
-    """(seconds of audio, characters of text) of a pipeline's input, from file headers; 0 if unreadable, or no file."""
+    """(seconds of audio, characters of text) of a pipeline's input, from headers if possible; 0 if unreadable."""
     seconds, characters = 0.0, 0
     # Sizes only decide the order. An error in an input is reported, with its name, when its turn comes
     with contextlib.suppress(Exception):
@@ -307,12 +327,12 @@ def _size(item) -> tuple[float, int]:
         if isinstance(item, dict):
             audio, words, rate = _first(item, AUDIO_KEYS), _first(item, TEXT_KEYS) or "", item.get("sampling_rate")
         characters = len(words)
-        if isinstance(audio, (str, os.PathLike)):
-            seconds = soundfile.info(os.fspath(audio)).duration
-        elif isinstance(audio, (bytes, bytearray)):
-            seconds = soundfile.info(io.BytesIO(audio)).duration
+        if hasattr(audio, "metadata"):  # a decoder of torchcodec, which would decode all of it
+            seconds = audio.metadata.duration_seconds
         elif audio is not None:
-            seconds = max(np.shape(audio)) / (rate or 16000)
+            audio, rate = unwrap_audio(audio, rate)
+            is_file = isinstance(audio, (str, os.PathLike, bytes, bytearray))
+            seconds = audio_length(audio) / 16000 if is_file else max(np.shape(audio)) / (rate or 16000)
     return seconds, characters
 
 
@@ -370,9 +390,10 @@ class MMSERPipeline(Pipeline):
         """Classify one clip, or a list, generator or torch dataset of clips.
 
         Args:
-            inputs: a path, an http(s) URL, the bytes of a file, an array or tensor of samples, or a dict with one of
-                `raw`, `array`, `bytes`, `path`, `file`, and optionally `sampling_rate` and `text` (or
-                `transcription`); a dict with text alone is classified from its words.
+            inputs: a path, an http(s) URL, the bytes of a file, an array or tensor of samples, a pair (sampling rate,
+                samples), a decoder of torchcodec, or a dict with one of these under `raw`, `array`, `bytes`, `path`,
+                `file` or `audio`, and optionally `sampling_rate` and `text` (or `transcription`); a dict with text
+                alone is classified from its words. A column of `datasets` is a list of clips.
             sampling_rate (`int`, Hz): rate of arrays that do not come with one.
             top_k (`int`): number of labels to return; all by default.
             allowed_labels (`list[str]`): keep only these labels; softmax scores then sum to one over them.
@@ -404,6 +425,8 @@ class MMSERPipeline(Pipeline):
         """
         if isinstance(inputs, list) and not inputs:
             return []
+        if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, bytearray, memoryview, list, tuple)):
+            return list(super().__call__(_Rows(inputs), **kwargs))
         is_single = not isinstance(inputs, (list, Generator, torch.utils.data.Dataset))
         if is_single and kwargs.get("chunk_length_s", self._preprocess_params.get("chunk_length_s")) is not None:
             return super().__call__([inputs], **kwargs)[0]

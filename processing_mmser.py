@@ -6,6 +6,7 @@ Every clip is computed alone, so that no value depends on its batch.
 
 import numbers
 import os
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,10 +20,16 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
-from transformers.utils import logging
 
 try:
-    from .audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
+    from .audio_mmser import (
+        MIN_SECONDS,
+        has_own_rate,
+        load_audio,
+        pad_and_stack,
+        stream_audio,
+        warn_once,
+    )
     from .configuration_mmser import MMSERConfig
     from .pipeline_mmser import (
         AudioClassificationTask,
@@ -38,7 +45,7 @@ try:
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from audio_mmser import MIN_SECONDS, load_audio, pad_and_stack, stream_audio
+    from audio_mmser import MIN_SECONDS, has_own_rate, load_audio, pad_and_stack, stream_audio, warn_once
     from configuration_mmser import MMSERConfig
     from pipeline_mmser import (
         AudioClassificationTask,
@@ -52,16 +59,7 @@ except ImportError:
         text_of_chunk,
     )
 
-logger = logging.get_logger(__name__)
 MAX_TEXT_TOKENS = 512  # position table of BERT-like encoders
-_warned: set[str] = set()
-
-
-def warn_once(topic: str, message: str) -> None:
-    """Log `message` unless something was already logged on `topic`: one cut clip is news, ten thousand are noise."""
-    if topic not in _warned:
-        _warned.add(topic)
-        logger.warning(message)
 
 
 class MMSERAudioKwargs(TypedDict, total=False):
@@ -136,8 +134,9 @@ class MMSERProcessor(ProcessorMixin):
         """Prepare a batch. Row i is clip i with text i; either may be None (text also blank), not both.
 
         Args:
-            audio: one clip or a list of clips, each as in [`load_audio`] or None. A bare 2-D array of shape (few,
-                many) could be a batch or channels and is refused: wrap it in a list, or make it one.
+            audio: one clip or a list of clips (or a column of `datasets`), each as in [`load_audio`] or None. A bare
+                2-D array of shape (few, many) could be a batch or channels and is refused: wrap it in a list, or make
+                it one.
             text (`str` or list of `str | None`): transcripts, cut to 512 tokens or the tokenizer's own limit.
             sampling_rate (`int`, Hz): rate of the clips given as arrays; other rates than the model's are resampled.
             return_tensors (`str`, defaults to `"pt"`), padding, max_length, ...: as for any tokenizer. Clips are
@@ -248,7 +247,9 @@ def _as_clips(audio) -> list | None:
                 "of one clip; pass `list(audio)` for clips, `[audio]` for channels"
             )
         return [audio]
-    if not isinstance(audio, (list, tuple)):
+    if has_own_rate(audio):
+        return [audio]
+    if not isinstance(audio, Sequence):
         raise TypeError(f"`audio` must be a clip or a list of clips, got {type(audio).__name__}")
     if len(audio) == 0:
         raise ValueError("`audio` is an empty list")

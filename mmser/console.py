@@ -16,7 +16,15 @@ from mmser.flags import split_debug
 if TYPE_CHECKING:  # `--help` does not wait for torch
     from transformers import TrainingArguments
 
-OWN_LOGGERS = ("mmser", "audio_mmser", "encoders_mmser", "modeling_mmser", "openmax_mmser", "processing_mmser")
+OWN_LOGGERS = (
+    "mmser",
+    "audio_mmser",
+    "decoding_mmser",
+    "encoders_mmser",
+    "modeling_mmser",
+    "openmax_mmser",
+    "processing_mmser",
+)
 # Libraries whose own exceptions are about what they were given: a file, a data set, an address
 FOREIGN_ERRORS = (
     "datasets",

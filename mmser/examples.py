@@ -17,11 +17,10 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
-import soundfile
 import torch
 from transformers.utils import logging
 
-from audio_mmser import MIN_SECONDS, load_audio
+from audio_mmser import MIN_SECONDS, audio_length, load_audio
 from mmser.augmentation import Augmenter, augmentation_generator
 from mmser.bad_rows import check_on_bad_example, skip_or_raise
 
@@ -142,14 +141,12 @@ class ExampleReader:
             return content if isinstance(content, bytes) else Path(content).read_bytes()
 
     def length(self, row: dict[str, Any]) -> int:
-        """Samples of a row's clip without augmentation, from the file's header alone; 0 without audio."""
+        """Samples of a row's clip without augmentation, from the file's header where it is right; 0 without audio."""
         source = _audio_source(row) if self.use_audio else None
         if source is None:
             return 0
         with _naming(row["row"], source):
-            content = _fetch(source)
-            info = soundfile.info(io.BytesIO(content) if isinstance(content, bytes) else content)
-        samples = round(info.frames * self.sampling_rate / info.samplerate)
+            samples = audio_length(_fetch(source), self.sampling_rate, name=_name(source))
         return samples if self.max_samples is None else min(samples, self.max_samples)
 
 
@@ -157,6 +154,8 @@ def _audio_source(row: dict[str, Any]) -> str | bytes | None:
     """The audio of a row: encoded bytes if it has them, else a path, else None."""
     audio = row.get("audio")
     if isinstance(audio, dict):
+        if audio.get("bytes") == b"":  # not a row without audio: the row would be taken for its text alone
+            raise ValueError(f"{row['row']}: the embedded audio is empty, it holds no bytes")
         return audio.get("bytes") or audio.get("path") or None
     return audio or None
 
@@ -189,7 +188,7 @@ def _naming(row: str, source: str | bytes) -> Iterator[None]:
     """Errors of reading become ValueErrors that name the row and the file."""
     try:
         yield
-    except (ValueError, OSError, soundfile.SoundFileError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{row}: cannot read {_name(source)}: {error}") from error
 
 

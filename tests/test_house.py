@@ -22,16 +22,17 @@ import mmser
 
 ROOT = Path(__file__).parents[1]
 HUB_FLOORS = {
-    "audio_mmser": 0,
     "configuration_mmser": 0,
+    "decoding_mmser": 0,
+    "audio_mmser": 1,
     "encoders_mmser": 1,
     "losses_mmser": 1,
     "openmax_mmser": 1,
-    "pipeline_mmser": 1,
-    "modeling_mmser": 2,
-    "processing_mmser": 2,
+    "pipeline_mmser": 2,
+    "modeling_mmser": 3,
+    "processing_mmser": 3,
 }
-PACKAGE_FLOOR, COMMAND_FLOOR = 3, 4
+PACKAGE_FLOOR, COMMAND_FLOOR = 4, 5
 FILES = {
     **{path.stem: path for path in ROOT.glob("*.py")},
     **{f"mmser.{path.stem}": path for path in (ROOT / "mmser").glob("*.py") if path.stem != "__init__"},

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-import processing_mmser
+import audio_mmser
 from audio_mmser import load_audio, stream_audio
 from pipeline_mmser import split_into_chunks, text_of_chunk
 from processing_mmser import MMSERPipeline, MMSERProcessor, pad_and_stack
@@ -62,7 +62,7 @@ def encoded(samples, rate=RATE, **options):
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
-    processing_mmser._warned.clear()
+    audio_mmser._warned.clear()
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def mel_processor(tokenizer):
 
 @pytest.fixture
 def warnings_of(caplog):
-    """Messages that `processing_mmser` logged."""
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "processing_mmser"]
+    """Messages that `warn_once` logged."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "audio_mmser"]
 
 
 class TestLoadAudio:
@@ -181,7 +181,7 @@ class TestLoadAudio:
         garbage.write_bytes(np.random.default_rng(0).bytes(5000))
         (tmp_path / "empty.wav").write_bytes(b"")
         (tmp_path / "none.wav").write_bytes(encoded(np.zeros(0, "float32")))
-        for name, reason in {"garbage": "cannot be read", "empty": "cannot be read", "none": "empty"}.items():
+        for name, reason in {"garbage": "cannot be read", "empty": "empty", "none": "empty"}.items():
             with pytest.raises(ValueError, match=rf"{name}\.wav.*{reason}"):
                 load_audio(tmp_path / f"{name}.wav")
         with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
@@ -370,13 +370,14 @@ class TestProcessor:
             ([noise(800)], ["no", "sad"], "`audio` has 1 rows but `text` has 2"),
             ([], None, "empty list"),
             (None, [], "empty list"),
+            ({}, None, r"a dict needs one of \['raw'"),
         ],
     )
     def test_rows_that_do_not_match(self, raw_processor, audio, text, reason):
         with pytest.raises(ValueError, match=reason):
             raw_processor(audio, text, sampling_rate=RATE)
 
-    @pytest.mark.parametrize(("audio", "text"), [(3.5, None), (None, 3.5), (None, ["no", 7]), ({"array": 1}, None)])
+    @pytest.mark.parametrize(("audio", "text"), [(3.5, None), (None, 3.5), (None, ["no", 7])])
     def test_wrong_types(self, raw_processor, audio, text):
         with pytest.raises(TypeError, match="must be"):
             raw_processor(audio, text, sampling_rate=RATE)
