@@ -6,20 +6,17 @@ the network and to explain its own labels is here.
 """
 
 import copy
-import dataclasses
-import difflib
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
+MODALITIES = ("audio", "text")
 
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
@@ -59,6 +56,12 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("openmax_tail_size",), lambda value: value >= 5, "at least 5"),
     (("openmax_acceptance",), lambda value: value is None or 0 < value < 1, "None or in (0, 1)"),
     (("openmax_threshold",), lambda value: value is None or 0 <= value <= 1, "None or in [0, 1]"),
+    (
+        ("modalities",),
+        (["audio", "text"], ["audio"], ["text"]).__contains__,
+        "['audio', 'text'], ['audio'] or ['text']",
+    ),
+    (("untrained_modalities",), ([], ["audio"], ["text"]).__contains__, "[], ['audio'] or ['text']"),
     (("fusion_norm",), ("standardization", "layer_norm").__contains__, "one of standardization, layer_norm"),
     (("openmax_distance",), ("centroid", "anchor").__contains__, "one of centroid, anchor"),
     (("openmax_level",), ("probability", "activation").__contains__, "one of probability, activation"),
@@ -81,18 +84,12 @@ CUSTOM_PIPELINES = {
 }
 
 
-def check_names(given: Iterable[str], known: Iterable[str], kind: str) -> None:
-    """Raise `TypeError` for the first of the `given` names that is not `known`; it suggests the nearest one."""
-    known = set(known)
-    for name in given:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, sorted(known), n=1)
-            help_text = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(sorted(known))}."
-            raise TypeError(f"`{name}` is no {kind}: {help_text}")
-
-
-def _field_names(config_class: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(config_class)}
+def reason_unused(modality: str, modalities: list[str]) -> str:
+    """Why a model that has the encoders of `modalities` ignores "audio" or "text", as a sentence without its end."""
+    if modality not in modalities:
+        return f"This model has no {modality} encoder"
+    clips = "audio" if modality == "audio" else "transcripts"
+    return f"This model was never trained with {modality} ({modality}_dropout 1.0, or training clips without {clips})"
 
 
 @strict
@@ -107,6 +104,10 @@ class MMSERConfig(PreTrainedConfig):
             is switched off: the weighted layer sum and distributed training need every layer in every step.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Text encoder, any BERT-like `AutoModel`. Default: `google-bert/bert-base-multilingual-cased`.
+        modalities (`list[str]`): which of "audio" and "text" the model takes. With one of them there is no encoder for
+            the other, whose configuration is None, no attention between the two and no gate.
+        untrained_modalities (`list[str]`): the one of them, if any, that no training example had so far. Outside
+            training the model ignores it. Written when a model is saved, as its weights say.
         use_weighted_layer_sum (`bool`):
             Learn a softmax-weighted sum of all audio encoder layers instead of taking the last.
         cross_attention_hidden_size, cross_attention_heads, cross_attention_dropout:
@@ -166,19 +167,15 @@ class MMSERConfig(PreTrainedConfig):
     model_type = "mmser"
     is_registered = False  # whether `register_auto_classes` made this code known to Transformers
     sub_configs_defaults = {
-        "audio_config": SubConfigSpec(AutoConfig, model_type="wav2vec2"),
-        "text_config": SubConfigSpec(AutoConfig, model_type="bert", init_kwargs={"vocab_size": 119547}),
+        "audio_config": SubConfigSpec(AutoConfig, model_type="wav2vec2", optional=True),
+        "text_config": SubConfigSpec(AutoConfig, model_type="bert", init_kwargs={"vocab_size": 119547}, optional=True),
     }
-    # Kept out of the predictions of `Trainer`: these are the logits alone, for `np.argmax(predictions, axis=1)`, and
-    # per-clip vectors would fill the memory. `MMSERTrainer.predict_outputs` gives the rest.
+    # Kept out of `Trainer.predict`: per-clip vectors and nested outputs would fill the memory of a long evaluation.
     keys_to_ignore_at_inference = [
-        "uncertainty",
         "losses",
         "anchor_loss",
         "features",
         "fused",
-        "anchor_distances",
-        "unknown_probability",
         "open_set_probabilities",
         "rejection_score",
         "is_unknown",
@@ -188,6 +185,8 @@ class MMSERConfig(PreTrainedConfig):
 
     audio_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
+    untrained_modalities: list[str] = field(default_factory=list)
 
     use_weighted_layer_sum: bool = True
     cross_attention_hidden_size: int = 256
@@ -239,13 +238,6 @@ class MMSERConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
             raise ValueError("`supervised_contrastive_temperature` cannot be set any more: it is 0.1.")
-        own = self.own_fields()
-        for name in kwargs:
-            # Transformers keeps any name, and a checkpoint may hold fields of another version: no reason to refuse it
-            if nearest := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
-                logger.warning_once(f"`{name}` is no field of MMSERConfig: did you mean `{nearest[0]}`?")
-        if self.label2id is not None:
-            self.label2id = {label: int(i) for label, i in self.label2id.items()}
         if self.id2label is None and self.label2id is not None:
             self.id2label = {int(i): label for label, i in self.label2id.items()}
         elif self.id2label is None and kwargs.get("num_labels") in (None, len(DEFAULT_LABELS)):
@@ -253,6 +245,7 @@ class MMSERConfig(PreTrainedConfig):
             self.label2id = {label: i for i, label in self.id2label.items()}
         elif self.id2label is not None and self.label2id is None:
             self.label2id = {label: int(i) for i, label in self.id2label.items()}
+        self._complete_encoders()
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         # With one, `pipeline` of Transformers insists on code from the checkpoint
@@ -261,15 +254,18 @@ class MMSERConfig(PreTrainedConfig):
             if getattr(self.audio_config, name, 0.0):
                 setattr(self.audio_config, name, 0.0)
 
+    def _complete_encoders(self) -> None:
+        """None means the default encoder; the encoder of a modality that the model does not take stays None."""
+        for modality in MODALITIES:
+            name = f"{modality}_config"
+            if modality in self.modalities and getattr(self, name) is None:
+                setattr(self, name, dict(self.sub_configs_defaults[name].init_kwargs))
+            elif modality not in self.modalities and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is given, but `modalities` ({self.modalities}) has no {modality!r}.")
+
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """
-        As always; new labels may have strings as ids and need no `label2id`. With another number of labels than it was
-        saved with, a checkpoint's class counts are dropped.
-        """
-        if kwargs.get("id2label"):
-            kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
-            kwargs.setdefault("label2id", {label: i for i, label in kwargs["id2label"].items()})
+        """As always; with another number of labels than it was saved with, a checkpoint's class counts are dropped."""
         num_labels = len(kwargs["id2label"]) if kwargs.get("id2label") else kwargs.get("num_labels")
         if num_labels not in (None, len(config_dict.get("class_counts") or ())):
             config_dict = {**config_dict, "class_counts": None}
@@ -279,21 +275,22 @@ class MMSERConfig(PreTrainedConfig):
         """As always; `custom_pipelines` as a checkpoint needs it: `pipeline` of Transformers puts classes there."""
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
-    @classmethod
-    def own_fields(cls) -> list[str]:
-        """The fields that this class adds to those of every configuration."""
-        return sorted(_field_names(cls) - _field_names(PreTrainedConfig))
-
-    @classmethod
-    def check_fields(cls, names: Iterable[str]) -> None:
-        """Raise `TypeError` for a name that is no field, with the nearest one. Transformers would keep it unused."""
-        known = _field_names(cls) | {"num_labels", "attn_implementation", "torch_dtype"}
-        check_names(names, known, "field of MMSERConfig")
-
     @property
     def uses_log_mel(self) -> bool:
         """Whether the audio encoder takes `input_features` (log-mel frames) instead of `input_values` (a waveform)."""
-        return cast(PreTrainedConfig, self.audio_config).model_type in LOG_MEL_MODEL_TYPES
+        return getattr(self.audio_config, "model_type", None) in LOG_MEL_MODEL_TYPES
+
+    @property
+    def used_modalities(self) -> list[str]:
+        """The modalities that decide an answer outside training: those with an encoder that were trained."""
+        return [modality for modality in self.modalities if modality not in self.untrained_modalities]
+
+    @property
+    def main_input_name(self) -> str:
+        """The first input of the model: `input_values`, `input_features` or, without an audio encoder, `input_ids`."""
+        if "audio" not in self.modalities:
+            return "input_ids"
+        return "input_features" if self.uses_log_mel else "input_values"
 
     def validate_architecture(self):
         """Raise `ValueError` for values that cannot make a network (part of the `@strict` validation)."""
@@ -311,6 +308,8 @@ class MMSERConfig(PreTrainedConfig):
             raise ValueError(
                 f"`class_counts` has {len(self.class_counts)} entries but the model has {self.num_labels} labels."
             )
+        if self.audio_config is None:
+            return
         model_type = getattr(self.audio_config, "model_type", None)
         if model_type not in WAVEFORM_MODEL_TYPES + LOG_MEL_MODEL_TYPES:
             raise ValueError(
@@ -324,4 +323,4 @@ class MMSERConfig(PreTrainedConfig):
 
 MMSERConfig.register_for_auto_class()
 
-__all__ = ["MMSERConfig"]
+__all__ = ["MMSERConfig", "reason_unused"]

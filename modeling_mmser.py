@@ -9,6 +9,7 @@ samples or mel frames, Ta audio states, L tokens, D an encoder's width, C classe
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 try:
-    from .configuration_mmser import MMSERConfig, check_names
+    from .configuration_mmser import MODALITIES, MMSERConfig, reason_unused
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -64,7 +65,7 @@ try:
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from configuration_mmser import MMSERConfig, check_names
+    from configuration_mmser import MODALITIES, MMSERConfig, reason_unused
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -103,6 +104,10 @@ logger = logging.get_logger(__name__)
 
 # What `create_bidirectional_mask` reads of a configuration, for each implementation of the cross-modal attention
 _ATTENTION_MASKS: Any = {name: SimpleNamespace(_attn_implementation=name) for name in ("eager", "sdpa")}
+
+# Parameters of `MMSERModel`. Those of a modality start at zero, get no gradient from a clip that lacks it (it has
+# a gate of 0 in the fusion) and no weight decay: they are zero until a training example has had the modality
+MODALITY_BIASES = ("fusion.{}.bias", "{}_pooling.hidden.bias")
 
 
 def eager_attention_forward(
@@ -240,6 +245,22 @@ class FusionLayer(nn.Module):
         gate = torch.where((has_audio & ~has_text)[:, None], 1.0, gate)
         gate = torch.where((has_text & ~has_audio)[:, None], 0.0, gate)
         return gate * torch.tanh(self.audio(audio)) + (1 - gate) * torch.tanh(self.text(text)), gate
+
+
+class SoleModality(nn.Module):
+    """What is left of the fusion in a model of one modality: norm and projection, as if the gate gave it all."""
+
+    norm: nn.Module
+
+    def __init__(self, config: MMSERConfig, size: int):
+        super().__init__()
+        self.norm = (Standardization if config.fusion_norm == "standardization" else nn.LayerNorm)(size)
+        self.projection = nn.Linear(size, config.fusion_hidden_size)
+        self.dropout = nn.Dropout(config.fusion_dropout)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Pooled vectors [B, size] -> the fused vector [B, fusion_hidden_size]."""
+        return torch.tanh(self.projection(self.dropout(self.norm(pooled))))
 
 
 class MissingModality(nn.Module):
@@ -416,6 +437,7 @@ class MMSERModelOutput(ModelOutput):
         audio_embeds (`torch.FloatTensor` of shape `(batch_size, 2 * audio width)`): pooled audio, mean then deviation.
         text_embeds (`torch.FloatTensor` of shape `(batch_size, 2 * text width)`): pooled text, mean then deviation.
         gate (`torch.FloatTensor` of shape `(batch_size, fusion_hidden_size)`): share of the audio in the fused vector.
+            A model of one modality has no gate, and only the vector of that one.
         hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
     """
 
@@ -476,7 +498,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
     config_class = MMSERConfig
     base_model_prefix = "mmser"
     main_input_name = "input_values"
-    input_modalities = ("audio", "text")  # type: ignore[assignment]  # typed as a list; a tuple cannot be changed
+    input_modalities = MODALITIES  # type: ignore[assignment]  # typed as a list; a tuple cannot be changed
     supports_gradient_checkpointing = True
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps
     accepts_loss_kwargs = False
@@ -543,8 +565,8 @@ class MMSERPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_backbones(
         cls,
-        audio_name_or_path: str | PreTrainedConfig,
-        text_name_or_path: str | PreTrainedConfig,
+        audio_name_or_path: str | PreTrainedConfig | None,
+        text_name_or_path: str | PreTrainedConfig | None,
         hub_kwargs: dict | None = None,
         audio_num_hidden_layers: int | None = None,
         **config_overrides,
@@ -554,57 +576,52 @@ class MMSERPreTrainedModel(PreTrainedModel):
 
         Args:
             audio_name_or_path, text_name_or_path: Hub name or folder of each encoder. A config object instead starts
-                that encoder at random.
+                that encoder at random. With None for one of them the model has only the other.
             hub_kwargs: `revision`, `token`, `cache_dir`... handed to both `from_pretrained` calls.
             audio_num_hidden_layers: keep only that many of the audio encoder's layers, the first ones. The last ones
                 of an encoder trained to transcribe tell words, not how they are said.
             config_overrides: fields of `MMSERConfig`, e.g. `num_labels=7` or `classifier_num_layers=5`.
         Returns: the model in float32 and eval mode.
         Raises:
-            TypeError: an override that is no field of `MMSERConfig`.
-            ValueError: a checkpoint that lacks weights of its encoder, or fewer layers in it than are to be kept.
+            ValueError: a checkpoint that lacks weights of its encoder, fewer layers in it than are to be kept, or no
+                encoder at all.
         """
-        MMSERConfig.check_fields(config_overrides)
+        if audio_name_or_path is None and text_name_or_path is None:
+            raise ValueError("Give an audio encoder, a text encoder or both; both are None.")
         hub_kwargs = hub_kwargs or {}
         audio_config, text_config = (
-            source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **hub_kwargs)
+            AutoConfig.from_pretrained(source, **hub_kwargs) if isinstance(source, str | os.PathLike) else source
             for source in (audio_name_or_path, text_name_or_path)
         )
-        if audio_num_hidden_layers is not None:
+        if audio_num_hidden_layers is not None and audio_config is not None:
             audio_config = keep_layers(audio_config, audio_num_hidden_layers)
+        encoders = {"audio": audio_config, "text": text_config}
+        config_overrides["modalities"] = [modality for modality in MODALITIES if encoders[modality] is not None]
         config = MMSERConfig(audio_config=audio_config, text_config=text_config, **config_overrides)
-        config.audio_config.dtype = config.text_config.dtype = torch.float32
+        for encoder_config in (config.audio_config, config.text_config):
+            if encoder_config is not None:
+                encoder_config.dtype = torch.float32
         model = cls(config)
         base_model = cast(MMSERModel, model.base_model)
-        if not isinstance(audio_name_or_path, PreTrainedConfig):
+        if isinstance(audio_name_or_path, str | os.PathLike):
             source_class = WhisperModel if config.audio_config.model_type == "whisper" else AutoModel
             load_encoder(base_model.audio_encoder, source_class, audio_name_or_path, "encoder", **hub_kwargs)
-        if not isinstance(text_name_or_path, PreTrainedConfig):
+        if isinstance(text_name_or_path, str | os.PathLike):
             hub_kwargs = {**hub_kwargs, **without_pooler(config.text_config)}
             load_encoder(base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
         return model.eval()
 
-    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """
-        Refuse what `forward` would ignore. Those that are None, and `num_items_in_batch`, come from the library's own
-        callers, which pass them to models of any kind.
-        """
-        given = [name for name, value in kwargs.items() if value is not None and name != "num_items_in_batch"]
-        if given:
-            names = inspect.signature(self.forward).parameters.keys() - {"kwargs"}
-            check_names(given, names, f"argument of {type(self).__name__}.forward")
-
     def freeze_audio_encoder(self):
         """Freeze the audio encoder: no gradient; eval mode (no dropout, no SpecAugment) whatever `train()` says."""
-        self.base_model.audio_encoder.requires_grad_(False).eval()
+        self._encoder("audio").requires_grad_(False).eval()
 
     def freeze_text_encoder(self):
         """Freeze the text encoder: no gradient, and eval mode whatever `train()` says."""
-        self.base_model.text_encoder.requires_grad_(False).eval()
+        self._encoder("text").requires_grad_(False).eval()
 
     def freeze_feature_encoder(self):
         """Freeze only the convolutions in front of the audio encoder's attention layers."""
-        encoder = self.base_model.audio_encoder
+        encoder = self._encoder("audio")
         if self.config.uses_log_mel:
             encoder.conv1.requires_grad_(False)
             encoder.conv2.requires_grad_(False)
@@ -612,44 +629,100 @@ class MMSERPreTrainedModel(PreTrainedModel):
             encoder.feature_extractor._freeze_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
-        return cast(MMSERModel, self.base_model).text_encoder.get_input_embeddings()
+        return self._encoder("text").get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        cast(MMSERModel, self.base_model).text_encoder.set_input_embeddings(value)
+        self._encoder("text").set_input_embeddings(value)
+
+    def _encoder(self, modality: str) -> Any:
+        encoder = getattr(self.base_model, f"{modality}_encoder")
+        if encoder is None:  # what the library raises, and expects, where a model has no table of tokens
+            raise NotImplementedError(f"{reason_unused(modality, self.config.modalities)}.")
+        return encoder
+
+    def note_untrained_modalities(self, state_dict: dict[str, Tensor] | None = None) -> None:
+        """
+        Write into the configuration which modality no training example had so far, as the weights say
+        (`MODALITY_BIASES`). A model that was not trained at all uses both. Weights that are not here, as those of an
+        offloaded or sharded model, change nothing.
+
+        Args:
+            state_dict: the weights, if not those of this object.
+        """
+        base_model = cast(Any, self.base_model)
+        weights: Any = base_model.state_dict() if state_dict is None else state_dict
+        prefix = f"{self.base_model_prefix}." if state_dict is not None and base_model is not self else ""
+        names = {name: [prefix + bias.format(name) for bias in MODALITY_BIASES] for name in MODALITIES}
+        found = [weights.get(bias) for biases in names.values() for bias in biases]
+        if any(bias is None or bias.is_meta or not bias.numel() for bias in found):
+            return
+        trained = [name for name, biases in names.items() if any(bool(weights[bias].any()) for bias in biases)]
+        self.config.untrained_modalities = [name for name in MODALITIES if name not in trained] if trained else []
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As always; the configuration then says which modality, if any, was never trained."""
+        self.note_untrained_modalities(kwargs.get("state_dict"))
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class MMSERModel(MMSERPreTrainedModel):
-    """Both encoders, cross-modal attention, attentive statistics pooling, gated fusion; ends at the fused vector."""
+    """
+    Both encoders, cross-modal attention, attentive statistics pooling, gated fusion; ends at the fused vector.
 
-    audio_encoder: PreTrainedModel
-    text_encoder: PreTrainedModel
+    With one of `config.modalities` the parts of the other are None, and so are those that join the two.
+    """
+
+    audio_encoder: Any
+    text_encoder: Any
+    layer_weights: Any
+    state_norm: Any
+    missing_audio: Any
+    missing_text: Any
+    audio_attention: Any
+    text_attention: Any
+    audio_pooling: Any
+    text_pooling: Any
+    fusion: Any
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
-        if config.uses_log_mel:
-            self.main_input_name = "input_features"
-        self.audio_encoder = build_audio_encoder(config.audio_config)
-        self.text_encoder = build_text_encoder(config.text_config)
-        audio_size, text_size = config.audio_config.hidden_size, config.text_config.hidden_size
-        self.layer_weights = None
-        if config.use_weighted_layer_sum:
-            self.layer_weights = nn.Parameter(torch.zeros(config.audio_config.num_hidden_layers + 1))
-        num_layers = 1 if self.layer_weights is None else len(self.layer_weights)
-        self.state_norm = Standardization(num_layers, audio_size)
-        self.missing_audio = MissingModality(audio_size)
-        self.missing_text = MissingModality(text_size)
-        self.audio_attention = CrossModalAttention(config, audio_size, text_size)
-        self.text_attention = CrossModalAttention(config, text_size, audio_size)
-        self.audio_pooling = AttentiveStatsPooling(audio_size, config.pooling_hidden_size)
-        self.text_pooling = AttentiveStatsPooling(text_size, config.pooling_hidden_size)
-        self.fusion = FusionLayer(config, 2 * audio_size, 2 * text_size)
+        self.main_input_name = config.main_input_name
+        self.input_modalities = tuple(config.modalities)
+        self.audio_encoder = self.text_encoder = self.layer_weights = self.state_norm = None
+        self.missing_audio = self.missing_text = self.audio_attention = self.text_attention = None
+        self.audio_pooling = self.text_pooling = None
+        sizes = {name: getattr(config, f"{name}_config").hidden_size for name in config.modalities}
+        if "audio" in sizes:
+            self.audio_encoder = build_audio_encoder(config.audio_config)
+        if "text" in sizes:
+            self.text_encoder = build_text_encoder(config.text_config)
+        if "audio" in sizes:
+            if config.use_weighted_layer_sum:
+                self.layer_weights = nn.Parameter(torch.zeros(config.audio_config.num_hidden_layers + 1))
+            num_layers = 1 if self.layer_weights is None else len(self.layer_weights)
+            self.state_norm = Standardization(num_layers, sizes["audio"])
+        if len(sizes) > 1:
+            audio_size, text_size = sizes.values()
+            self.missing_audio = MissingModality(audio_size)
+            self.missing_text = MissingModality(text_size)
+            self.audio_attention = CrossModalAttention(config, audio_size, text_size)
+            self.text_attention = CrossModalAttention(config, text_size, audio_size)
+            self.audio_pooling = AttentiveStatsPooling(audio_size, config.pooling_hidden_size)
+            self.text_pooling = AttentiveStatsPooling(text_size, config.pooling_hidden_size)
+            self.fusion = FusionLayer(config, 2 * audio_size, 2 * text_size)
+        else:
+            ((name, size),) = sizes.items()
+            # In place of the one after the attention, which encoders that start at random need
+            self.layer_norm = nn.LayerNorm(size) if config.cross_attention_layer_norm else nn.Identity()
+            setattr(self, f"{name}_pooling", AttentiveStatsPooling(size, config.pooling_hidden_size))
+            self.fusion = SoleModality(config, 2 * size)
         self.post_init()
 
     def train(self, mode: bool = True):
         """Set training mode, except for a frozen encoder: frozen means no dropout and no SpecAugment either."""
         super().train(mode)
         for encoder in (self.audio_encoder, self.text_encoder):
-            if is_frozen(encoder):
+            if encoder is not None and is_frozen(encoder):
                 encoder.eval()
         return self
 
@@ -690,13 +763,18 @@ class MMSERModel(MMSERPreTrainedModel):
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
         Returns: `MMSERModelOutput`.
         Raises:
-            TypeError: an unknown keyword; the message suggests the nearest one.
             ValueError: neither audio nor text given, the wrong kind of audio input, audio too short for one frame, or
                 states beside the input that they are of, or of another shape.
         """
-        self._check_keywords(kwargs)
         audio = self._audio_input(input_values, input_features)
         self._check_states(audio_states, text_states, audio, input_ids)
+        ignored = self._ignored_modality(
+            {"audio": (audio, audio_states, attention_mask), "text": (input_ids, text_states, text_attention_mask)}
+        )
+        if ignored == "audio":
+            audio = audio_states = None
+        elif ignored == "text":
+            input_ids = text_states = None
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         if output_attentions is None:
@@ -709,18 +787,8 @@ class MMSERModel(MMSERPreTrainedModel):
             input_ids, text_states, text_attention_mask, text_flags
         )
         record = record or text_record
-        if audio_hidden is None:
-            audio_hidden, audio_mask = self._nothing(text_hidden, self.missing_audio)
-        if text_hidden is None:
-            text_hidden, text_mask = self._nothing(audio_hidden, self.missing_text)
-
-        audio_hidden, audio_mask, has_audio = self.missing_audio(audio_hidden, audio_mask)
-        text_hidden, text_mask, has_text = self.missing_text(text_hidden, text_mask)
-        audio_attended = self.audio_attention(audio_hidden, text_hidden, text_mask)
-        text_attended = self.text_attention(text_hidden, audio_hidden, audio_mask)
-        audio_embeds = self.audio_pooling(audio_attended, audio_mask)  # (B, 2 D)
-        text_embeds = self.text_pooling(text_attended, text_mask)
-        fused, gate = self.fusion(audio_embeds, text_embeds, has_audio, has_text)
+        join = self._join if len(self.config.modalities) > 1 else self._pass_on
+        audio_embeds, text_embeds, fused, gate = join(audio_hidden, audio_mask, text_hidden, text_mask)
         return MMSERModelOutput(
             pooler_output=fused,
             audio_embeds=audio_embeds,
@@ -731,6 +799,50 @@ class MMSERModel(MMSERPreTrainedModel):
             else None,
             attentions=record.attentions if record and output_attentions else None,
         )
+
+    def _ignored_modality(self, given: dict[str, tuple]) -> str | None:
+        """
+        The given modality that plays no part: it has no encoder, or outside training it was never trained. Reported
+        once; an error if nothing else is given.
+
+        Args:
+            given: "audio" and "text" -> their input, their states and their mask, None for what is not given.
+        """
+        used = self.config.modalities if self.training else self.config.used_modalities
+        names = [name for name, (inputs, states, _) in given.items() if inputs is not None or states is not None]
+        ignored = [name for name in names if name not in used]
+        if not ignored:
+            return None
+        reason = reason_unused(ignored[0], self.config.modalities)
+        if len(ignored) == len(names):
+            raise ValueError(f"{reason}: give {' or '.join(used)}.")
+        mask = given[ignored[0]][2]
+        # Rows without the modality are masked; those of a graph that is being recorded cannot be read
+        if not torch.compiler.is_compiling() and (mask is None or (not is_tracing(mask) and bool(mask.any()))):
+            logger.warning_once(f"{reason}: its {ignored[0]} input is ignored.")
+        return ignored[0]
+
+    def _pass_on(self, audio_hidden, audio_mask, text_hidden, text_mask) -> tuple[Any, Any, Tensor, None]:
+        """As `_join`, for a model of one modality."""
+        if text_hidden is None:
+            audio_embeds = self.audio_pooling(self.layer_norm(audio_hidden), audio_mask)
+            return audio_embeds, None, self.fusion(audio_embeds), None
+        text_embeds = self.text_pooling(self.layer_norm(text_hidden), text_mask)
+        return None, text_embeds, self.fusion(text_embeds), None
+
+    def _join(self, audio_hidden, audio_mask, text_hidden, text_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States [B, T, D] and masks [B, T], None for what is not given -> pooled audio, pooled text, fused, gate."""
+        if audio_hidden is None:
+            audio_hidden, audio_mask = self._nothing(text_hidden, self.missing_audio)
+        if text_hidden is None:
+            text_hidden, text_mask = self._nothing(audio_hidden, self.missing_text)
+        audio_hidden, audio_mask, has_audio = self.missing_audio(audio_hidden, audio_mask)
+        text_hidden, text_mask, has_text = self.missing_text(text_hidden, text_mask)
+        audio_attended = self.audio_attention(audio_hidden, text_hidden, text_mask)
+        text_attended = self.text_attention(text_hidden, audio_hidden, audio_mask)
+        audio_embeds = self.audio_pooling(audio_attended, audio_mask)  # (B, 2 D)
+        text_embeds = self.text_pooling(text_attended, text_mask)
+        return audio_embeds, text_embeds, *self.fusion(audio_embeds, text_embeds, has_audio, has_text)
 
     def _audio_states(self, audio, audio_states, attention_mask, flags: dict) -> tuple[Any, Any, Any]:
         """States [B, Ta, D] and bool mask [B, Ta] of the audio, or of its `audio_states`, and the encoder's output."""
@@ -781,25 +893,28 @@ class MMSERModel(MMSERPreTrainedModel):
     def frozen_encoders(self) -> set[str]:
         """Which of "audio" and "text" have an encoder without trainable parameters."""
         encoders = {"audio": self.audio_encoder, "text": self.text_encoder}
-        return {name for name, encoder in encoders.items() if is_frozen(encoder)}
+        return {name for name, encoder in encoders.items() if encoder is not None and is_frozen(encoder)}
 
     def _check_states(self, audio_states, text_states, audio: Tensor | None, input_ids: Tensor | None) -> None:
         if all(given is None for given in (audio, input_ids, audio_states, text_states)):
             raise ValueError("Give audio (`input_values` or `input_features`), `input_ids`, or both.")
         if (audio is not None and audio_states is not None) or (input_ids is not None and text_states is not None):
             raise ValueError("Give `audio_states` in place of audio and `text_states` in place of `input_ids`.")
-        expected = {
-            "audio_states": tuple(self.state_norm.mean.shape),
-            "text_states": (len(self.missing_text.embedding),),
-        }
+        expected: dict[str, tuple] = {}
+        if self.state_norm is not None:
+            expected["audio_states"] = tuple(self.state_norm.mean.shape)
+        if self.text_encoder is not None:
+            expected["text_states"] = (self.config.text_config.hidden_size,)
         for name, states in (("audio_states", audio_states), ("text_states", text_states)):
-            if states is not None and tuple(states.shape[2:]) != expected[name]:
+            if states is not None and name in expected and tuple(states.shape[2:]) != expected[name]:
                 raise ValueError(
                     f"`{name}` must have the shape (batch, time, {', '.join(map(str, expected[name]))}) for this "
                     f"model, got {tuple(states.shape)}."
                 )
 
     def _audio_input(self, input_values: Tensor | None, input_features: Tensor | None) -> Tensor | None:
+        if self.audio_encoder is None:  # of either kind, it is ignored
+            return input_values if input_features is None else input_features
         expected, given = (
             ("input_features", "input_values") if self.config.uses_log_mel else ("input_values", "input_features")
         )
@@ -819,7 +934,7 @@ class MMSERModel(MMSERPreTrainedModel):
     ) -> tuple[tuple[Tensor, ...], Tensor, BaseModelOutput]:
         """Return states [B, Ta, D], one or one per layer, their bool mask [B, Ta] (rows without audio all False), and
         the encoder's output."""
-        encoder: Any = self.audio_encoder
+        encoder = self._encoder("audio")
         audio = audio.to(self.dtype)
         if attention_mask is None:
             attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
@@ -886,30 +1001,40 @@ class MMSERModel(MMSERPreTrainedModel):
         Raises:
             ValueError: there is no batch.
         """
-        was_training = self.training
+        was_training, untrained = self.training, self.config.untrained_modalities
         self.eval()
-        states, audio, text = Moments(), Moments(), Moments()
+        self.config.untrained_modalities = []  # they may be trained now
+        states = Moments()
         is_empty = True
         try:
             for batch in self._inputs(dataloader, "Standardising audio states"):
                 is_empty = False
+                if self.state_norm is None:
+                    break
                 states.add(self._frames_of(batch))
-            self.state_norm.fit(states)
-            if isinstance(self.fusion.audio_norm, Standardization):
-                for batch in self._inputs(dataloader, "Standardising pooled vectors"):
-                    output = self(**batch)
-                    for moments, embeds, name, inputs in (
-                        (audio, output.audio_embeds, "attention_mask", {self.main_input_name, "audio_states"}),
-                        (text, output.text_embeds, "text_attention_mask", {"input_ids", "text_states"}),
-                    ):
-                        if inputs & batch.keys():
-                            moments.add(embeds[batch[name].bool().any(dim=1)] if name in batch else embeds)
-                self.fusion.audio_norm.fit(audio)
-                cast(Standardization, self.fusion.text_norm).fit(text)
+            if self.state_norm is not None:
+                self.state_norm.fit(states)
+            if self.config.fusion_norm == "standardization":
+                self._fit_fusion_norms(dataloader)
         finally:
             self.train(was_training)
+            self.config.untrained_modalities = untrained
         if is_empty:
             raise ValueError("`dataloader` gave no batch.")
+
+    def _fit_fusion_norms(self, dataloader: Iterable[dict]) -> None:
+        """Standardise the pooled vectors of each modality over the rows that have it."""
+        moments = {name: Moments() for name in self.config.modalities}
+        inputs = {"audio": {"input_values", "input_features", "audio_states"}, "text": {"input_ids", "text_states"}}
+        masks = {"audio": "attention_mask", "text": "text_attention_mask"}
+        for batch in self._inputs(dataloader, "Standardising pooled vectors"):
+            output = self(**batch)
+            for name, own in moments.items():
+                if inputs[name] & batch.keys():
+                    embeds, mask = output[f"{name}_embeds"], batch.get(masks[name])
+                    own.add(embeds if mask is None else embeds[mask.bool().any(dim=1)])
+        for name, own in moments.items():
+            (self.fusion.norm if len(moments) == 1 else getattr(self.fusion, f"{name}_norm")).fit(own)
 
     def _inputs(self, dataloader: Iterable[dict], description: str) -> Iterator[dict[str, Tensor]]:
         names = inspect.signature(self.forward).parameters
@@ -931,9 +1056,10 @@ class MMSERModel(MMSERPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, **flags
     ) -> tuple[Tensor, Tensor, BaseModelOutput]:
         """Return states [B, L, D], their bool mask [B, L] (rows without text all False), and the encoder's output."""
+        encoder = self._encoder("text")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.text_encoder)):
-            output = self.text_encoder(
+            output = encoder(
                 input_ids=input_ids, attention_mask=_attend_somewhere(mask).long(), return_dict=True, **flags
             )
         return output.last_hidden_state, mask, output
@@ -981,8 +1107,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
-        if config.uses_log_mel:
-            self.main_input_name = "input_features"
+        self.main_input_name = config.main_input_name
+        self.input_modalities = tuple(config.modalities)
         self.mmser = MMSERModel(config)
         self.classifier = DeepClassifier(config)
         self.anchors = ClassAnchorClustering(config)
@@ -1011,7 +1137,6 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         text_states: torch.FloatTensor | None = None,
         output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
-        return_uncertainty: bool = True,
         **kwargs,
     ) -> MMSEROutput:
         r"""
@@ -1023,13 +1148,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
                 `config.use_openmax`; `True` insists on them; `False` leaves them out.
             teacher_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): for the distillation part.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
-            return_uncertainty (`bool`): `False` leaves `uncertainty` out.
         Returns: `MMSEROutput`.
         Raises:
-            TypeError: an unknown keyword; the message suggests the nearest one.
             ValueError: as `MMSERModel.forward`; labels out of range; `use_openmax=True` before OpenMax is fitted.
         """
-        self._check_keywords(kwargs)
         outputs = self.mmser(
             input_values=input_values,
             attention_mask=attention_mask,
@@ -1067,7 +1189,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         return MMSEROutput(
             loss=loss,
             logits=logits,
-            uncertainty=uncertainty if return_uncertainty else None,
+            uncertainty=uncertainty,
             anchor_loss=anchor_loss,
             losses=losses,
             features=features,
@@ -1149,6 +1271,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         outputs: dict[str, list[Tensor]] = {name: [] for name in (*names, "labels")}
         was_training = self.training
         self.eval()
+        self.note_untrained_modalities()
         try:
             for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
                 batch = {name: value.to(self.device) for name, value in batch.items()}
