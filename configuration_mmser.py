@@ -6,7 +6,9 @@ the network and to explain its own labels is here.
 """
 
 import copy
-from collections.abc import Callable
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
@@ -14,6 +16,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 MODALITIES = ("audio", "text")
@@ -82,6 +87,20 @@ CUSTOM_PIPELINES = {
         "type": "audio",
     }
 }
+
+
+def check_names(given: Iterable[str], known: Iterable[str], kind: str) -> None:
+    """Raise `TypeError` for the first of the `given` names that is not `known`; it suggests the nearest one."""
+    known = set(known)
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1)
+            help_text = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(sorted(known))}."
+            raise TypeError(f"`{name}` is no {kind}: {help_text}")
+
+
+def _field_names(config_class: Any) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(config_class)}
 
 
 def reason_unused(modality: str, modalities: list[str]) -> str:
@@ -170,12 +189,16 @@ class MMSERConfig(PreTrainedConfig):
         "audio_config": SubConfigSpec(AutoConfig, model_type="wav2vec2", optional=True),
         "text_config": SubConfigSpec(AutoConfig, model_type="bert", init_kwargs={"vocab_size": 119547}, optional=True),
     }
-    # Kept out of `Trainer.predict`: per-clip vectors and nested outputs would fill the memory of a long evaluation.
+    # Kept out of the predictions of `Trainer`: these are the logits alone, for `np.argmax(predictions, axis=1)`, and
+    # per-clip vectors would fill the memory. `MMSERTrainer.predict_outputs` gives the rest.
     keys_to_ignore_at_inference = [
+        "uncertainty",
         "losses",
         "anchor_loss",
         "features",
         "fused",
+        "anchor_distances",
+        "unknown_probability",
         "open_set_probabilities",
         "rejection_score",
         "is_unknown",
@@ -238,6 +261,13 @@ class MMSERConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
             raise ValueError("`supervised_contrastive_temperature` cannot be set any more: it is 0.1.")
+        own = self.own_fields()
+        for name in kwargs:
+            # Transformers keeps any name, and a checkpoint may hold fields of another version: no reason to refuse it
+            if nearest := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
+                logger.warning_once(f"`{name}` is no field of MMSERConfig: did you mean `{nearest[0]}`?")
+        if self.label2id is not None:
+            self.label2id = {label: int(i) for label, i in self.label2id.items()}
         if self.id2label is None and self.label2id is not None:
             self.id2label = {int(i): label for label, i in self.label2id.items()}
         elif self.id2label is None and kwargs.get("num_labels") in (None, len(DEFAULT_LABELS)):
@@ -265,7 +295,13 @@ class MMSERConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As always; with another number of labels than it was saved with, a checkpoint's class counts are dropped."""
+        """
+        As always; new labels may have strings as ids and need no `label2id`. With another number of labels than it was
+        saved with, a checkpoint's class counts are dropped.
+        """
+        if kwargs.get("id2label"):
+            kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
+            kwargs.setdefault("label2id", {label: i for i, label in kwargs["id2label"].items()})
         num_labels = len(kwargs["id2label"]) if kwargs.get("id2label") else kwargs.get("num_labels")
         if num_labels not in (None, len(config_dict.get("class_counts") or ())):
             config_dict = {**config_dict, "class_counts": None}
@@ -274,6 +310,17 @@ class MMSERConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As always; `custom_pipelines` as a checkpoint needs it: `pipeline` of Transformers puts classes there."""
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """The fields that this class adds to those of every configuration."""
+        return sorted(_field_names(cls) - _field_names(PreTrainedConfig))
+
+    @classmethod
+    def check_fields(cls, names: Iterable[str]) -> None:
+        """Raise `TypeError` for a name that is no field, with the nearest one. Transformers would keep it unused."""
+        known = _field_names(cls) | {"num_labels", "attn_implementation", "torch_dtype"}
+        check_names(names, known, "field of MMSERConfig")
 
     @property
     def uses_log_mel(self) -> bool:

@@ -28,7 +28,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 try:
-    from .configuration_mmser import MODALITIES, MMSERConfig, reason_unused
+    from .configuration_mmser import MODALITIES, MMSERConfig, check_names, reason_unused
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -65,7 +65,7 @@ try:
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from configuration_mmser import MODALITIES, MMSERConfig, reason_unused
+    from configuration_mmser import MODALITIES, MMSERConfig, check_names, reason_unused
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -583,9 +583,11 @@ class MMSERPreTrainedModel(PreTrainedModel):
             config_overrides: fields of `MMSERConfig`, e.g. `num_labels=7` or `classifier_num_layers=5`.
         Returns: the model in float32 and eval mode.
         Raises:
+            TypeError: an override that is no field of `MMSERConfig`.
             ValueError: a checkpoint that lacks weights of its encoder, fewer layers in it than are to be kept, or no
                 encoder at all.
         """
+        MMSERConfig.check_fields(config_overrides)
         if audio_name_or_path is None and text_name_or_path is None:
             raise ValueError("Give an audio encoder, a text encoder or both; both are None.")
         hub_kwargs = hub_kwargs or {}
@@ -610,6 +612,16 @@ class MMSERPreTrainedModel(PreTrainedModel):
             hub_kwargs = {**hub_kwargs, **without_pooler(config.text_config)}
             load_encoder(base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
         return model.eval()
+
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """
+        Refuse what `forward` would ignore. Those that are None, and `num_items_in_batch`, come from the library's own
+        callers, which pass them to models of any kind.
+        """
+        given = [name for name, value in kwargs.items() if value is not None and name != "num_items_in_batch"]
+        if given:
+            names = inspect.signature(self.forward).parameters.keys() - {"kwargs"}
+            check_names(given, names, f"argument of {type(self).__name__}.forward")
 
     def freeze_audio_encoder(self):
         """Freeze the audio encoder: no gradient; eval mode (no dropout, no SpecAugment) whatever `train()` says."""
@@ -763,9 +775,11 @@ class MMSERModel(MMSERPreTrainedModel):
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
         Returns: `MMSERModelOutput`.
         Raises:
+            TypeError: an unknown keyword; the message suggests the nearest one.
             ValueError: neither audio nor text given, the wrong kind of audio input, audio too short for one frame, or
                 states beside the input that they are of, or of another shape.
         """
+        self._check_keywords(kwargs)
         audio = self._audio_input(input_values, input_features)
         self._check_states(audio_states, text_states, audio, input_ids)
         ignored = self._ignored_modality(
@@ -1137,6 +1151,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         text_states: torch.FloatTensor | None = None,
         output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
+        return_uncertainty: bool = True,
         **kwargs,
     ) -> MMSEROutput:
         r"""
@@ -1148,10 +1163,13 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
                 `config.use_openmax`; `True` insists on them; `False` leaves them out.
             teacher_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): for the distillation part.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
+            return_uncertainty (`bool`): `False` leaves `uncertainty` out.
         Returns: `MMSEROutput`.
         Raises:
+            TypeError: an unknown keyword; the message suggests the nearest one.
             ValueError: as `MMSERModel.forward`; labels out of range; `use_openmax=True` before OpenMax is fitted.
         """
+        self._check_keywords(kwargs)
         outputs = self.mmser(
             input_values=input_values,
             attention_mask=attention_mask,
@@ -1189,7 +1207,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         return MMSEROutput(
             loss=loss,
             logits=logits,
-            uncertainty=uncertainty,
+            uncertainty=uncertainty if return_uncertainty else None,
             anchor_loss=anchor_loss,
             losses=losses,
             features=features,

@@ -336,7 +336,9 @@ def test_augmented_copies_in_the_cache(run, tmp_path, caplog, copies):
     with caplog.at_level(python_logging.INFO, logger="mmser.caching"):
         run(**FROZEN, max_steps=1, cache_encoder_states=tmp_path / "cache", augmented_copies=copies)
     lines = [record.getMessage() for record in caplog.records if record.name == "mmser.caching"]
-    assert any(f"Encoder states of 32 clips: {32 * (copies or 4)} of audio encoded, 0 reused" in line for line in lines)
+    assert any(
+        f"Encoder states of 32 clips: {32 * (copies or 4)} of audio encoded, 0 reused" in line for line in lines
+    )
     states = {path.parent.name.split("-")[0] for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert states == {"audio", "text"}
 
