@@ -7,7 +7,7 @@ Shape letters: B or N clips, C classes, K centroids per class, D the width of th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -157,7 +157,8 @@ class OpenMax(nn.Module):
 
         Args:
             train, held_out: arrays or tensors `logits` [N, C], made at temperature 1, `fused` [N, D],
-                `anchor_distances` [N, C] and `labels` [N] of training clips and of clips that were not trained on.
+                `anchor_distances` [N, C] and `labels` [N] of training clips and of clips that were not trained on;
+                `held_out` may also have `speakers`, N names, for `fit_thresholds`.
             temperature: that the model divides its logits by.
             tail_size: see `fit`.
             acceptance: see `fit_thresholds`; None fits no thresholds.
@@ -181,7 +182,7 @@ class OpenMax(nn.Module):
         if held_out is not None and acceptance is not None:
             logits = torch.as_tensor(held_out["logits"]).float().to(self.fitted.device) / temperature
             scores = self.rejection_scores(logits, self._distances_of(held_out))
-            self.fit_thresholds(scores, logits.argmax(dim=-1), acceptance)
+            self.fit_thresholds(scores, logits.argmax(dim=-1), acceptance, held_out.get("speakers"))
 
     def _distances_of(self, outputs: Mapping[str, Any]) -> Tensor:
         fused, anchor_distances = (
@@ -298,18 +299,29 @@ class OpenMax(nn.Module):
         scale = math.exp(logs[-1] + math.log(np.exp(shape * (logs - logs[-1])).mean()) / shape)
         return shape, scale, tail[0]
 
-    def fit_thresholds(self, rejection_scores: Array, predictions: Array, acceptance: float = 0.95) -> None:
+    def fit_thresholds(
+        self,
+        rejection_scores: Array,
+        predictions: Array,
+        acceptance: float = 0.95,
+        speakers: Sequence[str] | None = None,
+    ) -> None:
         """
         Choose for each predicted class the smallest threshold that accepts the share `acceptance` of known clips.
 
         The threshold is the ceil((n + 1) acceptance)-th smallest score of the n clips with this prediction, as in
-        split conformal prediction (Vovk et al. 2005): it accepts a new known clip with at least that probability.
+        split conformal prediction (Vovk et al. 2005): it accepts a new known clip with at least that probability, if
+        new clips are like these. Clips of one speaker are alike, and those of a new speaker are not like them. So
+        where speakers are known they take the place of the clips: each counts as one, however many clips it has, and
+        the promise is for a clip of a new speaker (hierarchical conformal prediction, Lee et al. 2023). 19 of them
+        are the fewest for 95 %. With fewer, a warning says that the promise is for further clips of these alone.
         Predicted classes with too few clips share a threshold over all clips.
 
         Args:
             rejection_scores: of held-out clips of the known classes, [N]; see the method of this name.
             predictions: their predicted class ids, [N].
             acceptance: in (0, 1).
+            speakers: N names, or None if they are not known.
         Raises:
             ValueError: shapes that do not match, scores that are not finite, a share outside (0, 1).
         """
@@ -320,19 +332,33 @@ class OpenMax(nn.Module):
             )
         if not 0 < acceptance < 1:
             raise ValueError(f"`acceptance` must be between 0 and 1, got {acceptance!r}.")
-        pooled = _conformal_threshold(scores, acceptance)
+        _, units = np.unique(np.arange(len(scores)) if speakers is None else speakers, return_inverse=True)
+        if units.shape != scores.shape:
+            raise ValueError(f"`speakers` must be {len(scores)} names, got {len(units)}.")
+        pooled = _conformal_threshold(scores, acceptance, units)
+        if pooled is None and speakers is not None:
+            logger.warning(
+                f"OpenMax: {units.max() + 1} held-out speakers are too few to accept {100 * acceptance:g} % of the "
+                "clips of new speakers. The thresholds of rejection are made for clips of these speakers: expect them "
+                "to reject more clips of others."
+            )
+            units = np.arange(len(scores))
+            pooled = _conformal_threshold(scores, acceptance, units)
         too_few = []
         for label in range(len(self.rejection_thresholds)):
-            threshold = _conformal_threshold(scores[predictions == label], acceptance)
+            own = predictions == label
+            threshold = _conformal_threshold(scores[own], acceptance, units[own])
             if threshold is None:
                 too_few.append(label)
                 threshold = self.no_threshold if pooled is None else pooled
             self.rejection_thresholds[label] = threshold
         if too_few:
+            instead = "the one over all classes stands in"
+            if pooled is None:
+                instead = "`openmax_threshold` decides, and no share of acceptance is promised"
             logger.warning(
                 f"OpenMax: too few of the {len(scores)} held-out clips are predicted as class "
-                f"{', '.join(map(str, too_few))} for a rejection threshold of its own; "
-                f"{'`openmax_threshold` decides' if pooled is None else 'the one over all classes stands in'}."
+                f"{', '.join(map(str, too_few))} for a rejection threshold of its own; {instead}."
             )
         self._read_fits()
 
@@ -429,7 +455,13 @@ def _num_correct(outputs: Mapping[str, Any]) -> int:
     return int((as_array(outputs["logits"]).argmax(axis=1) == as_array(outputs["labels"])).sum())
 
 
-def _conformal_threshold(scores: np.ndarray, acceptance: float) -> float | None:
-    """The ceil((n + 1) acceptance)-th smallest of n scores; None where n is too small for it."""
-    rank = math.ceil((len(scores) + 1) * acceptance)
-    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else None
+def _conformal_threshold(scores: np.ndarray, acceptance: float, units: np.ndarray) -> float | None:
+    """
+    The smallest score below which lies the share `acceptance` of the K `units`, with one more above all; None where
+    K is too small for it. If each score is a unit of its own, it is the ceil((K + 1) acceptance)-th smallest.
+    """
+    _, own, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    order = np.argsort(scores, kind="stable")
+    reached = np.cumsum(1 / sizes[own][order])
+    index = int(np.searchsorted(reached, (len(sizes) + 1) * acceptance - 1e-9))
+    return float(scores[order[index]]) if index < len(scores) else None

@@ -398,10 +398,11 @@ class MMSERPipeline(Pipeline):
             top_k (`int`): number of labels to return; all by default.
             allowed_labels (`list[str]`): keep only these labels; softmax scores then sum to one over them.
             return_uncertainty (`bool`): also give `uncertainty`, `unknown_probability` and `is_unknown` in each dict,
-                properties of the clip, the same for all of its labels. A clip `is_unknown` if OpenMax leaves no class
-                as much as the threshold fitted for the predicted one, which known clips seldom miss
-                (`config.openmax_acceptance`); without fitted ones, if "unknown" comes first or exceeds
-                `config.openmax_threshold`; False if that is None. The last two are None while OpenMax is not fitted.
+                properties of the clip, the same for all of its labels. Look at `is_unknown` first: where it is True,
+                the answer is "unknown" and the label only the nearest class, however high its score. That is so if
+                OpenMax leaves no class as much as the threshold fitted for the predicted one, which known clips seldom
+                miss (`config.openmax_acceptance`); without fitted ones, if "unknown" comes first or exceeds
+                `config.openmax_threshold`; never if that is None. The last two are None while OpenMax is not fitted.
             function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
             batch_size, num_workers (`int`): as in every pipeline; results do not depend on them. In a list, clips of
                 similar length share a batch.

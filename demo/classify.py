@@ -11,8 +11,17 @@ import csv
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import pipeline
+
+
+def describe(best: dict[str, Any]) -> str:
+    """The answer to a clip in words, of the pipeline's best label: "unknown" first where the clip is rejected."""
+    score = f"{best['label']} {best['score']:.2f}"
+    if best["is_unknown"]:
+        return f"unknown (nearest of the classes: {score})"
+    return f"{score}, uncertainty {best['uncertainty']:.2f}"
 
 
 def main() -> None:
@@ -34,14 +43,13 @@ def main() -> None:
         for split, row in rows:
             clip = {"path": str(corpus / split / row["file_name"]), "text": row["transcription"] or None}
             best = classifier(clip, top_k=1, return_uncertainty=True)[0]
-            unknown = best["unknown_probability"]
-            rejected = " (rejected)" if best["is_unknown"] else ""
             print(
-                f"{row['emotion']:>12} ({row['language']}) {row['transcription'] or '-'}\n"
-                f"{'':>12} -> {best['label']} {best['score']:.2f}, uncertainty {best['uncertainty']:.2f}, "
-                f"unknown {'not fitted' if unknown is None else f'{unknown:.2f}'}{rejected}"
+                f"{row['emotion']:>12} ({row['language']}) {row['transcription'] or '-'}\n{'':>12} -> {describe(best)}"
             )
+        share = classifier.model.config.openmax_acceptance
         os.chdir(checkpoint)
+    if share is not None and classifier.model.openmax.has_thresholds:
+        print(f"\nThe thresholds are made to accept {100 * share:g} % of known clips: a few of them end as unknown.")
     print("\nThe corpus is synthetic speech from eSpeak NG: these scores say nothing about human emotion.")
 
 

@@ -337,6 +337,7 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Any]:
         "uncertainty": _table(doubts, "score", ["error_auroc_of_uncertainty", "area_under_risk_coverage"]),
         "open_set": _table(unknown, "set", ["score", "auroc", "fpr_at_95_tpr", "oscr"]),
         "rejection": _table(_rejection_shares(rejection), "clips", ["share"]) if rejection else "",
+        "answers": _answers(rejection, report["label_names"]) if rejection else "",
         "groups": {name: _table(model[f"by_{name}"].items(), name, per_group) for name in report["gaps"]},
         "augmentation": _table(passes, "passes", per_pass),
     }
@@ -347,6 +348,13 @@ def _rejection_shares(rejection: Mapping[str, Any]) -> list[tuple[str, dict[str,
     shares |= {f"known, {name}, accepted": share for name, share in rejection["accepted_by_class"].items()}
     shares |= {f"unknown, {name}, rejected": share for name, share in rejection["unknown_rejected"].items()}
     return [(clips, {"share": share}) for clips, share in shares.items()]
+
+
+def _answers(rejection: Mapping[str, Any], label_names: list[str]) -> str:
+    """How often each answer is given to the clips of each class and set; "unknown" is the first answer."""
+    corner, columns = "clips \\ answer", ["unknown", *(f"known: {name}" for name in label_names)]
+    rows = [{corner: name, **dict(zip(columns, counts, strict=True))} for name, counts in rejection["answers"].items()]
+    return format_table(rows, [corner, *columns])
 
 
 # --- The files -------------------------------------------------------------------------------------------------------

@@ -315,7 +315,8 @@ def describe_rejection(
         known, unknown_sets: as for `evaluate_open_set`.
         label_names: in the order of the class ids.
     Returns: shares `known_accepted`, `accepted_by_class` (nan for a class without clips), `accuracy` of all known
-        clips and `accuracy_of_accepted`, and `unknown_rejected` by set; None for a model that rejects nothing.
+        clips and `accuracy_of_accepted`, and `unknown_rejected` by set; `answers`: class or set -> the clips whose
+        answer is "unknown" (first) and each of the classes; None for a model that rejects nothing.
     """
     if "is_unknown" not in known:
         return None
@@ -325,12 +326,20 @@ def describe_rejection(
     def share(values: np.ndarray) -> float:
         return float(values.mean()) if len(values) else math.nan
 
+    def answers(outputs: Outputs, rows: Any = slice(None)) -> list[int]:
+        answer = np.where(outputs["is_unknown"].astype(bool), 0, 1 + outputs["logits"].argmax(axis=1))[rows]
+        return np.bincount(answer, minlength=1 + len(label_names)).tolist()
+
     return {
         "known_accepted": share(accepted),
         "accepted_by_class": {name: share(accepted[labels == label]) for label, name in enumerate(label_names)},
         "accuracy": share(correct),
         "accuracy_of_accepted": share(correct[accepted]),
         "unknown_rejected": {name: share(outputs["is_unknown"]) for name, outputs in unknown_sets.items()},
+        "answers": {
+            **{name: answers(known, labels == label) for label, name in enumerate(label_names)},
+            **{f"unknown: {name}": answers(outputs) for name, outputs in unknown_sets.items()},
+        },
     }
 
 

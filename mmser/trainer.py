@@ -488,7 +488,7 @@ class MMSERTrainer(Trainer):
             report["error_auroc_of_max_probability"] = error_detection_auroc(doubt, wrong)
             report["error_auroc_after"] = error_detection_auroc(combined, wrong)
         logger.info(describe_fit(report))
-        self._fit_openmax(outputs, temperature)
+        self._fit_openmax(outputs if speakers is None else {**outputs, "speakers": np.array(speakers)}, temperature)
         return report
 
     def _forget_calibration(self) -> None:

@@ -6,6 +6,7 @@ Everything else runs in this process, without the engine.
 """
 
 import csv
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -189,6 +190,9 @@ def test_speakers_and_sentences_are_in_one_split_and_voices_do_not_tell_the_emot
     if languages is None:
         assert len(script.SENTENCES) == 10
         assert [len(plan[split]) for split in SPLITS] == [800, 160, 240, 96]
+        # 19 speakers are the fewest that thresholds of 95 % can be promised by, and a voice is not ten of them
+        assert len({clip.speaker for clip in plan["validation"]}) >= 2 * 19
+        assert len({clip.voice for clip in plan["validation"]}) >= 8
     assert plan == script.plan_corpus(languages or tuple(script.SENTENCES), clips_per_cell, seed=3)
     assert plan != script.plan_corpus(languages or tuple(script.SENTENCES), clips_per_cell, seed=4)
 
@@ -218,3 +222,15 @@ def test_words_of_test_sentences_are_heard_in_train_but_not_their_combination(sc
 def test_bad_arguments_are_named(script, languages, clips_per_cell, seed, message):
     with pytest.raises(ValueError, match=message):
         script.plan_corpus(languages, clips_per_cell, seed)
+
+
+def test_an_unknown_clip_of_the_demo_is_called_unknown_first():
+    specification = importlib.util.spec_from_file_location(
+        "classify", Path(__file__).parents[1] / "demo" / "classify.py"
+    )
+    classify = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(classify)
+    best = {"label": "happy", "score": 0.998, "uncertainty": 0.0123, "is_unknown": True}
+    assert classify.describe(best) == "unknown (nearest of the classes: happy 1.00)"
+    assert classify.describe({**best, "is_unknown": False}) == "happy 1.00, uncertainty 0.01"
+    assert classify.describe({**best, "is_unknown": None}) == "happy 1.00, uncertainty 0.01"  # OpenMax is not fitted

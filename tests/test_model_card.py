@@ -302,7 +302,7 @@ SENTENCES: list[tuple[Said, Callable[[Case], bool]]] = [
     ),
     (
         "A clip `is_unknown` when OpenMax (Bendale & Boult 2016) leaves too little probability to every class; the "
-        "thresholds accept at least 95 % of the held-out clips.",
+        "thresholds are made to accept 95 % of known clips like the held-out ones.",
         lambda case: (
             case.opens
             and case.config.openmax_threshold is not None

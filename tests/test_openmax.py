@@ -333,6 +333,73 @@ def test_rejection_follows_its_rule(inputs, threshold):
     assert openmax.reject(*clips, threshold, use_fitted=False).tolist() == published
 
 
+def slow_threshold(scores, speakers, acceptance):
+    """The lowest score at which the mean over speakers, and one who is never accepted, of their shares is enough."""
+    names = set(speakers)
+    for threshold in sorted(scores):
+        shares = [
+            np.mean([s <= threshold for s, who in zip(scores, speakers, strict=True) if who == n]) for n in names
+        ]
+        if sum(shares) / (len(names) + 1) >= acceptance - 1e-12:
+            return threshold
+    return None
+
+
+@properties
+@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(1, 30), st.sampled_from([0.5, 0.8, 0.9]))
+def test_a_threshold_counts_speakers_where_they_are_known(seed, size, num_speakers, acceptance):
+    generator = np.random.default_rng(seed)
+    scores, speakers = generator.integers(0, 30, size) / 8, generator.integers(num_speakers, size=size)
+    names = [f"speaker {i}" for i in speakers]
+    for units in (names, None):
+        openmax = OpenMax(2, alpha=1)
+        openmax.fit_thresholds(scores, np.zeros(size, dtype=int), acceptance, units)
+        expected = slow_threshold(scores, names, acceptance) if units else None
+        if expected is None:  # by clips: split conformal prediction
+            rank = math.ceil((size + 1) * acceptance - 1e-9)
+            expected = np.sort(scores)[rank - 1] if rank <= size else np.float32(NO_THRESHOLD)
+        assert openmax.rejection_thresholds.tolist() == [expected] * 2
+    with pytest.raises(ValueError, match="`speakers` must be"):
+        openmax.fit_thresholds(scores, np.zeros(size, dtype=int), acceptance, [*names, "one more"])
+
+
+def test_the_share_is_kept_on_clips_of_new_speakers():
+    """By simulation, with speakers that differ more than their clips do: by clips, too few are accepted."""
+    generator = np.random.default_rng(0)
+
+    def draw(num_speakers, clips=8):
+        shift = np.repeat(generator.normal(size=num_speakers), clips)
+        scores = np.exp(shift + 0.3 * generator.normal(size=num_speakers * clips))
+        return scores, np.repeat(np.arange(num_speakers), clips)
+
+    accepted = {"speakers": [], "clips": []}
+    fresh, _ = draw(4000)
+    for _ in range(150):
+        scores, speakers = draw(20)
+        for units, names in (("speakers", speakers), ("clips", None)):
+            openmax = OpenMax(2, alpha=1)
+            openmax.fit_thresholds(scores, np.zeros(len(scores), dtype=int), 0.9, names)
+            accepted[units].append((fresh <= openmax.rejection_thresholds[0].item()).mean())
+    error = np.std(accepted["speakers"]) / math.sqrt(150)
+    assert np.mean(accepted["speakers"]) >= 0.9 - 2 * error
+    assert np.mean(accepted["clips"]) < 0.9 - 2 * error
+
+
+def test_too_few_speakers_are_no_promise_for_new_ones(warnings):
+    """18 of them: 19 are the fewest for 95 %. The thresholds are then those of their clips, and a warning says so."""
+    scores, predictions = np.arange(190) / 10, np.zeros(190, dtype=int)
+    openmax = OpenMax(2, alpha=1)
+    openmax.fit_thresholds(scores, predictions, 0.95, np.arange(190) % 19)
+    assert not any("are too few to accept" in message for message in warnings)
+    assert openmax.rejection_thresholds.tolist() == [pytest.approx(18.9)] * 2  # the last but ten speakers' last clips
+    openmax.fit_thresholds(scores, predictions, 0.95, np.arange(190) % 18)
+    assert openmax.rejection_thresholds.tolist() == [pytest.approx(18.1)] * 2  # the 182nd of 190
+    said = [
+        message for message in warnings if "18 held-out speakers are too few to accept 95 % of the clips" in message
+    ]
+    assert len(said) == 1
+
+
 def test_thresholds_reach_scores_beyond_every_probability(rng):
     """Clips so far off that no probability is left still have an order, and the share is accepted by it."""
     openmax = OpenMax(2, 2, "probability")

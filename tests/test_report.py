@@ -160,6 +160,9 @@ def test_the_tables_say_what_the_json_says(written):
     assert f"The temperature is 2.000. {fitted}\n\n| scaling |" in text
     accepted = content["rejection"]["known_accepted"]
     assert re.search(rf"\| known, accepted +\| {accepted:.4f} \|", text)
+    for name, counts in content["rejection"]["answers"].items():  # "unknown" is the first answer
+        assert re.search(rf"\| {name} +\| +" + r" \| +".join(map(str, counts)) + r" \|", text)
+    assert re.search(r"\| clips \\ answer +\| +unknown \| +known: neutral \|", text)
     assert "python eval_hf.py --checkpoint tiny" in text
 
 

@@ -264,7 +264,15 @@ def test_rejection_is_counted():
         "labels": np.array([0, 0, 0, 2, 2]),
         "is_unknown": np.array([False, False, True, True, False]),
     }
-    report = describe_rejection(known, {"noise": {"is_unknown": np.array([True, True, False, True])}}, NAMES)
+    noise = {"is_unknown": np.array([True, True, False, True]), "logits": np.eye(4)[[1, 1, 1, 3]]}
+    report = describe_rejection(known, {"noise": noise}, NAMES)
+    assert report["answers"] == {  # unknown first
+        "neutral": [1, 2, 0, 0, 0],
+        "happy": [0] * 5,
+        "sad": [1, 0, 0, 1, 0],
+        "angry": [0] * 5,
+        "unknown: noise": [3, 0, 1, 0, 0],
+    }
     assert report["known_accepted"] == 0.6 and report["unknown_rejected"] == {"noise": 0.75}
     assert report["accuracy"] == 0.8 and report["accuracy_of_accepted"] == 1.0
     assert report["accepted_by_class"]["neutral"] == pytest.approx(2 / 3)
