@@ -218,7 +218,8 @@ class Study:
             raise ValueError(
                 f"{path} does not exist: --recipes must be a folder with {', '.join((RECIPE, PUBLISHED, *STAGES))}"
             )
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        # Said here: the default goes by the number of clips, which a row may change
+        settings = {"num_train_epochs": 15, **json.loads(path.read_text(encoding="utf-8"))}
         for name, value in row.changes.items():
             settings[name] = {**(settings.get(name) or {}), **value} if isinstance(value, Mapping) else value
         return settings

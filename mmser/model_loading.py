@@ -162,14 +162,15 @@ def check_teacher(
         ValueError: naming what differs, of both.
     """
     configs = (teacher_config, config)
-    pairs: dict[str, list[Any]] = {
-        "labels": [_labels(each) for each in configs],
-        "audio input": [_audio_input(each) for each in configs],
-    }
+    pairs: dict[str, list[Any]] = {"labels": [_labels(each) for each in configs]}
+    if all("audio" in each.modalities for each in configs):
+        pairs["audio input"] = [_audio_input(each) for each in configs]
     if processor is not None and teacher_processor is not None:
         processors = (teacher_processor, processor)
-        pairs["feature extraction"] = [feature_settings(each) for each in processors]
-        pairs["tokenizer"] = [_vocabulary(each) for each in processors]
+        if "audio input" in pairs:
+            pairs["feature extraction"] = [feature_settings(each) for each in processors]
+        if all("text" in each.modalities for each in configs):
+            pairs["tokenizer"] = [_vocabulary(each) for each in processors]
     for what, (theirs, own) in pairs.items():
         if theirs != own:
             raise ValueError(

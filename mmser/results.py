@@ -125,13 +125,10 @@ def _remedy(training: Mapping[str, Any]) -> str:
     steps, epochs = training.get("steps"), training.get("epoch")
     if steps and epochs and steps < MIN_STEPS:
         longer = math.ceil(epochs * MIN_STEPS / steps)
-        return (
-            f"{steps} steps are few: train longer, with --epochs {longer} ({MIN_STEPS} steps). The table of recipes "
-            "in docs/train.md says what suits how many clips."
-        )
+        return f"{steps} steps are few: train longer, with --epochs {longer} ({MIN_STEPS} steps)."
     return (
-        "Try a lower --lr, frozen encoders (--freeze_audio --freeze_text), or a shorter head by --config_overrides "
-        "'{\"classifier_num_layers\": 5}'; see the table of recipes in docs/train.md."
+        "Try a lower --lr, frozen encoders as in recipes/real_speech.json, or a shorter head by --config_overrides "
+        "'{\"classifier_num_layers\": 5}'."
     )
 
 

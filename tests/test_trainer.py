@@ -1327,18 +1327,18 @@ def test_resuming_never_gives_old_weights_new_labels(splits, tmp_path):
 
 @pytest.mark.parametrize(
     ("clips", "batch_size", "epochs"),
-    [(20_000, 16, 10), (1866, 32, 15), (200, 16, 68), (200, 32, 100), (8, 16, 100)],
+    [(20_000, 16, 10), (1866, 32, 15), (200, 16, 68), (200, 32, 126), (8, 16, 150)],
 )
 def test_few_clips_get_more_epochs_by_default(tmp_path, clips, batch_size, epochs):
     arguments = MMSERTrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=batch_size)
     arguments.choose_epochs(clips)
     assert arguments.num_train_epochs == epochs
     steps = epochs * math.ceil(clips / batch_size)
-    assert steps >= MIN_STEPS or epochs == 100
+    assert steps >= MIN_STEPS or epochs == 150
 
 
 def test_a_number_of_epochs_or_steps_that_was_given_stays(splits, tmp_path):
-    assert make_trainer(tiny_model(), splits, tmp_path, max_steps=-1).args.num_train_epochs == 100  # 4 steps each
+    assert make_trainer(tiny_model(), splits, tmp_path, max_steps=-1).args.num_train_epochs == 150  # 4 steps each
     for given in ({"num_train_epochs": 10}, {"num_train_epochs": 0.5}, {"max_steps": 3}):
         trainer = make_trainer(tiny_model(), splits, tmp_path, **{"max_steps": -1, **given})
         assert trainer.args.num_train_epochs == given.get("num_train_epochs", 10)
