@@ -261,7 +261,7 @@ class MMSERConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
             raise ValueError("`supervised_contrastive_temperature` cannot be set any more: it is 0.1.")
-        own = self.own_fields()
+        own = sorted(_field_names(type(self)) - _field_names(PreTrainedConfig))
         for name in kwargs:
             # Transformers keeps any name, and a checkpoint may hold fields of another version: no reason to refuse it
             if nearest := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
@@ -310,11 +310,6 @@ class MMSERConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As always; `custom_pipelines` as a checkpoint needs it: `pipeline` of Transformers puts classes there."""
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
-
-    @classmethod
-    def own_fields(cls) -> list[str]:
-        """The fields that this class adds to those of every configuration."""
-        return sorted(_field_names(cls) - _field_names(PreTrainedConfig))
 
     @classmethod
     def check_fields(cls, names: Iterable[str]) -> None:
