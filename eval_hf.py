@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> dict:
     from mmser.examples import EmotionDataset
     from mmser.plots import check_matplotlib
     from modeling_mmser import register_auto_classes
-    from processing_mmser import MMSERProcessor
 
     training_arguments = evaluation_run.make_training_arguments(options)
     set_up_logging(training_arguments)
@@ -43,7 +42,7 @@ def main(arguments: list[str] | None = None) -> dict:
     register_auto_classes()  # the code of MMSER is here: the code that the checkpoint carries is not run
     label_names = evaluation_run.load_label_names(options.model_name_or_path)
     clips = evaluation_run.load_clips(source, options, label_names)
-    processor = MMSERProcessor.from_pretrained(options.model_name_or_path)
+    processor = evaluation_run.load_processor(options.model_name_or_path)
     reading = {"sampling_rate": processor.feature_extractor.sampling_rate, "max_seconds": source.max_seconds}
     clips = evaluation_run.check_clips(clips, source.on_bad_example, **reading)
     make_dataset: Any = partial(EmotionDataset, seed=options.seed, **reading)

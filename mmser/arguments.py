@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmser.flags import FlagParser, parse_json, split_debug, with_trainer_flags
+from mmser.names import checkpoint_folder
 from mmser.training_flags import TrainingFlags
 
 if TYPE_CHECKING:  # what imports torch or datasets is imported when it is needed: `--help` does not need it
@@ -94,6 +95,10 @@ class ModelArguments:
         for name in ("audio_config_overrides", "text_config_overrides", "config_overrides"):
             value = getattr(self, name)
             setattr(self, name, parse_json(value, f"--{name}") if isinstance(value, str) else value or {})
+        for name in ("model_name_or_path", "teacher_name_or_path"):
+            if getattr(self, name):
+                setattr(self, name, checkpoint_folder(getattr(self, name), f"--{name}"))
+        self.average_with = [checkpoint_folder(name, "--average_with") for name in self.average_with]
         for kind in ("audio", "text"):
             if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
                 raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
@@ -203,6 +208,7 @@ class DataArguments(SourceArguments):
 
 
 COMPARED_GROUPS = ("sex", "language", "corpus", "duration")
+CHECKPOINT_HELP = "MMSER checkpoint: folder or Hub name. A file in it, such as model.safetensors, means the folder."
 TTA_PASSES = 5  # of a `--tta` without a number
 SPLITS = ("test", "validation", "train")  # the first that is there is evaluated
 
@@ -218,7 +224,10 @@ class EvaluationArguments:
     """What to judge, and how."""
 
     model_name_or_path: str = field(
-        metadata={"aliases": ["--checkpoint"], "help": "MMSER checkpoint: folder or Hub name."}
+        metadata={
+            "aliases": ["--checkpoint"],
+            "help": CHECKPOINT_HELP,
+        }
     )
     output_dir: str | None = field(
         default=None,
@@ -270,6 +279,7 @@ class EvaluationArguments:
     seed: int = field(default=42, metadata={"help": "Seed of the clips that are drawn and of the augmentation."})
 
     def __post_init__(self):
+        self.model_name_or_path = checkpoint_folder(self.model_name_or_path, "--checkpoint")
         if self.output_dir is None:
             checkpoint = Path(self.model_name_or_path)
             self.output_dir = str(checkpoint / "evaluation") if checkpoint.is_dir() else "runs/eval"
@@ -287,7 +297,10 @@ class ExportArguments:
     """What to export, and how."""
 
     model_name_or_path: str = field(
-        metadata={"aliases": ["--checkpoint"], "help": "MMSER checkpoint: folder or Hub name."}
+        metadata={
+            "aliases": ["--checkpoint"],
+            "help": CHECKPOINT_HELP,
+        }
     )
     output_dir: str = field(metadata={"aliases": ["--save_dir"], "help": "Folder to write."})
     format: list[str] = field(
@@ -321,6 +334,9 @@ class ExportArguments:
     )
     opset: int = field(default=OPSET, metadata={"help": "Version of the ONNX operators."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in --output_dir."})
+
+    def __post_init__(self):
+        self.model_name_or_path = checkpoint_folder(self.model_name_or_path, "--checkpoint")
 
 
 TRAINING_ARGUMENTS = (ModelArguments, DataArguments, TrainingFlags)

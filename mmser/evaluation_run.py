@@ -18,6 +18,7 @@ from mmser.batches import MMSERDataCollator
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.groups import duration_bands, split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
+from mmser.names import Named, reading
 from mmser.report import Measured, reproducible
 from mmser.results import describe_data, environment
 from mmser.scores import evaluate_augmentation, predict_clips, predict_rows
@@ -44,7 +45,8 @@ class Clips:
 
 def load_label_names(checkpoint: str) -> list[str]:
     """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone."""
-    content, _ = MMSERConfig.get_config_dict(checkpoint)
+    with reading([Named("--checkpoint", checkpoint)]):
+        content, _ = MMSERConfig.get_config_dict(checkpoint)
     if content.get("model_type") != MMSERConfig.model_type:
         found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
         raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")
@@ -210,9 +212,16 @@ def measure(
     )
 
 
+def load_processor(checkpoint: str) -> MMSERProcessor:
+    """The processor of the checkpoint."""
+    with reading([Named("--checkpoint", checkpoint)]):
+        return MMSERProcessor.from_pretrained(checkpoint)
+
+
 def load_trainer(checkpoint: str, processor: MMSERProcessor, arguments: MMSERTrainingArguments) -> MMSERTrainer:
     """A trainer that only predicts, with the model of the checkpoint."""
-    model = MMSERForAudioClassification.from_pretrained(checkpoint)
+    with reading([Named("--checkpoint", checkpoint)]):
+        model = MMSERForAudioClassification.from_pretrained(checkpoint)
     return MMSERTrainer(model, arguments, data_collator=MMSERDataCollator(processor), processing_class=processor)
 
 

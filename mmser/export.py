@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
 from mmser.arguments import DTYPES, FORMATS, OPSET
+from mmser.names import Named, reading
 from mmser.quantization import quantize_onnx
 from mmser.tables import format_table
 from mmser.vocabulary import Trimmed, trim_vocabulary
@@ -383,8 +384,9 @@ def export_checkpoint(
     if source.exists() and output_dir.resolve() in (source, *source.parents):
         raise ValueError(f"The export would replace {output_dir}, where the checkpoint itself is: give another folder")
     register_auto_classes()  # use this code of MMSER, not the copy in the checkpoint
-    model = MMSERForAudioClassification.from_pretrained(name_or_path, dtype=torch.float32)
-    processor = MMSERProcessor.from_pretrained(name_or_path)
+    with reading([Named("--checkpoint", os.fspath(name_or_path))]):
+        model = MMSERForAudioClassification.from_pretrained(name_or_path, dtype=torch.float32)
+        processor = MMSERProcessor.from_pretrained(name_or_path)
     report = ExportReport(output_dir, 4 * sum(value.numel() for value in model.state_dict().values()), {})
     if languages or texts is not None:
         processor, report.trimmed = trim_vocabulary(model, processor, texts, languages)

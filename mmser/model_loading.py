@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTra
 from configuration_mmser import MMSERConfig
 from mmser.arguments import SPEC_AUGMENT, DataArguments, ModelArguments
 from mmser.averaging import average_checkpoints
+from mmser.names import Named, reading
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
 
@@ -30,7 +31,35 @@ def load_processor(arguments: ModelArguments) -> MMSERProcessor:
     """The processor of the checkpoint, or one joined from the feature extractor and tokenizer of the two encoders."""
     if arguments.model_name_or_path:
         register_auto_classes()  # else loading the tokenizer asks whether to run the code in the checkpoint
-        return MMSERProcessor.from_pretrained(arguments.model_name_or_path)
+        with reading(models_of(arguments)):
+            return MMSERProcessor.from_pretrained(arguments.model_name_or_path)
+    with reading(models_of(arguments)):
+        return _join_processor(arguments)
+
+
+def models_of(arguments: ModelArguments) -> list[Named]:
+    """The checkpoints, encoders and tokenizers that a training starts from, as far as they must be read."""
+    if arguments.model_name_or_path:
+        others = [Named("--average_with", name) for name in arguments.average_with]
+        return [Named("--model_name_or_path", arguments.model_name_or_path), *others]
+    models = []
+    for kind in ("audio", "text"):
+        flag = f"{kind}_model_name_or_path"
+        name, is_random = getattr(arguments, flag), getattr(arguments, f"random_{kind}_encoder")
+        is_enough = is_random and name == getattr(ModelArguments, flag)  # the default architectures are known
+        has_tokenizer = kind == "audio" or arguments.tokenizer_name is not None
+        if name.lower() == "none" or (is_enough and has_tokenizer):
+            continue
+        start = "" if is_random else f"start the {kind} encoder at random with --random_{kind}_encoder"
+        tokenizer = "" if has_tokenizer else "give a folder with a tokenizer in --tokenizer_name"
+        advice = " and ".join(part for part in (start, tokenizer) if part)
+        models.append(Named(f"--{flag}", name, f"Give a folder, or {advice}." if advice else "Give a folder."))
+    if arguments.tokenizer_name:
+        models.append(Named("--tokenizer_name", arguments.tokenizer_name))
+    return models
+
+
+def _join_processor(arguments: ModelArguments) -> MMSERProcessor:
     name = arguments.audio_model_name_or_path
     if arguments.random_audio_encoder and name == ModelArguments.audio_model_name_or_path:
         feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
@@ -54,7 +83,8 @@ def load_model(
     except TypeError as error:
         raise ValueError(f"--config_overrides: {error}") from error
     start = _from_checkpoint if arguments.model_name_or_path else _from_encoders
-    model = start(arguments, labels, processor)
+    with reading(models_of(arguments)):
+        model = start(arguments, labels, processor)
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
     spec_augment = {name: getattr(arguments, name) for name in SPEC_AUGMENT if getattr(arguments, name) is not None}
@@ -141,9 +171,10 @@ def load_teacher(
     if data_arguments.cache_encoder_states:
         raise ValueError("--cache_encoder_states keeps states of this model's encoders: a teacher has its own.")
     register_auto_classes()
-    teacher_processor = MMSERProcessor.from_pretrained(name)
-    check_teacher(model.config, MMSERConfig.from_pretrained(name), processor, teacher_processor)
-    return MMSERForAudioClassification.from_pretrained(name)
+    with reading([Named("--teacher_name_or_path", name)]):
+        teacher_processor = MMSERProcessor.from_pretrained(name)
+        check_teacher(model.config, MMSERConfig.from_pretrained(name), processor, teacher_processor)
+        return MMSERForAudioClassification.from_pretrained(name)
 
 
 def check_teacher(

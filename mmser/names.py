@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of models: a folder, or a name on the Hub. What is wrong with one is said in a sentence, and soon."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+CONFIG = "config.json"
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model that a flag names, and what to do without it."""
+
+    flag: str
+    name: str
+    advice: str = ""
+
+    def error(self, what: str) -> FileNotFoundError:
+        return FileNotFoundError(f"{self.flag} {self.name} {what} {self.advice}".rstrip())
+
+
+def checkpoint_folder(name: str, flag: str) -> str:
+    """
+    What a flag names as a checkpoint: a folder with a `config.json`, or a name on the Hub, not looked up here.
+
+    A file such as `checkpoints/best_model.pt` means the folder beside it, as other programs keep a model in one file.
+
+    Raises:
+        FileNotFoundError: what looks like a path and is none, or a folder without a checkpoint.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_folder(path, flag)
+        return str(path)
+    if path.suffix in WEIGHT_SUFFIXES:
+        for folder in (path.with_suffix(""), path.parent):
+            if (folder / CONFIG).is_file():
+                warnings.warn(f"{flag} {name}: a checkpoint is a folder. Taking {folder}.", stacklevel=2)
+                return str(folder)
+    if path.exists():
+        raise FileNotFoundError(f"{flag} {name} is a file; a checkpoint is a folder with {CONFIG} and weights.")
+    if _is_path(name):
+        raise FileNotFoundError(f"{flag} {name} does not exist; a checkpoint is a folder, or a name on the Hub.")
+    return name
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise FileNotFoundError, with what is there instead, for a folder without a `config.json`."""
+    if (folder / CONFIG).is_file():
+        return
+    inside = sorted((file for file in folder.glob(f"*/{CONFIG}")), key=lambda file: file.stat().st_mtime)
+    hint = f" Is {inside[-1].parent} meant?" if inside else ""
+    raise FileNotFoundError(f"{flag} {folder} is no model: it has no {CONFIG}.{hint}")
+
+
+def _is_path(name: str) -> bool:
+    if name.startswith((".", "/", "~")) or "\\" in name or Path(name).suffix in WEIGHT_SUFFIXES:
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def reading(models: Sequence[Named]) -> Iterator[None]:
+    """
+    Look models up before they are read inside, and say in one sentence what is wrong with one.
+
+    Where the Hub cannot be reached, what is in the cache is read, without an attempt for each file.
+
+    Raises:
+        FileNotFoundError: a model that is neither here nor on the Hub.
+        OSError: a model that cannot be read.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = any([_is_in_cache_alone(model) for model in models]) or before
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        about = ", ".join(f"{model.flag} {model.name}" for model in models)
+        raise OSError(f"{about} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _is_in_cache_alone(model: Named) -> bool:
+    """Whether a model can only be read from the cache; FileNotFoundError if it cannot be read at all."""
+    if Path(model.name).expanduser().is_dir():
+        return False
+    if _is_path(model.name):
+        raise model.error("does not exist.")
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _why_unreachable(model)
+    if not reason:
+        return False
+    if not isinstance(try_to_load_from_cache(model.name, CONFIG), str):
+        raise model.error(f"is neither a folder nor in the cache of the Hub, and {reason}.")
+    return True
+
+
+def _why_unreachable(model: Named) -> str:
+    """Ask the Hub once; the reason if it gives no answer, FileNotFoundError if it has no such model."""
+    try:
+        get_hf_file_metadata(hf_hub_url(model.name, CONFIG), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise model.error(
+            "is neither a folder nor a model on the Hub that you may read: check the name, or log in with "
+            "`hf auth login`."
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError):
+        pass  # the Hub answers: reading says what it lacks
+    except Exception as error:  # no connection: the kind of error depends on the HTTP library of the Hub's version
+        return f"the Hub cannot be reached ({type(error).__name__})"
+    return ""
