@@ -157,8 +157,8 @@ class MMSERConfig(PreTrainedConfig):
             "activation", where it takes over activation before the softmax, as published.
         openmax_alpha (`int`): number of top-ranked classes that are revised at the level of activations.
         openmax_tail_size (`int`): number of largest distances per class that the Weibull is fitted on; at least 5.
-        openmax_acceptance (`float` or `None`): share of the known held-out clips of each predicted class that the
-            fitted thresholds of rejection accept, when they are fitted; `None` uses `openmax_threshold` instead.
+        openmax_acceptance (`float` or `None`): share of known clips, of each predicted class, that the thresholds of
+            rejection are made to accept, when they are fitted; `None` uses `openmax_threshold` instead.
         openmax_threshold (`float` or `None`): without fitted thresholds, a clip is rejected when "unknown" wins or
             its probability exceeds this; `None` switches rejection off.
         cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight,

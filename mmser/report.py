@@ -67,6 +67,7 @@ TITLES = {  # of the columns of the tables; a score that is missing here has its
     "oscr": "OSCR",
     "ms_per_clip": "ms per clip",
 }
+FEW_ANSWERS = 10  # wrong or right ones; with fewer, how well they are told apart may be chance
 MAX_BARS = 40  # groups in one picture; the table has them all
 
 # --- Numbers and pictures --------------------------------------------------------------------------------------------
@@ -250,10 +251,13 @@ def _verdict_on_doubt(report: Mapping[str, Any]) -> str:
     own, other = model["error_auroc_of_uncertainty"], model["error_auroc_of_max_probability"]
     if math.isnan(own):
         return f"Its answers are all {'right' if model['accuracy'] else 'wrong'}, so its uncertainty cannot be judged."
-    return (
+    wrong = round(model["clips"] * (1 - model["accuracy"]))
+    text = (
         f"A wrong answer is more uncertain than a right one in {_percent(own)} of the pairs (by 1 - max probability: "
         f"{_percent(other)})."
     )
+    kind, few = min(("wrong", wrong), ("right", model["clips"] - wrong), key=lambda pair: pair[1])
+    return f"{text} Only {few} answers are {kind}: it may be chance." if few < FEW_ANSWERS else text
 
 
 def _verdict_on_unknown(report: Mapping[str, Any]) -> str:

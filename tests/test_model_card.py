@@ -524,6 +524,13 @@ def prose(text):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_the_example_looks_at_unknown_first_where_clips_are_rejected(name, cases):
+    case = cases[name]
+    rejects = case.opens and case.config.openmax_threshold is not None
+    assert ("# Look at is_unknown first" in case.card.content) == rejects
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_sentence_is_there_if_and_only_if_it_is_true(name, cases):
     case = cases[name]
     expected = [said if isinstance(said, str) else said(case) for said, is_true in SENTENCES if is_true(case)]

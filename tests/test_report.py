@@ -206,6 +206,15 @@ def test_a_hundred_groups_have_a_table_and_no_picture(tmp_path):
 # --- the verdict -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("accuracy", "few"), [(0.98, "2 answers are wrong"), (0.05, "5 answers are right")])
+def test_a_handful_of_errors_is_not_taken_at_its_word(accuracy, few):
+    report = make_report(make_measured())
+    report["rows"]["model"] |= {"clips": 100, "accuracy": accuracy, "error_auroc_of_uncertainty": 0.99}
+    assert "in 99 % of the pairs" in verdict(report)[2] and f"Only {few}: it may be chance." in verdict(report)[2]
+    report["rows"]["model"]["accuracy"] = 0.9
+    assert "chance" not in verdict(report)[2]
+
+
 def test_the_verdict_follows_the_numbers():
     report = make_report(make_measured())
     report["rows"]["model"] |= {"accuracy": 0.7, "weighted_f1": 0.71, "weighted_f1_interval": (0.6, 0.8)}
