@@ -404,11 +404,15 @@ class MMSERTrainer(Trainer):
             if model.config.openmax_threshold is not None:
                 wanted.append("is_unknown")
         ignored = [output.name for output in fields(MMSEROutput) if output.name not in wanted]
+        # What is fitted and scored needs every clip, in one piece, whatever the batches of the training are
+        drop_last, concatenate = self.args.dataloader_drop_last, self.args.eval_do_concat_batches
+        self.args.dataloader_drop_last, self.args.eval_do_concat_batches = False, True
         compute_metrics, self.compute_metrics, self._is_predicting = self.compute_metrics, None, True
         try:
             prediction = self.predict(dataset, ignore_keys=ignored)
         finally:
             self.compute_metrics, self._is_predicting = compute_metrics, False
+            self.args.dataloader_drop_last, self.args.eval_do_concat_batches = drop_last, concatenate
         outputs = dict(zip(wanted, prediction.predictions, strict=True))
         for name in ("uncertainty", "unknown_probability", "rejection_score"):
             if name in outputs:

@@ -783,6 +783,16 @@ def test_results_in_batches_or_in_part_are_in_the_order_of_the_data_set(splits, 
     np.testing.assert_allclose(logits, plain.predict(dataset).predictions[: len(logits)], atol=1e-5)
 
 
+@pytest.mark.parametrize("option", [{"eval_do_concat_batches": False}, {"dataloader_drop_last": True}])
+def test_what_is_fitted_sees_every_clip(splits, tmp_path, option):
+    """Also those of the last batch, which training may leave out."""
+    trainer = make_trainer(tiny_model(), splits, tmp_path, per_device_eval_batch_size=5, **option)
+    outputs = trainer.predict_outputs(EmotionDataset(splits["train"]))
+    assert len(outputs["labels"]) == len(outputs["logits"]) == len(splits["train"]) == 32
+    assert outputs["labels"].tolist() == splits["train"]["labels"]
+    assert all(getattr(trainer.args, name) == value for name, value in option.items())
+
+
 def test_groups_of_length_are_what_one_step_sees(splits, tmp_path, monkeypatch):
     """So that N processes see the batches that one process with N-fold accumulation sees."""
     sizes = {}
