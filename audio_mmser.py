@@ -29,6 +29,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 MIN_SECONDS = 0.025  # 400 samples at 16 kHz: the receptive field of one wav2vec2 frame, and one Whisper STFT window
 MIN_SAMPLING_RATE = 1000  # Hz; below this the caller has most likely given kHz
+MAX_SAMPLING_RATE = 10_000_000  # Hz; above it a header is broken, and resampling would take seconds
 LOUD = 10.0  # floats lie in [-1, 1]; samples of 16 bits that were only cast reach some thousands
 INTEGER_FORMATS = {  # dtype: (zero level, full scale)
     "int8": (0, 2**7),
@@ -250,8 +251,11 @@ def _check_samples(samples: np.ndarray, name: str, start: int = 0) -> None:
 def _check_rate(sampling_rate: Any, name: str) -> None:
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, numbers.Real):
         raise TypeError(f"{name}: `sampling_rate` must be a number in Hz, got {sampling_rate!r}")
-    if not MIN_SAMPLING_RATE <= float(sampling_rate) < float("inf"):
-        raise ValueError(f"{name}: `sampling_rate` is in Hz and at least {MIN_SAMPLING_RATE}, got {sampling_rate}")
+    if not MIN_SAMPLING_RATE <= float(sampling_rate) <= MAX_SAMPLING_RATE:
+        raise ValueError(
+            f"{name}: `sampling_rate` is in Hz, at least {MIN_SAMPLING_RATE} and at most {MAX_SAMPLING_RATE}, got "
+            f"{sampling_rate}"
+        )
 
 
 def _check_is_file(path: Path, name: str) -> Path:

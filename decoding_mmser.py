@@ -24,7 +24,6 @@ FAR = 2**50  # bytes; no file is as long
 UNKNOWN_FRAMES = 2**40  # samples; libsndfile gives more for "until the end"
 UNKNOWN_SIZE = 0x7F000000  # programs that write to a pipe put a size from here up: "until the end of the file"
 MP3_FRAME = 1152  # samples; MP3 headers may be wrong by the encoder's delay
-MP3_FRAME_BYTES = 1441  # of the largest frame
 AV_SLACK = 0.2  # s; delay and padding of an encoder, which some containers count and some do not
 # What PyAV may open. Not playlists: they make FFmpeg fetch other files and addresses
 AV_FORMATS = "mov,matroska,webm,aac,asf,ogg,mp3,flac,wav,w64,aiff,au,caf,amr,ac3,eac3,avi,flv,mpegts,mpeg,wv,ape,tta"
@@ -273,10 +272,11 @@ def _mpeg_parts(content: Content, start: int, stop: int, name: str) -> Iterator[
         # With a far end, a header's mention of the size would be told to be wrong, on the terminal
         window = Window(content, start, stop, is_endless=not count)
         yield window, None
-        counted = begin + size if count and size else start + window.position
-        if not count or stop - counted <= (MP3_FRAME_BYTES if size else 3 * MP3_FRAME_BYTES):
+        position = start + window.position
+        rest = 4 * (position - begin) / max(1, count)  # frames that hold nothing but the encoder's padding
+        if not count or stop - position <= rest:
             return
-        start = max(counted, start + window.position)
+        start = begin + size if position <= begin + size <= position + rest else position
         if content[start : start + 3] == b"TAG":
             start += 128
         if not _starts_mpeg(content, _after_id3(content, start)):
@@ -364,6 +364,8 @@ def _decode_with_av(content: Content, name: str, reason: str) -> Iterator[tuple[
             stream = container.streams.best("audio")
             if stream is None:
                 raise ValueError(f"{name}: holds no audio")
+            if stream.codec_context is None:
+                raise ValueError(f"{name}: cannot be read as audio ({reason}; no codec is known). {READABLE_FORMATS}")
             yield from _av_blocks(container, stream, name)
     except av.FFmpegError as error:
         raise ValueError(
@@ -375,7 +377,7 @@ def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, np
     import av
 
     resampler = av.AudioResampler(format="fltp")  # which also keeps one rate and layout
-    rate, held, damaged = stream.rate, 0, 0
+    rate, held, damaged = 0, 0, 0
     rows: list[np.ndarray] = []
     for packet in container.demux(stream):
         try:
@@ -383,21 +385,21 @@ def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, np
         except av.InvalidDataError:
             damaged += 1
             continue
-        for frame in frames:
-            rows += [resampled.to_ndarray().mean(axis=0) for resampled in resampler.resample(frame)]
+        for resampled in [part for frame in frames for part in resampler.resample(frame)]:
+            rate = resampled.sample_rate  # the stream's own may be half of it, for HE-AAC
+            rows.append(resampled.to_ndarray().mean(axis=0))
         if sum(map(len, rows)) >= BLOCK:
             held += sum(map(len, rows))
             yield rate, np.concatenate(rows)
             rows = []
-    rows += [frame.to_ndarray().mean(axis=0) for frame in resampler.resample(None)]
+    if rate:
+        rows += [frame.to_ndarray().mean(axis=0) for frame in resampler.resample(None)]
     held += sum(map(len, rows))
     if rows:
         yield rate, np.concatenate(rows)
-    promised = _av_promised(container, stream)
-    if held / rate < promised - AV_SLACK:
-        raise ValueError(
-            f"{name}: truncated, the header promises {promised:.2f} s but only {held / rate:.2f} s are there"
-        )
+    promised, seconds = _av_promised(container, stream), held / (rate or 1)
+    if seconds < promised - AV_SLACK:
+        raise ValueError(f"{name}: truncated, the header promises {promised:.2f} s but only {seconds:.2f} s are there")
     if damaged:
         logger.warning_once(f"{name}: {damaged} packets are damaged and left out")
 
@@ -430,7 +432,10 @@ def count_samples(content: Content, source: Any, name: str) -> tuple[int, int]:
                 with _ForwardFile(part, closefd=False) as sound:
                     total += promised or sound.frames
                     rate = sound.samplerate
-            return total, rate
+                if isinstance(part, Window):
+                    part.seek(0, os.SEEK_END)  # as if it had been read
+            if total < UNKNOWN_FRAMES:
+                return total, rate
     blocks = [(len(samples), rate) for rate, samples in decode(content, source, name)]
     return sum(length for length, _ in blocks), blocks[0][1] if blocks else 1
 
@@ -442,12 +447,16 @@ def _is_believed(content: Content) -> bool:
         return _is_plausible_flac(content, start)
     if _starts_mpeg(content, start):
         begin, count, size = _mpeg_header(content, 0)
-        return bool(count and size) and abs(_before_tags(content, 0, len(content)) - begin - size) <= MP3_FRAME_BYTES
+        return bool(count and size) and 0 <= _before_tags(content, 0, len(content)) - begin - size < size / count
     return not start and not (content[:4] == b"RIFF" and _wav_data(content)[2])
 
 
 def _is_plausible_flac(content: Content, start: int) -> bool:
-    """Whether a FLAC file's count of samples can be true: it may not be larger than the samples as they are."""
+    """Whether a FLAC file's count of samples can be true: its frames are not larger than the samples as they are."""
     number, count = _flac_information(content, start)
-    bytes_per_sample = ((number >> 41 & 7) + 1) * ((number >> 36 & 31) + 8) / 8
-    return count > 0 and len(content) - start <= 2**16 + 1.02 * count * bytes_per_sample
+    bytes_per_sample = ((number >> 41 & 7) + 1) * ((number >> 36 & 31) + 1) / 8
+    position, is_last = start + 4, False
+    while not is_last and position + 4 <= len(content):  # the blocks before the frames: tags, pictures
+        is_last = content[position] >= 128
+        position += 4 + int.from_bytes(content[position + 1 : position + 4], "big")
+    return count > 0 and len(content) - position <= 1024 + 1.02 * count * bytes_per_sample

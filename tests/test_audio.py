@@ -131,16 +131,27 @@ class TestMP3:
         samples = every_form(patched(content, content.find(b"Xing") + 4, bytes(4)), tmp_path)
         assert len(CLIP) <= len(samples) <= len(CLIP) + 4 * FRAME
 
+    def test_xing_header_with_a_wrong_count(self, tmp_path):
+        content = mp3()
+        position = content.find(b"Xing") + 8
+        refused(patched(content, position, struct.pack(">I", 10**5)), "truncated", tmp_path)
+        # of a recording that went on, and one that nothing can be as long as
+        for counts in (struct.pack(">II", 20, 4000), struct.pack(">I", 2**32 - 1)):
+            samples = every_form(patched(content, position, counts), tmp_path)
+            assert len(samples) == pytest.approx(len(CLIP), abs=4 * FRAME)
+        samples = load_audio(patched(content, position, struct.pack(">I", 20)))
+        assert len(samples) == pytest.approx(len(CLIP), abs=4 * FRAME)
+
     def test_the_first_bytes_are_lost(self, tmp_path):
         samples = every_form(mp3()[100:], tmp_path)  # inside of the Xing header; PyAV finds the next frame
         assert len(CLIP) <= len(samples) <= len(CLIP) + 4 * FRAME
 
     @pytest.mark.parametrize("between", [b"", ID3V2, ID3V1 + ID3V2])
     def test_files_one_after_the_other(self, tmp_path, between):
-        first, second = mp3(), mp3(sine(2.0))
-        samples = every_form(first + between + second, tmp_path)
-        np.testing.assert_array_equal(samples, np.concatenate([load_audio(first), load_audio(second)]))
-        assert len(samples) == len(CLIP) + 2 * RATE
+        for first, second in ((mp3(), mp3(sine(2.0))), (mp3(sine(0.3)), mp3(0.01 * sine(0.1)))):
+            samples = every_form(first + between + second, tmp_path)
+            np.testing.assert_array_equal(samples, np.concatenate([load_audio(first), load_audio(second)]))
+        assert len(every_form(mp3() + between + mp3(), tmp_path)) == 2 * len(CLIP)
 
     def test_files_of_two_rates_are_refused(self, tmp_path):
         refused(mp3() + mp3(sine(2.0, 44100), 44100), "of 16000 and 44100 Hz", tmp_path)
@@ -238,6 +249,10 @@ class TestWAV:
         refused(patched(self.content, 40, struct.pack("<I", 0x7E000000)), "truncated", tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 2e7
         tracemalloc.stop()
+
+    def test_an_unknown_codec_and_an_impossible_rate(self, tmp_path):
+        refused(patched(self.content, 20, b"\x77\x77"), "cannot be read as audio", tmp_path)
+        refused(encoded(CLIP, 2**31 - 1, format="AU"), "at most 10000000", tmp_path)
 
     def test_more_than_the_header_counts(self, tmp_path, warnings_of):
         content = patched(self.content, 40, struct.pack("<I", RATE))

@@ -37,7 +37,17 @@ ROOT = Path(__file__).parents[1]
 MODULES = [*sorted(path.stem for path in ROOT.glob("*.py")), "mmser"]
 CODE_FILES = tuple(
     f"{name}_mmser.py"
-    for name in ("audio", "configuration", "encoders", "losses", "modeling", "openmax", "pipeline", "processing")
+    for name in (
+        "audio",
+        "configuration",
+        "decoding",
+        "encoders",
+        "losses",
+        "modeling",
+        "openmax",
+        "pipeline",
+        "processing",
+    )
 )
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib")
 LABELS = ["bored", "calm", "tense"]  # not the default ones: a checkpoint must explain its own labels
@@ -112,7 +122,17 @@ def provenance(*objects):
     classes = [type(thing) for thing in objects]
     own = [
         f"{name}_mmser"
-        for name in ("audio", "configuration", "encoders", "losses", "modeling", "openmax", "pipeline", "processing")
+        for name in (
+            "audio",
+            "configuration",
+            "decoding",
+            "encoders",
+            "losses",
+            "modeling",
+            "openmax",
+            "pipeline",
+            "processing",
+        )
     ]
     return {
         "modules": [cls.__module__ for cls in classes],
