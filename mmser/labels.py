@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label names and ids: which classes a data set has, and the id of a label as it is written in a row."""
+"""Label names and ids: which classes a data set has, and the id of a label as it is written in a row.
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+Read in this order: `choose_label_names` (the classes), `check_labels` (no class is lost), `label_id` (one row).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from transformers.utils import logging
@@ -12,44 +17,200 @@ from configuration_mmser import DEFAULT_LABELS
 logger = logging.get_logger(__name__)
 
 UNKNOWN_LABEL = -1  # "none of the known classes": only in open-set data
+FEW = 5  # labels and rows that a message lists
+
+Found = Mapping[str, Sequence[str]]  # label as it is written -> where its rows are, for messages
+
+
+def gather_labels(labelled_rows: Iterable[tuple[Any, str]]) -> Found:
+    """The labels of (label, row) pairs, each with its rows. Rows without a label are left out.
+
+    Raises:
+        ValueError: if a label is a list or the like.
+    """
+    found: dict[str, list[str]] = {}
+    for label, row in labelled_rows:
+        if isinstance(label, list | tuple | dict):
+            raise ValueError(f"{row}: a label is one name or number, got {label!r:.60}")
+        if not is_missing(written := _written(label)):
+            found.setdefault(written, []).append(row)
+    return found
 
 
 def choose_label_names(
-    given: Sequence[str] | None, class_names: Sequence[str] | None = None, labels: Iterable[Any] = ()
+    given: Sequence[str] | None,
+    class_names: Sequence[str] | None = None,
+    found: Found | None = None,
+    checkpoint_names: Sequence[str] | None = None,
 ) -> list[str]:
-    """Choose the class names: those given; else the default ones if the data's are among them; else the data's.
+    """Choose the class names: those given; else those that the data set declares; else those found in its rows.
+
+    Found names are as many as there are: first those among neutral, happy, sad, angry, in this order, then the others,
+    sorted. Found numbers are names too, in the order of their values; the numbers 0, 1, 2, 3, no more and no less,
+    are neutral, happy, sad, angry.
 
     Args:
         given: names given by the user.
         class_names: names that the data set declares, in the order of their ids.
-        labels: labels of the training rows; their sorted names are used if the data set declares none.
+        found: labels of all rows, of all splits; None if they are not known beforehand (a stream).
+        checkpoint_names: names of the checkpoint that is trained further. They are kept if the data's are among them.
 
     Raises:
-        ValueError: if there are fewer than two names, or two are the same.
+        ValueError: if there are fewer than two names, two are the same, or they are not all of one kind.
     """
     if given is not None:
-        names = [str(name).strip() for name in given]
+        return _check_names([str(name).strip() for name in given])
+    if class_names:
+        names = _check_names(_default_order(class_names) if _are_default(class_names) else list(class_names))
+    elif found is not None:
+        names = _found_names(found)
     else:
-        written = {_written(label) for label in labels} - {""}
-        names = list(class_names or sorted(n for n in written if _as_id(n) is None and n.casefold() != "unknown"))
-        if {name.casefold() for name in names} <= set(DEFAULT_LABELS):
-            names = list(DEFAULT_LABELS)
-    if len({name.casefold() for name in names}) != len(names) or "" in names or len(names) < 2:
+        names = list(checkpoint_names or DEFAULT_LABELS)
+        logger.warning(
+            f"The labels of a stream are not known beforehand: they are taken as {', '.join(names)}, and ids as "
+            f"0 to {len(names) - 1} in this order. --labels gives others."
+        )
+    if checkpoint_names:
+        if set(_keys(tuple(names))) <= set(_keys(tuple(checkpoint_names))):
+            return list(checkpoint_names)
+        logger.warning(
+            f"The labels {', '.join(names)} are not all among those of the checkpoint "
+            f"({', '.join(checkpoint_names)}): its output layers start anew"
+        )
+    return names
+
+
+def _check_names(names: list[str]) -> list[str]:
+    keys = _keys(tuple(names))
+    if len(set(keys)) != len(keys) or "" in keys or len(keys) < 2:
         raise ValueError(f"label names must be two or more different names, got {names}")
     return names
 
 
-def warn_of_rare_labels(labels: Sequence[Any], label_names: Sequence[str]) -> None:
-    """Warn about names that fewer than 5 of the training rows' labels have: most likely they are misspelt."""
+def _found_names(found: Found) -> list[str]:
+    """The names of the classes that rows have."""
+    classes = {label: rows for label, rows in found.items() if not _is_none_of_the_classes(label)}
+    numbers = [label for label in classes if _is_number(label)]
+    if not classes:
+        raise ValueError(f"no row has a label that is a class; found: {_list_labels(found) or 'nothing'}")
+    if numbers and len(numbers) < len(classes):
+        named = {label: rows for label, rows in classes.items() if label not in numbers}
+        raise ValueError(
+            f"some labels are names, {_list_labels(named)}, and some are numbers, "
+            f"{_list_labels({label: classes[label] for label in numbers})}: write all of them in one way, or give the "
+            "names in the order of their ids with --labels"
+        )
+    fractions = [label for label in numbers if _as_id(label) is None]
+    if fractions:
+        raise ValueError(
+            f"labels are classes, but there is {_list_labels({label: classes[label] for label in fractions})}: give "
+            "names or whole numbers, or name them with --labels"
+        )
+    if not numbers:
+        _refuse_two_spellings(classes)
+        return _check_names(_default_order(classes))
+    ids = sorted({number for label in numbers if (number := _as_id(label)) is not None})
+    if ids == list(range(len(DEFAULT_LABELS))):
+        logger.info(f"The labels 0, 1, 2, 3 are taken as {', '.join(DEFAULT_LABELS)}. --labels gives other names.")
+        return list(DEFAULT_LABELS)
+    names = [str(number) for number in ids]
+    logger.info(f"The labels are numbers: the classes are called {', '.join(names)}.")
+    return _check_names(names)
+
+
+def _refuse_two_spellings(found: Found) -> None:
+    """Refuse labels that differ in case or spaces alone; of the default names each spelling is known."""
+    spellings: dict[str, list[str]] = {}
+    for label in found:
+        spellings.setdefault(_key(label), []).append(label)
+    for key, labels in spellings.items():
+        if len(labels) > 1 and key not in DEFAULT_LABELS:
+            raise ValueError(
+                f"labels differ only in case or spaces: {_list_labels({label: found[label] for label in labels})}. "
+                "Write them in one way, or choose one with --labels"
+            )
+
+
+def _are_default(names: Iterable[str]) -> bool:
+    return {_key(name) for name in names} <= set(DEFAULT_LABELS)
+
+
+def _default_order(names: Iterable[str]) -> list[str]:
+    """The default names among these names in their order and spelling, then the others, sorted."""
+    names = set(names)
+    keys = {_key(name) for name in names}
+    others = sorted(name for name in names if _key(name) not in DEFAULT_LABELS)
+    return [name for name in DEFAULT_LABELS if name in keys] + others
+
+
+def _list_labels(found: Found) -> str:
+    listed = [
+        f"{label!r} ({_count(rows)}, first {rows[0]})"
+        for label, rows in sorted(found.items(), key=lambda item: -len(item[1]))[:FEW]
+    ]
+    return ", ".join(listed) + (f" and {len(found) - FEW} more" if len(found) > FEW else "")
+
+
+def _count(rows: Sequence[str]) -> str:
+    return f"{len(rows)} row{'s' * (len(rows) > 1)}"
+
+
+def check_labels(found: Found, training: Found | None, label_names: Sequence[str], is_found: bool) -> None:
+    """Refuse labels that are none of the classes, and classes that cannot be learned; warn about rare classes.
+
+    Labels are checked before rows: a label that is not known is a whole class, and never a bad row to leave out.
+
+    Args:
+        found: labels of all rows.
+        training: labels of the training rows; None if there is no training split.
+        label_names: names of the classes.
+        is_found: whether these were found in the rows: then a class without a training row is an accident.
+
+    Raises:
+        ValueError: naming each label, how many rows have it, and what to do.
+    """
     logger.info(f"Labels: {', '.join(label_names)}")
-    counts = Counter(_written(label).casefold() for label in labels)
-    rare = {name: counts[name.casefold()] for name in label_names if 0 < counts[name.casefold()] < 5}
-    if rare and len(labels) >= 20 * len(label_names):
-        logger.warning(f"Labels with fewer than 5 training clips: {rare} of {list(label_names)}. Is a name misspelt?")
+    problems, ids = [], {}
+    for label, rows in found.items():
+        try:
+            ids[label] = label_id(label, label_names, rows[0])
+        except ValueError as error:
+            problems.append(f"{error} ({_count(rows)} with this label)")
+    counts = [0] * len(label_names)
+    for label in ids.keys() & (training or {}).keys():
+        counts[ids[label]] += len((training or {})[label])
+    if training is not None and is_found:
+        problems += [
+            f"{found[label][0]}: label {label!r} is in no training row ({_count(found[label])} with it elsewhere)"
+            for label, index in ids.items()
+            if not counts[index]
+        ]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems[:FEW])
+        raise ValueError(
+            f"{len(problems)} label{'s' * (len(problems) > 1)} cannot be used:{listed}"
+            f"{f' and {len(problems) - FEW} more' if len(problems) > FEW else ''}\n"
+            "A whole class is no bad row, and is not skipped: correct the labels, name all classes with --labels, or "
+            "put clips that are none of the classes into a folder of their own for --ood_dir."
+        )
+    if training is not None:
+        _warn_of_rare_labels(dict(zip(label_names, counts, strict=True)))
+
+
+def _warn_of_rare_labels(counts: dict[str, int]) -> None:
+    """Warn about classes without a training row, and about those with fewer than 5: likely these are misspelt."""
+    absent = [name for name, count in counts.items() if not count]
+    if absent:
+        logger.warning(f"No training row has the label {', '.join(absent)}: the model cannot learn it")
+    rare = {name: count for name, count in counts.items() if 0 < count < 5}
+    if rare and sum(counts.values()) >= 20 * len(counts):
+        logger.warning(f"Labels with fewer than 5 training clips: {rare} of {list(counts)}. Is a name misspelt?")
 
 
 def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bool = False) -> int:
     """The id of a label that is written as a name or as an id.
+
+    Where the names themselves are numbers, a number is a name: ids are not read then.
 
     Args:
         label: as it is written.
@@ -61,13 +222,13 @@ def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bo
         ValueError: naming the row and what is allowed.
     """
     written = _written(label)
-    names = [name.casefold() for name in label_names]
-    if written.casefold() in names:
-        return names.index(written.casefold())
-    if not written:
+    keys = _keys(tuple(label_names))
+    if _key(written) in keys:
+        return keys.index(_key(written))
+    if is_missing(written):
         raise ValueError(f"{row} has no label")
-    number = _as_id(written)
-    is_unknown = number == UNKNOWN_LABEL or written.casefold() == "unknown"
+    number = None if _are_numbers(label_names) else _as_id(written)
+    is_unknown = _is_none_of_the_classes(written)
     if allow_unknown and (is_unknown or number is None):
         return UNKNOWN_LABEL
     if is_unknown:
@@ -77,22 +238,52 @@ def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bo
         )
     if number is None:
         raise ValueError(f"{row}: unknown label {written!r}; allowed: {', '.join(label_names)}")
-    if not 0 <= number < len(names):
+    if not 0 <= number < len(keys):
         raise ValueError(
-            f"{row}: label {written} is out of range; allowed: 0 to {len(names) - 1} ({', '.join(label_names)}). "
+            f"{row}: label {written} is out of range; allowed: 0 to {len(keys) - 1} ({', '.join(label_names)}). "
             "For another label set give --labels."
         )
     return number
 
 
+def is_missing(written: str) -> bool:
+    """Whether a label says that there is none: it is empty, or what tables write for a number that is missing."""
+    return written.casefold() in ("", "nan")
+
+
 def _written(label: Any) -> str:
-    return "" if label is None else str(label).strip()
+    return "" if label is None else unicodedata.normalize("NFC", str(label).strip())
+
+
+def _is_none_of_the_classes(label: str) -> bool:
+    return _as_id(label) == UNKNOWN_LABEL or label.casefold() == "unknown"
+
+
+def _key(name: str) -> str:
+    """What two spellings of a label have in common: case, spaces and zeros do not count."""
+    number = _as_id(name)
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split()) if number is None else str(number)
+
+
+@lru_cache(maxsize=16)
+def _keys(label_names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_key(name) for name in label_names)
+
+
+@lru_cache(maxsize=16)
+def _any_is_number(label_names: tuple[str, ...]) -> bool:
+    return any(_is_number(name) for name in label_names)
+
+
+def _are_numbers(label_names: Sequence[str]) -> bool:
+    return _any_is_number(tuple(label_names))
+
+
+def _is_number(label: str) -> bool:
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", label, re.IGNORECASE) is not None
 
 
 def _as_id(label: str) -> int | None:
-    """The integer that a label spells (`"2"`, `"2.0"`, `"-1"`), or None if it is a name."""
-    try:
-        number = float(label)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else None
+    """The integer that a label spells (`"2"`, `"2.0"`, `"-1"`), or None if it is a name or another number."""
+    match = re.fullmatch(r"([+-]?\d+)(\.0*)?", label)
+    return int(match[1]) if match else None

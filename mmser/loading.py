@@ -12,7 +12,7 @@ import datasets
 
 from configuration_mmser import DEFAULT_LABELS
 from mmser.bad_rows import check_on_bad_example, report_problems
-from mmser.labels import choose_label_names, label_id, warn_of_rare_labels
+from mmser.labels import check_labels, choose_label_names, gather_labels, label_id
 from mmser.sources import (
     SPLIT_NAMES,
     TEXT_COLUMNS,
@@ -20,12 +20,14 @@ from mmser.sources import (
     Record,
     Request,
     find_metadata,
+    read_class_folders,
     read_folder,
     read_hub,
     read_table,
     stream_hub,
 )
 from mmser.splits import divide_by_speaker
+from mmser.table_files import is_table
 
 
 def load_emotion_dataset(
@@ -40,6 +42,7 @@ def load_emotion_dataset(
     columns: DataColumns | None = None,
     extra_columns: Sequence[str] = (),
     label_names: Sequence[str] | None = None,
+    checkpoint_names: Sequence[str] | None = None,
     streaming: bool = False,
     validation_fraction: float = 0.15,
     test_fraction: float = 0.15,
@@ -51,21 +54,26 @@ def load_emotion_dataset(
 
     Args:
         data_dir: folder with `<split>/metadata.csv` (or `.tsv`, `.jsonl`), `<split>.csv`, or one `metadata.csv` at
-            the top with an optional `split` column. Audio paths are relative to the file that lists them.
+            the top with an optional `split` column. Audio paths are relative to the file that lists them. Without
+            any such table: `<split>/<class>/<clip>`, or `<class>/<clip>`.
         manifest: one CSV, TSV or JSONL file with an optional `split` column.
         dataset_name, dataset_config_name: data set on the Hub (or a folder that `datasets.load_dataset` reads).
         train_split, validation_split, test_split: names of the splits in the source; default: their usual names.
         columns: names of the columns.
         extra_columns: more columns to keep, as strings under their own names. The name of one of our own columns, such
             as `corpus`, means that one.
-        label_names: class names in the order of their ids; default: neutral, happy, sad, angry when the labels are
-            ids or among these names, else the class names of the Hub data set or the sorted names in training data.
+        label_names: class names in the order of their ids; default: the class names that the Hub data set declares,
+            else the names in the rows, those of neutral, happy, sad, angry first. Numbers are names too, but 0, 1, 2
+            and 3, no more and no less, are neutral, happy, sad, angry.
+        checkpoint_names: class names of the checkpoint that is trained further; kept if the data's are among them.
         streaming: read the Hub data set while training. Nothing is split or checked across rows then.
         validation_fraction, test_fraction: shares, of the speakers, to hold out of the training data where the source
             has no validation split; one for test only if it has no test split either.
         seed: seed of the division.
-        allow_speaker_overlap: accept a speaker in two splits, or a random division of data without speakers.
-        on_bad_example: "error", or "skip" to leave bad rows out with a warning that counts them.
+        allow_speaker_overlap: accept a speaker or the same audio in two splits, or a random division of data without
+            speakers.
+        on_bad_example: "error", or "skip" to leave bad rows out with a warning that counts them. A label that is none
+            of the classes is always an error.
 
     Returns:
         The splits and the label names. Columns: `labels` (int), `row` (where the row is, for messages) and, if the
@@ -73,7 +81,7 @@ def load_emotion_dataset(
         `speaker`, `language`, `corpus`, `sex`, and the `extra_columns`.
 
     Raises:
-        ValueError: if the source, a column or a row is not usable, or a speaker is in two splits.
+        ValueError: if the source, a column, a label or a row is not usable, or a speaker or a clip is in two splits.
     """
     fractions = {"test": test_fraction, "validation": validation_fraction}
     _check_arguments({"data_dir": data_dir, "manifest": manifest, "dataset_name": dataset_name}, fractions, streaming)
@@ -83,7 +91,7 @@ def load_emotion_dataset(
     request = Request(columns or DataColumns(), extra_columns, names)
     class_names, audio = None, None
     if dataset_name is not None and streaming:
-        return stream_hub(dataset_name, dataset_config_name, request, label_names, on_bad_example)
+        return stream_hub(dataset_name, dataset_config_name, request, label_names, on_bad_example, checkpoint_names)
     if dataset_name is not None:
         records, audio, class_names = read_hub(dataset_name, dataset_config_name, request)
     elif data_dir is not None:
@@ -91,12 +99,17 @@ def load_emotion_dataset(
     else:
         records = read_table(Path(str(manifest)), request)
 
-    training = [record.label for record in records if record.split == "train"] or [r.label for r in records]
-    label_names = choose_label_names(label_names, class_names, training)
+    if on_bad_example == "error":
+        report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
+    found = gather_labels((record.label, record.row) for record in records)
+    is_given = label_names is not None or bool(class_names)
+    label_names = choose_label_names(label_names, class_names, found, checkpoint_names)
+    is_found = not is_given and label_names != list(DEFAULT_LABELS)
+    training = gather_labels((record.label, record.row) for record in records if record.split == "train")
+    check_labels(found, training or None, label_names, is_found)
     usable = _check_records(records, label_names, request.problems, is_embedded=audio is not None)
-    warn_of_rare_labels(training, label_names)
     report_problems(request.problems, on_bad_example)
-    splits = divide_by_speaker(records, usable, fractions, seed, allow_speaker_overlap)
+    splits = divide_by_speaker(records, usable, fractions, seed, allow_speaker_overlap, audio)
     empty = [split for split, indices in splits.items() if not indices]
     if empty or not splits:
         raise ValueError(f"no usable row is left in {data_dir or manifest or dataset_name} {' '.join(empty)}")
@@ -116,7 +129,8 @@ def load_emotion_split(
     """Load one folder (with `metadata.csv`, `.tsv` or `.jsonl`) or one manifest, such as an open-set folder.
 
     Args:
-        path: the folder or the file. A `split` column is ignored.
+        path: the folder or the file. A `split` column is ignored. In a folder without metadata, sub-folders are
+            classes, and for open-set data loose clips have none.
         columns, extra_columns, on_bad_example: as in `load_emotion_dataset`.
         label_names: class names in the order of their ids.
         allow_unknown: open-set data: -1, "unknown" and every name that is not in `label_names` become -1, and so
@@ -132,7 +146,11 @@ def load_emotion_split(
     label_names = choose_label_names(label_names)
     path = Path(path)
     request = Request(columns or DataColumns(), extra_columns, needs_labels=not allow_unknown)
-    records = read_table(find_metadata(path) if path.is_dir() else path, request, root=path.parent)
+    records = read_class_folders(path, request) if path.is_dir() and not any(map(is_table, path.iterdir())) else []
+    records = records or read_table(find_metadata(path) if path.is_dir() else path, request, root=path.parent)
+    found = gather_labels((record.label, record.row) for record in records)
+    if not allow_unknown:
+        check_labels(found, None, label_names, is_found=False)
     usable = _check_records(records, label_names, request.problems, allow_unknown=allow_unknown)
     report_problems(request.problems, on_bad_example)
     if not usable:

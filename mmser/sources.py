@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where clips come from: a table, a folder of tables, or a data set on the Hub, read into records.
+"""Where clips come from: a table, a folder of tables or of classes, or a data set on the Hub, read into records.
 
 Read in this order: `DataColumns` and `Request` (what to read), `Record` and `Layout` (how one row becomes a record),
-then a reader for each kind of source: `read_table`, `read_folder`, `read_hub`, `stream_hub`.
+then a reader for each kind of source: `read_table`, `read_folder`, `read_class_folders`, `read_hub`, `stream_hub`.
 """
 
-import csv
-import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,24 @@ from transformers.utils import logging
 
 from mmser.bad_rows import skip_or_raise
 from mmser.labels import UNKNOWN_LABEL, choose_label_names, label_id
+from mmser.table_files import find_files, is_table, read_rows
 
 logger = logging.get_logger(__name__)
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+AUDIO_SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64"),
+    *(".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".mka", ".mkv"),
+)
 TEXT_COLUMNS = ("text", "speaker", "language", "corpus", "sex")  # our own columns that hold strings
 ALTERNATIVE_COLUMNS = {  # other usual names, looked for where a default name is missing
     "audio": ("audio", "path", "file"),
     "label": ("emotion",),
     "text": ("text", "transcript", "sentence"),
+    "speaker": (
+        *("speaker_id", "speaker_name", "spk", "spk_id", "spkr", "talker", "talker_id", "actor", "actor_id"),
+        *("client_id", "subject", "subject_id", "participant", "participant_id"),
+    ),
     "sex": ("gender",),
 }
 
@@ -37,8 +43,8 @@ ALTERNATIVE_COLUMNS = {  # other usual names, looked for where a default name is
 class DataColumns:
     """Names of the columns to read; the flag for each is `--<field>_column`. None switches an optional one off.
 
-    A default that is missing from the data is looked for under its other usual names (`ALTERNATIVE_COLUMNS`);
-    a name that was chosen by the user must exist.
+    A default that is missing from the data is looked for under its other usual names (`ALTERNATIVE_COLUMNS`), in upper
+    or lower case; a name that was chosen by the user must exist.
     """
 
     audio: str | None = "file_name"
@@ -102,14 +108,26 @@ def _string(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
+def find_column(role: str, name: str | None, available: Sequence[str]) -> str | None:
+    """The available column for a field of `DataColumns`: `name` or, if that is the default, another usual name."""
+    if name != DataColumns.__dataclass_fields__[role].default:
+        return name if name in available else None
+    by_case = {column.casefold(): column for column in reversed(available)}  # of two, the first one
+    names = (str(name), *ALTERNATIVE_COLUMNS.get(role, ()))
+    exact = next((candidate for candidate in names if candidate in available), None)
+    found = exact or next((by_case[candidate] for candidate in names if candidate in by_case), None)
+    if role == "speaker" and found not in (None, name):
+        logger.info(f"The speakers are in the column {found!r}")
+    return found
+
+
 def find_layout(available: Sequence[str], request: Request, source: object) -> Layout:
     """Find the requested columns among the available ones; a missing column is an error if it is needed."""
     found = {}
     for role in fields(DataColumns):
         name = getattr(request.columns, role.name)
         is_default = name == role.default
-        names = (name, *ALTERNATIVE_COLUMNS.get(role.name, ())) if is_default else (name,)
-        match = next((candidate for candidate in names if candidate in available), None)
+        match = find_column(role.name, name, available)
         is_needed = not is_default or role.name == "audio" or (role.name == "label" and request.needs_labels)
         if match is not None:
             found[role.name] = match
@@ -172,7 +190,7 @@ def read_table(path: Path, request: Request, *, root: Path | None = None, split:
         A record for each good row; messages give its line in the file. Bad rows go to `request.problems`.
     """
     name = os.path.relpath(path, root or path.parent)
-    rows = _read_rows(path, name, request.problems)
+    rows = read_rows(path, name, request.problems)
     if not rows:
         return []
     available = list(dict.fromkeys(column for _, raw in rows for column in raw))
@@ -180,8 +198,9 @@ def read_table(path: Path, request: Request, *, root: Path | None = None, split:
     values = [split or "train"] * len(rows)
     split_of = {values[0]: values[0]}
     if split is None and request.split_names is not None:
-        if "split" in available:
-            values = [_string(raw.get("split")).casefold() for _, raw in rows]
+        column = next((column for column in available if column.casefold() == "split"), None)
+        if column is not None:
+            values = [_string(raw.get(column)).casefold() for _, raw in rows]
         split_of = {value: split for split, value in _pick_splits(dict.fromkeys(values), request, path).items()}
     records = []
     for (number, raw), value in zip(rows, values, strict=True):
@@ -191,86 +210,92 @@ def read_table(path: Path, request: Request, *, root: Path | None = None, split:
         elif record.split is None:
             request.problems.append(f"{record.row}: split {value!r} is none of {', '.join(split_of)}")
         else:
-            record.audio = os.path.join(path.parent, record.audio) if record.audio else ""
             records.append(record)
+    files = find_files(path.parent, {record.audio for record in records if record.audio}, name)
+    for record in records:
+        record.audio = files.get(record.audio, "")
     return records
 
 
-def _read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dict]]:
-    """The good rows of a table, each with its line number."""
-    if path.suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{path} is not a manifest: expected a file ending in {', '.join(TABLE_SUFFIXES)}")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    rows = []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in _json_rows(file) if path.suffix == ".jsonl" else _csv_rows(file, name):
-                if isinstance(row, dict):
-                    rows.append((number, row))
-                else:
-                    problems.append(f"{name} row {number} {row}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error}): save it as UTF-8") from error
-    if not rows and not problems:
-        raise ValueError(f"{path} has no rows")
-    return rows
-
-
-def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict | str]]:
-    """Line numbers, each with the row or what is wrong with it."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, f"is not valid JSON: {error}"
-        else:
-            yield number, row if isinstance(row, dict) else f"is not a JSON object: {line.strip()[:60]}"
-
-
-def _csv_rows(file: Iterable[str], name: str) -> Iterator[tuple[int, dict | str]]:
-    """Line numbers, each with the row or what is wrong with it."""
-    delimiter = "\t" if name.endswith(".tsv") else ","
-    reader = csv.reader(file, delimiter=delimiter, strict=True)  # else an open quote swallows the rest of the file
-    try:
-        header = next(reader, [])
-        for values in reader:
-            if len(values) == len(header):
-                yield reader.line_num, dict(zip(header, values, strict=True))
-            elif values:
-                yield reader.line_num, f"has {len(values)} fields, but the header has {len(header)}"
-    except csv.Error as error:
-        raise ValueError(f"{name} row {reader.line_num} is malformed: {error}") from error
-
-
 def read_folder(folder: Path, request: Request) -> list[Record]:
-    """Read a folder with `<split>/metadata.csv` or `<split>.csv` for each split, or one `metadata.csv` at the top."""
+    """Read a folder with `<split>/metadata.csv` or `<split>.csv` for each split, or one `metadata.csv` at the top.
+
+    A folder without any table is read by `read_class_folders`.
+    """
     if not folder.is_dir():
         raise ValueError(f"data_dir {str(folder)!r} is not a folder")
     tables: dict[str, list[Path]] = defaultdict(list)
     for table in sorted([*folder.glob("*/metadata.*"), *folder.glob("*.*")]):
-        if table.suffix in TABLE_SUFFIXES:
+        if is_table(table):
             tables[table.stem if table.parent == folder else table.parent.name].append(table)
     usual = {name.casefold() for names in (request.split_names or {}).values() for name in names}
+    if not tables and (records := read_class_folders(folder, request)):
+        return records
     if not any(name.casefold() in usual for name in tables):
         return read_table(find_metadata(folder), request, root=folder)
     tables.pop("metadata", None)
+    unread = [path.name for path in _subfolders(folder) if path.name.casefold() in usual and path.name not in tables]
+    if unread:
+        logger.warning(f"{folder}: {', '.join(unread)} has no metadata.csv (or .tsv, .jsonl) and is not read")
     records = []
     for split, name in _pick_splits(tables, request, folder).items():
         records += read_table(_only_one(tables[name]), request, root=folder, split=split)
     return records
 
 
+def read_class_folders(folder: Path, request: Request) -> list[Record]:
+    """Read a folder whose sub-folders are classes: `train/happy/x.wav`, or `happy/x.wav` without splits.
+
+    Loose clips have no class: they are allowed only where no labels are needed.
+
+    Returns:
+        The records, sorted by path; messages give the path. No record if there is no clip.
+
+    Raises:
+        ValueError: if a clip lies deeper or higher than in the folder of its class, or columns are asked for.
+    """
+    splits: dict[str | None, Path] = {None: folder}
+    if request.split_names is not None:
+        names = [path.name for path in _subfolders(folder)]
+        usual = {name.casefold() for names in request.split_names.values() for name in names}
+        is_divided = any(name.casefold() in usual for name in names)
+        picked = _pick_splits(names if is_divided else ["train"], request, folder)
+        splits = {split: folder / name if is_divided else folder for split, name in picked.items()}
+    rows = []
+    for split, top in splits.items():
+        for path in sorted(top.rglob("*")):
+            if path.suffix.lower() not in AUDIO_SUFFIXES or path.name.startswith(".") or not path.is_file():
+                continue
+            parts = path.relative_to(top).parts
+            if len(parts) > 2 or (len(parts) == 1 and request.needs_labels):
+                raise ValueError(
+                    f"{folder} has no metadata, and {path.relative_to(folder)} is not in the folder of a class: "
+                    "expected train/happy/x.wav and so on, happy/x.wav, or a metadata.csv"
+                )
+            label = parts[0] if len(parts) == 2 else UNKNOWN_LABEL
+            rows.append((split, {"file_name": str(path), "label": label}, str(path.relative_to(folder))))
+    if not rows:
+        return []
+    if request.columns.text == DataColumns.text:  # else its lack would be followed by advice about columns
+        request = replace(request, columns=replace(request.columns, text=None))
+    layout = find_layout(("file_name", "label"), request, f"{folder}, a folder without metadata,")
+    classes = dict.fromkeys(str(raw["label"]) for _, raw, _ in rows)
+    logger.info(f"{folder} has no metadata: its classes are the folders {', '.join(classes)}, without transcripts")
+    return [layout.record(raw, row, split) for split, raw, row in rows]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def find_metadata(folder: Path) -> Path:
     """The one table `metadata.csv`, `.tsv` or `.jsonl` in a folder."""
-    tables = [path for suffix in TABLE_SUFFIXES for path in folder.glob(f"metadata{suffix}")]
+    tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.stem == "metadata"]
     if not tables:
         content = sorted(entry.name for entry in folder.iterdir())[:10]
         raise ValueError(
             f"{folder} has no metadata: expected metadata.csv (or .tsv, .jsonl) at the top or, for training data, in "
-            f"train/, validation/ and test/, or train.csv; the folder has {content}"
+            f"train/, validation/ and test/, or train.csv, or folders of classes with clips; the folder has {content}"
         )
     return _only_one(tables)
 
@@ -314,7 +339,12 @@ def read_hub(
 
 
 def stream_hub(
-    name: str, config_name: str | None, request: Request, label_names: Sequence[str] | None, on_bad_example: str
+    name: str,
+    config_name: str | None,
+    request: Request,
+    label_names: Sequence[str] | None,
+    on_bad_example: str,
+    checkpoint_names: Sequence[str] | None = None,
 ) -> tuple[datasets.IterableDatasetDict, list[str]]:
     """Read a data set on the Hub row by row while training. A bad row then raises, or (skip) has `labels` None.
 
@@ -324,8 +354,8 @@ def stream_hub(
     loaded = _load_hub_dataset(name, config_name, streaming=True)
     picked = _pick_splits(loaded, request, name)
     logger.warning(
-        f"{name} is streamed: whether a speaker is in two of its splits {list(picked.values())} cannot be checked, "
-        "and splits that it lacks are not made."
+        f"{name} is streamed: whether a speaker or a clip is in two of its splits {list(picked.values())}, "
+        "which labels it has and how many clips of each cannot be checked, and splits that it lacks are not made."
     )
     streams = {}
     for split, split_name in picked.items():
@@ -335,7 +365,8 @@ def stream_hub(
                 stream = stream.cast_column(column, datasets.Audio(decode=False))
         available = stream.column_names or list(next(iter(stream)))  # it may not know them before its first row
         layout = _hub_layout(stream.features or {}, available, request, name)
-        label_names = choose_label_names(label_names, layout.class_names.get(layout.found.get("label", "")))
+        declared = layout.class_names.get(layout.found.get("label", ""))
+        label_names = choose_label_names(label_names, declared, checkpoint_names=checkpoint_names)
         options = {"layout": layout, "label_names": label_names, "on_bad_example": on_bad_example}
         options["source"] = f"{name} {split_name}"
         streams[split] = stream.map(_stream_row, with_indices=True, remove_columns=available, fn_kwargs=options)

@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training, validation and test clips by different speakers: leaks are refused, missing splits are held out.
 
-`divide_by_speaker` is the entry; its two steps follow it.
+`divide_by_speaker` is the entry; its three steps follow it.
 """
 
+import unicodedata
 from collections.abc import Sequence
 
+import datasets
 import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
 from transformers.utils import logging
 
+from mmser.duplicates import find_copies
 from mmser.sources import SPLIT_NAMES, Record
 
 logger = logging.get_logger(__name__)
 
 DRAWS = 64  # random divisions of the speakers, of which the one with the best label shares is taken
-FEW = 5  # speakers that a message lists
+FEW = 5  # speakers or clips that a message lists
 
 
 def divide_by_speaker(
-    records: Sequence[Record], usable: Sequence[int], fractions: dict[str, float], seed: int, allow_overlap: bool
+    records: Sequence[Record],
+    usable: Sequence[int],
+    fractions: dict[str, float],
+    seed: int,
+    allow_overlap: bool,
+    audio: datasets.Dataset | None = None,
 ) -> dict[str, list[int]]:
     """Divide records into splits: those of the source, and those that it lacks, held out of its training data.
 
@@ -28,13 +36,15 @@ def divide_by_speaker(
         usable: indices of the good ones.
         fractions: split -> share of the training data to hold out if the source lacks it, in the order of drawing.
         seed: seed of the draws.
-        allow_overlap: accept a speaker in two splits, and a random division of data without speakers.
+        allow_overlap: accept a speaker or a clip in two splits, and a random division of data without speakers.
+        audio: embedded audio of the records, if there is such.
 
     Returns:
         Split -> indices of its usable records; a split of the source that has no usable record is empty.
 
     Raises:
-        ValueError: if a speaker is in two splits, or a split must be held out and there are too few speakers.
+        ValueError: if a speaker or a clip is in two splits, or a split must be held out and there are too few
+            speakers.
     """
     named = {record.split for record in records}
     splits: dict[str, list[int]] = {split: [] for split in SPLIT_NAMES if split in named}
@@ -44,31 +54,79 @@ def divide_by_speaker(
     if "validation" not in splits and splits.get("train"):
         missing = {split: share for split, share in fractions.items() if split not in splits and share > 0}
         splits.update(_hold_out(records, splits["train"], missing, seed, allow_overlap))
+    _check_copies(records, audio, splits, allow_overlap)
     return {split: splits[split] for split in SPLIT_NAMES if split in splits}
 
 
 def _speaker(record: Record) -> str:
-    """A speaker's name with its corpus: the same name in two corpora is two people."""
-    return f"{record.corpus}/{record.speaker}" if record.corpus else record.speaker
+    """A speaker's name with its corpus: the same name in two corpora is two people, in upper and lower case one."""
+    name = f"{record.corpus}/{record.speaker}" if record.corpus else record.speaker
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _check_overlap(records: Sequence[Record], splits: dict[str, list[int]], allow: bool) -> None:
     """Refuse, or warn about, speakers that are in two splits. Rows without a speaker are not compared."""
-    where: dict[str, list[str]] = {}
-    for split, indices in splits.items():
-        for speaker in {_speaker(records[index]) for index in indices if records[index].speaker}:
-            where.setdefault(speaker, []).append(split)
-    shared = sorted(speaker for speaker, names in where.items() if len(names) > 1)
-    if not shared:
+    if len(splits) < 2:
         return
-    listed = ", ".join(f"{speaker} ({' and '.join(where[speaker])})" for speaker in shared[:FEW])
-    message = f"{len(shared)} speakers are in more than one split: {listed}{', ...' if len(shared) > FEW else ''}"
+    where: dict[str, dict[str, str]] = {}
+    for split, indices in splits.items():
+        for index in indices:
+            if records[index].speaker:
+                where.setdefault(_speaker(records[index]), {})[split] = records[index].speaker
+    num_clips = sum(map(len, splits.values()))
+    unknown = sum(not records[index].speaker for indices in splits.values() for index in indices)
+    if unknown:
+        logger.warning(
+            f"The speakers of {'all' if unknown == num_clips else f'{unknown} of {num_clips}'} clips are unknown: "
+            "whether their speakers are in two splits cannot be checked. --speaker_column names the column."
+        )
+    shared = [
+        f"{next(iter(names.values()))} ({' and '.join(names)})" for _, names in sorted(where.items()) if len(names) > 1
+    ]
+    if shared:
+        who = "1 speaker is" if len(shared) == 1 else f"{len(shared)} speakers are"
+        _refuse_leak(f"{who} in more than one split: {_listed(shared)}", "voice", allow)
+
+
+def _check_copies(
+    records: Sequence[Record], audio: datasets.Dataset | None, splits: dict[str, list[int]], allow: bool
+) -> None:
+    """Refuse, or warn about, clips whose content is in two splits; warn where copies in one have different labels."""
+    split_of = {index: split for split, indices in splits.items() for index in indices}
+    shared, contradictory = [], []
+    for copies in find_copies(records, audio, split_of):
+        first = copies[0]
+        elsewhere = next((index for index in copies if split_of[index] != split_of[first]), None)
+        other = next((index for index in copies if records[index].labels != records[first].labels), None)
+        if elsewhere is not None:
+            rows = [f"{records[index].row} ({split_of[index]})" for index in (first, elsewhere)]
+            shared.append(" and ".join(rows))
+        elif other is not None:
+            rows = [f"{records[index].row} ({records[index].label})" for index in (first, other)]
+            contradictory.append(" and ".join(rows))
+    if contradictory:
+        logger.warning(f"The same audio has different labels in {_number(contradictory)}: {_listed(contradictory)}")
+    if shared:
+        message = f"The same audio is in more than one split in {_number(shared)}: {_listed(shared)}"
+        _refuse_leak(message, "clip", allow)
+
+
+def _number(cases: list[str]) -> str:
+    return "1 case" if len(cases) == 1 else f"{len(cases)} cases"
+
+
+def _listed(entries: list[str]) -> str:
+    return ", ".join(entries[:FEW]) + (", ..." if len(entries) > FEW else "")
+
+
+def _refuse_leak(message: str, what: str, allow: bool) -> None:
+    """Raise, or warn if it is allowed. `what` is a voice or a clip."""
     if not allow:
         raise ValueError(
-            f"{message}. Scores on known voices are too good: give each speaker to one split, or pass "
-            "--allow_speaker_overlap"
+            f"{message}. Scores on known {what}s are too good: give each {'speaker' if what == 'voice' else what} to "
+            "one split, or pass --allow_speaker_overlap"
         )
-    logger.warning(f"{message}. Allowed by --allow_speaker_overlap; the scores will be too good for new voices.")
+    logger.warning(f"{message}. Allowed by --allow_speaker_overlap; the scores will be too good for new {what}s.")
 
 
 def _hold_out(

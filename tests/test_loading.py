@@ -57,8 +57,9 @@ def write_table(path, rows):
 def clips(folder, count=4, speaker="s{}", **extra):
     """Write `count` clips and return the rows of their table, with labels 0, 1, 2, 3, 0, ..."""
     rows = []
+    frequency = {"test": 440.0, "train": 220.0}.get(folder.name, 330.0)  # no clip is in two splits
     for index in range(count):
-        write_wav(folder / f"{index}.wav", 0.05 + 0.01 * index)
+        write_wav(folder / f"{index}.wav", 0.05 + 0.01 * index, frequency)
         row = {"file_name": f"{index}.wav", "label": index % 4, "transcription": f"text {index}"}
         rows.append({**row, "speaker": speaker.format(index), **extra})
     return rows
@@ -130,12 +131,12 @@ def test_one_table_with_a_split_column(tmp_path, as_manifest):
 def test_text_only_tables_named_after_splits(tmp_path):
     for split in ("train", "validation", "test"):
         write_table(
-            tmp_path / f"{split}.csv", [{"transcription": 'a "quoted", line', "label": label} for label in (0, 3)]
+            tmp_path / f"{split}.csv", [{"transcription": 'a "quoted", line', "label": label} for label in range(4)]
         )
     with pytest.raises(ValueError, match=r"no audio column 'file_name'.*\['transcription', 'label'\].*--audio_column"):
         load_emotion_dataset(tmp_path)
     data, _ = load_emotion_dataset(tmp_path, columns=DataColumns(audio=None))
-    assert data["test"][1] == {"text": 'a "quoted", line', "labels": 3, "row": "test.csv row 3"}
+    assert data["test"][3] == {"text": 'a "quoted", line', "labels": 3, "row": "test.csv row 5"}
     example = EmotionDataset(data["train"])[0]
     assert example == {"labels": 0, "length": 0, "text": 'a "quoted", line'}
 
@@ -203,6 +204,159 @@ def test_folder_without_metadata(tmp_path):
         load_emotion_dataset(manifest=tmp_path / "nowhere.csv")
     with pytest.raises(ValueError, match=r"expected a file ending in .csv, .tsv, .jsonl"):
         load_emotion_dataset(manifest=tmp_path / "nowhere.xlsx")
+
+
+# ------------------------------------------------------------------------------- tables and files of other systems
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("suffix", [".csv", ".TSV"])
+def test_delimiter_and_encoding_are_found(tmp_path, delimiter, encoding, suffix, caplog):
+    rows = clips(tmp_path)
+    rows[1]["transcription"] = "für; a, b | c\td"
+    with open(tmp_path / f"list{suffix}", "w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    logging.enable_propagation()
+    with caplog.at_level(python_logging.INFO, logger="mmser"):
+        data = load_emotion_split(tmp_path / f"list{suffix}", allow_unknown=False)
+    logging.disable_propagation()
+    assert data["text"][:] == ["text 0", "für; a, b | c\td", "text 2", "text 3"]
+    assert data["labels"][:] == [0, 1, 2, 3] and data["row"][0].endswith(f"list{suffix} row 2")
+    usual = "\t" if suffix == ".TSV" else ","
+    words = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+    said = f"list{suffix} are separated by {words[delimiter]}" in caplog.text
+    assert said == (delimiter != usual) and ("is in UTF-16" in caplog.text) == (encoding == "utf-16")
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    clips(tmp_path, 2)
+    table = tmp_path / "list.csv"
+    table.write_text(
+        "sep=;\r\n\r\n File_Name ;Label; Transcription\r\n0.wav;0;a\r\n1.wav;1;b\r\n", encoding="utf-8-sig"
+    )
+    data = load_emotion_split(table)
+    assert data["text"][:] == ["a", "b"] and data["row"][1].endswith("list.csv row 5")
+    table.write_text("file_name,label,label\n0.wav,0,1\n")
+    with pytest.raises(ValueError, match=r"list.csv has two columns 'label': rename one of them"):
+        load_emotion_split(table)
+    table.write_bytes("file_name,label,text\n0.wav,0,a\n1.wav,1,für\n".encode("cp1252"))
+    with pytest.raises(
+        ValueError, match=r"list.csv is not UTF-8 text \(row 3 has the byte 0xfc; .*Windows-1252.*save"
+    ):
+        load_emotion_split(table)
+
+
+COMPOSED, DECOMPOSED = "gl\u00fccklich", "glu\u0308cklich"
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "written"),
+    [
+        (f"clips/{COMPOSED}.wav", f"clips/{DECOMPOSED}.wav"),
+        (f"clips/{DECOMPOSED}.wav", f"clips/{COMPOSED}.wav"),
+        (f"{COMPOSED}/{DECOMPOSED}.wav", f"{DECOMPOSED}/{COMPOSED}.wav"),
+        ("clips/a/1.wav", r"clips\a\1.wav"),
+        ("clips/a/1.wav", r".\clips\a\1.wav"),
+        ("clips/a/1.wav", r"..\{folder}\clips\a\1.wav"),
+        ("Clips/A/1.WAV", "clips/a/1.wav"),
+        ("clips/a/1.wav", r"C:\Users\Anna\data\clips\a\1.wav"),
+        ("clips/a/1.wav", "/home/anna/data/clips/a/1.wav"),
+        ("1.wav", "/home/anna/data/clips/a/1.wav"),
+        ("clips/a/1.wav", r"\\server\share\clips\a\1.wav"),
+    ],
+)
+def test_files_named_as_another_system_writes_them(tmp_path, log, on_disk, written):
+    write_wav(tmp_path / on_disk)
+    written = written.replace("{folder}", tmp_path.name)
+    write_table(tmp_path / "list.csv", [{"file_name": written, "label": 0}])
+    data = load_emotion_split(tmp_path / "list.csv")
+    assert (tmp_path / on_disk).samefile(data["audio"][0])
+    assert (
+        "list.csv: 1 of 1 files are found only if names are read as another system" in log.text
+        and repr(on_disk)[1:-1] in log.text
+    )
+
+
+def test_a_file_is_not_guessed_where_two_are_meant(tmp_path, log):
+    for name in ("a.WAV", "A.wav", "b.wav"):
+        write_wav(tmp_path / name)
+    for written in (["a.wav"], ["/x/happy/b.wav", "/x/sad/b.wav"], ["B.WAV", "b.wav"], ["/x/c/"], ["../none/b.wav"]):
+        write_table(tmp_path / "list.csv", [{"file_name": name, "label": 0} for name in written])
+        with pytest.raises(ValueError, match=r"list.csv row 2: audio file \S* does not exist"):
+            load_emotion_split(tmp_path / "list.csv")
+    assert "another system" not in log.text
+    (tmp_path / r"odd\name.wav").write_bytes((tmp_path / "b.wav").read_bytes())
+    write_table(tmp_path / "list.csv", [{"file_name": r"odd\name.wav", "label": 0}])
+    assert load_emotion_split(tmp_path / "list.csv")["audio"][:] == [str(tmp_path / r"odd\name.wav")]
+
+
+# ---------------------------------------------------------------------------------------------- folders of classes
+
+
+def class_folders(folder, *classes, number=1):
+    for index, name in enumerate(classes):
+        write_wav(folder / name / "x.wav", 0.1 + 0.05 * number, 200.0 + 100 * index)
+        write_wav(folder / name / "Y.FLAC.wav", 0.1 + 0.05 * number, 250.0 + 100 * index)
+        (folder / name / ".DS_Store").write_text("")
+        (folder / name / "._x.wav").write_text("")
+
+
+def test_folders_of_classes_with_splits(tmp_path, log):
+    for number, split in enumerate(("train", "dev", "Test")):
+        class_folders(tmp_path / split, "sad", "happy", number=number)
+    class_folders(tmp_path / "ood", "fear", number=5)
+    data, names = load_emotion_dataset(tmp_path)
+    assert names == ["happy", "sad"] and list(data) == ["train", "validation", "test"]
+    assert data["validation"]["row"][:] == [f"dev/{x}" for x in ("happy/Y.FLAC.wav", "happy/x.wav")] + [
+        f"dev/{x}" for x in ("sad/Y.FLAC.wav", "sad/x.wav")
+    ]
+    assert data["test"]["labels"][:] == [0, 0, 1, 1]
+    assert data["test"]["audio"][3] == str(tmp_path / "Test" / "sad" / "x.wav")
+    assert set(data["test"].column_names) == {"audio", "labels", "row"}
+    assert "speakers of all clips are unknown" in log.text and "no text column" not in log.text
+    with pytest.raises(ValueError, match=r"folder without metadata, has no speaker column 'who'"):
+        load_emotion_dataset(tmp_path, columns=DataColumns(speaker="who"))
+    with pytest.raises(ValueError, match="no split 'fold1'"):
+        load_emotion_dataset(tmp_path, train_split="fold1")
+    assert load_emotion_split(tmp_path / "ood")["labels"][:] == [-1, -1]
+    write_wav(tmp_path / "train" / "loose.wav")
+    with pytest.raises(
+        ValueError, match=r"train/loose.wav is not in the folder of a class: expected train/happy/x.wav"
+    ):
+        load_emotion_dataset(tmp_path)
+
+
+def test_folders_of_classes_without_splits(tmp_path):
+    class_folders(tmp_path, *(f"{number}" for number in (1, 2, 10)))
+    with pytest.raises(ValueError, match=r"must be held out .*no speaker column.*--allow_speaker_overlap"):
+        load_emotion_dataset(tmp_path)
+    data, names = load_emotion_dataset(tmp_path, validation_fraction=0, test_fraction=0)
+    assert names == ["1", "2", "10"] and data["train"]["labels"][:] == [0, 0, 2, 2, 1, 1]
+    assert data["train"]["row"][0] == "1/Y.FLAC.wav"
+    with pytest.raises(ValueError, match="no split 'fold1'"):
+        load_emotion_dataset(tmp_path, train_split="fold1")
+    class_folders(tmp_path / "training", "1", number=2)  # no usual name of a split: it must not become a class
+    with pytest.raises(ValueError, match=r"training/1/\S* is not in the folder of a class"):
+        load_emotion_dataset(tmp_path, validation_fraction=0, test_fraction=0)
+
+
+def test_loose_clips_are_none_of_the_classes(tmp_path):
+    write_wav(tmp_path / "ood" / "a.wav")
+    class_folders(tmp_path / "ood", "sad", "fear")
+    data = load_emotion_split(tmp_path / "ood")
+    assert data["row"][:] == ["a.wav", "fear/Y.FLAC.wav", "fear/x.wav", "sad/Y.FLAC.wav", "sad/x.wav"]
+    assert data["labels"][:] == [-1, -1, -1, 2, 2]
+    with pytest.raises(ValueError, match=r"a.wav is not in the folder of a class"):
+        load_emotion_split(tmp_path / "ood", allow_unknown=False)
+
+
+def test_a_split_without_a_table_is_named(folder, log):
+    (folder / "validation" / "metadata.csv").unlink()
+    load_emotion_dataset(folder, validation_fraction=0)
+    assert "validation has no metadata.csv (or .tsv, .jsonl) and is not read" in log.text
 
 
 # -------------------------------------------------------------------------------------------- columns for groups
@@ -283,10 +437,21 @@ def test_duration_bands_hold_their_lower_bound_and_sort():
 @pytest.mark.parametrize(
     ("written", "given", "expected_names", "expected_ids"),
     [
-        ([0, 1, 3], None, NAMES, [0, 1, 3]),
-        (["2", "2.0", " 1 "], None, NAMES, [2, 2, 1]),
-        (["sad", "Happy", "happy"], None, NAMES, [2, 1, 1]),
+        ([0, 1, 3, 2], None, NAMES, [0, 1, 3, 2]),
+        (["3.0", "2", " 1 ", "0"], None, NAMES, [3, 2, 1, 0]),
+        ([0, 1, 0], None, ["0", "1"], [0, 1, 0]),
+        ([1, 2, 3], None, ["1", "2", "3"], [0, 1, 2]),
+        ([1, 2, 3, 4], None, ["1", "2", "3", "4"], [0, 1, 2, 3]),
+        ([0, 1, 2, 3, 4], None, ["0", "1", "2", "3", "4"], [0, 1, 2, 3, 4]),
+        (["10", "9", "9.0", "-3", "09"], None, ["-3", "9", "10"], [2, 1, 1, 0, 1]),
+        (["2", "2.0", " 1 "], None, ["1", "2"], [1, 1, 0]),
+        (["sad", "Happy", "happy"], None, ["happy", "sad"], [1, 0, 0]),
+        (["ANGRY", "sad", "neutral", "happy"], None, NAMES, [3, 2, 0, 1]),
+        (["angry", "fear", "Neutral", "bored"], None, ["neutral", "angry", "bored", "fear"], [1, 3, 0, 2]),
         (["joy", "anger", "joy"], None, ["anger", "joy"], [1, 0, 1]),
+        (["w\u00fctend", "froh", "wu\u0308tend"], None, ["froh", "w\u00fctend"], [1, 0, 1]),
+        (["very  Sad", "glad"], ["Very sad", "glad"], ["Very sad", "glad"], [0, 1]),
+        (["-1", "1", "0"], ["-1", "0", "1"], ["-1", "0", "1"], [0, 2, 1]),
         (["joy", "anger", "0"], ["joy", "anger"], ["joy", "anger"], [0, 1, 0]),
         ([5, 0, 4], list("abcdef"), list("abcdef"), [5, 0, 4]),
     ],
@@ -296,7 +461,8 @@ def test_labels_by_name_or_id(tmp_path, written, given, expected_names, expected
     for row, label in zip(rows, written, strict=True):
         row["label"] = label
         row["split"] = "train"
-    rows.append({**rows[0], "speaker": "other", "split": "validation"})
+    write_wav(tmp_path / "other.wav", 0.3)
+    rows.append({**rows[0], "file_name": "other.wav", "speaker": "other", "split": "validation"})
     write_table(tmp_path / "list.csv", rows)
     data, names = load_emotion_dataset(manifest=tmp_path / "list.csv", label_names=given)
     assert names == expected_names
@@ -311,19 +477,133 @@ def test_labels_by_name_or_id(tmp_path, written, given, expected_names, expected
         (-1, "row 3: label '-1' .* an open-set folder goes to --ood_dir"),
         ("unknown", "row 3: label 'unknown' .* --ood_dir"),
         ("hapy", "row 3: unknown label 'hapy'; allowed: neutral, happy, sad, angry"),
-        ("nan", "row 3: unknown label 'nan'"),
         (0.5, "row 3: unknown label '0.5'"),
-        ("", "row 3 has no label"),
     ],
 )
-def test_bad_labels_name_the_row(folder, label, message):
+@pytest.mark.parametrize("on_bad_example", ["error", "skip"])
+def test_a_class_that_is_not_known_is_never_a_bad_row(folder, label, message, on_bad_example):
     rows = clips(folder / "test", speaker="test{}")
     rows[1]["label"] = label
     write_table(folder / "test" / "metadata.csv", rows)
+    message = rf"1 label cannot be used:\n.*{message}.* \(1 row with this label\)\n.*--labels.*--ood_dir"
     with pytest.raises(ValueError, match=message):
+        load_emotion_dataset(folder, label_names=NAMES, on_bad_example=on_bad_example)
+
+
+@pytest.mark.parametrize("label", ["", "nan", " NaN "])
+def test_a_row_without_a_label_is_a_bad_row(folder, label):
+    rows = clips(folder / "test", speaker="test{}")
+    rows[1]["label"] = label
+    write_table(folder / "test" / "metadata.csv", rows)
+    with pytest.raises(ValueError, match=r"1 bad row.*\n.*test/metadata.csv row 3 has no label"):
         load_emotion_dataset(folder)
-    data, _ = load_emotion_dataset(folder, on_bad_example="skip")
-    assert data["test"]["labels"][:] == [0, 2, 3]
+    data, names = load_emotion_dataset(folder, on_bad_example="skip")
+    assert names == NAMES and data["test"]["labels"][:] == [0, 2, 3]
+
+
+def relabel(folder, **labels):
+    """Write the four labels of each of these splits anew."""
+    for split, written in labels.items():
+        rows = clips(folder / split, speaker=split + "{}")
+        write_table(
+            folder / split / "metadata.csv", [{**row, "label": x} for row, x in zip(rows, written, strict=True)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"test": [0, 1, 2, 4]}, r"test/metadata.csv row 5: label '4' is in no training row \(1 row"),
+        ({"test": ["x"] * 4, "train": ["y", "z", "y", "z"], "validation": ["y"] * 4}, r"label 'x' .* \(4 rows with"),
+        ({"train": [0, 1, 2, -1]}, r"train/metadata.csv row 5: label '-1' \(none of the classes\).* \(1 row with"),
+        ({"train": ["happy", "sad", "sad", 1]}, r"names, 'sad' \(2 rows, first train/metadata.csv row 3\).*numbers"),
+        ({"test": ["happy", "sad", "sad", "sad"]}, r"names, 'sad' \(3 rows.*numbers, '0' \(2 rows, first train"),
+        ({"train": [0, 1, 2.5, 3]}, r"labels are classes, but there is '2.5' \(1 row, first train/metadata.csv row 4"),
+        (dict.fromkeys(("train", "validation", "test"), ["x"] * 4), r"two or more different names, got \['x'\]"),
+        (dict.fromkeys(("train", "validation", "test"), [""] * 4), "no row has a label that is a class"),
+    ],
+)
+def test_labels_that_do_not_go_together(folder, labels, message):
+    relabel(folder, **labels)
+    for on_bad_example in ("error", "skip"):
+        with pytest.raises(ValueError, match=message):
+            load_emotion_dataset(folder, on_bad_example=on_bad_example)
+
+
+def test_two_spellings_of_a_label_name_their_rows(folder, log):
+    spelt = {split: ["calm", "Very furious", "very  furious", "calm"] for split in ("train", "validation", "test")}
+    relabel(folder, **spelt)
+    message = r"'Very furious' \(3 rows, first train/metadata.csv row 3\), 'very  furious' \(3 rows, first .* row 4\)"
+    with pytest.raises(ValueError, match=rf"differ only in case or spaces: {message}"):
+        load_emotion_dataset(folder)
+    data, names = load_emotion_dataset(folder, label_names=["calm", "very furious"])
+    assert data["train"]["labels"][:] == [0, 1, 1, 0] and names == ["calm", "very furious"]
+
+
+def test_what_numbers_mean_is_said(folder, caplog):
+    logging.enable_propagation()
+    with caplog.at_level(python_logging.INFO, logger="mmser"):
+        load_emotion_dataset(folder)
+        assert "labels 0, 1, 2, 3 are taken as neutral, happy, sad, angry. --labels" in caplog.text
+        caplog.clear()
+        relabel(folder, train=[1, 2, 3, 3], validation=[1, 2, 3, 3], test=[2, 2, 3, 3])
+        assert load_emotion_dataset(folder)[1] == ["1", "2", "3"]
+    logging.disable_propagation()
+    assert "labels are numbers: the classes are called 1, 2, 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("written", "checkpoint", "expected_names", "expected_ids"),
+    [
+        (["sad", "happy", "happy", "sad"], NAMES, NAMES, [2, 1, 1, 2]),
+        (["a", "c", "a", "c"], ["c", "b", "a"], ["c", "b", "a"], [2, 0, 2, 0]),
+        ([0, 1, 2, 3], [*NAMES, "fear"], [*NAMES, "fear"], [0, 1, 2, 3]),
+        ([1, 3, 1, 3], ["1", "2", "3"], ["1", "2", "3"], [0, 2, 0, 2]),
+        ([1, 3, 1, 3], NAMES, ["1", "3"], [0, 1, 0, 1]),  # ids of the checkpoint would be a guess
+        (["sad", "joy", "sad", "joy"], NAMES, ["sad", "joy"], [0, 1, 0, 1]),
+    ],
+)
+def test_labels_of_a_checkpoint_that_is_trained_further(
+    folder, log, written, checkpoint, expected_names, expected_ids
+):
+    relabel(folder, **dict.fromkeys(("train", "validation", "test"), written))
+    data, names = load_emotion_dataset(folder, checkpoint_names=checkpoint)
+    assert names == expected_names and data["train"]["labels"][:] == data["test"]["labels"][:] == expected_ids
+    assert ("output layers start anew" in log.text) == (names != checkpoint)
+    absent = [name for name in names if names.index(name) not in expected_ids]
+    assert (f"No training row has the label {', '.join(absent)}:" in log.text) == bool(absent)
+    given = list(dict.fromkeys(map(str, written)))
+    assert load_emotion_dataset(folder, label_names=given, checkpoint_names=checkpoint)[1] == given
+
+
+def test_names_that_are_numbers_are_not_ids(tmp_path):
+    rows = clips(tmp_path, 3)
+    for row, label in zip(rows, ["3.0", "1", "01"], strict=True):
+        row["label"] = label
+    write_table(tmp_path / "metadata.csv", rows)
+    data = load_emotion_split(tmp_path, label_names=["1", "3"], allow_unknown=False)
+    assert data["labels"][:] == [1, 0, 0]
+    rows[1]["label"] = "0"  # no name; as an id it would be the class "1"
+    write_table(tmp_path / "metadata.csv", rows)
+    with pytest.raises(ValueError, match="row 3: unknown label '0'; allowed: 1, 3"):
+        load_emotion_split(tmp_path, label_names=["1", "3"], allow_unknown=False)
+    assert load_emotion_split(tmp_path, label_names=["1", "3"])["labels"][:] == [1, -1, 0]
+
+
+def test_a_label_is_one_value(tmp_path):
+    rows = [{**row, "label": [0, 1]} for row in clips(tmp_path)]
+    write_table(tmp_path / "metadata.jsonl", rows)
+    with pytest.raises(ValueError, match=r"metadata.jsonl row 1: a label is one name or number, got \[0, 1\]"):
+        load_emotion_dataset(tmp_path)
+
+
+def test_a_class_without_a_training_row_is_named(folder, log):
+    relabel(folder, train=[0, 1, 2, 2])
+    assert load_emotion_dataset(folder)[1] == NAMES
+    assert "No training row has the label angry: the model cannot learn it" in log.text
+    log.clear()
+    assert load_emotion_dataset(folder, label_names=[*NAMES, "joy"])[1] == [*NAMES, "joy"]
+    assert "No training row has the label angry, joy:" in log.text
 
 
 def test_label_names_must_differ(folder):
@@ -340,7 +620,7 @@ def test_open_set_folder(tmp_path):
     assert data["labels"][:] == [-1, -1, -1, 2, 3]
     assert data["row"][0] == "ood/metadata.csv row 2"
     assert class_counts(data, 4) == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match=r"3 bad rows .*\n.*row 2: label '-1'"):
+    with pytest.raises(ValueError, match=r"3 labels cannot be used:\n.*row 2: label '-1'"):
         load_emotion_split(tmp_path / "ood", allow_unknown=False)
     for row in rows:
         del row["label"]
@@ -438,6 +718,83 @@ def test_speaker_in_two_splits_is_refused(folder, log):
     data, _ = load_emotion_dataset(folder, allow_speaker_overlap=True)
     assert len(data["test"]) == 4
     assert "4 speakers are in more than one split" in log.text
+
+
+@pytest.mark.parametrize("name", ["spk", "SPK_ID", "Speaker", "speaker_id", "actor", "Client_ID", "subject"])
+def test_usual_speaker_columns_are_recognised(folder, name, caplog):
+    for split in ("train", "validation", "test"):
+        rows = clips(folder / split, speaker="train{}" if split == "test" else split + "{}")
+        renamed = [{name if key == "speaker" else key: value for key, value in row.items()} for row in rows]
+        write_table(folder / split / "metadata.csv", renamed)
+    with pytest.raises(ValueError, match=r"4 speakers .*: train0 \(train and test\)"):
+        load_emotion_dataset(folder)
+    logging.enable_propagation()
+    with caplog.at_level(python_logging.INFO, logger="mmser"):
+        data, _ = load_emotion_dataset(folder, allow_speaker_overlap=True)
+    logging.disable_propagation()
+    assert data["test"]["speaker"][:] == [f"train{index}" for index in range(4)]
+    assert f"The speakers are in the column {name!r}" in caplog.text and "are unknown" not in caplog.text
+
+
+def test_the_usual_name_wins_over_others(tmp_path):
+    write_table(tmp_path / "metadata.csv", clips(tmp_path, SPEAKER="no", actor="no", spk="no"))
+    assert load_emotion_split(tmp_path)["speaker"][:] == ["s0", "s1", "s2", "s3"]
+
+
+def test_one_speaker_in_two_spellings_is_one(folder):
+    for split, name in (("train", "Jo\u0308rg"), ("validation", "x"), ("test", "j\u00f6rg")):
+        write_table(folder / split / "metadata.csv", clips(folder / split, speaker=name))
+    with pytest.raises(ValueError, match=r"1 speaker is in more than one split: J\S* \(train and test\)"):
+        load_emotion_dataset(folder)
+
+
+def test_unknown_speakers_are_said(folder, log):
+    for split in ("train", "validation", "test"):
+        rows = clips(folder / split, speaker=split + "{}")
+        rows[0]["speaker"] = ""
+        write_table(folder / split / "metadata.csv", rows)
+    load_emotion_dataset(folder)
+    assert log.text.count("The speakers of 3 of 12 clips are unknown") == 1 and "--speaker_column" in log.text
+    log.clear()
+    for split in ("train", "validation", "test"):
+        rows = [{k: v for k, v in row.items() if k != "speaker"} for row in clips(folder / split)]
+        write_table(folder / split / "metadata.csv", rows)
+    load_emotion_dataset(folder)
+    assert log.text.count("The speakers of all clips are unknown") == 1
+
+
+def test_the_same_clip_in_two_splits_is_refused(folder, log):
+    (folder / "test" / "1.wav").write_bytes((folder / "train" / "2.wav").read_bytes())
+    write_wav(folder / "train" / "3.wav", 1.0)
+    changed = bytearray((folder / "train" / "3.wav").read_bytes())
+    changed[5000] ^= 1  # of the same size, and the same in the places that are looked at first
+    assert len(changed) > 50_000
+    (folder / "test" / "3.wav").write_bytes(changed)
+    message = r"The same audio is in more than one split in 1 case: train/metadata.csv row 4 \(train\) and "
+    with pytest.raises(ValueError, match=message + r"test/metadata.csv row 3 \(test\)\. .*--allow_speaker_overlap"):
+        load_emotion_dataset(folder)
+    data, _ = load_emotion_dataset(folder, allow_speaker_overlap=True)
+    assert len(data["test"]) == 4 and "The same audio is in more than one split in 1 case" in log.text
+
+
+def test_one_file_in_two_splits_of_one_table_is_refused(tmp_path):
+    rows = [{**row, "split": split} for split in ("train", "test") for row in clips(tmp_path, speaker=split + "{}")]
+    write_table(tmp_path / "metadata.csv", rows)
+    with pytest.raises(
+        ValueError,
+        match=r"more than one split in 4 cases: .*row 2 \(train\) and metadata.csv row 6 \(test\)",
+    ):
+        load_emotion_dataset(tmp_path, validation_fraction=0)
+
+
+def test_copies_with_different_labels_are_named(folder, log):
+    for copy in ("0", "3"):
+        (folder / "train" / f"{copy}.wav").write_bytes((folder / "train" / "1.wav").read_bytes())
+    (folder / "test" / "2.wav").write_bytes(b"")
+    (folder / "validation" / "2.wav").write_bytes(b"")  # empty files are not copies; reading them is an error
+    load_emotion_dataset(folder)
+    message = "The same audio has different labels in 1 case: train/metadata.csv row 2 (0) and "
+    assert message + "train/metadata.csv row 3 (1)" in log.text
 
 
 def test_same_name_in_two_corpora_is_two_people(tmp_path):
@@ -576,9 +933,9 @@ def cache(tmp_path, monkeypatch):
 
 def test_hub_data_with_embedded_audio(hub, cache):
     data, names = load_emotion_dataset(dataset_name=str(hub), validation_fraction=0.25)
-    assert names == NAMES  # the data's names are among the default ones
+    assert names == ["neutral", "happy", "angry"]  # those that are declared, in the order of the default ones
     assert {split: len(part) for split, part in data.items()} == {"train": 6, "validation": 2, "test": 8}
-    assert data["test"]["labels"][:] == [3, 1, 0, 3, 1, 0, 3, 1]
+    assert data["test"]["labels"][:] == [2, 1, 0, 2, 1, 0, 2, 1]
     assert data["test"]["text"][:3] == ["", "test 1", "test 2"]
     assert data["test"]["row"][3] == f"{hub} test row 3"
     assert set(data["test"][0]["audio"]) == {"bytes", "path"}
@@ -655,6 +1012,36 @@ def test_stream_seeds_by_content_and_skips(hub, cache):
     strict, _ = load_emotion_dataset(dataset_name=str(hub), streaming=True, label_names=["neutral", "happy"])
     with pytest.raises(ValueError, match="test row 0: unknown label 'angry'; allowed: neutral, happy"):
         list(EmotionIterableDataset(strict["test"]))
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_the_same_embedded_clip_in_two_splits_is_refused(hub, cache, split, log):
+    import pyarrow.parquet
+
+    path = hub / f"{split}-00000-of-00001.parquet"
+    table = pyarrow.parquet.read_table(path)
+    rows = table.to_pylist()
+    rows[5]["audio"] = {"bytes": wav_bytes(0.05 + 0.01 * 2 if split == "test" else 0.15), "path": "other.wav"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), path)
+    pairs = {"test": (2, 5), "train": (5, 0)}[split]
+    message = (
+        rf"same audio is in more than one split in 1 case: .*train row {pairs[0]} \(train\) and .*test row {pairs[1]} "
+    )
+    with pytest.raises(ValueError, match=message):
+        load_emotion_dataset(dataset_name=str(hub), validation_fraction=0)
+    load_emotion_dataset(dataset_name=str(hub), validation_fraction=0, allow_speaker_overlap=True)
+    assert "The same audio is in more than one split in 1 case" in log.text
+
+
+def test_what_a_stream_cannot_know_is_said(tmp_path, cache, log):
+    write_table(tmp_path / "data" / "train.csv", [{"path": "a.wav", "label": 1, "text": "a"}])
+    data, names = load_emotion_dataset(dataset_name=str(tmp_path / "data"), streaming=True)
+    assert names == NAMES and next(iter(data["train"]))["labels"] == 1
+    assert "The labels of a stream are not known beforehand: they are taken as neutral, happy, sad, angry" in log.text
+    assert "whether a speaker or a clip is in two" in log.text
+    source = {"dataset_name": str(tmp_path / "data"), "streaming": True}
+    assert load_emotion_dataset(**source, checkpoint_names=["a", "b"])[1] == ["a", "b"]
+    assert load_emotion_dataset(**source, label_names=["x", "y"], checkpoint_names=["a", "b"])[1] == ["x", "y"]
 
 
 def test_audio_behind_an_address():

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of CSV, TSV and JSONL files, and the files that they name, as spreadsheets and other systems write them too.
+
+`read_rows` finds the delimiter and the encoding, `find_files` the files.
+"""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PureWindowsPath
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file's name ends like that of a table."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dict]]:
+    """The good rows of a table.
+
+    Args:
+        path: a CSV, TSV or JSONL file in UTF-8 or, with a byte order mark, UTF-16.
+        name: what messages call it.
+        problems: messages about bad rows are added to it.
+
+    Returns:
+        The rows by column, each with its line number.
+
+    Raises:
+        ValueError: if the file is not there, not such a table, not in such an encoding, or has no rows.
+    """
+    if not is_table(path):
+        raise ValueError(f"{path} is not a manifest: expected a file ending in {', '.join(TABLE_SUFFIXES)}")
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    file = io.StringIO(_decode(path.read_bytes(), name), newline="")
+    rows = []
+    for number, row in _json_rows(file) if path.suffix.lower() == ".jsonl" else _csv_rows(file, name):
+        if isinstance(row, dict):
+            rows.append((number, row))
+        else:
+            problems.append(f"{name} row {number} {row}")
+    if not rows and not problems:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def _decode(content: bytes, name: str) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        logger.info(f"{name} is in UTF-16")
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{name} is not UTF-8 text (row {line} has the byte {content[error.start]:#x}; perhaps it is in "
+            "Windows-1252, as spreadsheets save it): save it as UTF-8"
+        ) from error
+
+
+def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict | str]]:
+    """Line numbers, each with the row or what is wrong with it."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, f"is not valid JSON: {error}"
+        else:
+            yield number, row if isinstance(row, dict) else f"is not a JSON object: {line.strip()[:60]}"
+
+
+def _csv_rows(file: io.StringIO, name: str) -> Iterator[tuple[int, dict | str]]:
+    """Line numbers, each with the row or what is wrong with it."""
+    text = file.getvalue().lstrip()
+    named = re.match(r"sep=(.)\r?\n", text)  # a first line that is for spreadsheets alone
+    delimiter = named[1] if named else _find_delimiter(text.partition("\n")[0], name)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)  # else an open quote swallows the rest of the file
+    try:
+        lines = (values for values in reader if values)
+        if named:
+            next(lines)
+        header = [column.strip() for column in next(lines, [])]
+        twice = [column for column, count in Counter(header).items() if column and count > 1]
+        if twice:
+            raise ValueError(f"{name} has two columns {twice[0]!r}: rename one of them")
+        for values in lines:
+            if len(values) == len(header):
+                yield reader.line_num, dict(zip(header, values, strict=True))
+            else:
+                yield reader.line_num, f"has {len(values)} fields, but the header has {len(header)}"
+    except csv.Error as error:
+        raise ValueError(f"{name} row {reader.line_num} is malformed: {error}") from error
+
+
+def _find_delimiter(header: str, name: str) -> str:
+    """The delimiter that makes the most columns of the header; where none is better, the usual one of the suffix."""
+    usual = "\t" if name.lower().endswith(".tsv") else ","
+    columns = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in DELIMITERS}
+    best = max(DELIMITERS, key=lambda delimiter: (columns[delimiter], delimiter == usual))
+    if best != usual:
+        logger.info(f"The columns of {name} are separated by {DELIMITERS[best]}")
+    return best
+
+
+def find_files(folder: Path, names: Iterable[str], table: str) -> dict[str, str]:
+    """Where the files are that a table names.
+
+    A file that is not where its name says is looked for as another system writes it: with backslashes, in another
+    Unicode normal form, in other case, or, for an absolute path, under `folder` without the first folders. Such a find
+    counts if it is the only one, and no other name means that file.
+
+    Args:
+        folder: what relative names are relative to.
+        names: as they are written; addresses (`://`) and files that are nowhere stay as they are.
+        table: for the warning.
+
+    Returns:
+        Name -> path, under `folder` unless the name is absolute.
+    """
+    paths = {name: name if "://" in name else os.path.join(folder, name) for name in names}
+    missing = [name for name, path in paths.items() if "://" not in path and not os.path.exists(path)]
+    listings: dict[str, dict[str, list[str]]] = {}
+    found = {name: path for name in missing if (path := _find_as_written_elsewhere(folder, name, listings))}
+    taken = Counter(os.path.normpath(found.get(name, path)) for name, path in paths.items())
+    found = {name: path for name, path in found.items() if taken[os.path.normpath(path)] == 1}
+    if found:
+        name, path = next(iter(found.items()))
+        logger.warning(
+            f"{table}: {len(found)} of {len(paths)} files are found only if names are read as another system writes "
+            f"them, such as {name!r} as {os.path.relpath(path, folder)!r}"
+        )
+    return {**paths, **found}
+
+
+def _find_as_written_elsewhere(folder: Path, name: str, listings: dict[str, dict[str, list[str]]]) -> str | None:
+    written = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    parts = written.parts[1:] if written.anchor else written.parts
+    for start in range(len(parts) if written.anchor else 1):
+        path = _walk(str(folder), parts[start:], listings)
+        if path is not None:
+            return path
+    return None
+
+
+def _walk(path: str, parts: Iterable[str], listings: dict[str, dict[str, list[str]]]) -> str | None:
+    """Follow the parts of a path, each to the one entry whose name is the same but for case and normal form."""
+    for part in parts:
+        if part != ".." and not os.path.exists(os.path.join(path, part)):
+            if path not in listings:
+                listings[path] = {}
+                for entry in os.listdir(path) if os.path.isdir(path) else ():
+                    listings[path].setdefault(_key(entry), []).append(entry)
+            same = listings[path].get(_key(part), [])
+            if len(same) != 1:
+                return None
+            part = same[0]
+        path = os.path.join(path, part)
+    return path if os.path.isfile(path) else None
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
