@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> dict:
     # Late: `--help` and a wrong flag do not wait for torch
     from transformers import set_seed
 
-    from mmser import evaluation_run, report
+    from mmser import evaluation_run, model_loading, report
     from mmser.examples import EmotionDataset
     from mmser.plots import check_matplotlib
     from modeling_mmser import register_auto_classes
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> dict:
     check_matplotlib()
 
     register_auto_classes()  # the code of MMSER is here: the code that the checkpoint carries is not run
-    label_names = evaluation_run.load_label_names(options.model_name_or_path)
+    label_names = model_loading.load_label_names(options.model_name_or_path)
     clips = evaluation_run.load_clips(source, options, label_names)
     processor = evaluation_run.load_processor(options.model_name_or_path)
     reading = {"sampling_rate": processor.feature_extractor.sampling_rate, "max_seconds": source.max_seconds}

@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> dict:
     set_seed(training_arguments.seed)
     resumed = training_run.find_checkpoint(training_arguments)
 
-    data = training_run.load_data(data_arguments, training_run.data_seed(training_arguments))
+    seed = training_run.data_seed(training_arguments)
+    data = training_run.load_data(data_arguments, seed, model_arguments.model_name_or_path)
     processor = model_loading.load_processor(model_arguments)
     training_run.leave_out_unreadable(data, data_arguments, processor.feature_extractor.sampling_rate)
 

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.speak_text import CORPUS as SPOKEN
 from mmser.batches import MMSERDataCollator
-from mmser.evaluation_run import load_label_names
 from mmser.examples import EmotionDataset
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import compute_classification_metrics
+from mmser.model_loading import load_label_names
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
 

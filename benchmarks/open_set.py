@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.tables import Row, parse_arguments, publish, read_results, table
 from configuration_mmser import MMSERConfig
 from demo import synthesize_non_speech
-from mmser.evaluation_run import load_label_names, load_trainer
+from mmser.evaluation_run import load_trainer
 from mmser.examples import EmotionDataset
 from mmser.loading import load_emotion_dataset, load_emotion_split
+from mmser.model_loading import load_label_names
 from mmser.open_set import auroc, fpr_at_95_tpr, knn_distance, oscr
 from mmser.results import environment
 from mmser.scores import open_set_scores, predict_clips

@@ -136,7 +136,8 @@ class SourceArguments:
     corpus_column: str = field(default="corpus", metadata={"help": "Column with the corpus."})
     sex_column: str = field(default="sex", metadata={"help": "Column with the speaker's sex."})
     allow_speaker_overlap: bool = field(
-        default=False, metadata={"help": "Accept speakers that are in two splits. The scores will be too good."}
+        default=False,
+        metadata={"help": "Accept speakers and clips that are in two splits. The scores will be too good."},
     )
     on_bad_example: str = field(
         default="error", metadata={"help": "error, or skip: leave out bad rows and count them."}
@@ -321,8 +322,8 @@ class ExportArguments:
     vocabulary_text: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Keep the tokens of the texts in these files (.txt, or .csv, .tsv, .jsonl with a column "
-            "transcription or text), and single characters for all other words."
+            "help": "Keep the tokens of the texts in these files (.txt, or .csv, .tsv, .jsonl with a text column, "
+            "found as in training data), and single characters for all other words."
         },
     )
     check: bool = field(

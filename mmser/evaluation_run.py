@@ -12,7 +12,6 @@ import datasets
 import torch
 from transformers.utils import logging
 
-from configuration_mmser import MMSERConfig
 from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, SourceArguments
 from mmser.batches import MMSERDataCollator
 from mmser.examples import EmotionDataset, drop_unreadable
@@ -41,17 +40,6 @@ class Clips:
     train: datasets.Dataset | None
     calibration: datasets.Dataset | None
     unknown: dict[str, datasets.Dataset]
-
-
-def load_label_names(checkpoint: str) -> list[str]:
-    """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone."""
-    with reading([Named("--checkpoint", checkpoint)]):
-        content, _ = MMSERConfig.get_config_dict(checkpoint)
-    if content.get("model_type") != MMSERConfig.model_type:
-        found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
-        raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")
-    id2label = MMSERConfig.from_dict(content).id2label
-    return [id2label[index] for index in range(len(id2label))]
 
 
 def load_clips(source: SourceArguments, arguments: EvaluationArguments, label_names: list[str]) -> Clips:

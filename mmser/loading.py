@@ -101,12 +101,7 @@ def load_emotion_dataset(
 
     if on_bad_example == "error":
         report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
-    found = gather_labels((record.label, record.row) for record in records)
-    is_given = label_names is not None or bool(class_names)
-    label_names = choose_label_names(label_names, class_names, found, checkpoint_names)
-    is_found = not is_given and label_names != list(DEFAULT_LABELS)
-    training = gather_labels((record.label, record.row) for record in records if record.split == "train")
-    check_labels(found, training or None, label_names, is_found)
+    label_names = _choose_classes(records, label_names, class_names, checkpoint_names)
     usable = _check_records(records, label_names, request.problems, is_embedded=audio is not None)
     report_problems(request.problems, on_bad_example)
     splits = divide_by_speaker(records, usable, fractions, seed, allow_speaker_overlap, audio)
@@ -115,6 +110,21 @@ def load_emotion_dataset(
         raise ValueError(f"no usable row is left in {data_dir or manifest or dataset_name} {' '.join(empty)}")
     table = _to_dataset(records, extra_columns, audio)
     return datasets.DatasetDict({split: table.select(indices) for split, indices in splits.items()}), label_names
+
+
+def _choose_classes(
+    records: list[Record],
+    given: Sequence[str] | None,
+    class_names: Sequence[str] | None,
+    checkpoint_names: Sequence[str] | None,
+) -> list[str]:
+    """Choose the class names (see `choose_label_names`), and check that each label has its class."""
+    found = gather_labels((record.label, record.row) for record in records)
+    training = gather_labels((record.label, record.row) for record in records if record.split == "train")
+    label_names = choose_label_names(given, class_names, found, checkpoint_names)
+    is_found = given is None and not class_names and label_names != list(DEFAULT_LABELS)
+    check_labels(found, training or None, label_names, is_found)
+    return label_names
 
 
 def load_emotion_split(

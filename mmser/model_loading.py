@@ -17,6 +17,16 @@ from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
 
 
+def load_label_names(checkpoint: str) -> list[str]:
+    """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone."""
+    content, _ = MMSERConfig.get_config_dict(checkpoint)
+    if content.get("model_type") != MMSERConfig.model_type:
+        found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
+        raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")
+    id2label = MMSERConfig.from_dict(content).id2label
+    return [id2label[index] for index in range(len(id2label))]
+
+
 def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedConfig:
     """Configuration of an encoder (`kind` "audio" or "text") to start at random; the default ones need no download."""
     name = getattr(arguments, f"{kind}_model_name_or_path")

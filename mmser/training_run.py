@@ -25,7 +25,7 @@ from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts,
 from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
-from mmser.model_loading import encoder_name
+from mmser.model_loading import encoder_name, load_label_names
 from mmser.optimizer import parameter_table
 from mmser.results import (
     RESULTS_NAME,
@@ -105,11 +105,20 @@ class TrainingData:
     skipped_clips: int = 0
 
 
-def load_data(arguments: DataArguments, seed: int) -> TrainingData:
-    """Load the clips that the flags name, and draw as many of them as the flags say."""
+def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None) -> TrainingData:
+    """
+    Load the clips that the flags name, and draw as many of them as the flags say.
+
+    Args:
+        arguments: of the data.
+        seed: of what is drawn.
+        checkpoint: the MMSER checkpoint that training starts from, if it does. Its classes stay if the data's are
+            among them.
+    """
     splits, label_names = load_emotion_dataset(
         **arguments.source,
         label_names=arguments.labels,
+        checkpoint_names=None if checkpoint is None else load_label_names(checkpoint),
         streaming=arguments.streaming,
         validation_fraction=arguments.validation_fraction,
         test_fraction=arguments.test_fraction,

@@ -5,7 +5,6 @@
 tokenizer; `trim_vocabulary` does both, and trims the model's table. Texts of kept tokens give the same results.
 """
 
-import csv
 import json
 import os
 import tempfile
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmser.sources import DataColumns, find_column
+from mmser.table_files import is_table, read_rows
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
@@ -55,7 +56,6 @@ SCRIPTS = {
     "TELUGU": "te",
     "THAI": "th",
 }
-TEXT_COLUMNS = ("transcription", "text")
 
 
 @dataclass
@@ -98,29 +98,36 @@ def is_written_in(text: str, scripts: Iterable[str]) -> bool:
 
 def read_texts(files: Iterable[str | os.PathLike]) -> Iterator[str]:
     """
-    All texts of .txt files (one a line), and of the column `transcription` or `text` of .csv, .tsv and .jsonl files.
+    All texts of .txt files (one a line), and of the text column of .csv, .tsv and .jsonl files, which is found as in
+    training data: `transcription`, or another usual name.
 
     Raises:
-        ValueError: another kind of file, or a row without such a column.
+        ValueError: another kind of file, a bad row, or a table without such a column.
         FileNotFoundError: no such file.
     """
     for path in map(Path, files):
-        if path.suffix not in (".txt", ".csv", ".tsv", ".jsonl"):
+        if path.suffix != ".txt" and not is_table(path):
             raise ValueError(f"{path}: texts are read from .txt, .csv, .tsv and .jsonl files")
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".txt":
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        if is_table(path):
+            yield from _read_text_column(path)
+        else:
+            with open(path, encoding="utf-8-sig") as file:
                 yield from (line.strip() for line in file)
-                continue
-            rows: Iterable[dict] = (
-                (json.loads(line) for line in file if line.strip())
-                if path.suffix == ".jsonl"
-                else csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            )
-            for number, row in enumerate(rows, start=1):
-                column = next((name for name in TEXT_COLUMNS if name in row), None)
-                if column is None:
-                    raise ValueError(f"{path}: row {number} has none of the columns {', '.join(TEXT_COLUMNS)}")
-                yield row[column] or ""
+
+
+def _read_text_column(path: Path) -> Iterator[str]:
+    problems: list[str] = []
+    rows = read_rows(path, str(path), problems)
+    if problems:
+        raise ValueError(problems[0])
+    available = list(dict.fromkeys(column for _, row in rows for column in row))
+    column = find_column("text", DataColumns.text, available)
+    if column is None:
+        raise ValueError(f"{path} has no text column {DataColumns.text!r}; its columns are {available}")
+    for _, row in rows:
+        yield str(row.get(column) or "").strip()
 
 
 def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequence[str] | None = None) -> list[int]:

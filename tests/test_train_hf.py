@@ -547,6 +547,19 @@ def test_going_on_from_a_checkpoint_keeps_its_weights(run, checkpoint, tmp_path)
     assert results["encoders"] == {"audio": "as in earlier", "text": "as in earlier"}
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_two_of_four_names(run, corpus, checkpoint, tmp_path, goes_on):
+    rows = [row for row in read_rows(corpus, "train", "validation", "test") if row["label"] in ("happy", "sad")]
+    write_table(tmp_path / "all.csv", rows)
+    source = {"data_dir": None, "manifest": tmp_path / "all.csv", "max_steps": 1}
+    results = run(**(continued(checkpoint) if goes_on else {}), **source)
+    names = NAMES if goes_on else ["happy", "sad"]  # an earlier model keeps what it knows
+    assert results["label_names"] == names
+    model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == dict(enumerate(names)) and model.classifier.output.out_features == len(names)
+    assert model.config.class_counts == ([0, 8, 8, 0] if goes_on else [8, 8])
+
+
 def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
     rows = [row for row in read_rows(corpus, "train", "validation", "test") if row["label"] != "angry"]
     renamed = {"neutral": "calm", "happy": "glad", "sad": "blue"}

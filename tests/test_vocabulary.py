@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_model
 from transformers import BertTokenizer, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, XLMRobertaTokenizer
 
+from mmser.loading import load_emotion_split
 from mmser.vocabulary import choose_tokens, is_written_in, read_texts, scripts_of, trim_tokenizer, trim_vocabulary
 from processing_mmser import MMSERProcessor
 
@@ -165,14 +166,31 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "b.csv").write_text('file_name,transcription\nx,"three, drei"\ny,\n', encoding="utf-8")
     (tmp_path / "c.tsv").write_text("text\tlabel\nvier\t1\n", encoding="utf-8")
-    rows = [{"text": "fünf"}, {"transcription": None, "text": "not this"}]
+    rows = [{"text": "not this"}, {"transcription": "fünf", "text": "not this"}, {"transcription": None}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     texts = list(read_texts(tmp_path / name for name in ("a.txt", "b.csv", "c.tsv", "d.jsonl")))
-    assert texts == ["one", "two", "three, drei", "", "vier", "fünf", ""]
+    assert texts == ["one", "two", "three, drei", "", "vier", "", "fünf", ""]
     (tmp_path / "e.csv").write_text("file_name,label\nx,1\n")
-    with pytest.raises(ValueError, match=r"e\.csv: row 1 .*transcription"):
+    with pytest.raises(
+        ValueError, match=r"e\.csv has no text column 'transcription'; its columns are \['file_name', "
+    ):
         list(read_texts([tmp_path / "e.csv"]))
+    (tmp_path / "f.csv").write_text("text,label\nx,1,2\n")
+    with pytest.raises(ValueError, match=r"f\.csv row 2 has 3 fields, but the header has 2"):
+        list(read_texts([tmp_path / "f.csv"]))
     with pytest.raises(ValueError, match=r"\.wav: texts are read from"):
         list(read_texts(["clip.wav"]))
     with pytest.raises(FileNotFoundError):
         list(read_texts([tmp_path / "none.txt"]))
+
+
+@pytest.mark.parametrize("column", ["transcription", "text", "transcript", "sentence", "Transcript"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_tables_are_read_as_in_training(tmp_path, column, delimiter):
+    words = [["file_name", "label", column], ["a.wav", "happy", " eins "], ["b.wav", "sad", ""]]
+    table = "\n".join(delimiter.join(row) for row in words)
+    (tmp_path / "metadata.csv").write_text(table, encoding="utf-8-sig")
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).touch()
+    assert list(read_texts([tmp_path / "metadata.csv"])) == ["eins", ""]
+    assert load_emotion_split(tmp_path, label_names=["happy", "sad"])["text"][:] == ["eins", ""]
