@@ -13,6 +13,7 @@ from functools import partial
 import datasets
 import pyarrow.compute
 
+from audio_mmser import load_audio
 from mmser.sources import Record
 
 PLACE = 4096  # bytes that are compared in the beginning, the middle and the end, before all of them are
@@ -25,7 +26,7 @@ def find_copies(records: Sequence[Record], audio: datasets.Dataset | None, indic
         records: all rows of the source.
         audio: their embedded audio, if there is such.
         indices: of the records to compare. Those without audio, with an address or an empty file are not compared, nor
-            are files that cannot be read: whoever decodes them says why.
+            is what cannot be decoded, such as one error page for many downloads: whoever reads the clip says why.
 
     Returns:
         Groups of two or more indices.
@@ -34,7 +35,7 @@ def find_copies(records: Sequence[Record], audio: datasets.Dataset | None, indic
     groups = _split([[index for index in indices if sizes[index]]], sizes.__getitem__)
     for whole in (False, True):
         groups = _split(groups, partial(_checksum, records, audio, whole))
-    return groups
+    return [group for group in groups if _is_audio(_clip(records, audio, group[0]))]
 
 
 def _split(groups: list[list[int]], key: Callable[[int], Hashable]) -> list[list[int]]:
@@ -64,9 +65,20 @@ def _embedded_sizes(audio: datasets.Dataset) -> list[int]:
     return sizes
 
 
+def _clip(records: Sequence[Record], audio: datasets.Dataset | None, index: int) -> dict:
+    return audio[index]["audio"] if audio is not None else {"bytes": None, "path": records[index].audio}
+
+
+def _is_audio(clip: dict) -> bool:
+    try:
+        return len(load_audio(clip["path"] if clip["bytes"] is None else clip["bytes"])) > 0
+    except (ValueError, OSError):
+        return False
+
+
 def _checksum(records: Sequence[Record], audio: datasets.Dataset | None, whole: bool, index: int) -> bytes | None:
     """Of the whole content or of three places in it; None if it cannot be read."""
-    clip = audio[index]["audio"] if audio is not None else {"bytes": None, "path": records[index].audio}
+    clip = _clip(records, audio, index)
     digest = hashlib.blake2b()
     if clip["bytes"] is not None:
         digest.update(clip["bytes"])

@@ -790,8 +790,9 @@ def test_one_file_in_two_splits_of_one_table_is_refused(tmp_path):
 def test_copies_with_different_labels_are_named(folder, log):
     for copy in ("0", "3"):
         (folder / "train" / f"{copy}.wav").write_bytes((folder / "train" / "1.wav").read_bytes())
-    (folder / "test" / "2.wav").write_bytes(b"")
-    (folder / "validation" / "2.wav").write_bytes(b"")  # empty files are not copies; reading them is an error
+    for split in ("test", "validation"):  # these are no copies of a clip: whoever reads them says what is wrong
+        (folder / split / "2.wav").write_bytes(b"")
+        (folder / split / "3.wav").write_bytes(b"<html>404 Not Found</html>")
     load_emotion_dataset(folder)
     message = "The same audio has different labels in 1 case: train/metadata.csv row 2 (0) and "
     assert message + "train/metadata.csv row 3 (1)" in log.text
