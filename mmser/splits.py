@@ -58,10 +58,14 @@ def divide_by_speaker(
     return {split: splits[split] for split in SPLIT_NAMES if split in splits}
 
 
+def _name(record: Record) -> str:
+    """A speaker's name with its corpus: the same name in two corpora is two people."""
+    return f"{record.corpus}/{record.speaker}" if record.corpus else record.speaker
+
+
 def _speaker(record: Record) -> str:
-    """A speaker's name with its corpus: the same name in two corpora is two people, in upper and lower case one."""
-    name = f"{record.corpus}/{record.speaker}" if record.corpus else record.speaker
-    return unicodedata.normalize("NFC", name).casefold()
+    """What all spellings of a speaker's name have in common: case and Unicode normal forms do not count."""
+    return unicodedata.normalize("NFC", _name(record)).casefold()
 
 
 def _check_overlap(records: Sequence[Record], splits: dict[str, list[int]], allow: bool) -> None:
@@ -72,7 +76,7 @@ def _check_overlap(records: Sequence[Record], splits: dict[str, list[int]], allo
     for split, indices in splits.items():
         for index in indices:
             if records[index].speaker:
-                where.setdefault(_speaker(records[index]), {})[split] = records[index].speaker
+                where.setdefault(_speaker(records[index]), {})[split] = _name(records[index])
     num_clips = sum(map(len, splits.values()))
     unknown = sum(not records[index].speaker for indices in splits.values() for index in indices)
     if unknown:
