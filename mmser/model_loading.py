@@ -17,9 +17,10 @@ from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
 
 
-def load_label_names(checkpoint: str) -> list[str]:
-    """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone."""
-    content, _ = MMSERConfig.get_config_dict(checkpoint)
+def load_label_names(checkpoint: str, flag: str = "--checkpoint") -> list[str]:
+    """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone. `flag` named it."""
+    with reading([Named(flag, checkpoint)]):
+        content, _ = MMSERConfig.get_config_dict(checkpoint)
     if content.get("model_type") != MMSERConfig.model_type:
         found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
         raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")

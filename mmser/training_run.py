@@ -118,7 +118,7 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
     splits, label_names = load_emotion_dataset(
         **arguments.source,
         label_names=arguments.labels,
-        checkpoint_names=None if checkpoint is None else load_label_names(checkpoint),
+        checkpoint_names=None if checkpoint is None else load_label_names(checkpoint, "--model_name_or_path"),
         streaming=arguments.streaming,
         validation_fraction=arguments.validation_fraction,
         test_fraction=arguments.test_fraction,

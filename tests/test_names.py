@@ -9,8 +9,9 @@ from tiny_corpus import tiny_model, tiny_processor
 
 from mmser import model_loading, names
 from mmser.arguments import TRAINING_ARGUMENTS, EvaluationArguments, ExportArguments, ModelArguments, parse_arguments
-from mmser.evaluation_run import load_label_names, load_trainer
+from mmser.evaluation_run import load_trainer
 from mmser.export import export_checkpoint
+from mmser.model_loading import load_label_names
 from mmser.names import Named, checkpoint_folder, reading
 
 AUDIO, TEXT = "--audio_model_name_or_path", "--text_model_name_or_path"
