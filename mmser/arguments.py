@@ -120,7 +120,10 @@ class SourceArguments:
     """Where the clips come from. Give one of data_dir, manifest and dataset_name."""
 
     data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with train/, validation/, test/, each with metadata.csv or .jsonl."}
+        default=None,
+        metadata={
+            "help": "Folder with train/, validation/, test/, each with metadata.csv, or with folders of classes."
+        },
     )
     manifest: str | None = field(default=None, metadata={"help": "One CSV or JSONL file that lists all clips."})
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})

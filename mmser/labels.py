@@ -59,7 +59,11 @@ def choose_label_names(
         ValueError: if there are fewer than two names, two are the same, or they are not all of one kind.
     """
     if given is not None:
-        return _check_names([str(name).strip() for name in given])
+        names = _check_names([str(name).strip() for name in given])
+        if not _are_numbers(names) and any(_as_id(label) is not None for label in found or ()):
+            logger.info(f"Labels that are numbers are ids: {', '.join(f'{i} {name}' for i, name in enumerate(names))}")
+        _warn_of_other_declared_names(class_names, names)
+        return names
     if class_names:
         names = _check_names(_default_order(class_names) if _are_default(class_names) else list(class_names))
     elif found is not None:
@@ -78,6 +82,13 @@ def choose_label_names(
             f"({', '.join(checkpoint_names)}): its output layers start anew"
         )
     return names
+
+
+def _warn_of_other_declared_names(class_names: Sequence[str] | None, names: Sequence[str]) -> None:
+    """Say before a stream is read which of the classes that it declares are none of the chosen ones."""
+    others = [name for name in class_names or () if _key(name) not in _keys(tuple(names))]
+    if others:
+        logger.warning(f"The data set also has the classes {', '.join(others)}, which are none of {', '.join(names)}")
 
 
 def _check_names(names: list[str]) -> list[str]:
@@ -190,8 +201,8 @@ def check_labels(found: Found, training: Found | None, label_names: Sequence[str
         raise ValueError(
             f"{len(problems)} label{'s' * (len(problems) > 1)} cannot be used:{listed}"
             f"{f' and {len(problems) - FEW} more' if len(problems) > FEW else ''}\n"
-            "A whole class is no bad row, and is not skipped: correct the labels, name all classes with --labels, or "
-            "put clips that are none of the classes into a folder of their own for --ood_dir."
+            "A whole class is no bad row, and is not skipped: correct the labels, name all classes with --labels "
+            "in training, or put clips that are none of the classes into a folder of their own for --ood_dir."
         )
     if training is not None:
         _warn_of_rare_labels(dict(zip(label_names, counts, strict=True)))

@@ -137,6 +137,8 @@ def find_files(folder: Path, names: Iterable[str], table: str) -> dict[str, str]
     missing = [name for name, path in paths.items() if "://" not in path and not os.path.exists(path)]
     listings: dict[str, dict[str, list[str]]] = {}
     found = {name: path for name in missing if (path := _find_as_written_elsewhere(folder, name, listings))}
+    if not found:
+        return paths
     taken = Counter(os.path.normpath(found.get(name, path)) for name, path in paths.items())
     found = {name: path for name, path in found.items() if taken[os.path.normpath(path)] == 1}
     if found:

@@ -548,7 +548,9 @@ def test_what_numbers_mean_is_said(folder, caplog):
         caplog.clear()
         relabel(folder, train=[1, 2, 3, 3], validation=[1, 2, 3, 3], test=[2, 2, 3, 3])
         assert load_emotion_dataset(folder)[1] == ["1", "2", "3"]
+        assert load_emotion_dataset(folder, label_names=list("abcd"))[0]["train"]["labels"][:] == [1, 2, 3, 3]
     logging.disable_propagation()
+    assert "Labels that are numbers are ids: 0 a, 1 b, 2 c, 3 d" in caplog.text
     assert "labels are numbers: the classes are called 1, 2, 3" in caplog.text
 
 
@@ -971,6 +973,7 @@ def test_hub_data_streamed(hub, cache, log, processor, num_workers):
         dataset_name=str(hub), streaming=True, label_names=["neutral", "happy", "angry"]
     )
     assert names == ["neutral", "happy", "angry"] and set(data) == {"train", "test"}
+    assert "The data set also has" not in log.text
     assert "cannot be checked" in log.text
     stream = EmotionIterableDataset(data["test"], training=True, augmenter=Augmenter(probability=1.0))
     collator = MMSERDataCollator(processor)
@@ -999,10 +1002,11 @@ def test_workers_count_what_a_stream_skips():
     assert stream.num_skipped == 4
 
 
-def test_stream_seeds_by_content_and_skips(hub, cache):
+def test_stream_seeds_by_content_and_skips(hub, cache, log):
     data, _ = load_emotion_dataset(
         dataset_name=str(hub), streaming=True, label_names=["neutral", "happy"], on_bad_example="skip"
     )
+    assert "The data set also has the classes angry, which are none of neutral, happy" in log.text
     options = {"training": True, "augmenter": Augmenter(probability=1.0), "on_bad_example": "skip"}
     stream = EmotionIterableDataset(data["test"], **options)
     examples = list(stream)
