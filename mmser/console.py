@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mmser.flags import split_debug
@@ -85,23 +86,33 @@ def mistake(error: Exception) -> str | None:
     A user's mistakes are files and addresses that cannot be read, packages that are missing, and values that some
     code refuses with `raise ValueError`. A ValueError of an operation, such as of an unpacking, is no refusal.
     """
-    if type(error).__module__.split(".")[0] in FOREIGN_ERRORS:
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    if isinstance(error, (ValueError, ImportError)) and _is_raised_by_a_statement(error):
-        return WORKER_ERROR.sub("", str(error)).strip()
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    is_about_an_input = isinstance(error, OSError) or type(error).__module__.split(".")[0] in FOREIGN_ERRORS
+    frame = _innermost_frame(error)
+    if is_about_an_input or (isinstance(error, (ValueError, ImportError)) and _is_at_a_raise(frame)):
+        message = WORKER_ERROR.sub("", str(error)).strip()
+        return message if _is_own(frame) else message.partition("\n")[0]  # libraries explain themselves for pages
     if type(error).__name__ == "OutOfMemoryError":
         return f"The device has not enough memory: lower --batch_size or --max_seconds. {error}".splitlines()[0]
     return None
 
 
-def _is_raised_by_a_statement(error: Exception) -> bool:
+def _innermost_frame(error: Exception) -> TracebackType | None:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
+    return frame
+
+
+def _is_at_a_raise(frame: TracebackType | None) -> bool:
     line = linecache.getline(frame.tb_frame.f_code.co_filename, frame.tb_lineno).strip() if frame else ""
     return not line or line.startswith("raise")
+
+
+def _is_own(frame: TracebackType | None) -> bool:
+    name = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
+    return name.split(".")[0] in ("mmser", "__main__") or name.endswith(("_mmser", "_hf"))
 
 
 def leave_process_group() -> None:

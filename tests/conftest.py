@@ -6,6 +6,7 @@ import importlib.util
 import logging as python_logging
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,12 @@ from transformers.utils import logging
 from mmser.console import OWN_LOGGERS
 
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    """An interrupt stops the tests, and each worker, also where a shell in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

@@ -183,6 +183,15 @@ def test_a_mistake_is_a_sentence(error, said, monkeypatch, capsys):
         console.run_command(failing(error))
 
 
+def test_of_a_library_the_first_line_is_enough(monkeypatch, capsys):
+    library = {"__name__": "transformers.hub"}
+    exec("def fail():\n    raise OSError('No weights.\\nPlease read the manual at length.')", library)
+    assert end_of(library["fail"], monkeypatch, capsys) == (2, "error: No weights.\n")
+    own = {"__name__": "mmser.loading"}
+    exec("def fail():\n    raise ValueError('2 bad rows:\\n  row 3: no label')", own)
+    assert end_of(own["fail"], monkeypatch, capsys) == (2, "error: 2 bad rows:\n  row 3: no label\n")
+
+
 def test_a_chain_of_errors_is_one_sentence(monkeypatch, capsys):
     def main():
         try:

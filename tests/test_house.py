@@ -12,10 +12,12 @@ import graphlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 import mmser
@@ -182,3 +184,28 @@ def test_an_installation_has_every_file_of_the_package():
     files = [path for path in (ROOT / "mmser").iterdir() if path.suffix != ".py" and path.name != "__pycache__"]
     assert len(files) >= 2
     assert [path.name for path in files if not any(path.match(pattern) for pattern in patterns)] == []
+
+
+def test_make_test_skips_nothing_for_want_of_a_package():
+    """What a test asks for by `importorskip` is in the extra that `make` installs."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    installed = {line.split(">")[0].replace("-", "_") for line in settings["options.extras_require"]["dev"].split()}
+    wanted = {
+        node.args[0].value.split(".")[0]
+        for path in (ROOT / "tests").glob("*.py")
+        for node in nodes(path)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "importorskip"
+    }
+    assert {"librosa", "onnxruntime"} <= wanted
+    assert wanted - installed <= {"PIL"}  # it comes with matplotlib
+
+
+def test_an_interrupt_stops_the_tests_also_where_it_was_ignored(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        conftest.pytest_configure()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
