@@ -46,9 +46,10 @@ def main() -> None:
             print(
                 f"{row['emotion']:>12} ({row['language']}) {row['transcription'] or '-'}\n{'':>12} -> {describe(best)}"
             )
-        share = classifier.model.config.openmax_acceptance
+        model: Any = classifier.model
         os.chdir(checkpoint)
-    if share is not None and classifier.model.openmax.has_thresholds:
+    share = model.config.openmax_acceptance
+    if share is not None and model.openmax.has_thresholds:
         print(f"\nThe thresholds are made to accept {100 * share:g} % of known clips: a few of them end as unknown.")
     print("\nThe corpus is synthetic speech from eSpeak NG: these scores say nothing about human emotion.")
 
