@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import field
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -21,6 +21,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
+DEFAULT_REJECTION = 0.3  # a larger probability of "unknown" rejects a clip, unless a threshold is set or fitted
 MODALITIES = ("audio", "text")
 
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
@@ -39,7 +40,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             *("cross_attention_hidden_size", "cross_attention_heads", "pooling_hidden_size", "fusion_hidden_size"),
             *("classifier_hidden_size", "classifier_bottleneck", "classifier_checkpoint_interval", "feature_size"),
             *("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class"),
-            *("openmax_alpha", "openmax_centroids_per_class", "distillation_temperature"),
+            *("openmax_alpha", "openmax_centroids_per_class", "distillation_temperature", "format_version"),
         ),
         lambda value: value > 0,
         "greater than 0",
@@ -60,7 +61,11 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("openmax_tail_size",), lambda value: value >= 5, "at least 5"),
     (("openmax_acceptance",), lambda value: value is None or 0 < value < 1, "None or in (0, 1)"),
-    (("openmax_threshold",), lambda value: value is None or 0 <= value <= 1, "None or in [0, 1]"),
+    (
+        ("openmax_threshold",),
+        lambda value: value in (None, "fitted") or (not isinstance(value, str) and 0 <= value <= 1),
+        '"fitted", None or in [0, 1]',
+    ),
     (
         ("modalities",),
         (["audio", "text"], ["audio"], ["text"]).__contains__,
@@ -158,9 +163,12 @@ class MMSERConfig(PreTrainedConfig):
         openmax_alpha (`int`): number of top-ranked classes that are revised at the level of activations.
         openmax_tail_size (`int`): number of largest distances per class that the Weibull is fitted on; at least 5.
         openmax_acceptance (`float` or `None`): share of known clips, of each predicted class, that the thresholds of
-            rejection are made to accept, when they are fitted; `None` uses `openmax_threshold` instead.
-        openmax_threshold (`float` or `None`): without fitted thresholds, a clip is rejected when "unknown" wins or
-            its probability exceeds this; `None` switches rejection off.
+            rejection are made to accept, when they are fitted; `None` does not use them.
+        openmax_threshold (`float`, `str` or `None`): when a clip is rejected. A number always counts: "unknown" wins,
+            or its probability exceeds the number. "fitted" goes by the fitted thresholds, and by 0.3 as long as there
+            are none. `None` rejects nothing.
+        format_version (`int`): of the meaning of these fields in a saved file. Files of the first version have no such
+            entry; in them 0.3, which had no effect beside fitted thresholds, means "fitted".
         cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight,
         prototype_loss_weight, supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
             Weights of the parts of the loss; a part with weight 0 is not computed.
@@ -242,7 +250,8 @@ class MMSERConfig(PreTrainedConfig):
     openmax_alpha: int = 3
     openmax_tail_size: int = 20
     openmax_acceptance: float | None = 0.95
-    openmax_threshold: float | int | None = 0.3
+    openmax_threshold: float | int | str | None = "fitted"
+    format_version: int = 2
 
     cross_entropy_loss_weight: float | int = 1.0
     label_smoothing: float | int = 0.1
@@ -297,8 +306,10 @@ class MMSERConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """
         As always; new labels may have strings as ids and need no `label2id`. With another number of labels than it was
-        saved with, a checkpoint's class counts are dropped.
+        saved with, a checkpoint's class counts are dropped. For `openmax_threshold` see `format_version`.
         """
+        if "format_version" not in config_dict and config_dict.get("openmax_threshold") == DEFAULT_REJECTION:
+            config_dict = {**config_dict, "openmax_threshold": "fitted"}
         if kwargs.get("id2label"):
             kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
             kwargs.setdefault("label2id", {label: i for i, label in kwargs["id2label"].items()})
@@ -316,6 +327,17 @@ class MMSERConfig(PreTrainedConfig):
         """Raise `TypeError` for a name that is no field, with the nearest one. Transformers would keep it unused."""
         known = _field_names(cls) | {"num_labels", "attn_implementation", "torch_dtype"}
         check_names(names, known, "field of MMSERConfig")
+
+    @property
+    def uses_fitted_thresholds(self) -> bool:
+        """Whether rejection goes by fitted thresholds, once there are some."""
+        return self.openmax_threshold == "fitted" and self.openmax_acceptance is not None
+
+    @property
+    def rejection_probability(self) -> float | None:
+        """Otherwise, the probability of "unknown" above which a clip is rejected; None rejects nothing."""
+        threshold = self.openmax_threshold
+        return DEFAULT_REJECTION if threshold == "fitted" else cast(float | None, threshold)
 
     @property
     def uses_log_mel(self) -> bool:

@@ -1228,10 +1228,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             "open_set_probabilities": probabilities,
             "rejection_score": score[:, None],
         }
-        threshold = self.config.openmax_threshold
+        threshold = self.config.rejection_probability
         if threshold is not None:
-            use_fitted = self.config.openmax_acceptance is not None
-            predictions = logits.argmax(dim=-1)
+            use_fitted, predictions = self.config.uses_fitted_thresholds, logits.argmax(dim=-1)
             open_set["is_unknown"] = self.openmax.reject(score, probabilities, predictions, threshold, use_fitted)
         return open_set
 

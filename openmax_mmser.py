@@ -355,7 +355,7 @@ class OpenMax(nn.Module):
         if too_few:
             instead = "the one over all classes stands in"
             if pooled is None:
-                instead = "`openmax_threshold` decides, and no share of acceptance is promised"
+                instead = "the probability of unknown decides, and no share of acceptance is promised"
             logger.warning(
                 f"OpenMax: too few of the {len(scores)} held-out clips are predicted as class "
                 f"{', '.join(map(str, too_few))} for a rejection threshold of its own; {instead}."

@@ -401,8 +401,8 @@ class MMSERPipeline(Pipeline):
                 properties of the clip, the same for all of its labels. Look at `is_unknown` first: where it is True,
                 the answer is "unknown" and the label only the nearest class, however high its score. That is so if
                 OpenMax leaves no class as much as the threshold fitted for the predicted one, which known clips seldom
-                miss (`config.openmax_acceptance`); without fitted ones, if "unknown" comes first or exceeds
-                `config.openmax_threshold`; never if that is None. The last two are None while OpenMax is not fitted.
+                miss (`config.openmax_acceptance`). With a number as `config.openmax_threshold`, it is so if "unknown"
+                comes first or exceeds that; with None never. The last two are None while OpenMax is not fitted.
             function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
             batch_size, num_workers (`int`): as in every pipeline; results do not depend on them. In a list, clips of
                 similar length share a batch.

@@ -63,7 +63,7 @@ def checkpoint_state(folder: str | Path, config: MMSERConfig) -> CheckpointState
     return CheckpointState(
         modalities=[name for name, own in biases.items() if any(bool(weights[bias].any()) for bias in own)],
         has_openmax=has_openmax,
-        has_thresholds=has_openmax and config.openmax_acceptance is not None and openmax.has_thresholds,
+        has_thresholds=has_openmax and config.uses_fitted_thresholds and openmax.has_thresholds,
     )
 
 

@@ -35,7 +35,7 @@ def test_defaults_are_the_design():
     assert (config.label_smoothing, config.class_balanced_beta, config.focal_gamma) == (0.1, 0.9999, 2)
     assert (config.openmax_distance, config.openmax_centroids_per_class) == ("centroid", 32)
     assert (config.openmax_level, config.openmax_alpha, config.openmax_tail_size) == ("probability", 3, 20)
-    assert (config.openmax_acceptance, config.openmax_threshold) == (0.95, 0.3)
+    assert (config.openmax_acceptance, config.openmax_threshold) == (0.95, "fitted")
     assert not config.uses_log_mel
 
 
@@ -85,7 +85,8 @@ def test_labels(given, expected):
         ({"focal_loss_weight": -1}, "`focal_loss_weight` must be 0 or more, got -1"),
         ({"class_balanced_beta": 1.0}, "class_balanced_beta"),
         ({"cross_attention_heads": 7}, "multiple of `cross_attention_heads`"),
-        ({"openmax_threshold": 1.5}, r"`openmax_threshold` must be None or in \[0, 1\], got 1.5"),
+        ({"openmax_threshold": 1.5}, r'`openmax_threshold` must be "fitted", None or in \[0, 1\], got 1.5'),
+        ({"openmax_threshold": "fited"}, r"""`openmax_threshold` must be "fitted", .*, got 'fited'"""),
         ({"class_counts": [5, 6]}, "`class_counts` has 2 entries but the model has 4 labels"),
     ],
 )

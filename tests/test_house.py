@@ -45,6 +45,7 @@ COMMANDS = [name for name, path in FILES.items() if path.parent == ROOT and not 
 NEIGHBOURS = {("modeling_mmser", "processing_mmser"): "`register_auto_classes` is there, and makes all of it known"}
 # Longer than 250 lines, and why they are one class
 LARGE_CLASSES = {
+    "MMSERConfig": "a configuration is one class, and its docstring is the manual of every field",
     "MMSERTrainer": "overrides of the methods of Transformers' Trainer, which share its state",
     "MMSERModel": "a model of Transformers is one class: encoders, fusion, freezing and loading share its weights",
     "OpenMax": "its buffers are fitted, stored and applied by methods that must agree on every one of them",

@@ -315,7 +315,7 @@ SENTENCES: list[tuple[Said, Callable[[Case], bool]]] = [
         "probable than 0.3.",
         lambda case: (
             case.opens
-            and case.config.openmax_threshold == 0.3
+            and case.config.openmax_threshold is not None
             and (case.config.openmax_acceptance is None or not case.model.openmax.has_thresholds)
         ),
     ),

@@ -6,6 +6,7 @@ References are derived here with numpy and exact fractions. The Weibull fit and 
 """
 
 import copy
+import json
 import logging as python_logging
 import math
 from fractions import Fraction
@@ -259,7 +260,7 @@ def test_predicted_classes_with_too_few_clips_share_a_threshold_and_are_named(wa
     assert len(warnings) == 1 and "predicted as class 1, 2 for" in warnings[0] and "over all classes" in warnings[0]
     openmax.fit_thresholds(scores[:18], predictions[:18], 0.95)
     assert (openmax.rejection_thresholds == NO_THRESHOLD).all() and not openmax.has_thresholds
-    assert "class 0, 1, 2 for" in warnings[1] and "`openmax_threshold` decides" in warnings[1]
+    assert "class 0, 1, 2 for" in warnings[1] and "the probability of unknown decides" in warnings[1]
     openmax.fit_thresholds(scores[:19], predictions[:19], 0.95)  # 19 is the smallest number for 95 %
     assert openmax.has_thresholds and openmax.rejection_thresholds[0].item() == pytest.approx(0.19)
     openmax.fit_thresholds(np.zeros(30), np.zeros(30, dtype=int), 0.95)
@@ -417,26 +418,61 @@ def test_thresholds_reach_scores_beyond_every_probability(rng):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("distance", ["centroid", "anchor"])
 def test_the_model_says_which_clips_it_rejects(distance, level):
-    model = tiny_model(openmax_distance=distance, openmax_level=level, openmax_threshold=0.45)
-    batch = tiny_batch(model, [800] * 12, [3] * 12)
+    model = tiny_model(openmax_distance=distance, openmax_level=level)
+    batch, config = tiny_batch(model, [800] * 12, [3] * 12), model.config
     assert model(**batch).is_unknown is None  # not fitted
     fit_openmax_by_chance(model)
     outputs = model(**batch)
-    published = [row[-1] > max(row[:-1]) or row[-1] > 0.45 for row in outputs.open_set_probabilities.tolist()]
-    assert outputs.is_unknown.dtype == torch.bool and outputs.is_unknown.tolist() == published
+
+    def published(threshold):
+        return [row[-1] > max(row[:-1]) or row[-1] > threshold for row in outputs.open_set_probabilities.tolist()]
+
+    assert outputs.is_unknown.dtype == torch.bool and outputs.is_unknown.tolist() == published(0.3)
     assert outputs.rejection_score.shape == (12, 1)
     scores, predictions = outputs.rejection_score[:, 0], outputs.logits.argmax(dim=-1)
     middle = scores.median().item()
     model.openmax.fit_thresholds(np.tile([middle, 0.0], 8), np.repeat(np.arange(4), 4), 0.7)
     assert model.openmax.rejection_thresholds.tolist() == pytest.approx([middle] * 4)
     fitted = (scores > model.openmax.rejection_thresholds[predictions]).tolist()
-    assert model(**batch).is_unknown.tolist() == fitted != published and 4 < sum(fitted) < 8
+    assert model(**batch).is_unknown.tolist() == fitted != published(0.3) and 4 < sum(fitted) < 8
     assert model(**batch, use_openmax=False).is_unknown is None
-    model.config.openmax_acceptance = None  # the published rule
-    assert model(**batch).is_unknown.tolist() == published
-    model.config.openmax_acceptance, model.config.openmax_threshold = 0.9, None
+    config.openmax_acceptance = None  # the published rule
+    assert model(**batch).is_unknown.tolist() == published(0.3)
+    config.openmax_acceptance = 0.9
+    rejected = []
+    for threshold in (0.3, 0.45, 1, 0):  # what a user sets wins over what is fitted
+        config.openmax_threshold = threshold
+        rejected.append(model(**batch).is_unknown.tolist())
+        assert rejected[-1] == published(threshold) != fitted
+    assert sum(rejected[3]) == 12
+    config.openmax_threshold = None
     outputs = model(**batch)
     assert outputs.is_unknown is None and outputs.unknown_probability is not None
+
+
+@torch.no_grad()
+def test_a_threshold_that_a_user_sets_is_kept_and_that_of_an_old_file_is_the_fitted_one(tmp_path):
+    """Old files hold 0.3, the default that had no effect beside fitted thresholds; in new ones it is a user's."""
+    model = tiny_model(openmax_threshold=0.3)
+    fit_openmax_by_chance(model)
+    model.openmax.rejection_thresholds.fill_(1e30)  # reject nothing
+    model.eval()
+    batch = tiny_batch(model, [800] * 12, [3] * 12)
+    chosen = model(**batch).is_unknown
+    assert chosen.any()
+    model.save_pretrained(tmp_path)
+    load = MMSERForAudioClassification.from_pretrained
+    assert torch.equal(load(tmp_path)(**batch).is_unknown, chosen)
+    assert not load(tmp_path, openmax_threshold="fitted")(**batch).is_unknown.any()
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["format_version"]
+    file.write_text(json.dumps(saved))
+    old = load(tmp_path)
+    assert old.config.openmax_threshold == "fitted" and not old(**batch).is_unknown.any()
+    assert torch.equal(load(tmp_path, openmax_threshold=0.3)(**batch).is_unknown, chosen)
+    file.write_text(json.dumps(saved | {"openmax_threshold": None}))
+    assert load(tmp_path)(**batch).is_unknown is None
 
 
 # --- what counts as a fit --------------------------------------------------------------------------------------------

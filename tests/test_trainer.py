@@ -1166,7 +1166,7 @@ def test_few_held_out_clips_leave_the_weibulls_to_the_training_clips(either, tra
     config.openmax_acceptance = 0.95
     either.finalize(training, few)
     assert openmax.is_fitted and not openmax.has_thresholds  # 19 clips is the smallest number for 95 %
-    assert "`openmax_threshold` decides" in log.text
+    assert "the probability of unknown decides" in log.text
     config.openmax_acceptance = None
     either.finalize(training, held_out)
     assert openmax.is_fitted and not openmax.has_thresholds
