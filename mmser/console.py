@@ -92,10 +92,17 @@ def mistake(error: Exception) -> str | None:
     frame = _innermost_frame(error)
     if is_about_an_input or (isinstance(error, (ValueError, ImportError)) and _is_at_a_raise(frame)):
         message = WORKER_ERROR.sub("", str(error)).strip()
-        return message if _is_own(frame) else message.partition("\n")[0]  # libraries explain themselves for pages
+        return message if _is_own(frame) else first_sentence(message)
     if type(error).__name__ == "OutOfMemoryError":
         return f"The device has not enough memory: lower --batch_size or --max_seconds. {error}".splitlines()[0]
     return None
+
+
+def first_sentence(message: str) -> str:
+    """What a library says is wrong, without the manual that follows: its first line, with what that announces."""
+    lines = message.strip().splitlines() or [""]
+    said = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:2])
+    return said.partition(" If you were trying to load it from")[0]
 
 
 def _innermost_frame(error: Exception) -> TracebackType | None:

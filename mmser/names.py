@@ -11,6 +11,8 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from mmser.console import first_sentence
+
 CONFIG = "config.json"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -90,7 +92,7 @@ def reading(models: Sequence[Named]) -> Iterator[None]:
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         about = ", ".join(f"{model.flag} {model.name}" for model in models)
-        raise OSError(f"{about} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise OSError(f"{about} cannot be read: {first_sentence(str(error))}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
 

@@ -187,6 +187,9 @@ def test_of_a_library_the_first_line_is_enough(monkeypatch, capsys):
     library = {"__name__": "transformers.hub"}
     exec("def fail():\n    raise OSError('No weights.\\nPlease read the manual at length.')", library)
     assert end_of(library["fail"], monkeypatch, capsys) == (2, "error: No weights.\n")
+    said = "Can't load the tokenizer for 'x'. If you were trying to load it from 'https://huggingface.co/models', make"
+    assert console.first_sentence(said) == "Can't load the tokenizer for 'x'."
+    assert console.first_sentence("Bad field 'a':\n    expected int\nmore") == "Bad field 'a': expected int"
     own = {"__name__": "mmser.loading"}
     exec("def fail():\n    raise ValueError('2 bad rows:\\n  row 3: no label')", own)
     assert end_of(own["fail"], monkeypatch, capsys) == (2, "error: 2 bad rows:\n  row 3: no label\n")
