@@ -108,6 +108,23 @@ def _field_names(config_class: Any) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config_class)}
 
 
+def ignored_modality(given: list[str], used: list[str], modalities: list[str]) -> str | None:
+    """
+    The modality that is given to a model and plays no part in its answer, if there is one.
+
+    Args:
+        given: those of "audio" and "text" that are given.
+        used: those that the model uses.
+        modalities: those that it has an encoder for.
+    Raises:
+        ValueError: nothing else is given.
+    """
+    ignored = [modality for modality in given if modality not in used]
+    if ignored and ignored == given:
+        raise ValueError(f"{reason_unused(ignored[0], modalities)}: give {' or '.join(used)}.")
+    return ignored[0] if ignored else None
+
+
 def reason_unused(modality: str, modalities: list[str]) -> str:
     """Why a model that has the encoders of `modalities` ignores "audio" or "text", as a sentence without its end."""
     if modality not in modalities:
@@ -387,4 +404,4 @@ class MMSERConfig(PreTrainedConfig):
 
 MMSERConfig.register_for_auto_class()
 
-__all__ = ["MMSERConfig", "reason_unused"]
+__all__ = ["MMSERConfig", "ignored_modality", "reason_unused"]

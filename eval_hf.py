@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> dict:
     from transformers import set_seed
 
     from mmser import evaluation_run, model_loading, report
-    from mmser.examples import EmotionDataset
+    from mmser.examples import EmotionDataset, reading_options
     from mmser.plots import check_matplotlib
     from modeling_mmser import register_auto_classes
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> dict:
     label_names = model_loading.load_label_names(options.model_name_or_path)
     clips = evaluation_run.load_clips(source, options, label_names)
     processor = evaluation_run.load_processor(options.model_name_or_path)
-    reading = {"sampling_rate": processor.feature_extractor.sampling_rate, "max_seconds": source.max_seconds}
+    reading = {"max_seconds": source.max_seconds, **reading_options(processor.modalities, processor.sampling_rate)}
     clips = evaluation_run.check_clips(clips, source.on_bad_example, **reading)
     make_dataset: Any = partial(EmotionDataset, seed=options.seed, **reading)
     groups = evaluation_run.group_clips(make_dataset(clips.evaluated), options.group_by)

@@ -28,7 +28,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 try:
-    from .configuration_mmser import MODALITIES, MMSERConfig, check_names, reason_unused
+    from .configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -65,7 +65,7 @@ try:
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from configuration_mmser import MODALITIES, MMSERConfig, check_names, reason_unused
+    from configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -824,17 +824,15 @@ class MMSERModel(MMSERPreTrainedModel):
         """
         used = self.config.modalities if self.training else self.config.used_modalities
         names = [name for name, (inputs, states, _) in given.items() if inputs is not None or states is not None]
-        ignored = [name for name in names if name not in used]
-        if not ignored:
+        ignored = ignored_modality(names, used, self.config.modalities)
+        if ignored is None:
             return None
-        reason = reason_unused(ignored[0], self.config.modalities)
-        if len(ignored) == len(names):
-            raise ValueError(f"{reason}: give {' or '.join(used)}.")
-        mask = given[ignored[0]][2]
+        mask = given[ignored][2]
         # Rows without the modality are masked; those of a graph that is being recorded cannot be read
         if not torch.compiler.is_compiling() and (mask is None or (not is_tracing(mask) and bool(mask.any()))):
-            logger.warning_once(f"{reason}: its {ignored[0]} input is ignored.")
-        return ignored[0]
+            reason = reason_unused(ignored, self.config.modalities)
+            logger.warning_once(f"{reason}: its {ignored} input is ignored.")
+        return ignored
 
     def _pass_on(self, audio_hidden, audio_mask, text_hidden, text_mask) -> tuple[Any, Any, Tensor, None]:
         """As `_join`, for a model of one modality."""

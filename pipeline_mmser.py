@@ -12,7 +12,7 @@ import json
 import os
 import urllib.request
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput, cached_file, logging
 
 try:
     from .audio_mmser import (
@@ -40,6 +40,7 @@ try:
         stream_audio,
         unwrap_audio,
     )
+    from .configuration_mmser import MODALITIES, ignored_modality, reason_unused
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
@@ -52,7 +53,9 @@ except ImportError:
         stream_audio,
         unwrap_audio,
     )
+    from configuration_mmser import MODALITIES, ignored_modality, reason_unused
 
+logger = logging.get_logger(__name__)
 TEXT_KEYS = ("text", "transcription")
 
 
@@ -69,9 +72,18 @@ def _import_onnxruntime() -> Any:
 
 
 class MMSEROnnxConfig(PreTrainedConfig):
-    """The configuration that `export_hf.py` stored in an ONNX file: labels and thresholds."""
+    """The configuration that `export_hf.py` stored in an ONNX file: labels, thresholds, and what the model takes."""
 
     model_type = "mmser-onnx"
+
+    modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
+    untrained_modalities: list[str] = field(default_factory=list)
+
+    @property
+    def used_modalities(self) -> list[str]:
+        """As of `MMSERConfig`: the modalities that the graph has inputs for."""
+        return [modality for modality in self.modalities if modality not in self.untrained_modalities]
+
     is_registered = False  # as in `MMSERConfig`
 
     def __post_init__(self, **kwargs):
@@ -116,7 +128,6 @@ class MMSEROnnxForAudioClassification:
 
     config_class = MMSEROnnxConfig
     file_name = "model.onnx"
-    input_modalities = ("audio", "text")
     # A pipeline asks for these. Tensors come and go as float32 on the CPU, wherever onnxruntime computes
     dtype = torch.float32
     device = torch.device("cpu")
@@ -127,7 +138,9 @@ class MMSEROnnxForAudioClassification:
         self.config = MMSEROnnxConfig(**json.loads(self.notes["config"])) if config is None else config
         self.inputs = {node.name: node.shape for node in session.get_inputs()}
         self.output_names = [node.name for node in session.get_outputs()]
-        self.main_input_name = next(name for name in self.inputs if name in ("input_values", "input_features"))
+        names = ("input_values", "input_features", "input_ids")  # one of audio comes first, if there is one
+        self.main_input_name = next(name for name in names if name in self.inputs)
+        self.input_modalities = tuple(self.config.used_modalities)
 
     @classmethod
     def from_pretrained(
@@ -188,11 +201,15 @@ class MMSEROnnxForAudioClassification:
         """
         Args:
             input_values, attention_mask, input_ids, text_attention_mask, input_features: tensors or arrays, as
-                `MMSERProcessor` makes them. Either modality may be left out.
+                `MMSERProcessor` makes them. Either modality may be left out; one that the model does not use is
+                ignored.
 
         Raises:
-            ValueError: neither audio nor text, or the wrong kind of audio.
+            ValueError: nothing that the model uses, or the wrong kind of audio.
         """
+        if len(self.input_modalities) == 1:
+            audio = input_features if input_values is None else input_values
+            return self._run_alone(audio, attention_mask, input_ids, text_attention_mask)
         audio, wrong = input_values, input_features
         if self.main_input_name == "input_features":
             audio, wrong = wrong, audio
@@ -208,6 +225,24 @@ class MMSEROnnxForAudioClassification:
             "input_ids": _as_array(input_ids, np.int64),
             "text_attention_mask": _as_array(text_attention_mask, np.int64),
         }
+        return self._run(feeds)
+
+    def _run_alone(self, audio, attention_mask, input_ids, text_attention_mask) -> MMSEROnnxOutput:
+        """A graph that has the inputs of one modality."""
+        audio, input_ids = used_inputs(audio, input_ids, self.config)
+        is_audio = self.main_input_name != "input_ids"
+        values, mask = (audio, attention_mask) if is_audio else (input_ids, text_attention_mask)
+        if values is None:
+            raise ValueError(f"Give `{self.main_input_name}`")
+        values, mask = self._with_mask(self.main_input_name, values, mask, like=None)
+        return self._run(
+            {
+                self.main_input_name: _as_array(values, np.float32 if is_audio else np.int64),
+                "attention_mask" if is_audio else "text_attention_mask": _as_array(mask, np.int64),
+            }
+        )
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> MMSEROnnxOutput:
         outputs = self.session.run(self.output_names, feeds)
         return MMSEROnnxOutput(
             **{name: torch.from_numpy(value) for name, value in zip(self.output_names, outputs, strict=True)}
@@ -221,6 +256,19 @@ class MMSEROnnxForAudioClassification:
             return np.full((len(like), 1), int(self.notes["pad_token_id"])), np.zeros((len(like), 1))
         length = int(self.notes["min_audio_length"])
         return np.zeros((len(like), *self.inputs[name][1:-1], length)), np.zeros((len(like), length))
+
+
+def used_inputs(audio: Any, text: Any, config: Any) -> tuple[Any, Any]:
+    """
+    Audio and text, None for what is not given, without that which the model of `config` does not use. What is ignored
+    is reported once; alone it is a ValueError.
+    """
+    given = [name for name, value in (("audio", audio), ("text", text)) if value is not None]
+    ignored = ignored_modality(given, config.used_modalities, config.modalities)
+    worker = torch.utils.data.get_worker_info()
+    if ignored and (worker is None or worker.id == 0):
+        logger.warning_once(f"{reason_unused(ignored, config.modalities)}: its {ignored} input is ignored.")
+    return None if ignored == "audio" else audio, None if ignored == "text" else text
 
 
 def _as_array(values, dtype) -> np.ndarray:
@@ -466,6 +514,8 @@ class MMSERPipeline(Pipeline):
         """One input of any kind -> model inputs with a batch axis of 1, as NumPy arrays."""
         audio, text, own_rate, name = _unpack(inputs, TEXT_KEYS)
         sampling_rate = own_rate or sampling_rate
+        has_words = text is not None and not (isinstance(text, str) and not text.strip())
+        audio, text = used_inputs(audio, text if has_words else None, self.model.config)
         if audio is not None:
             rate = self.processor.feature_extractor.sampling_rate
             audio, sampling_rate = [load_audio(audio, sampling_rate, rate, name=name)], rate
@@ -532,6 +582,8 @@ class MMSERPipeline(Pipeline):
         if seconds is None:
             return None, options
         extractor = self.processor.feature_extractor
+        if extractor is None:
+            raise ValueError("`chunk_length_s` is for audio, and this model has no audio encoder")
         limit = extractor.n_samples / extractor.sampling_rate if hasattr(extractor, "n_samples") else 3600.0
         if not isinstance(seconds, (int, float)) or not MIN_SECONDS <= seconds <= limit:
             raise ValueError(f"`chunk_length_s` must be a number from {MIN_SECONDS} to {limit:g} s, got {seconds!r}")
@@ -647,7 +699,8 @@ class AudioClassificationTask:
         """The processor as it was given, or made of its two parts, or the one beside the weights."""
         if processor is not None and not isinstance(processor, (str, os.PathLike)):
             return processor
-        if processor is None and feature_extractor is not None and tokenizer is not None:
+        parts = {"audio": feature_extractor, "text": tokenizer}
+        if processor is None and all(parts[modality] is not None for modality in model.config.modalities):
             return MMSERPipeline.processor_class(feature_extractor, tokenizer)
         name = processor or getattr(model, "name_or_path", None)
         if not name:

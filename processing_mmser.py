@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModelForAudioClassification,
     AutoProcessor,
+    AutoTokenizer,
     BatchFeature,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
@@ -30,7 +32,7 @@ try:
         stream_audio,
         warn_once,
     )
-    from .configuration_mmser import MMSERConfig
+    from .configuration_mmser import MMSERConfig, reason_unused
     from .pipeline_mmser import (
         AudioClassificationTask,
         Chunk,
@@ -46,7 +48,7 @@ except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
     from audio_mmser import MIN_SECONDS, has_own_rate, load_audio, pad_and_stack, stream_audio, warn_once
-    from configuration_mmser import MMSERConfig
+    from configuration_mmser import MMSERConfig, reason_unused
     from pipeline_mmser import (
         AudioClassificationTask,
         Chunk,
@@ -83,22 +85,38 @@ PROCESSOR_OPTIONS = {
 }
 
 
+class _PresentParts:
+    """`get_attributes` of the class gives both parts of a processor, that of an object the parts that it has."""
+
+    names = ("feature_extractor", "tokenizer")
+
+    def __get__(self, processor, owner):
+        return lambda: [name for name in self.names if processor is None or getattr(processor, name) is not None]
+
+
 class MMSERProcessor(ProcessorMixin):
     """Turns audio clips and their transcripts into the inputs of an MMSER model.
 
     Args:
         feature_extractor (`Wav2Vec2FeatureExtractor` or `WhisperFeatureExtractor`): the raw-waveform family (wav2vec2,
-            HuBERT, WavLM, data2vec-audio, XLS-R) or the log-mel family.
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text encoder.
+            HuBERT, WavLM, data2vec-audio, XLS-R) or the log-mel family. None for a model without an audio encoder.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text encoder. None for a model without one.
     """
+
+    get_attributes: Any = _PresentParts()
 
     pipeline_class = MMSERPipeline
     valid_processor_kwargs: Any = MMSERProcessorKwargs
     text_kwargs = {"padding": True, "return_tensors": "pt"}  # noqa: RUF012 (read and copied by ProcessorMixin)
     audio_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
 
-    def __init__(self, feature_extractor, tokenizer):
-        super().__init__(feature_extractor, tokenizer)
+    def __init__(self, feature_extractor=None, tokenizer=None):
+        self.feature_extractor, self.tokenizer = feature_extractor, tokenizer
+        if feature_extractor is None and tokenizer is None:
+            raise ValueError("Give `feature_extractor`, `tokenizer` or both; both are None.")
+        super().__init__(**{name: getattr(self, name) for name in self.get_attributes()})
+        if feature_extractor is None:
+            return
         if not isinstance(feature_extractor, (Wav2Vec2FeatureExtractor, WhisperFeatureExtractor)):
             raise ValueError(
                 "`feature_extractor` must be a Wav2Vec2FeatureExtractor (raw waveform) or a WhisperFeatureExtractor "
@@ -109,29 +127,58 @@ class MMSERProcessor(ProcessorMixin):
             feature_extractor.return_attention_mask = True
 
     @property
+    def modalities(self) -> list[str]:
+        """Which of "audio" and "text" can be processed."""
+        parts = {"audio": self.feature_extractor, "text": self.tokenizer}
+        return [modality for modality, part in parts.items() if part is not None]
+
+    @property
+    def sampling_rate(self) -> int | None:
+        """Of the audio of the model, in Hz; None for a model without an audio encoder."""
+        return None if self.feature_extractor is None else self.feature_extractor.sampling_rate
+
+    @property
     def audio_input_name(self) -> str:
         """`input_values` for the raw-waveform family, `input_features` for the log-mel family."""
         return self.feature_extractor.model_input_names[0]
 
     @property
     def model_input_names(self) -> list[str]:
-        return [self.audio_input_name, "attention_mask", "input_ids", "text_attention_mask"]
+        audio = [] if self.feature_extractor is None else [self.audio_input_name, "attention_mask"]
+        return [*audio, *([] if self.tokenizer is None else ["input_ids", "text_attention_mask"])]
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """As always, but a part that `processor_config.json` has as null does not exist."""
+        missing = [name for name in cls.get_attributes() if (processor_dict or {}).get(name, ...) is None]
+        if not missing:
+            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        loaders = {"feature_extractor": AutoFeatureExtractor, "tokenizer": AutoTokenizer}
+        return [
+            None if name in missing else loaders[name].from_pretrained(pretrained_model_name_or_path, **kwargs)
+            for name in cls.get_attributes()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As always, less the `auto_map` that saving puts on the feature extractor, a class of the library."""
+        """
+        As always, less the `auto_map` that saving puts on the feature extractor, a class of the library. A part that
+        does not exist is None.
+        """
         output = super().to_dict()
-        output["feature_extractor"].pop("auto_map", None)
-        return output
+        (output["feature_extractor"] or {}).pop("auto_map", None)
+        return output if self.tokenizer is not None else {**output, "tokenizer": None}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As always; afterwards the object still equals its reloaded copy."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        for part in (self, self.feature_extractor):
+        for part in (self, *([] if self.feature_extractor is None else [self.feature_extractor])):
             vars(part).pop("auto_map", None)  # meant for the files, the library leaves it on the objects
         return files
 
     def __call__(self, audio=None, text=None, **kwargs: Unpack[MMSERProcessorKwargs]) -> BatchFeature:
         """Prepare a batch. Row i is clip i with text i; either may be None (text also blank), not both.
+
+        A processor without one of its parts ignores that modality, with one warning.
 
         Args:
             audio: one clip or a list of clips (or a column of `datasets`), each as in [`load_audio`] or None. A bare
@@ -160,17 +207,31 @@ class MMSERProcessor(ProcessorMixin):
             raise ValueError(f"`audio` has {len(clips)} rows but `text` has {len(texts)}; row i of both is one clip")
         count = len(clips or texts or [])
         clips, texts = clips or [None] * count, texts or [None] * count
+        clips, texts = self._without_missing_part(clips, texts)
         for row, (clip, words) in enumerate(zip(clips, texts, strict=True)):
             if clip is None and words is None:
+                if len(self.modalities) == 1:
+                    raise ValueError(f"row {row} has no {self.modalities[0]}; this processor takes nothing else")
                 raise ValueError(f"row {row} has neither audio nor text; at least one is needed")
 
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        init_kwargs = None if self.tokenizer is None else self.tokenizer.init_kwargs
+        options = self._merge_kwargs(tokenizer_init_kwargs=init_kwargs, **kwargs)
         inputs = BatchFeature()
         if any(clip is not None for clip in clips):
             inputs.update(self._process_clips(clips, **options["audio_kwargs"]))
         if any(words is not None for words in texts):
             inputs.update(self._process_texts(texts, **options["text_kwargs"]))
         return inputs
+
+    def _without_missing_part(self, clips: list, texts: list[str | None]) -> tuple[list, list[str | None]]:
+        """The rows without what there is no part for; told once."""
+        for modality, rows in (("audio", clips), ("text", texts)):
+            if modality not in self.modalities and any(row is not None for row in rows):
+                warn_once(
+                    f"no {modality}", f"{reason_unused(modality, self.modalities)}: its {modality} input is ignored."
+                )
+        nothing: list = [None] * len(clips)
+        return (clips if "audio" in self.modalities else nothing), (texts if "text" in self.modalities else nothing)
 
     def _process_clips(self, clips: list, sampling_rate=None, pad_to_multiple_of=None, return_tensors=None):
         """List of clips (None = missing) -> padded features and their mask."""

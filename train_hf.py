@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> dict:
     seed = training_run.data_seed(training_arguments)
     data = training_run.load_data(data_arguments, seed, model_arguments.model_name_or_path)
     processor = model_loading.load_processor(model_arguments)
-    training_run.leave_out_unreadable(data, data_arguments, processor.feature_extractor.sampling_rate)
+    training_run.leave_out_unreadable(data, data_arguments, processor)
 
     model = model_loading.load_model(model_arguments, data.label_names, processor)
     teacher = model_loading.load_teacher(model_arguments, data_arguments, model, processor)

@@ -34,11 +34,13 @@ class ModelArguments:
             "those of --model_name_or_path (a model soup)."
         },
     )
-    audio_model_name_or_path: str = field(
-        default="facebook/wav2vec2-base", metadata={"help": "Audio encoder: Hub name or folder."}
+    audio_model_name_or_path: str | None = field(
+        default="facebook/wav2vec2-base",
+        metadata={"help": "Audio encoder: Hub name or folder; none: a model of text alone."},
     )
-    text_model_name_or_path: str = field(
-        default="google-bert/bert-base-multilingual-cased", metadata={"help": "Text encoder: Hub name or folder."}
+    text_model_name_or_path: str | None = field(
+        default="google-bert/bert-base-multilingual-cased",
+        metadata={"help": "Text encoder: Hub name or folder; none: a model of audio alone."},
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not beside the text encoder."})
     random_audio_encoder: bool = field(
@@ -100,6 +102,10 @@ class ModelArguments:
                 setattr(self, name, checkpoint_folder(getattr(self, name), f"--{name}"))
         self.average_with = [checkpoint_folder(name, "--average_with") for name in self.average_with]
         for kind in ("audio", "text"):
+            name = f"{kind}_model_name_or_path"
+            if str(getattr(self, name)).lower() == "none":
+                setattr(self, name, None)
+                self._check_without(kind)
             if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
                 raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
         if self.average_with and self.model_name_or_path is None:
@@ -110,6 +116,20 @@ class ModelArguments:
             )
         if self.freeze_audio and any(getattr(self, name) for name in SPEC_AUGMENT):
             raise ValueError("SpecAugment masks what an encoder learns from: it has no effect with --freeze_audio.")
+
+    def _check_without(self, kind: str) -> None:
+        """Refuse flags that need the encoder `kind`, "audio" or "text", which there is none of."""
+        about = [f"random_{kind}_encoder", f"{kind}_config_overrides", f"freeze_{kind}"]
+        about += ["tokenizer_name"] if kind == "text" else ["audio_num_hidden_layers", "freeze_feature_encoder"]
+        about += SPEC_AUGMENT if kind == "audio" else ()
+        useless = [name for name in about if getattr(self, name) not in (None, False, {})]
+        flag = f"--{kind}_model_name_or_path none"
+        if useless:
+            raise ValueError(f"{flag} leaves out the {kind} encoder: --{useless[0]} has nothing to act on.")
+        if self.model_name_or_path is not None:
+            raise ValueError(f"{flag} is for a new model: that of --model_name_or_path has the encoders that it has.")
+        if self.audio_model_name_or_path is None and self.text_model_name_or_path is None:
+            raise ValueError("A model needs an encoder: both --audio_ and --text_model_name_or_path are none.")
 
 
 SPEC_AUGMENT = ("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")

@@ -43,10 +43,10 @@ class MMSERDataCollator:
             raise ValueError(f"a batch needs at least one readable example, got {len(examples)} bad ones")
         batch = self._process(rows)
         extractor = self.processor.feature_extractor
-        if "text" in rows[0] and "input_ids" not in batch:
+        if "text" in rows[0] and "input_ids" not in batch and self.processor.tokenizer is not None:
             batch["input_ids"] = torch.full((len(rows), 1), self._pad_token_id)
             batch["text_attention_mask"] = torch.zeros(len(rows), 1, dtype=torch.long)
-        if "audio" in rows[0] and "attention_mask" not in batch:
+        if "audio" in rows[0] and "attention_mask" not in batch and extractor is not None:
             name = extractor.model_input_names[0]
             samples = round(MIN_SECONDS * extractor.sampling_rate)
             shape = (samples,) if name == "input_values" else (extractor.feature_size, 2)
@@ -74,7 +74,7 @@ class MMSERDataCollator:
         batch = self.processor(  # type: ignore[call-arg]  # the base class routes flat keywords
             audio=audio if any(clip is not None for clip in audio) else None,
             text=text if any(text) else None,
-            sampling_rate=self.processor.feature_extractor.sampling_rate,
+            sampling_rate=self.processor.sampling_rate,
             padding=True,
             return_tensors="pt",
         )

@@ -242,10 +242,11 @@ class EncoderStateCache:
         kinds = [kind for kind in MASK_NAMES if kind in frozen]
         if not kinds:
             raise ValueError("States can only be kept of encoders that are frozen: freeze one or both of them first.")
-        row_shapes = {
-            "audio": tuple(self.model.state_norm.mean.shape),  # layers, size
-            "text": (cast(Any, model.config).text_config.hidden_size,),
-        }
+        row_shapes: dict[str, tuple[int, ...]] = {}
+        if "audio" in kinds:
+            row_shapes["audio"] = tuple(self.model.state_norm.mean.shape)  # layers, size
+        if "text" in kinds:
+            row_shapes["text"] = (cast(Any, model.config).text_config.hidden_size,)
         precision = [self.model.dtype, autocast, dtype]
         self.stores: dict[str, StateStore] = {}
         for kind in kinds:
@@ -266,8 +267,9 @@ class EncoderStateCache:
             How many clips were encoded.
         """
         store = self.stores[kind]
-        rate = self.processor.feature_extractor.sampling_rate
-        budget = self.batch_seconds * rate if kind == "audio" else TEXT_BUDGET
+        budget: float = TEXT_BUDGET
+        if kind == "audio":
+            budget = self.batch_seconds * self.processor.feature_extractor.sampling_rate
         was_training, done = self.model.training, 0
         self.model.eval()
         try:
@@ -404,8 +406,8 @@ class CachedStatesDataset(EmotionDataset):
             raise TypeError(f"cached states need an EmotionDataset, got {type(dataset).__name__}")
         if augmented_copies < 0:
             raise ValueError(f"augmented_copies must be at least 0, got {augmented_copies}")
-        rate = cache.processor.feature_extractor.sampling_rate
-        if dataset.reader.sampling_rate != rate:
+        rate = cache.processor.sampling_rate
+        if rate is not None and dataset.reader.sampling_rate != rate:
             raise ValueError(f"the model takes audio of {rate} Hz, the data set has {dataset.reader.sampling_rate} Hz")
         super().__init__(dataset.dataset, dataset.seed, dataset.on_bad_example)
         self.reader = dataset.reader

@@ -32,6 +32,18 @@ MAX_WORKERS = 256  # of a stream that count skipped rows, each in its own slot
 MANY_ROWS = 2000  # from here on a progress bar is shown
 
 
+def reading_options(modalities: Sequence[str], sampling_rate: int | None) -> dict[str, Any]:
+    """
+    Options of `ExampleReader` for a model.
+
+    Args:
+        modalities: those of "audio" and "text" that it takes.
+        sampling_rate: of its audio, in Hz; None if it takes none.
+    """
+    rate = {} if sampling_rate is None else {"sampling_rate": sampling_rate}
+    return {"use_audio": "audio" in modalities, "use_text": "text" in modalities, **rate}
+
+
 @dataclass
 class ExampleReader:
     """Makes an example from a row: decode, crop, augment. Random only if `training`.
@@ -82,9 +94,16 @@ class ExampleReader:
         source, text = self.draw_modalities(_audio_source(row), row.get("text"), rng)
         audio = self._waveform(source, row["row"], rng) if source else None
         if audio is None and text is None:
-            raise ValueError(f"{row['row']} has neither audio nor text")
+            raise ValueError(f"{row['row']} has {self._missing}")
         example = {"labels": int(row["labels"]), "length": 0 if audio is None else len(audio)}
         return {**example, **{name: value for name, value in (("audio", audio), ("text", text)) if name in row}}
+
+    @property
+    def _missing(self) -> str:
+        """What a row lacks that has no example."""
+        if self.use_audio and self.use_text:
+            return "neither audio nor text"
+        return f"no {'audio' if self.use_audio else 'text'}, and nothing else is used"
 
     def draw_modalities(self, audio: Any, text: Any, rng: np.random.Generator) -> tuple[Any, Any]:
         """Hide the modalities of one example that are switched off or, in training, dropped at random.

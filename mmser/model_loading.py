@@ -59,7 +59,7 @@ def models_of(arguments: ModelArguments) -> list[Named]:
         name, is_random = getattr(arguments, flag), getattr(arguments, f"random_{kind}_encoder")
         is_enough = is_random and name == getattr(ModelArguments, flag)  # the default architectures are known
         has_tokenizer = kind == "audio" or arguments.tokenizer_name is not None
-        if name.lower() == "none" or (is_enough and has_tokenizer):
+        if name is None or (is_enough and has_tokenizer):
             continue
         start = "" if is_random else f"start the {kind} encoder at random with --random_{kind}_encoder"
         tokenizer = "" if has_tokenizer else "give a folder with a tokenizer in --tokenizer_name"
@@ -72,11 +72,15 @@ def models_of(arguments: ModelArguments) -> list[Named]:
 
 def _join_processor(arguments: ModelArguments) -> MMSERProcessor:
     name = arguments.audio_model_name_or_path
-    if arguments.random_audio_encoder and name == ModelArguments.audio_model_name_or_path:
+    feature_extractor = tokenizer = None
+    if name is None:
+        pass
+    elif arguments.random_audio_encoder and name == ModelArguments.audio_model_name_or_path:
         feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     else:
         feature_extractor = AutoFeatureExtractor.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or arguments.text_model_name_or_path)
+    if arguments.text_model_name_or_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or arguments.text_model_name_or_path)
     return MMSERProcessor(feature_extractor, tokenizer)
 
 
@@ -162,6 +166,8 @@ def encoder_name(arguments: ModelArguments, kind: str) -> str:
     if arguments.model_name_or_path:
         return f"as in {Path(arguments.model_name_or_path).name}"
     name = getattr(arguments, f"{kind}_model_name_or_path")
+    if name is None:
+        return "none"
     name = Path(name).name if Path(name).exists() else name
     if not getattr(arguments, f"random_{kind}_encoder"):
         return name
@@ -205,13 +211,20 @@ def check_teacher(
     """
     configs = (teacher_config, config)
     pairs: dict[str, list[Any]] = {"labels": [_labels(each) for each in configs]}
-    if all("audio" in each.modalities for each in configs):
+    # One of them may take a modality that the other does not
+    common = [modality for modality in config.modalities if modality in teacher_config.modalities]
+    if not common:
+        raise ValueError(
+            f"The teacher takes {teacher_config.modalities[0]} alone and the model {config.modalities[0]}: they see "
+            "nothing in common. Take another teacher."
+        )
+    if "audio" in common:
         pairs["audio input"] = [_audio_input(each) for each in configs]
     if processor is not None and teacher_processor is not None:
         processors = (teacher_processor, processor)
-        if "audio input" in pairs:
+        if "audio" in common:
             pairs["feature extraction"] = [feature_settings(each) for each in processors]
-        if all("text" in each.modalities for each in configs):
+        if "text" in common:
             pairs["tokenizer"] = [_vocabulary(each) for each in processors]
     for what, (theirs, own) in pairs.items():
         if theirs != own:
@@ -237,8 +250,10 @@ def feature_settings(processor: MMSERProcessor) -> dict[str, Any]:
     return {"type": type(extractor).__name__, **settings}
 
 
-def vocabulary_checksum(processor: MMSERProcessor) -> str:
-    """A checksum of the tokens and their ids."""
+def vocabulary_checksum(processor: MMSERProcessor) -> str | None:
+    """A checksum of the tokens and their ids; None without a tokenizer."""
+    if processor.tokenizer is None:
+        return None
     vocabulary = sorted(processor.tokenizer.get_vocab().items())
     return hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=10).hexdigest()
 
@@ -250,5 +265,5 @@ def _vocabulary(processor: MMSERProcessor) -> str:
 def limit_tokens(processor: MMSERProcessor, model: MMSERForAudioClassification) -> None:
     """Let the tokenizer cut what the text encoder has no position embedding for."""
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    if positions is not None:
+    if positions is not None and processor.tokenizer is not None:
         processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)

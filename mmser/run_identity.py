@@ -37,7 +37,7 @@ WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
 # Of the configuration: what other entries say, what is written for the library, what acts after training
 OTHER_FIELDS = {
     *("architectures", "auto_map", "class_counts", "custom_pipelines", "dtype", "id2label", "label2id"),
-    *("num_labels", "transformers_version", "use_openmax", "_name_or_path"),
+    *("num_labels", "transformers_version", "untrained_modalities", "use_openmax", "_name_or_path"),
 }
 # A run may go on with others: it is told which ones changed
 TRAINING_SETTINGS = (

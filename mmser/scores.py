@@ -75,14 +75,15 @@ def predict_rows(
         split: a table of `load_emotion_dataset`; all of its clips must be readable (`drop_unreadable`).
         make_dataset: makes examples of a table; takes `use_audio` and `use_text`.
     Returns: row name -> outputs of `predict_outputs` and `index` [M], the position of each clip in the split. The
-        rows are `model` and, if the data have both modalities, `audio_only` and `text_only`, over the clips that have
-        that modality.
+        rows are `model` and, if the data have both modalities and the model uses both, `audio_only` and `text_only`,
+        over the clips that have that modality.
     """
     if not isinstance(split, datasets.Dataset):
         outputs = trainer.predict_outputs(make_dataset(split))
         return {"model": {**outputs, "index": np.arange(len(outputs["labels"]))}}
     rows = {"model": {**predict_clips(trainer, make_dataset(split), split["row"]), "index": np.arange(len(split))}}
-    if {"audio", "text"} <= set(split.column_names):
+    used = trainer.accelerator.unwrap_model(trainer.model).config.used_modalities
+    if {"audio", "text"} <= set(split.column_names) and len(used) > 1:
         for name, column, hidden in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
             index = np.flatnonzero([bool(value) for value in split[column]])
             if len(index):

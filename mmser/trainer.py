@@ -177,8 +177,13 @@ class MMSERTrainer(Trainer):
         A calibration that the model brought is forgotten: it is not that of the weights to come. See `finalize`.
         """
         self._forget_calibration()
-        if not self.args.weight_averaging:
-            return super().train(*args, **kwargs)
+        output = (
+            self._train_averaged(*args, **kwargs) if self.args.weight_averaging else super().train(*args, **kwargs)
+        )
+        self._note_untrained_modalities()
+        return output
+
+    def _train_averaged(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model).to(self.args.device)
         self._average = WeightAverage(model.parameters(), self.args.weight_averaging)
         self.add_callback(self._average)
@@ -195,7 +200,13 @@ class MMSERTrainer(Trainer):
         """Evaluate and save what the training is for: the average, where there is one."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
+    def _note_untrained_modalities(self) -> None:
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # there each process holds a part of the weights
+            self.accelerator.unwrap_model(self.model).note_untrained_modalities()
+
     def evaluation_loop(self, *args, **kwargs):
+        if self.is_in_train:
+            self._note_untrained_modalities()
         with self._with_average():
             return super().evaluation_loop(*args, **kwargs)
 

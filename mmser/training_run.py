@@ -21,7 +21,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
-from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable
+from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
 from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
@@ -140,11 +140,11 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
     return data
 
 
-def leave_out_unreadable(data: TrainingData, arguments: DataArguments, sampling_rate: int) -> None:
+def leave_out_unreadable(data: TrainingData, arguments: DataArguments, processor: MMSERProcessor) -> None:
     """Try every clip once, before work is spent; a stream is tried while it is read."""
     if arguments.streaming:
         return
-    options = {"sampling_rate": sampling_rate, "max_seconds": arguments.max_seconds}
+    options = reading_options(processor.modalities, processor.sampling_rate) | {"max_seconds": arguments.max_seconds}
     num_clips = sum(map(len, data.splits.values()))
     data.splits = {
         name: drop_unreadable(split, arguments.on_bad_example, **options) for name, split in data.splits.items()
@@ -186,8 +186,8 @@ class Examples:
         self.options = {
             "seed": data_seed(training_arguments),
             "on_bad_example": arguments.on_bad_example,
-            "sampling_rate": processor.feature_extractor.sampling_rate,
             "max_seconds": arguments.max_seconds,
+            **reading_options(processor.modalities, processor.sampling_rate),
         }
         self.cache = None
         if arguments.cache_encoder_states is not None:
@@ -213,7 +213,7 @@ class Examples:
 
     def for_evaluation(self, split, **modalities):
         """Examples as the clips are; `use_audio=False` or `use_text=False` hides a modality."""
-        return self._cached(self.dataset_class(split, **self.options, **modalities), 0)
+        return self._cached(self.dataset_class(split, **{**self.options, **modalities}), 0)
 
     def _cached(self, dataset, copies: int):
         if self.cache is None:
