@@ -264,10 +264,12 @@ def used_inputs(audio: Any, text: Any, config: Any) -> tuple[Any, Any]:
     is reported once; alone it is a ValueError.
     """
     given = [name for name, value in (("audio", audio), ("text", text)) if value is not None]
-    ignored = ignored_modality(given, config.used_modalities, config.modalities)
+    # The model of a checkpoint brings its own code, which may be older
+    modalities = getattr(config, "modalities", list(MODALITIES))
+    ignored = ignored_modality(given, getattr(config, "used_modalities", modalities), modalities)
     worker = torch.utils.data.get_worker_info()
     if ignored and (worker is None or worker.id == 0):
-        logger.warning_once(f"{reason_unused(ignored, config.modalities)}: its {ignored} input is ignored.")
+        logger.warning_once(f"{reason_unused(ignored, modalities)}: its {ignored} input is ignored.")
     return None if ignored == "audio" else audio, None if ignored == "text" else text
 
 
@@ -700,7 +702,9 @@ class AudioClassificationTask:
         if processor is not None and not isinstance(processor, (str, os.PathLike)):
             return processor
         parts = {"audio": feature_extractor, "text": tokenizer}
-        if processor is None and all(parts[modality] is not None for modality in model.config.modalities):
+        if processor is None and all(
+            parts[modality] is not None for modality in getattr(model.config, "modalities", MODALITIES)
+        ):
             return MMSERPipeline.processor_class(feature_extractor, tokenizer)
         name = processor or getattr(model, "name_or_path", None)
         if not name:

@@ -53,18 +53,20 @@ class ExportedForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, audio: Tensor, attention_mask: Tensor, input_ids: Tensor, text_attention_mask: Tensor):
-        """[B, T] or [B, mels, T], [B, T], [B, L], [B, L] -> the tensors of `output_names`."""
-        outputs = self.model(
-            **{self.model.main_input_name: audio},
-            attention_mask=attention_mask,
-            input_ids=input_ids,
-            text_attention_mask=text_attention_mask,
-        )
+    def forward(self, *inputs: Tensor):
+        """[B, T] or [B, mels, T], [B, T], [B, L], [B, L], those of `input_names` -> the tensors of `output_names`."""
+        outputs = self.model(**dict(zip(input_names(self.model), inputs, strict=True)))
         logits = outputs.logits.float()
         results = {**outputs, "logits": logits, "probabilities": logits.softmax(dim=-1)}
         tensors = (results[name] for name in output_names(outputs))
         return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def input_names(model: MMSERForAudioClassification) -> list[str]:
+    """The inputs of the graph, those of the modalities that the model uses."""
+    used = model.config.used_modalities
+    audio = ["input_features" if model.config.uses_log_mel else "input_values", "attention_mask"]
+    return [*(audio if "audio" in used else ()), *(("input_ids", "text_attention_mask") if "text" in used else ())]
 
 
 def output_names(outputs) -> list[str]:
@@ -95,22 +97,43 @@ def example_inputs(
     model: MMSERForAudioClassification, processor: MMSERProcessor, seconds: float, batch_size: int, seed: int = 0
 ) -> dict[str, Tensor]:
     """
-    A batch of random sounds (up to `seconds` long, or as long as the encoder takes) and tokens.
+    A batch of random sounds (up to `seconds` long, or as long as the encoder takes) and tokens, as far as the model
+    uses them.
 
-    In a batch of two or more the last row has no text; in a batch of three or more the first row has no audio.
+    In a batch of two or more the last row has no text; in a batch of three or more the first row has no audio. A
+    model that uses one modality gets it in every row.
     """
     rng = np.random.default_rng(seed)
-    rate = processor.feature_extractor.sampling_rate
     seconds = min(seconds, max_seconds(model, processor))
+    used = model.config.used_modalities
+    audio = _example_audio(processor, seconds, batch_size, rng) if "audio" in used else {}
+    if batch_size > 2 and len(used) > 1:
+        for value in audio.values():
+            value[0] = 0
+    text = _example_text(model, processor, seconds, batch_size, rng) if "text" in used else {}
+    return {**audio, **text}
+
+
+def _example_audio(
+    processor: MMSERProcessor, seconds: float, batch_size: int, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    rate = processor.feature_extractor.sampling_rate
     shortest = round(MIN_SECONDS * rate)
     longest = max(shortest, round(seconds * rate))
     lengths = [*rng.integers(shortest, longest + 1, batch_size - 1), longest]
     options: dict[str, Any] = {"sampling_rate": rate}
     inputs = dict(processor([_voice(length, rate, rng) for length in lengths], **options))
     inputs["attention_mask"] = inputs["attention_mask"].long()
-    if batch_size > 2:
-        for value in inputs.values():
-            value[0] = 0
+    return inputs
+
+
+def _example_text(
+    model: MMSERForAudioClassification,
+    processor: MMSERProcessor,
+    seconds: float,
+    batch_size: int,
+    rng: np.random.Generator,
+) -> dict[str, Tensor]:
     config: Any = model.config.text_config
     tokenizer = processor.tokenizer
     length = min(2 + int(4 * seconds), getattr(config, "max_position_embeddings", MAX_TEXT_TOKENS) - 2)
@@ -119,12 +142,13 @@ def example_inputs(
     input_ids = rng.choice(ordinary or [tokenizer.unk_token_id], (batch_size, length))
     text_lengths = rng.integers(1, length + 1, batch_size)
     text_lengths[0] = length
-    if batch_size > 1:
+    if batch_size > 1 and len(model.config.used_modalities) > 1:
         text_lengths[-1] = 0
     mask = np.arange(length) < text_lengths[:, None]
-    inputs["input_ids"] = torch.from_numpy(np.where(mask, input_ids, tokenizer.pad_token_id))
-    inputs["text_attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-    return inputs
+    return {
+        "input_ids": torch.from_numpy(np.where(mask, input_ids, tokenizer.pad_token_id)),
+        "text_attention_mask": torch.from_numpy(mask.astype(np.int64)),
+    }
 
 
 def _voice(length: int, rate: int, rng: np.random.Generator) -> np.ndarray:
@@ -156,17 +180,19 @@ def export_onnx(
     check_onnx()
     forward = ExportedForward(model).eval()
     example = example_inputs(model, processor, seconds=1.0, batch_size=3)
-    names = [model.main_input_name, "attention_mask", "input_ids", "text_attention_mask"]
+    names = input_names(model)
     outputs = output_names(model(**example))
     # With named axes the exporter finds the constraints on the sizes itself; with bounds it asks for a proof of them
-    axes = [{0: "batch", 1: "audio"}, {0: "batch", 1: "audio"}, {0: "batch", 1: "text"}, {0: "batch", 1: "text"}]
-    axes[0] = {0: "batch", example[names[0]].ndim - 1: "audio"}
+    axes = [
+        {0: "batch", example[name].ndim - 1: "text" if name in ("input_ids", "text_attention_mask") else "audio"}
+        for name in names
+    ]
     with _quiet_exporter():
         program: Any = torch.onnx.export(
             forward,
             tuple(example[name] for name in names),
             dynamo=True,
-            dynamic_shapes=tuple(axes),
+            dynamic_shapes=(tuple(axes),),
             input_names=names,
             output_names=outputs,
             opset_version=opset,
@@ -199,19 +225,26 @@ def notes_of(model: MMSERForAudioClassification, processor: MMSERProcessor) -> d
     """The metadata of the ONNX file. `config` holds the fields of `MMSEROnnxConfig`."""
     config: Any = model.config
     kept = ("id2label", "label2id", "problem_type", "openmax_threshold", "openmax_acceptance", "use_openmax")
-    about = {name: getattr(config, name) for name in kept}
-    about |= {"audio_model_type": config.audio_config.model_type, "text_model_type": config.text_config.model_type}
+    about = {name: getattr(config, name) for name in (*kept, "modalities", "untrained_modalities")}
+    about |= {f"{name}_model_type": getattr(config, f"{name}_config").model_type for name in config.modalities}
+    used = config.used_modalities
+    audio: dict[str, str] = {}
+    if "audio" in used:
+        audio["sampling_rate"] = str(processor.feature_extractor.sampling_rate)
+        audio["min_audio_length"] = str(min_audio_length(model))
+    text: dict[str, str] = {}
+    if "text" in used:
+        text["max_text_length"] = str(min(processor.tokenizer.model_max_length, MAX_TEXT_TOKENS))
+        text["pad_token_id"] = str(processor.tokenizer.pad_token_id)
     limit = {"max_audio_length": str(2 * config.audio_config.max_source_positions)} if config.uses_log_mel else {}
     return {
         "config": json.dumps(about),
         "labels": json.dumps([config.id2label[index] for index in range(config.num_labels)]),
         "temperature": str(model.temperature.item()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "sampling_rate": str(processor.feature_extractor.sampling_rate),
-        "min_audio_length": str(min_audio_length(model)),
+        **audio,
         **limit,
-        "max_text_length": str(min(processor.tokenizer.model_max_length, MAX_TEXT_TOKENS)),
-        "pad_token_id": str(processor.tokenizer.pad_token_id),
+        **text,
     }
 
 
@@ -272,7 +305,8 @@ def compare(model: MMSERForAudioClassification, exported: Any, processor: MMSERP
     for number, seconds in enumerate((longest / 8, longest / 3, longest)):
         for batch_size in (1, 3):
             inputs = example_inputs(model, processor, seconds, batch_size, seed=number)
-            audio_length, text_length = (inputs[name].shape[-1] for name in (model.main_input_name, "input_ids"))
+            names = (input_names(model)[0] if "audio" in model.config.used_modalities else "", "input_ids")
+            audio_length, text_length = (inputs[name].shape[-1] if name in inputs else 0 for name in names)
             differences = _differences(model(**inputs), exported(**inputs))
             results.append(Comparison(batch_size, audio_length, text_length, differences))
     return results

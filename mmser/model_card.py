@@ -20,14 +20,12 @@ from configuration_mmser import MMSERConfig
 from mmser import __version__
 from mmser.results import format_results
 from mmser.tables import format_table
-from modeling_mmser import MMSERForAudioClassification
+from modeling_mmser import MODALITY_BIASES, MMSERForAudioClassification
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
 ENCODERS = {"audio_encoder": "audio", "text_encoder": "text"}  # part of the parameter table: its modality
 COMPANIONS = {"anchors": "anchor", "uncertainty": "uncertainty", "prototypes": "prototype"}  # part: its loss
-# All of them start at zero and get no gradient from a clip that lacks the modality (the fusion has a gate of 0 for it)
-MODALITY_BIASES = ("mmser.fusion.{}.bias", "mmser.{}_pooling.hidden.bias")
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,15 @@ def checkpoint_state(folder: str | Path, config: MMSERConfig) -> CheckpointState
     """
     with torch.device("meta"):  # the module knows its own rules, and takes no memory here
         openmax = MMSERForAudioClassification(config).openmax
-    biases = {name: [bias.format(name) for bias in MODALITY_BIASES] for name in ENCODERS.values()}
+    biases = {name: [f"mmser.{bias.format(name)}" for bias in MODALITY_BIASES] for name in ENCODERS.values()}
     buffers = [f"openmax.{name}" for name in openmax.state_dict()]
     weights = _read_tensors(Path(folder), [*biases["audio"], *biases["text"], *buffers])
     openmax.load_state_dict({name.removeprefix("openmax."): weights[name] for name in buffers}, assign=True)
     has_openmax = config.use_openmax and openmax.is_fitted
     return CheckpointState(
-        modalities=[name for name, own in biases.items() if any(bool(weights[bias].any()) for bias in own)],
+        modalities=[
+            name for name, own in biases.items() if any(bool(weights[bias].any()) for bias in own if bias in weights)
+        ],
         has_openmax=has_openmax,
         has_thresholds=has_openmax and config.uses_fitted_thresholds and openmax.has_thresholds,
     )
