@@ -4,15 +4,27 @@
 Neither may have a say: an input that is not used changes nothing and is reported, alone it is an error.
 """
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny import _SMALL_PARTS as SMALL_PARTS
 from tiny import AUDIO_CONFIGS, TEXT_CONFIG, alone, randomize, tiny_batch, tiny_config, tiny_model
+from tiny_corpus import AUDIO, JOINT, TEXT, tiny_flags, tiny_processor, tiny_tokenizer, write_corpus
+from tiny_corpus import tiny_model as tiny_corpus_model
+from transformers import AutoProcessor, BertConfig, Wav2Vec2Config
 
+import audio_mmser
+import eval_hf
 import modeling_mmser
+import pipeline_mmser
+import train_hf
 from configuration_mmser import MMSERConfig
+from mmser.arguments import ModelArguments
+from mmser.batches import MMSERDataCollator
+from mmser.export import export_checkpoint
 from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERPipeline, MMSERProcessor
 
 AUDIO_LENGTHS = {"wav2vec2": [3200, 2000], "whisper": [100, 60]}
 INPUTS = {
@@ -232,3 +244,220 @@ def test_standardisation_covers_what_is_to_be_trained_now():
     model.mmser.fit_standardization([batch])
     assert (model.mmser.fusion.text_norm.scale != 1).any()
     assert model.config.untrained_modalities == ["text"]
+
+
+# --- processor, pipeline, export -------------------------------------------------------------------------------------
+
+
+def parts(modality):
+    """A processor of one modality."""
+    whole = tiny_processor()
+    if modality == "audio":
+        return MMSERProcessor(whole.feature_extractor)
+    return MMSERProcessor(tokenizer=whole.tokenizer)
+
+
+@pytest.fixture
+def fresh_warnings(monkeypatch):
+    """Warnings that were given once are given again."""
+    monkeypatch.setattr(audio_mmser, "_warned", set())
+    seen = []
+    for module in (modeling_mmser, pipeline_mmser):
+        monkeypatch.setattr(module.logger, "warning_once", lambda message, *args: seen.append(message))
+    return seen
+
+
+def test_a_processor_needs_a_part():
+    with pytest.raises(ValueError, match="both are None"):
+        MMSERProcessor()
+
+
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_a_processor_of_one_modality_is_saved_and_loaded(modality, tmp_path):
+    processor = parts(modality)
+    assert processor.modalities == [modality]
+    assert set(processor.model_input_names) == INPUTS[modality] - {"input_features"}
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() == (modality == "text")
+    loaded = MMSERProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict() and loaded.modalities == [modality]
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.to_dict() == processor.to_dict() and loaded.modalities == [modality]
+
+
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_a_processor_of_one_modality_ignores_the_other(modality, fresh_warnings, caplog):
+    processor, clips, texts = parts(modality), [np.ones(800), np.ones(900)], ["what a joy", "i miss it"]
+    inputs = processor(audio=clips, text=texts, sampling_rate=16000)
+    own = processor(**({"audio": clips, "sampling_rate": 16000} if modality == "audio" else {"text": texts}))
+    assert inputs.keys() == own.keys() and all(torch.equal(inputs[name], own[name]) for name in own)
+    rows = {"audio": [clips[0], None], "text": [None, texts[1]]}
+    with pytest.raises(ValueError, match=f"row {1 if modality == 'audio' else 0} has no {modality}"):
+        processor(**rows, sampling_rate=16000)
+
+
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_a_batch_of_one_modality(modality):
+    rows = [{"audio": np.ones(800, np.float32), "text": "what a joy", "labels": 0}] * 2
+    batch = MMSERDataCollator(parts(modality))(rows)
+    assert set(batch) == (INPUTS[modality] - {"input_features"}) | {"labels"}
+
+
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_a_pipeline_of_one_modality(modality, tmp_path, fresh_warnings):
+    sole_model(modality).save_pretrained(tmp_path)
+    parts(modality).save_pretrained(tmp_path)
+    classifier = MMSERPipeline(
+        model=MMSERForAudioClassification.from_pretrained(tmp_path),
+        processor=MMSERProcessor.from_pretrained(tmp_path),
+        task="audio-classification",
+    )
+    clip = {"array": np.random.default_rng(0).normal(size=4000), "sampling_rate": 16000}
+    words = {"text": "what a joy"}
+    own, other = (clip, words) if modality == "audio" else (words, clip)
+    expected = classifier(own)
+    assert not fresh_warnings
+    for scores in classifier([{**clip, **words}, own], batch_size=2):
+        assert [(entry["label"], pytest.approx(entry["score"], abs=1e-5)) for entry in scores] == [
+            (entry["label"], entry["score"]) for entry in expected
+        ]
+    assert set(fresh_warnings) == {
+        f"This model has no {OTHER[modality]} encoder: its {OTHER[modality]} input is ignored."
+    }
+    with pytest.raises(ValueError, match=f"input 1: This model has no {OTHER[modality]} encoder: give {modality}"):
+        classifier([own, other])
+
+
+def test_a_pipeline_ignores_a_text_that_its_model_was_never_trained_with(fresh_warnings):
+    model = tiny_corpus_model(untrained_modalities=["text"])
+    classifier = MMSERPipeline(model=model, processor=tiny_processor(), task="audio-classification")
+    clip = {"array": np.random.default_rng(0).normal(size=4000), "sampling_rate": 16000}
+    assert classifier({**clip, "text": "what a joy"}) == classifier(clip)
+    assert len(set(fresh_warnings)) == 1 and "text_dropout 1.0" in fresh_warnings[0]
+    with pytest.raises(ValueError, match="never trained with text"):
+        classifier({"text": "what a joy"})
+
+
+@pytest.mark.parametrize("case", ["audio", "text", "untrained", "int8"])
+def test_an_export_has_the_inputs_that_are_used(case, tmp_path, fresh_warnings):
+    modality = "text" if case == "text" else "audio"
+    if case == "untrained":
+        model, processor = tiny_corpus_model(untrained_modalities=["text"]), tiny_processor()
+    else:
+        sources = {"audio": Wav2Vec2Config(**AUDIO), "text": BertConfig(vocab_size=30, **TEXT)}
+        sources[OTHER[modality]] = None
+        model = MMSERForAudioClassification.from_backbones(sources["audio"], sources["text"], **JOINT)
+        processor = parts(modality)
+    model = randomize(model).eval()
+    trained = only_bias_of(model, modality) if case == "untrained" else model
+    trained.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    export_checkpoint(tmp_path / "model", tmp_path / "onnx", dtype="int8" if case == "int8" else "float32")
+    classifier = MMSERPipeline.from_onnx(tmp_path / "onnx")
+    assert set(classifier.model.inputs) == INPUTS[modality] - {"input_features"}
+    clip, words = {"array": np.random.default_rng(0).normal(size=4000), "sampling_rate": 16000}, {"text": "what a joy"}
+    own, other = (clip, words) if modality == "audio" else (words, clip)
+    assert classifier({**clip, **words}) == classifier(own)
+    assert len(set(fresh_warnings)) == 1
+    with pytest.raises(ValueError, match=f"give {modality}"):
+        classifier(other)
+
+
+def only_bias_of(model, modality):
+    """The weights as of a training without the other modality."""
+    with torch.no_grad():
+        for bias in modeling_mmser.MODALITY_BIASES:
+            model.mmser.get_parameter(bias.format(OTHER[modality])).zero_()
+    return model
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "data")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def without(modality):
+    """Flags that leave out an encoder."""
+    names = ["random_{}_encoder", "{}_config_overrides", *(["tokenizer_name"] if modality == "text" else [])]
+    return {f"{modality}_model_name_or_path": "none", **{name.format(modality): None for name in names}}
+
+
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_train_with_one_encoder(modality, corpus, tokenizer, tmp_path):
+    flags = {"freeze_audio": True, "cache_encoder_states": tmp_path / "cache"} if modality == "audio" else {}
+    results = train_hf.main(tiny_flags(corpus, tmp_path / "run", tokenizer, **without(OTHER[modality]), **flags))
+    assert set(results["test"]) == {"model", "linear_probe", "majority"}
+    counted = {row["part"] for row in results["parameters"] if row["parameters"]}
+    assert f"{modality}_encoder" in counted and not counted & {f"{OTHER[modality]}_encoder", "cross_modal_attention"}
+    assert results["encoders"][OTHER[modality]] == "none"
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert f"It has no {OTHER[modality]} encoder" in card
+    again = train_hf.main(
+        tiny_flags(
+            corpus,
+            tmp_path / "again",
+            None,
+            model_name_or_path=tmp_path / "run",
+            **dict.fromkeys(
+                [
+                    *("random_audio_encoder", "audio_config_overrides", "random_text_encoder"),
+                    *("text_config_overrides", "config_overrides"),
+                ]
+            ),
+        )
+    )
+    assert set(again["test"]) == {"model", "linear_probe", "majority"}
+    flags = ["--checkpoint", str(tmp_path / "run"), "--data_dir", str(corpus), "--save_dir", str(tmp_path / "report")]
+    report = eval_hf.main([*flags, "--use_cpu", "--bootstrap_samples", "10"])
+    assert set(report["rows"]) == {"model", "linear_probe", "majority"}
+
+
+def test_a_training_that_drops_every_text_leaves_a_checkpoint_that_ignores_it(corpus, tokenizer, tmp_path):
+    run = tmp_path / "run"
+    flags = {"text_dropout": 1.0, "audio_dropout": 0.0, "eval_strategy": "steps", "eval_steps": 1}
+    results = train_hf.main(tiny_flags(corpus, run, tokenizer, **flags))
+    assert set(results["test"]) == {"model", "linear_probe", "majority"}
+    assert MMSERConfig.from_pretrained(run).untrained_modalities == ["text"]
+    model = MMSERForAudioClassification.from_pretrained(run)
+    batch = MMSERDataCollator(tiny_processor())(
+        [{"audio": np.random.default_rng(0).normal(size=4000), "text": "what a joy", "labels": 0}]
+    )
+    with torch.no_grad():
+        given, alone_ = model(**batch), model(**{name: batch[name] for name in ("input_values", "attention_mask")})
+    assert torch.equal(given.logits, alone_.logits)
+    # A fine-tune with text makes it trained, at once also for its own evaluations
+    start = dict.fromkeys(
+        [
+            *("random_audio_encoder", "audio_config_overrides", "random_text_encoder", "text_config_overrides"),
+            *("config_overrides", "tokenizer_name"),
+        ]
+    )
+    results = train_hf.main(tiny_flags(corpus, tmp_path / "next", tokenizer, model_name_or_path=run, **start))
+    assert {"audio_only", "text_only"} <= set(results["test"])
+    assert MMSERConfig.from_pretrained(tmp_path / "next").untrained_modalities == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"text_model_name_or_path": "none", "freeze_text": True}, "--freeze_text has nothing"),
+        ({"text_model_name_or_path": "None", "tokenizer_name": "x"}, "--tokenizer_name has nothing"),
+        ({"audio_model_name_or_path": "none", "text_model_name_or_path": "none"}, "needs an encoder"),
+        ({"audio_model_name_or_path": "none", "mask_time_prob": 0.1}, "--mask_time_prob has nothing"),
+        ({"text_model_name_or_path": "none", "model_name_or_path": "x"}, "has the encoders that it has"),
+    ],
+)
+def test_flags_of_an_encoder_that_is_left_out_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(**flags)
