@@ -85,13 +85,30 @@ PROCESSOR_OPTIONS = {
 }
 
 
+class NoTokenizer:
+    """
+    The tokenizer of a processor that has none. It is not None, as Transformers' Trainer asks the tokenizer of every
+    processor for these.
+    """
+
+    eos_token_id = bos_token_id = pad_token_id = None
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class _PresentParts:
     """`get_attributes` of the class gives both parts of a processor, that of an object the parts that it has."""
 
     names = ("feature_extractor", "tokenizer")
 
     def __get__(self, processor, owner):
-        return lambda: [name for name in self.names if processor is None or getattr(processor, name) is not None]
+        return lambda: [name for name in self.names if processor is None or self._has(processor, name)]
+
+    @staticmethod
+    def _has(processor, name: str) -> bool:
+        part = getattr(processor, name)
+        return part is not None and not isinstance(part, NoTokenizer)
 
 
 class MMSERProcessor(ProcessorMixin):
@@ -100,7 +117,8 @@ class MMSERProcessor(ProcessorMixin):
     Args:
         feature_extractor (`Wav2Vec2FeatureExtractor` or `WhisperFeatureExtractor`): the raw-waveform family (wav2vec2,
             HuBERT, WavLM, data2vec-audio, XLS-R) or the log-mel family. None for a model without an audio encoder.
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text encoder. None for a model without one.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text encoder. None for a model without one;
+            the attribute is a `NoTokenizer` then, which is false.
     """
 
     get_attributes: Any = _PresentParts()
@@ -111,7 +129,8 @@ class MMSERProcessor(ProcessorMixin):
     audio_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
 
     def __init__(self, feature_extractor=None, tokenizer=None):
-        self.feature_extractor, self.tokenizer = feature_extractor, tokenizer
+        self.feature_extractor = feature_extractor
+        self.tokenizer: Any = NoTokenizer() if tokenizer is None else tokenizer
         if feature_extractor is None and tokenizer is None:
             raise ValueError("Give `feature_extractor`, `tokenizer` or both; both are None.")
         super().__init__(**{name: getattr(self, name) for name in self.get_attributes()})
@@ -129,8 +148,8 @@ class MMSERProcessor(ProcessorMixin):
     @property
     def modalities(self) -> list[str]:
         """Which of "audio" and "text" can be processed."""
-        parts = {"audio": self.feature_extractor, "text": self.tokenizer}
-        return [modality for modality, part in parts.items() if part is not None]
+        names = {"feature_extractor": "audio", "tokenizer": "text"}
+        return [names[part] for part in self.get_attributes()]
 
     @property
     def sampling_rate(self) -> int | None:
@@ -145,7 +164,7 @@ class MMSERProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         audio = [] if self.feature_extractor is None else [self.audio_input_name, "attention_mask"]
-        return [*audio, *([] if self.tokenizer is None else ["input_ids", "text_attention_mask"])]
+        return [*audio, *(["input_ids", "text_attention_mask"] if "text" in self.modalities else [])]
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -166,7 +185,7 @@ class MMSERProcessor(ProcessorMixin):
         """
         output = super().to_dict()
         (output["feature_extractor"] or {}).pop("auto_map", None)
-        return output if self.tokenizer is not None else {**output, "tokenizer": None}
+        return output if "text" in self.modalities else {**output, "tokenizer": None}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As always; afterwards the object still equals its reloaded copy."""
@@ -214,7 +233,7 @@ class MMSERProcessor(ProcessorMixin):
                     raise ValueError(f"row {row} has no {self.modalities[0]}; this processor takes nothing else")
                 raise ValueError(f"row {row} has neither audio nor text; at least one is needed")
 
-        init_kwargs = None if self.tokenizer is None else self.tokenizer.init_kwargs
+        init_kwargs = self.tokenizer.init_kwargs if "text" in self.modalities else None
         options = self._merge_kwargs(tokenizer_init_kwargs=init_kwargs, **kwargs)
         inputs = BatchFeature()
         if any(clip is not None for clip in clips):

@@ -43,7 +43,7 @@ class MMSERDataCollator:
             raise ValueError(f"a batch needs at least one readable example, got {len(examples)} bad ones")
         batch = self._process(rows)
         extractor = self.processor.feature_extractor
-        if "text" in rows[0] and "input_ids" not in batch and self.processor.tokenizer is not None:
+        if "text" in rows[0] and "input_ids" not in batch and "text" in self.processor.modalities:
             batch["input_ids"] = torch.full((len(rows), 1), self._pad_token_id)
             batch["text_attention_mask"] = torch.zeros(len(rows), 1, dtype=torch.long)
         if "audio" in rows[0] and "attention_mask" not in batch and extractor is not None:

@@ -252,7 +252,7 @@ def feature_settings(processor: MMSERProcessor) -> dict[str, Any]:
 
 def vocabulary_checksum(processor: MMSERProcessor) -> str | None:
     """A checksum of the tokens and their ids; None without a tokenizer."""
-    if processor.tokenizer is None:
+    if "text" not in processor.modalities:
         return None
     vocabulary = sorted(processor.tokenizer.get_vocab().items())
     return hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=10).hexdigest()
@@ -265,5 +265,5 @@ def _vocabulary(processor: MMSERProcessor) -> str:
 def limit_tokens(processor: MMSERProcessor, model: MMSERForAudioClassification) -> None:
     """Let the tokenizer cut what the text encoder has no position embedding for."""
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    if positions is not None and processor.tokenizer is not None:
+    if positions is not None and "text" in processor.modalities:
         processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)

@@ -252,7 +252,7 @@ def trim_vocabulary(
     Raises:
         ValueError: as of `choose_tokens` and `trim_tokenizer`, or a table that is smaller than the vocabulary.
     """
-    if processor.tokenizer is None:
+    if "text" not in processor.modalities:
         raise ValueError("The model has no text encoder: there is no vocabulary to trim")
     kept = choose_tokens(processor.tokenizer, texts, languages)
     before = model.num_parameters()
