@@ -517,7 +517,8 @@ class MMSERPipeline(Pipeline):
         audio, text, own_rate, name = _unpack(inputs, TEXT_KEYS)
         sampling_rate = own_rate or sampling_rate
         has_words = text is not None and not (isinstance(text, str) and not text.strip())
-        audio, text = used_inputs(audio, text if has_words else None, self.model.config)
+        audio, words = used_inputs(audio, text if has_words else None, self.model.config)
+        text = None if has_words and words is None else text
         if audio is not None:
             rate = self.processor.feature_extractor.sampling_rate
             audio, sampling_rate = [load_audio(audio, sampling_rate, rate, name=name)], rate

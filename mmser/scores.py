@@ -82,8 +82,7 @@ def predict_rows(
         outputs = trainer.predict_outputs(make_dataset(split))
         return {"model": {**outputs, "index": np.arange(len(outputs["labels"]))}}
     rows = {"model": {**predict_clips(trainer, make_dataset(split), split["row"]), "index": np.arange(len(split))}}
-    used = trainer.accelerator.unwrap_model(trainer.model).config.used_modalities
-    if {"audio", "text"} <= set(split.column_names) and len(used) > 1:
+    if {"audio", "text"} <= set(split.column_names) and len(trainer.used_modalities) > 1:
         for name, column, hidden in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
             index = np.flatnonzero([bool(value) for value in split[column]])
             if len(index):

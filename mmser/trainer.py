@@ -200,6 +200,11 @@ class MMSERTrainer(Trainer):
         """Evaluate and save what the training is for: the average, where there is one."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
+    @property
+    def used_modalities(self) -> list[str]:
+        """Those of "audio" and "text" that decide the model's answers."""
+        return self.accelerator.unwrap_model(self.model).config.used_modalities
+
     def _note_untrained_modalities(self) -> None:
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # there each process holds a part of the weights
             self.accelerator.unwrap_model(self.model).note_untrained_modalities()
