@@ -287,9 +287,11 @@ def _mpeg_parts(content: Content, start: int, stop: int, name: str) -> Iterator[
 def _mpeg_header(content: Content, start: int) -> tuple[int, int, int]:
     """(where the first frame is, frames and bytes that its Xing or Info header counts; 0 if it does not)."""
     start = _after_id3(content, start)
-    for offset in (36, 21, 13):  # after the side information: stereo, mono, and half of that for low rates
-        if content[start + offset : start + offset + 4] in (b"Xing", b"Info") and start + offset + 16 <= len(content):
-            flags, first, second = struct.unpack_from(">III", content, start + offset + 4)
+    if _starts_mpeg(content, start):
+        is_mpeg_1, is_mono = content[start + 1] >> 3 & 1, content[start + 3] >> 6 == 3
+        begin = start + 4 + ((17 if is_mono else 32) if is_mpeg_1 else (9 if is_mono else 17))  # side information
+        if content[begin : begin + 4] in (b"Xing", b"Info") and begin + 16 <= len(content):
+            flags, first, second = struct.unpack_from(">III", content, begin + 4)
             count = first if flags & 1 else 0
             return start, count, (second if flags & 1 else first) if flags & 2 else 0
     return start, 0, 0
