@@ -290,7 +290,8 @@ def _mpeg_header(content: Content, start: int) -> tuple[int, int, int]:
     if _starts_mpeg(content, start):
         is_mpeg_1, is_mono = content[start + 1] >> 3 & 1, content[start + 3] >> 6 == 3
         begin = start + 4 + ((17 if is_mono else 32) if is_mpeg_1 else (9 if is_mono else 17))  # side information
-        if content[begin : begin + 4] in (b"Xing", b"Info") and begin + 16 <= len(content):
+        is_silent = not any(content[start + 4 : begin])  # or it is a frame of sound, for the decoder
+        if is_silent and content[begin : begin + 4] in (b"Xing", b"Info") and begin + 16 <= len(content):
             flags, first, second = struct.unpack_from(">III", content, begin + 4)
             count = first if flags & 1 else 0
             return start, count, (second if flags & 1 else first) if flags & 2 else 0
