@@ -1200,7 +1200,7 @@ def test_one_modality_alone(folder, processor):
     assert text_only[1]["audio"] is None and text_only[1]["text"] == "text 1" and text_only.lengths == [0] * 4
     batch = MMSERDataCollator(processor)([text_only[0], text_only[1]])
     assert not batch["attention_mask"].any() and batch["text_attention_mask"].all()
-    with pytest.raises(ValueError, match=r"test/metadata.csv row 2 has neither audio nor text"):
+    with pytest.raises(ValueError, match=r"test/metadata.csv row 2 has no text, and nothing else is used"):
         EmotionDataset(data["test"], use_audio=False, use_text=False)[0]
 
 
