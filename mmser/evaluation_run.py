@@ -45,9 +45,11 @@ class Clips:
 def load_clips(source: SourceArguments, arguments: EvaluationArguments, label_names: list[str]) -> Clips:
     """Load what is needed, and nothing else; what is missing or does not fit is an error here."""
     wanted = [name for name in arguments.group_by or [] if name != "duration"]
-    splits, _ = load_emotion_dataset(
-        **source.source, label_names=label_names, extra_columns=wanted, validation_fraction=0.0, test_fraction=0.0
-    )
+    named = [Named("--dataset_name", source.dataset_name, is_dataset=True)] if source.dataset_name else []
+    with reading(named):
+        splits, _ = load_emotion_dataset(
+            **source.source, label_names=label_names, extra_columns=wanted, validation_fraction=0.0, test_fraction=0.0
+        )
     if arguments.split is None and list(splits) == ["train"]:  # not divided into splits
         splits = {ALL: splits["train"]}
     split = arguments.split or next(name for name in (*SPLITS, ALL) if name in splits)

@@ -19,11 +19,12 @@ WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 @dataclass(frozen=True)
 class Named:
-    """A model that a flag names, and what to do without it."""
+    """A model or a data set that a flag names, and what to do without it."""
 
     flag: str
     name: str
     advice: str = ""
+    is_dataset: bool = False
 
     def error(self, what: str) -> FileNotFoundError:
         return FileNotFoundError(f"{self.flag} {self.name} {what} {self.advice}".rstrip())
@@ -103,6 +104,8 @@ def _is_in_cache_alone(model: Named) -> bool:
         return False
     if _is_path(model.name):
         raise model.error("does not exist.")
+    if model.is_dataset:  # its files are in a cache of their own, which the library of data sets knows
+        return not constants.HF_HUB_OFFLINE and bool(_why_unreachable(model))
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _why_unreachable(model)
     if not reason:
         return False
@@ -114,10 +117,12 @@ def _is_in_cache_alone(model: Named) -> bool:
 def _why_unreachable(model: Named) -> str:
     """Ask the Hub once; the reason if it gives no answer, FileNotFoundError if it has no such model."""
     try:
-        get_hf_file_metadata(hf_hub_url(model.name, CONFIG), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        kind, file = ("dataset", "README.md") if model.is_dataset else ("model", CONFIG)
+        url = hf_hub_url(model.name, file, repo_type=kind)
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except RepositoryNotFoundError as error:
         raise model.error(
-            "is neither a folder nor a model on the Hub that you may read: check the name, or log in with "
+            f"is neither a folder nor a {kind} on the Hub that you may read: check the name, or log in with "
             "`hf auth login`."
         ) from error
     except (EntryNotFoundError, HfHubHTTPError):

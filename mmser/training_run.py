@@ -26,6 +26,7 @@ from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
 from mmser.model_loading import encoder_name, load_label_names
+from mmser.names import Named, reading
 from mmser.optimizer import parameter_table
 from mmser.results import (
     RESULTS_NAME,
@@ -115,15 +116,17 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
         checkpoint: the MMSER checkpoint that training starts from, if it does. Its classes stay if the data's are
             among them.
     """
-    splits, label_names = load_emotion_dataset(
-        **arguments.source,
-        label_names=arguments.labels,
-        checkpoint_names=None if checkpoint is None else load_label_names(checkpoint, "--model_name_or_path"),
-        streaming=arguments.streaming,
-        validation_fraction=arguments.validation_fraction,
-        test_fraction=arguments.test_fraction,
-        seed=seed,
-    )
+    named = [Named("--dataset_name", arguments.dataset_name, is_dataset=True)] if arguments.dataset_name else []
+    with reading(named):
+        splits, label_names = load_emotion_dataset(
+            **arguments.source,
+            label_names=arguments.labels,
+            checkpoint_names=None if checkpoint is None else load_label_names(checkpoint, "--model_name_or_path"),
+            streaming=arguments.streaming,
+            validation_fraction=arguments.validation_fraction,
+            test_fraction=arguments.test_fraction,
+            seed=seed,
+        )
     limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
     data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)
     if arguments.ood_dir:

@@ -13,6 +13,7 @@ from mmser.evaluation_run import load_trainer
 from mmser.export import export_checkpoint
 from mmser.model_loading import load_label_names
 from mmser.names import Named, checkpoint_folder, reading
+from mmser.training_run import load_data
 
 AUDIO, TEXT = "--audio_model_name_or_path", "--text_model_name_or_path"
 RANDOM = ("--random_audio_encoder", "--random_text_encoder")
@@ -151,6 +152,14 @@ def test_the_cache_is_read_when_the_hub_cannot_be_reached(no_hub, monkeypatch):
     with reading([Named("--checkpoint", "me/model")]):
         assert constants.HF_HUB_OFFLINE is True  # no attempt for each file
     assert constants.HF_HUB_OFFLINE is False and len(no_hub) == 1
+
+
+def test_a_data_set_that_cannot_be_reached_is_said_at_once(no_hub):
+    _, data, _ = parse_arguments(TRAINING_ARGUMENTS, ["--dataset_name", "me/nothing", "--use_cpu"])
+    start = time.monotonic()
+    with pytest.raises(OSError, match="--dataset_name me/nothing cannot be read: Couldn't reach") as raised:
+        load_data(data, 0)
+    assert time.monotonic() - start < 5 and "\n" not in str(raised.value) and len(no_hub) == 1
 
 
 def test_a_user_who_is_offline_is_not_asked_for_a_network(no_hub, monkeypatch):
