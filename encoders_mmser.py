@@ -6,6 +6,7 @@ summed over the layers), then building and loading.
 Shape letters: B clips, T audio samples or mel frames, Ta audio states, L layers, D the width of an encoder.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,24 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+
+@contextlib.contextmanager
+def _load(module: nn.Module, hook: Any) -> Iterator[None]:
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def loaded(module: nn.Module) -> contextlib.AbstractContextManager:
+    """
+    A region in which the tensors of a part can be read outside its own `forward`. Where Accelerate offloads them, they
+    are on the meta device otherwise.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    return contextlib.nullcontext() if hook is None else _load(module, hook)
 
 
 class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
@@ -57,8 +76,9 @@ class MaskedGroupNormConvLayer(GradientCheckpointingLayer):
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
         second_moment = norm**2 / count
         scale = torch.rsqrt((second_moment - mean**2).clamp(min=0) + self.layer_norm.eps)
-        scale = scale * self.layer_norm.weight[:, None]
-        shift = self.layer_norm.bias[:, None] - mean * scale
+        with loaded(self.layer_norm):
+            scale = scale * self.layer_norm.weight[:, None]
+            shift = self.layer_norm.bias[:, None] - mean * scale
         return self.activation(torch.addcmul(shift.to(hidden_states), hidden_states, scale.to(hidden_states)))
 
 
@@ -111,7 +131,8 @@ class MaskedWhisperEncoder(WhisperEncoder):
         # The convolutions pad with zeros at the end of a clip, so the padding of a batch must be zero at each of them
         hidden_states = F.gelu(self.conv1(input_features * mask)) * mask
         hidden_states = F.gelu(self.conv2(hidden_states)).transpose(1, 2).contiguous()  # (B, Ta, D)
-        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+        with loaded(self.embed_positions):
+            hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
         hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
         layer_mask = create_bidirectional_mask(self.config, hidden_states, valid_frames(attention_mask, 1, 2))
         for layer in self.layers:
@@ -230,11 +251,11 @@ class Standardization(nn.Module):
 def weighted_layer_sum(offset: Tensor, factors: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """
     `offset + sum_l factors[l] * layers[l]`, with an offset [D], factors [L, D] and L layers [..., D]. The layers take
-    the type of the offset one by one, so that there is never a converted copy of all of them.
+    the type of the offset one by one, so that there is never a converted copy of all of them, and its device.
     """
-    states = torch.addcmul(offset, factors[0], layers[0].to(offset.dtype))
+    states = torch.addcmul(offset, factors[0], layers[0].to(offset))
     for factor, layer in zip(factors[1:], layers[1:], strict=True):
-        states.addcmul_(factor, layer.to(offset.dtype))
+        states.addcmul_(factor, layer.to(offset))
     return states
 
 

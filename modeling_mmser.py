@@ -41,6 +41,7 @@ try:
         is_frozen,
         keep_layers,
         load_encoder,
+        loaded,
         mask_log_mel,
         parameters_of,
         state_mask,
@@ -78,6 +79,7 @@ except ImportError:
         is_frozen,
         keep_layers,
         load_encoder,
+        loaded,
         mask_log_mel,
         parameters_of,
         state_mask,
@@ -401,7 +403,8 @@ class UncertaintyHead(nn.Module):
         # Log-odds of 1 - max probability from the logits: as a probability it rounds to 0 for a sure answer, and ties
         ordered = logits.float().sort(dim=-1, descending=True).values
         doubt = (ordered[..., 1:].logsumexp(dim=-1, keepdim=True) - ordered[..., :1]).clamp(-80, 80)
-        weights = self.error_calibration
+        with loaded(self):
+            weights = self.error_calibration.to(logits.device)
         log_odds = weights[0] * doubt + weights[1] * uncertainty.float().logit(eps=1e-6) + weights[2]
         return torch.sigmoid(log_odds).to(uncertainty.dtype)
 
@@ -506,6 +509,11 @@ class MMSERPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Blocks that add up what several of their layers give: `device_map="auto"` keeps each on one device
+    _no_split_modules = (  # type: ignore[assignment]  # typed as a list; a tuple cannot be changed
+        *("Standardization", "CrossModalAttention", "AttentiveStatsPooling", "FusionLayer", "SoleModality"),
+        *("ResidualBlock", "ClassAnchorClustering", "UncertaintyHead", "PrototypeMemory", "OpenMax"),
+    )
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -525,6 +533,10 @@ class MMSERPreTrainedModel(PreTrainedModel):
     def device(self) -> torch.device:
         """Device of the first weight."""
         return next(parameter.device for parameter in parameters_of(self))
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """An input on the device of the model. Where weights are offloaded, Accelerate places the inputs itself."""
+        return value if self.device.type == "meta" else value.to(self.device)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -728,6 +740,8 @@ class MMSERModel(MMSERPreTrainedModel):
             self.layer_norm = nn.LayerNorm(size) if config.cross_attention_layer_norm else nn.Identity()
             setattr(self, f"{name}_pooling", AttentiveStatsPooling(size, config.pooling_hidden_size))
             self.fusion = SoleModality(config, 2 * size)
+        if self.audio_encoder is not None:  # the library splits none of those for waveforms
+            self._no_split_modules = (*self._no_split_modules, type(self.audio_encoder).__name__)  # type: ignore[assignment]
         self.post_init()
 
     def train(self, mode: bool = True):
@@ -980,10 +994,11 @@ class MMSERModel(MMSERPreTrainedModel):
         or another type."""
         # sum_l w_l (layer_l - mean_l) scale_l, with all that does not depend on the clip taken together
         dtype = dtype or layers[0].dtype
-        factors = self.state_norm.scale.float()
+        with loaded(self.state_norm):
+            factors, mean = self.state_norm.scale.float(), self.state_norm.mean.float()
         if self.layer_weights is not None:
-            factors = F.softmax(self.layer_weights.float(), dim=0)[:, None] * factors
-        offset = (factors * self.state_norm.mean.float()).sum(dim=0).to(layers[0].device, dtype)
+            factors = F.softmax(self.layer_weights.float(), dim=0)[:, None].to(factors.device) * factors
+        offset = (factors * mean).sum(dim=0).to(layers[0].device, dtype)
         factors = factors.to(layers[0].device, dtype)
         if torch.is_grad_enabled() and factors.requires_grad:
             return cast(Tensor, WeightedLayerSum.apply(-offset, factors, *layers))
@@ -1051,7 +1066,7 @@ class MMSERModel(MMSERPreTrainedModel):
     def _inputs(self, dataloader: Iterable[dict], description: str) -> Iterator[dict[str, Tensor]]:
         names = inspect.signature(self.forward).parameters
         for batch in logging.tqdm(dataloader, desc=description, leave=False):
-            yield {name: value.to(self.device) for name, value in batch.items() if name in names}
+            yield {name: self._placed(value) for name, value in batch.items() if name in names}
 
     def _frames_of(self, batch: dict[str, Tensor]) -> Tensor:
         """All valid frames of a batch, [frames, layers, D]; there may be none."""
@@ -1181,17 +1196,17 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             return_dict=True,
         )
         raw_logits, features = self.classifier(outputs.pooler_output)
-        raw_uncertainty = self.uncertainty(features)
-        anchor_logits, anchor_distances = self.anchors(features)
-        # The calibration on held-out clips is for use, not for training
+        device = raw_logits.device  # the parts of a large model may be on several
+        raw_uncertainty = self.uncertainty(features).to(device)
+        anchor_logits, anchor_distances = (values.to(device) for values in self.anchors(features))
         logits, uncertainty = raw_logits, raw_uncertainty
-        if not self.training:
-            logits = (raw_logits / self.temperature).to(raw_logits.dtype)
+        if not self.training:  # the calibration on held-out clips is for use
+            logits = (raw_logits / self.temperature.to(device)).to(raw_logits.dtype)
             uncertainty = self.uncertainty.calibrated(raw_uncertainty, logits)
 
         loss = losses = anchor_loss = None  # a scalar among the outputs breaks the batches of stock pipelines
         if labels is not None:
-            self._check_labels(labels)
+            labels = self._checked(labels).to(device)
             anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
             if self.config.anchor_loss_weight:
                 anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
@@ -1218,27 +1233,31 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
     def _open_set(self, logits: Tensor, fused: Tensor, anchor_distances: Tensor) -> dict[str, Tensor]:
         """What OpenMax says of each clip; see `MMSEROutput`."""
-        log_probabilities = self.openmax.log_probabilities(logits, self.openmax.distances(fused, anchor_distances))
-        probabilities = log_probabilities.exp()
-        score = -log_probabilities[:, :-1].amax(dim=-1)  # as `OpenMax.rejection_scores`
-        open_set = {
-            "unknown_probability": probabilities[:, -1:],
-            "open_set_probabilities": probabilities,
-            "rejection_score": score[:, None],
-        }
-        threshold = self.config.rejection_probability
-        if threshold is not None:
-            use_fitted, predictions = self.config.uses_fitted_thresholds, logits.argmax(dim=-1)
-            open_set["is_unknown"] = self.openmax.reject(score, probabilities, predictions, threshold, use_fitted)
+        with loaded(self.openmax):
+            device = self.openmax.fitted.device
+            logits, fused, anchor_distances = logits.to(device), fused.to(device), anchor_distances.to(device)
+            log_probabilities = self.openmax.log_probabilities(logits, self.openmax.distances(fused, anchor_distances))
+            probabilities = log_probabilities.exp()
+            score = -log_probabilities[:, :-1].amax(dim=-1)  # as `OpenMax.rejection_scores`
+            open_set = {
+                "unknown_probability": probabilities[:, -1:],
+                "open_set_probabilities": probabilities,
+                "rejection_score": score[:, None],
+            }
+            threshold = self.config.rejection_probability
+            if threshold is not None:
+                use_fitted, predictions = self.config.uses_fitted_thresholds, logits.argmax(dim=-1)
+                open_set["is_unknown"] = self.openmax.reject(score, probabilities, predictions, threshold, use_fitted)
         return open_set
 
-    def _check_labels(self, labels: Tensor) -> None:
+    def _checked(self, labels: Any) -> Any:
         num_labels = self.config.num_labels
         # Reading labels on another device would wait for the device, and would break a compiled graph. There the loss
         # itself fails on a bad label
         looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and ((labels < 0) | (labels >= num_labels)).any():
             raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
+        return labels
 
     def _weighted_losses(
         self,
@@ -1261,7 +1280,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             "focal": lambda: class_balanced_focal_loss(logits, labels, class_weights, config.focal_gamma),
             "anchor": lambda: anchor_loss,
             "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
-            "prototype": lambda: prototype_loss(self.prototypes(features), labels),
+            "prototype": lambda: prototype_loss(self.prototypes(features).to(labels.device), labels),
             "supervised_contrastive": lambda: supervised_contrastive_loss(features, labels),
             "distillation": lambda: distillation_loss(
                 logits, cast(Tensor, teacher_logits), config.distillation_temperature
@@ -1289,7 +1308,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self.note_untrained_modalities()
         try:
             for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
-                batch = {name: value.to(self.device) for name, value in batch.items()}
+                batch = {name: self._placed(value) for name, value in batch.items()}
                 outputs["labels"].append(batch.pop("labels"))
                 output = self(**batch, use_openmax=False)
                 for name in names:

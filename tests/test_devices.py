@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the model where it is run in another way than alone, in float32, on one processor: other attention kernels,
-replicas of `nn.DataParallel`, autocast, gradients that an input asks for.
+replicas of `nn.DataParallel`, autocast, offloaded weights, several devices, gradients that an input asks for.
 """
 
 import contextlib
 import copy
 
+import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from losses_mmser import (
     supervised_contrastive_loss,
     uncertainty_loss,
 )
-from modeling_mmser import ClassAnchorClustering, PrototypeMemory
+from modeling_mmser import ClassAnchorClustering, MMSERForAudioClassification, PrototypeMemory
 from openmax_mmser import OpenMax
 
 OUTPUTS = ("logits", "uncertainty", "anchor_distances", "features", "fused", "open_set_probabilities")
@@ -272,6 +273,62 @@ def test_what_the_model_measures_under_autocast_is_exact_for_its_features(distan
     assert torch.equal(outputs.anchor_distances, anchor_distances)
     measured = model.openmax.distances(outputs.fused, anchor_distances)
     assert torch.equal(outputs.open_set_probabilities, model.openmax(outputs.logits, measured))
+
+
+# Offload, several devices
+
+
+@pytest.mark.parametrize("kind", [kind for kind in AUDIO_CONFIGS if kind != "wavlm"])  # fails in the library itself
+@pytest.mark.parametrize("where", ["cpu", "cpu with buffers", "disk", "disk in part"])
+def test_offloaded_weights_are_there_when_they_are_read(kind, where, tmp_path):
+    """Accelerate brings the weights of a part when the `forward` of this part runs, and takes them away after it."""
+    model = tiny_model(kind)
+    fit_openmax_by_chance(model)
+    batch = batch_for(model)
+    with torch.no_grad():
+        expected = model(**batch)
+    model.save_pretrained(tmp_path)
+    if where.startswith("cpu"):
+        model = MMSERForAudioClassification.from_pretrained(tmp_path)
+        accelerate.cpu_offload(model, execution_device="cpu", offload_buffers="buffers" in where)
+    else:
+        kept = {"classifier": "cpu", "openmax": "cpu", "temperature": "cpu"}
+        parts = dict.fromkeys(["mmser", "anchors", "uncertainty", "prototypes"], "disk") | kept
+        device_map = parts if where == "disk in part" else {"": "disk"}
+        model = MMSERForAudioClassification.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=tmp_path / "offloaded"
+        )
+    assert model.device.type == "meta"
+    with torch.no_grad():
+        outputs = model(**batch, labels=LABELS)
+    assert outputs.loss.isfinite()
+    for name in (*OUTPUTS, "is_unknown"):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_offloaded_models_can_be_fitted():
+    model = tiny_model()
+    batch = batch_for(model)
+    fitted = []
+    for fit in (model, accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")):
+        fit.mmser.fit_standardization([batch])
+        fitted.append(fit.mmser.state_norm.mean)
+    assert fitted[0].any() and torch.equal(*fitted)
+
+
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_no_block_is_split_over_devices(kind):
+    model = tiny_model(kind, classifier_num_layers=20)
+    names = model._no_split_modules
+    whole = [name for name, module in model.named_modules() if type(module).__name__ in names]
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = {0: size // 3, 1: size // 3, "cpu": size, "disk": 10 * size}
+    devices = accelerate.infer_auto_device_map(model, memory, no_split_module_classes=list(names))
+    assert len(set(devices.values())) > 1
+    for name in devices:  # no entry lies inside a block
+        assert not [block for block in whole if name.startswith(f"{block}.")], name
+    blocks = {type(model.get_submodule(name)).__name__ for name in whole}
+    assert {type(model.mmser.audio_encoder).__name__, "CrossModalAttention", "ResidualBlock", "OpenMax"} <= blocks
 
 
 # Gradients of inputs
