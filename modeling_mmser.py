@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, maybe_install_capturing_hooks
 
 try:
     from .configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
@@ -514,6 +514,13 @@ class MMSERPreTrainedModel(PreTrainedModel):
         *("Standardization", "CrossModalAttention", "AttentiveStatsPooling", "FusionLayer", "SoleModality"),
         *("ResidualBlock", "ClassAnchorClustering", "UncertaintyHead", "PrototypeMemory", "OpenMax"),
     )
+
+    def __setstate__(self, state):
+        """From a pickle of another process: Transformers learns in `__init__` which states its encoders can give."""
+        super().__setstate__(state)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -1257,7 +1264,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and ((labels < 0) | (labels >= num_labels)).any():
             raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
-        return labels
+        return labels.long()  # int32 is common in tables, and no loss of PyTorch takes it
 
     def _weighted_losses(
         self,

@@ -7,13 +7,14 @@ handed its processor: this file does not import it.
 """
 
 import contextlib
-import difflib
+import copy
 import json
 import os
 import urllib.request
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ try:
         stream_audio,
         unwrap_audio,
     )
-    from .configuration_mmser import MODALITIES, ignored_modality, reason_unused
+    from .configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
@@ -53,7 +54,7 @@ except ImportError:
         stream_audio,
         unwrap_audio,
     )
-    from configuration_mmser import MODALITIES, ignored_modality, reason_unused
+    from configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
 
 logger = logging.get_logger(__name__)
 TEXT_KEYS = ("text", "transcription")
@@ -494,7 +495,8 @@ class MMSERPipeline(Pipeline):
         return [id2label[index] for index in range(len(id2label))]
 
     def _sanitize_parameters(self, **kwargs):
-        refuse_unknown(kwargs, (*self.preprocess_options, *self.postprocess_options, "batch_size", "num_workers"))
+        known = (*self.preprocess_options, *self.postprocess_options, "batch_size", "num_workers")
+        check_names(kwargs, known, "option of the pipeline")
         top_k = kwargs.get("top_k")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"`top_k` must be a positive integer or None, got {top_k!r}")
@@ -569,11 +571,14 @@ class MMSERPipeline(Pipeline):
     ):
         """The labels of each (name, clip), in order."""
         kind: Any = PipelineDataset if isinstance(named, Sized) else PipelineIterator
+        reader: Any = copy.copy(self)
+        # Worker processes need no weights, and those of wav2vec2 cannot be sent to spawned ones
+        reader.model = SimpleNamespace(config=self.model.config)
         loader: Any = torch.utils.data.DataLoader(
-            kind(named, self._preprocess_named, preprocess_params),
+            kind(named, reader._preprocess_named, preprocess_params),
             num_workers=num_workers,
             batch_size=batch_size,
-            collate_fn=self._collate,
+            collate_fn=reader._collate,
         )
         outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
@@ -777,15 +782,6 @@ def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
     return [{"label": label, "score": scores[label], **means} for label in best]
 
 
-def refuse_unknown(given: Iterable[str], allowed: Collection[str]) -> None:
-    """Raise `TypeError` for the first name that is not allowed; the message has the nearest one that is."""
-    for name in given:
-        if name not in allowed:
-            nearest = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
-            raise TypeError(f"Unexpected keyword argument `{name}`{hint} Allowed are {', '.join(sorted(allowed))}")
-
-
 def _download(url: str) -> bytes:
     """The content behind an http(s) URL."""
     try:
@@ -802,7 +798,6 @@ __all__ = [
     "MMSEROnnxForAudioClassification",
     "MMSEROnnxOutput",
     "MMSERPipeline",
-    "refuse_unknown",
     "split_into_chunks",
     "text_of_chunk",
 ]

@@ -32,7 +32,7 @@ try:
         stream_audio,
         warn_once,
     )
-    from .configuration_mmser import MMSERConfig, reason_unused
+    from .configuration_mmser import MMSERConfig, check_names, reason_unused
     from .pipeline_mmser import (
         AudioClassificationTask,
         Chunk,
@@ -40,7 +40,6 @@ try:
         MMSEROnnxForAudioClassification,
         MMSEROnnxOutput,
         MMSERPipeline,
-        refuse_unknown,
         split_into_chunks,
         text_of_chunk,
     )
@@ -48,7 +47,7 @@ except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
     from audio_mmser import MIN_SECONDS, has_own_rate, load_audio, pad_and_stack, stream_audio, warn_once
-    from configuration_mmser import MMSERConfig, reason_unused
+    from configuration_mmser import MMSERConfig, check_names, reason_unused
     from pipeline_mmser import (
         AudioClassificationTask,
         Chunk,
@@ -56,7 +55,6 @@ except ImportError:
         MMSEROnnxForAudioClassification,
         MMSEROnnxOutput,
         MMSERPipeline,
-        refuse_unknown,
         split_into_chunks,
         text_of_chunk,
     )
@@ -218,7 +216,7 @@ class MMSERProcessor(ProcessorMixin):
                 or that is shorter than 25 ms; the message names the row.
             TypeError: a text that is not a string, or an option that does not exist.
         """
-        refuse_unknown(kwargs, ("audio", "text", *PROCESSOR_OPTIONS))
+        check_names(kwargs, ("audio", "text", *PROCESSOR_OPTIONS), "argument of the processor")
         clips, texts = _as_clips(audio), _as_texts(text)
         if clips is None and texts is None:
             raise ValueError("Give `audio`, `text` or both: there is nothing to process")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of what all benchmarks share, of the committed results, and of `open_set.py`, `head_depth.py`, `judged.py`."""
+"""Tests of what all benchmarks share, of the committed results, and of `open_set.py`, `head_depth.py`, `judged.py`,
+`compatibility.py`."""
 
 import json
 import re
@@ -80,13 +81,14 @@ def test_tables_go_between_their_markers(shared, tmp_path):
 
 
 def committed_tables():
-    from benchmarks import head_depth, judged, open_set, real_speech_tables, speed
+    from benchmarks import compatibility, head_depth, judged, open_set, real_speech_tables, speed
     from benchmarks.tables import read_results
 
     report, lines = read_results(RESULTS / "real_speech.json")
     tables = real_speech_tables.make_tables(report, lines)
     tables |= open_set.make_tables(read_results(RESULTS / "open_set.json")[0])
     tables |= speed.make_tables(read_results(RESULTS / "speed.json")[0])
+    tables |= compatibility.make_tables(read_results(RESULTS / "compatibility.json")[0])
     tables |= head_depth.make_tables(read_results(RESULTS / "head_depth.json")[1])
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
@@ -250,3 +252,52 @@ def test_the_published_settings_switch_nothing_off():
     assert (config.classifier_num_layers, config.openmax_threshold, config.openmax_acceptance) == (35, 0.3, None)
     assert (config.openmax_distance, config.openmax_level) == ("anchor", "activation")
     assert recipe["augment"]
+
+
+# ---- compatibility.py
+
+
+QUICK_GROUPS = ["files", "arrays", "arguments", "precision", "modalities", "checkpoints", "offline"]
+
+
+@pytest.mark.parametrize("group", QUICK_GROUPS)
+def test_situations_are_right_or_end_in_a_clear_error(group):
+    """The other groups start processes and trainings: `python benchmarks/compatibility.py` runs all of them."""
+    from benchmarks import compatibility
+
+    rows = compatibility.run([group])
+    assert rows and [row for row in rows if row["outcome"].startswith("WRONG")] == []
+
+
+def test_all_situations_are_in_the_committed_table():
+    from benchmarks import compatibility
+    from benchmarks.tables import read_results
+
+    situations = compatibility.common.SITUATIONS
+    rows = read_results(RESULTS / "compatibility.json")[0]["rows"]
+    assert [(row["group"], row["situation"]) for row in rows] == [(row.group, row.name) for row in situations]
+    assert len({(row.group, row.name) for row in situations}) == len(situations) >= 60
+
+
+def test_a_wrong_situation_is_told(monkeypatch, capsys, tmp_path):
+    from benchmarks import compatibility
+
+    def check(world):
+        compatibility.common.close(1.0, 2.0)
+
+    def refused(world):
+        with compatibility.common.error(ValueError, "name"):
+            raise ValueError("something is wrong")
+
+    def missing(world):
+        compatibility.common.need("no_such_package")
+
+    made = [("unequal", "right", check), ("unclear", "error", refused), ("absent", "right", missing)]
+    made += [("silent", "error", lambda world: None), ("good", "right", lambda world: None)]
+    rows = [compatibility.common.Situation("files", *row) for row in made]
+    monkeypatch.setattr(compatibility.common, "SITUATIONS", rows)
+    assert compatibility.main(["--group", "files"]) == 1
+    text = capsys.readouterr().out
+    assert text.count("WRONG") == 2 and "lacks ['name']" in text and "no_such_package is not installed" in text
+    monkeypatch.setattr(compatibility.common, "SITUATIONS", rows[2:])
+    assert compatibility.main(["--group", "files"]) == 0

@@ -642,7 +642,7 @@ class TestPipeline:
         options = {"model": classifier.model, "processor": classifier.processor, "device": "cpu"}
         short = MMSERPipeline(**options, top_k=1, sampling_rate=RATE)
         assert len(short(noise(800))) == 1 and len(short(noise(800), top_k=None)) == 4
-        with pytest.raises(TypeError, match=r"`topk`; did you mean `top_k`\?"):
+        with pytest.raises(TypeError, match=r"`topk` is no option of the pipeline: did you mean `top_k`\?"):
             classifier({"text": "no"}, topk=1)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
