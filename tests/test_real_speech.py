@@ -179,6 +179,10 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, options, 
     assert {row.table for row in study.rows.values()} == set(script.TABLES)
     for row in (row for row in study.rows.values() if row.recipe):
         run = script.Run(row, 7)
+        for start in study.starts(run):  # finished before, as in a run of the study
+            folder = study.folder(start) / "model"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text("{}")
         recipe = tmp_path / "recipe.json"
         recipe.write_text(json.dumps(study.recipe(run)))
         model, data, training = parse_arguments(TRAINING_ARGUMENTS, [str(recipe)])
