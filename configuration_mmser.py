@@ -95,13 +95,14 @@ CUSTOM_PIPELINES = {
 
 
 def check_names(given: Iterable[str], known: Iterable[str], kind: str) -> None:
-    """Raise `TypeError` for the first of the `given` names that is not `known`; it suggests the nearest one."""
+    """Raise `TypeError` for the first of the `given` names that is not `known`; it suggests the nearest ones."""
     known = set(known)
     for name in given:
         if name not in known:
-            nearest = difflib.get_close_matches(name, sorted(known), n=1)
-            help_text = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(sorted(known))}."
-            raise TypeError(f"`{name}` is no {kind}: {help_text}")
+            nearest = [f"`{near}`" for near in difflib.get_close_matches(name, sorted(known), n=3, cutoff=0)]
+            is_misspelt = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if is_misspelt else f"the nearest names are {', '.join(nearest)}."
+            raise TypeError(f"`{name}` is no {kind}: {hint}")
 
 
 def _field_names(config_class: Any) -> set[str]:

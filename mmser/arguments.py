@@ -247,12 +247,7 @@ def _same_flag(name: str, *aliases: str):
 class EvaluationArguments:
     """What to judge, and how."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "aliases": ["--checkpoint"],
-            "help": CHECKPOINT_HELP,
-        }
-    )
+    model_name_or_path: str = field(metadata={"aliases": ["--checkpoint"], "help": CHECKPOINT_HELP})
     output_dir: str | None = field(
         default=None,
         metadata={
@@ -320,12 +315,7 @@ class EvaluationArguments:
 class ExportArguments:
     """What to export, and how."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "aliases": ["--checkpoint"],
-            "help": CHECKPOINT_HELP,
-        }
-    )
+    model_name_or_path: str = field(metadata={"aliases": ["--checkpoint"], "help": CHECKPOINT_HELP})
     output_dir: str = field(metadata={"aliases": ["--save_dir"], "help": "Folder to write."})
     format: list[str] = field(
         default_factory=lambda: ["onnx"],
@@ -415,11 +405,3 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"The recipe {path} does not exist.")
     return parse_json(Path(path).read_text(encoding="utf-8"), f"The recipe {path}")
-
-
-def __getattr__(name: str) -> Any:
-    if name == "MMSERTrainingArguments":  # it is a class of Transformers, and imports torch
-        from mmser.training_arguments import MMSERTrainingArguments
-
-        return MMSERTrainingArguments
-    raise AttributeError(f"module 'mmser.arguments' has no attribute {name!r}")

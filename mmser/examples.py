@@ -133,7 +133,7 @@ class ExampleReader:
 
     def _waveform(self, source: str | bytes, row: str, rng: np.random.Generator) -> np.ndarray:
         with _naming(row, source):
-            audio = load_audio(_fetch(source), target_sampling_rate=self.sampling_rate, name=_name(source))
+            audio = load_audio(_fetch(source), target_sampling_rate=self.sampling_rate, name=_title(source))
         if len(audio) < self.min_samples:
             raise ValueError(
                 f"{row}: {_name(source)} is too short, {len(audio)} samples at {self.sampling_rate} Hz; the minimum "
@@ -165,7 +165,7 @@ class ExampleReader:
         if source is None:
             return 0
         with _naming(row["row"], source):
-            samples = audio_length(_fetch(source), self.sampling_rate, name=_name(source))
+            samples = audio_length(_fetch(source), self.sampling_rate, name=_title(source))
         return samples if self.max_samples is None else min(samples, self.max_samples)
 
 
@@ -202,13 +202,20 @@ def _name(source: str | bytes) -> str:
     return "embedded audio" if isinstance(source, bytes) else source
 
 
+def _title(source: str | bytes) -> str:
+    """What `load_audio` is to call a source in messages: it adds the path of a file itself."""
+    return _name(source) if isinstance(source, bytes) or "://" in source else "audio"
+
+
 @contextmanager
 def _naming(row: str, source: str | bytes) -> Iterator[None]:
-    """Errors of reading become ValueErrors that name the row and the file."""
+    """Errors of reading become ValueErrors that name the row and, once, the file."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise ValueError(f"{row}: cannot read {_name(source)}: {error}") from error
+        reason = str(getattr(error, "strerror", None) or error)
+        about = "" if _name(source) in reason else f"cannot read {_name(source)}: "
+        raise ValueError(f"{row}: {about}{reason}") from error
 
 
 def map_in_threads(function: Callable[[int], Any], number: int, description: str) -> list:

@@ -59,10 +59,8 @@ class FlagParser(HfArgumentParser):
         _, unknown = self.parse_known_args(list(words))
         if unknown:
             flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help shows all flags."
             kind = "flag" if flag.startswith("-") else "argument"
-            raise ValueError(f"Unknown {kind} {flag}: {hint}")
+            raise ValueError(f"Unknown {kind} {flag}: {_hint(flag, self._option_string_actions)}")
 
     def destinations(self) -> dict[str, str]:
         """The names that a recipe may use, each with the name of its field."""
@@ -78,11 +76,16 @@ class FlagParser(HfArgumentParser):
         destination = self.destinations()
         unknown = sorted(set(recipe) - set(destination))
         if unknown:
-            raise ValueError(f"{name} has unknown keys: {', '.join(unknown)}. `--help` shows the flags.")
+            raise ValueError(f"{name} has the unknown key {unknown[0]}: {_hint(unknown[0], destination)}")
         given = {destination[key]: value for key, value in recipe.items()}
         self.set_defaults(**given)
         for action in self._actions:
             action.required = action.required and action.dest not in given
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else "--help shows all flags."
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

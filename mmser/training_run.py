@@ -349,5 +349,6 @@ def write_results(
         "open_set": "Clips that are none of the classes",
     }
     parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
-    parts += [f"What to do\n{advice}" for advice in ("\n".join(advise(results)),) if advice]
+    if advice := advise(results):
+        parts.append("\n".join(["What to do", *advice]))
     return "\n\n".join([*parts, f"Checkpoint, eval_results.json and README.md (the model card): {folder}"])

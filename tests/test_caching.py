@@ -272,7 +272,7 @@ def test_unreadable_clips_are_skipped_or_named(corpus, tmp_path, log):
     split = load_emotion_dataset(folder)[0]["test"]
     model = frozen_model()
     cache = make_cache(tmp_path / "cache", model)
-    with pytest.raises(ValueError, match=r"test/metadata.csv row 3: cannot read .*5_1.wav"):
+    with pytest.raises(ValueError, match=r"test/metadata.csv row 3: audio '\S*5_1.wav': cannot be read"):
         CachedStatesDataset(EmotionDataset(split), cache)
     dataset = EmotionDataset(split, on_bad_example="skip")
     cached = CachedStatesDataset(dataset, cache)
