@@ -1215,7 +1215,7 @@ def test_waveform_and_content_of_a_row(folder):
     assert dataset.reader.content(row) == (folder / "train" / "3.wav").read_bytes()
     assert EmotionDataset(data["train"], use_audio=False).reader.content(row) is None
     (folder / "train" / "3.wav").unlink()
-    with pytest.raises(ValueError, match=r"train/metadata.csv row 5: cannot read \S*3.wav: No such file or directory$"):
+    with pytest.raises(ValueError, match=r"csv row 5: cannot read \S*3.wav: No such file or directory$"):
         dataset.reader.content(row)
 
 
@@ -1229,7 +1229,7 @@ def test_unreadable_file_is_named(folder):
     write_wav(folder / "train" / "2.wav", 0.01)
     data, _ = load_emotion_dataset(folder)
     dataset = EmotionDataset(data["train"])
-    with pytest.raises(ValueError, match=r"^train/metadata.csv row 3: audio '\S*/train/1.wav': cannot be read as audio"):
+    with pytest.raises(ValueError, match=r"^train/metadata.csv row 3: audio '\S*/train/1.wav': cannot be read"):
         dataset[1]
     with pytest.raises(ValueError, match=r"row 3: audio '\S*/train/1.wav': cannot be read"):
         dataset.lengths  # noqa: B018
