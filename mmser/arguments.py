@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmser.flags import FlagParser, parse_json, split_debug, with_trainer_flags
-from mmser.names import checkpoint_folder
+from mmser.names import Named, checkpoint_folder
 from mmser.training_flags import TrainingFlags
 
 if TYPE_CHECKING:  # what imports torch or datasets is imported when it is needed: `--help` does not need it
@@ -186,6 +186,11 @@ class SourceArguments:
             *("test_split", "allow_speaker_overlap", "on_bad_example", "columns"),
         )
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def on_the_hub(self) -> list[Named]:
+        """The data set on the Hub, for `mmser.names.reading`, if one is named."""
+        return [Named("--dataset_name", self.dataset_name, is_dataset=True)] if self.dataset_name else []
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clips that are in the data more than once: their files, or their bytes in a Hub data set, are the same.
 
-`find_copies` reads little: only what has the same size is looked into, and only what is alike in places is read whole.
+`find_copies` reads little: only what has the same size is looked into, only what has the same middle is read whole.
 """
 
 import hashlib
@@ -9,14 +9,14 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import datasets
 import pyarrow.compute
 
 from audio_mmser import load_audio
+from mmser.examples import ExampleReader, content_sample
 from mmser.sources import Record
-
-PLACE = 4096  # bytes that are compared in the beginning, the middle and the end, before all of them are
 
 
 def find_copies(records: Sequence[Record], audio: datasets.Dataset | None, indices: Iterable[int]) -> list[list[int]]:
@@ -35,7 +35,7 @@ def find_copies(records: Sequence[Record], audio: datasets.Dataset | None, indic
     groups = _split([[index for index in indices if sizes[index]]], sizes.__getitem__)
     for whole in (False, True):
         groups = _split(groups, partial(_checksum, records, audio, whole))
-    return [group for group in groups if _is_audio(_clip(records, audio, group[0]))]
+    return [group for group in groups if _is_audio(_row(records, audio, group[0]))]
 
 
 def _split(groups: list[list[int]], key: Callable[[int], Hashable]) -> list[list[int]]:
@@ -65,32 +65,23 @@ def _embedded_sizes(audio: datasets.Dataset) -> list[int]:
     return sizes
 
 
-def _clip(records: Sequence[Record], audio: datasets.Dataset | None, index: int) -> dict:
-    return audio[index]["audio"] if audio is not None else {"bytes": None, "path": records[index].audio}
-
-
-def _is_audio(clip: dict) -> bool:
-    try:
-        return len(load_audio(clip["path"] if clip["bytes"] is None else clip["bytes"])) > 0
-    except (ValueError, OSError):
-        return False
+def _row(records: Sequence[Record], audio: datasets.Dataset | None, index: int) -> dict[str, Any]:
+    record = records[index]
+    return {"row": record.row, "audio": record.audio if audio is None else audio[index]["audio"]}
 
 
 def _checksum(records: Sequence[Record], audio: datasets.Dataset | None, whole: bool, index: int) -> bytes | None:
-    """Of the whole content or of three places in it; None if it cannot be read."""
-    clip = _clip(records, audio, index)
-    digest = hashlib.blake2b()
-    if clip["bytes"] is not None:
-        digest.update(clip["bytes"])
-        return digest.digest()
+    """Of the whole content or of a sample of it; None if it cannot be read."""
+    row = _row(records, audio, index)
     try:
-        with open(clip["path"], "rb") as file:
-            if whole:
-                return hashlib.file_digest(file, "blake2b").digest()
-            size = os.path.getsize(clip["path"])
-            for start in (0, size // 2, max(0, size - PLACE)):
-                file.seek(start)
-                digest.update(file.read(PLACE))
-    except OSError:  # the reader of the clip names the row and the reason
+        content = ExampleReader().content(row) if whole else content_sample(row)
+    except ValueError:  # the reader of the clip names the row and the reason
         return None
-    return digest.digest()
+    return hashlib.blake2b(content or b"").digest()
+
+
+def _is_audio(row: dict[str, Any]) -> bool:
+    try:
+        return len(load_audio(row["audio"])) > 0
+    except (ValueError, OSError):
+        return False

@@ -45,8 +45,7 @@ class Clips:
 def load_clips(source: SourceArguments, arguments: EvaluationArguments, label_names: list[str]) -> Clips:
     """Load what is needed, and nothing else; what is missing or does not fit is an error here."""
     wanted = [name for name in arguments.group_by or [] if name != "duration"]
-    named = [Named("--dataset_name", source.dataset_name, is_dataset=True)] if source.dataset_name else []
-    with reading(named):
+    with reading(source.on_the_hub):
         splits, _ = load_emotion_dataset(
             **source.source, label_names=label_names, extra_columns=wanted, validation_fraction=0.0, test_fraction=0.0
         )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
 from mmser.arguments import DTYPES, FORMATS, OPSET
+from mmser.model_loading import label_names_of
 from mmser.names import Named, reading
 from mmser.quantization import quantize_onnx
 from mmser.tables import format_table
@@ -239,7 +240,7 @@ def notes_of(model: MMSERForAudioClassification, processor: MMSERProcessor) -> d
     limit = {"max_audio_length": str(2 * config.audio_config.max_source_positions)} if config.uses_log_mel else {}
     return {
         "config": json.dumps(about),
-        "labels": json.dumps([config.id2label[index] for index in range(config.num_labels)]),
+        "labels": json.dumps(label_names_of(config)),
         "temperature": str(model.temperature.item()),
         "dtype": str(model.dtype).removeprefix("torch."),
         **audio,

@@ -17,6 +17,7 @@ from mmser.checks import (
     reject,
 )
 from mmser.metrics import bootstrap_classification, compute_classification_metrics
+from mmser.splits import speaker_key
 
 GROUPS = ("corpus", "language", "sex")
 FEW_CLIPS = 30  # the metrics of a group with fewer clips say little
@@ -40,7 +41,7 @@ def split_groups(
 
 def speakers_of(dataset: Any) -> list[str] | None:
     """
-    The speaker of each clip that a data set gives, with the corpus before the name: N names, or None.
+    The speaker of each clip that a data set gives, as `speaker_key` of `mmser.splits`: N names, or None.
 
     It is None where speakers are not known: a stream, a data set of another kind, a table without speakers. A clip
     without a speaker, among others that have one, is a speaker of its own. Rows that were skipped are left out.
@@ -50,7 +51,7 @@ def speakers_of(dataset: Any) -> list[str] | None:
         return None
     corpora = table["corpus"] if "corpus" in table.column_names else [""] * len(table)
     names = [
-        f"{corpus or ''}/{speaker}" if speaker else f"clip {index}"
+        speaker_key(speaker, corpus) if speaker else f"clip {index}"
         for index, (corpus, speaker) in enumerate(zip(corpora, table["speaker"], strict=True))
     ]
     return names if skipped is None else [name for name, left_out in zip(names, skipped, strict=True) if not left_out]

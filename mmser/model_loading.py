@@ -24,8 +24,7 @@ def load_label_names(checkpoint: str, flag: str = "--checkpoint") -> list[str]:
     if content.get("model_type") != MMSERConfig.model_type:
         found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
         raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")
-    id2label = MMSERConfig.from_dict(content).id2label
-    return [id2label[index] for index in range(len(id2label))]
+    return label_names_of(MMSERConfig.from_dict(content))
 
 
 def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedConfig:
@@ -210,7 +209,7 @@ def check_teacher(
         ValueError: naming what differs, of both.
     """
     configs = (teacher_config, config)
-    pairs: dict[str, list[Any]] = {"labels": [_labels(each) for each in configs]}
+    pairs: dict[str, list[Any]] = {"labels": [label_names_of(each) for each in configs]}
     # One of them may take a modality that the other does not
     common = [modality for modality in config.modalities if modality in teacher_config.modalities]
     if not common:
@@ -234,8 +233,9 @@ def check_teacher(
             )
 
 
-def _labels(config: Any) -> list[str]:
-    return [config.id2label[i] for i in range(config.num_labels)]
+def label_names_of(config: Any) -> list[str]:
+    """The label names of a configuration in the order of their ids."""
+    return [config.id2label[index] for index in range(config.num_labels)]
 
 
 def _audio_input(config: Any) -> str:

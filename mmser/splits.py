@@ -58,14 +58,14 @@ def divide_by_speaker(
     return {split: splits[split] for split in SPLIT_NAMES if split in splits}
 
 
-def _name(record: Record) -> str:
+def full_name(speaker: str, corpus: str | None) -> str:
     """A speaker's name with its corpus: the same name in two corpora is two people."""
-    return f"{record.corpus}/{record.speaker}" if record.corpus else record.speaker
+    return f"{corpus}/{speaker}" if corpus else speaker
 
 
-def _speaker(record: Record) -> str:
+def speaker_key(speaker: str, corpus: str | None) -> str:
     """What all spellings of a speaker's name have in common: case and Unicode normal forms do not count."""
-    return unicodedata.normalize("NFC", _name(record)).casefold()
+    return unicodedata.normalize("NFC", full_name(speaker, corpus)).casefold()
 
 
 def _check_overlap(records: Sequence[Record], splits: dict[str, list[int]], allow: bool) -> None:
@@ -74,9 +74,10 @@ def _check_overlap(records: Sequence[Record], splits: dict[str, list[int]], allo
         return
     where: dict[str, dict[str, str]] = {}
     for split, indices in splits.items():
-        for index in indices:
-            if records[index].speaker:
-                where.setdefault(_speaker(records[index]), {})[split] = _name(records[index])
+        for record in (records[index] for index in indices):
+            if record.speaker:
+                name = full_name(record.speaker, record.corpus)
+                where.setdefault(speaker_key(record.speaker, record.corpus), {})[split] = name
     num_clips = sum(map(len, splits.values()))
     unknown = sum(not records[index].speaker for indices in splits.values() for index in indices)
     if unknown:
@@ -139,7 +140,7 @@ def _hold_out(
     """Divide the indices in `training` into the missing splits, whole speakers at a time, and the rest."""
     remaining = np.array(training)
     labels = np.array([records[index].labels for index in training])
-    speakers = np.array([_speaker(records[index]) for index in training])
+    speakers = np.array([speaker_key(records[index].speaker, records[index].corpus) for index in training])
     num_speakers = len(set(speakers)) if any(records[index].speaker for index in training) else 0
     by_speaker = num_speakers > len(missing)
     if missing and not by_speaker:

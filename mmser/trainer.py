@@ -44,7 +44,7 @@ from mmser.calibration import (
 from mmser.examples import EmotionDataset, class_counts
 from mmser.groups import speakers_of
 from mmser.metrics import build_compute_metrics, softmax
-from mmser.model_loading import check_teacher
+from mmser.model_loading import check_teacher, label_names_of
 from mmser.optimizer import parameter_groups
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
@@ -137,8 +137,7 @@ class MMSERTrainer(Trainer):
                 )
             if teacher is not None:
                 check_teacher(model.config, teacher.config, kwargs.get("processing_class"), teacher_processor)
-            label_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-            kwargs.setdefault("compute_metrics", build_compute_metrics(label_names))
+            kwargs.setdefault("compute_metrics", build_compute_metrics(label_names_of(model.config)))
             if isinstance(kwargs.get("train_dataset"), EmotionDataset):
                 counts = class_counts(kwargs["train_dataset"], model.config.num_labels)
                 if model.config.class_counts is None:
@@ -227,10 +226,11 @@ class MMSERTrainer(Trainer):
             save_file(last, Path(output_dir) / WeightAverage.file_name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        labels, own = labels_of(resume_from_checkpoint), self.accelerator.unwrap_model(self.model).config.id2label
-        if labels is not None and labels != [own[key] for key in sorted(own)]:
+        labels = labels_of(resume_from_checkpoint)
+        own = label_names_of(self.accelerator.unwrap_model(self.model).config)
+        if labels not in (None, own):
             raise ValueError(
-                f"{resume_from_checkpoint} was trained on the labels {labels}, not on {list(own.values())}: training "
+                f"{resume_from_checkpoint} was trained on the labels {labels}, not on {own}: training "
                 "cannot go on from it. Give another `output_dir`, or start from its weights with `from_pretrained`."
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)

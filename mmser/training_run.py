@@ -26,7 +26,7 @@ from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
 from mmser.model_loading import encoder_name, load_label_names
-from mmser.names import Named, reading
+from mmser.names import reading
 from mmser.optimizer import parameter_table
 from mmser.results import (
     RESULTS_NAME,
@@ -116,8 +116,7 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
         checkpoint: the MMSER checkpoint that training starts from, if it does. Its classes stay if the data's are
             among them.
     """
-    named = [Named("--dataset_name", arguments.dataset_name, is_dataset=True)] if arguments.dataset_name else []
-    with reading(named):
+    with reading(arguments.on_the_hub):
         splits, label_names = load_emotion_dataset(
             **arguments.source,
             label_names=arguments.labels,

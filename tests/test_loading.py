@@ -25,7 +25,7 @@ from transformers.utils import logging
 from mmser.augmentation import Augmenter, add_noise, augmentation_generator, change_speed
 from mmser.batches import MMSERDataCollator
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts
-from mmser.groups import duration_bands
+from mmser.groups import duration_bands, speakers_of
 from mmser.loading import load_emotion_dataset, load_emotion_split
 from mmser.sources import DataColumns
 from processing_mmser import MMSERProcessor
@@ -1353,3 +1353,10 @@ def test_class_counts(folder):
     assert class_counts(data["train"], 6) == [1, 1, 1, 1, 0, 0]
     with pytest.raises(ValueError, match="label 3 is out of range; allowed: 0 to 2"):
         class_counts(data["train"], 3)
+
+
+def test_speakers_of_clips_are_the_same_as_in_splits():
+    """Spelt in another case "anna" is one speaker; in another corpus she is another."""
+    columns = {"speaker": ["Anna", "anna", "anna", ""], "corpus": ["x", "x", "y", "x"], "row": list("0123")}
+    table = datasets.Dataset.from_dict({**columns, "text": ["a"] * 4, "labels": [0, 1, 0, 1]})
+    assert speakers_of(EmotionDataset(table)) == ["x/anna", "x/anna", "y/anna", "clip 3"]
