@@ -27,10 +27,10 @@ MP3_FRAME = 1152  # samples; MP3 headers may be wrong by the encoder's delay
 AV_SLACK = 0.2  # s; delay and padding of an encoder, which some containers count and some do not
 # What PyAV may open. Not playlists: they make FFmpeg fetch other files and addresses
 AV_FORMATS = "mov,matroska,webm,aac,asf,ogg,mp3,flac,wav,w64,aiff,au,caf,amr,ac3,eac3,avi,flv,mpegts,mpeg,wv,ape,tta"
+CONVERSION = "`ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav` converts other formats"
 READABLE_FORMATS = (
     "WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and AU can be read; m4a, aac, webm, mp4 and wma too once PyAV is "
-    'installed (`pip install av`, or the extra: `pip install "mmser[av]"`). `ffmpeg -i INPUT -ac 1 -ar 16000 '
-    "OUTPUT.wav` converts others"
+    f'installed (`pip install av`, or the extra: `pip install "mmser[av]"`). {CONVERSION}'
 )
 
 
@@ -368,12 +368,11 @@ def _decode_with_av(content: Content, name: str, reason: str) -> Iterator[tuple[
             if stream is None:
                 raise ValueError(f"{name}: holds no audio")
             if stream.codec_context is None:
-                raise ValueError(f"{name}: cannot be read as audio ({reason}; no codec is known). {READABLE_FORMATS}")
+                raise ValueError(f"{name}: cannot be read as audio ({reason}; no codec is known). {CONVERSION}")
             yield from _av_blocks(container, stream, name)
     except av.FFmpegError as error:
-        raise ValueError(
-            f"{name}: cannot be read as audio ({reason}; PyAV: {error.strerror}). {READABLE_FORMATS}"
-        ) from error
+        what = f"{reason}; PyAV: {error.strerror}"
+        raise ValueError(f"{name}: cannot be read as audio ({what}). {CONVERSION}") from error
 
 
 def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -34,7 +34,8 @@ logger = logging.get_logger(__name__)
 
 IDENTITY_NAME = "run_identity.json"
 WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
-# Of the configuration: what other entries say, what is written for the library, what acts after training
+# Fields of the configuration that are not compared: other entries say the same, the library needs them, or they act
+# after training alone
 OTHER_FIELDS = {
     *("architectures", "auto_map", "class_counts", "custom_pipelines", "dtype", "id2label", "label2id"),
     *("num_labels", "transformers_version", "untrained_modalities", "use_openmax", "_name_or_path"),
