@@ -60,7 +60,7 @@ def choose_label_names(
     """
     if given is not None:
         names = _check_names([str(name).strip() for name in given])
-        if not _are_numbers(names) and any(_as_id(label) is not None for label in found or ()):
+        if not _have_numbers(tuple(names)) and any(_as_id(label) is not None for label in found or ()):
             logger.info(f"Labels that are numbers are ids: {', '.join(f'{i} {name}' for i, name in enumerate(names))}")
         _warn_of_other_declared_names(class_names, names)
         return names
@@ -233,12 +233,13 @@ def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bo
         ValueError: naming the row and what is allowed.
     """
     written = _written(label)
-    keys = _keys(tuple(label_names))
+    names = tuple(label_names)
+    keys = _keys(names)
     if _key(written) in keys:
         return keys.index(_key(written))
     if is_missing(written):
         raise ValueError(f"{row} has no label")
-    number = None if _are_numbers(label_names) else _as_id(written)
+    number = None if _have_numbers(names) else _as_id(written)
     is_unknown = _is_none_of_the_classes(written)
     if allow_unknown and (is_unknown or number is None):
         return UNKNOWN_LABEL
@@ -282,12 +283,8 @@ def _keys(label_names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=16)
-def _any_is_number(label_names: tuple[str, ...]) -> bool:
-    return any(_is_number(name) for name in label_names)
-
-
-def _are_numbers(label_names: Sequence[str]) -> bool:
-    return _any_is_number(tuple(label_names))
+def _have_numbers(label_names: tuple[str, ...]) -> bool:
+    return any(map(_is_number, label_names))
 
 
 def _is_number(label: str) -> bool:
