@@ -28,6 +28,7 @@ from mmser.metrics import rank_auroc
 
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 PRIOR_CLIPS = (100.0, 30.0, 10.0, 3.0)  # strengths of the prior on the temperature that cross-validation chooses from
+MODEST_PRIOR = 100.0  # with this one, scores become more modest on an average gain alone
 NUM_FOLDS = 5  # of cross-validation
 ONE_MINUS_MAX = (1.0, 0.0, 0.0)  # weights with which the probability of an error is 1 - max probability
 
@@ -157,8 +158,9 @@ def fit_temperature(logits: Any, labels: Any, groups: Any = None, current: float
     With no error among the clips the NLL falls without end as T does; with few it has its minimum far too low. So T
     minimises the NLL of smoothed targets (Platt 1999: n clips that are all right stand for an error rate of
     1 / (n + 2)) on the given clips and on some more, whose labels are distributed as the scores at T = 1 say. How many
-    more is chosen by cross-validation, over whole groups. T stays `current` unless the cross-validated NLL falls with
-    95 % confidence, even if one more clip, with a wrong answer, is counted.
+    more is chosen by cross-validation, over whole groups. T stays `current` unless the cross-validated NLL falls: for
+    a lower T with 95 % confidence, even if one more clip, with a wrong answer, is counted; for a higher one on
+    average, with the strongest prior. Scores that are too modest cost little, those that are too sure without bound.
 
     Args:
         logits: float [N, C], not from training clips.
@@ -182,13 +184,14 @@ def fit_temperature(logits: Any, labels: Any, groups: Any = None, current: float
         after = np.empty((3, len(labels)))
         for fold in folds:
             others = np.setdiff1d(np.arange(len(labels)), fold)
-            best = min(range(len(grid)), key=lambda i: _prior_loss(losses[i][:, others], candidate))
+            best = np.argmin([_prior_loss(parts[:, others], candidate) for parts in losses])
             after[:, fold] = losses[best][:, fold]
         gains, if_wrong, _ = before - after
         ids = groups
         if if_wrong.mean() < 0:
             gains, ids = np.append(gains, if_wrong.mean()), np.append(groups, groups.max() + 1)
-        surely = _surely_gained(gains, ids)
+        is_softer = grid[np.argmin([_prior_loss(parts, candidate) for parts in losses])] > current
+        surely = gains.mean() if is_softer and candidate == MODEST_PRIOR else _surely_gained(gains, ids)
         if surely > surest:
             surest, strength = surely, candidate
     if strength is None:
