@@ -55,6 +55,8 @@ WRITTEN_FILES = (
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "*.bpe.model", "spiece.model"),
     *("training_args.json", "training_args.bin", "trainer_state.json", RESULTS_NAME),
 )
+# One of them tells a checkpoint from a folder of someone's own with such a name
+CHECKPOINT_FILES = (*WRITTEN_FILES, "optimizer.*", "scheduler.pt", "rng_state*.pth")
 
 
 # --- what a run is ---------------------------------------------------------------------------------------------------
@@ -254,22 +256,31 @@ def holds_run(folder: Path) -> bool:
 
 def delete_run(folder: Path) -> None:
     """
-    Delete what a run wrote into its folder, and nothing else; the file of its identity last.
+    Delete what a run wrote into its folder, and nothing else; the file of its identity last. One line says what.
 
-    Each checkpoint loses the file that makes it complete first: none is taken for whole if this is interrupted.
+    Every checkpoint loses the file that makes it complete first: none is taken for whole if this is interrupted.
     """
-    is_run = holds_run(folder) or (folder / IDENTITY_NAME).exists()
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir() and path.name.rsplit("-", 1)[1].isdigit():
-            (path / "trainer_state.json").unlink(missing_ok=True)
-            shutil.rmtree(path)
-    if not is_run:
+    if not (holds_run(folder) or (folder / IDENTITY_NAME).exists()):
         return
+    checkpoints = [path for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if _is_checkpoint(path)]
     has_card = (folder / RESULTS_NAME).exists()  # a README.md without results is someone's own
-    for pattern in (*WRITTEN_FILES, *(("README.md",) if has_card else ()), IDENTITY_NAME):
-        for path in folder.glob(pattern):
-            path.unlink()
+    patterns = (*WRITTEN_FILES, *(("README.md",) if has_card else ()), IDENTITY_NAME)
+    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    names = ", ".join(path.name for path in (*checkpoints, *files))
+    logger.info(f"--overwrite_output_dir deletes the run in {folder}: {names}.")
+    folders = [path for path in checkpoints if not path.is_symlink()]
+    for path in folders:
+        (path / "trainer_state.json").unlink(missing_ok=True)
+    for path in folders:
+        shutil.rmtree(path)
+    for path in (*(path for path in checkpoints if path.is_symlink()), *files):
+        path.unlink()
     if (folder / "evaluation").exists():
         logger.warning(f"{folder / 'evaluation'} is left as it is: it describes the model that was there before.")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a trainer wrote this folder, perhaps not to its end, or it is a link; others may have such a name too."""
+    if not path.name.rsplit("-", 1)[1].isdigit():
+        return False
+    return path.is_symlink() or any(next(path.glob(pattern), None) for pattern in CHECKPOINT_FILES)

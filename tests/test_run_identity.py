@@ -293,10 +293,30 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(started, tmp_path
 
 
 def test_a_folder_without_a_run_is_left_alone(tmp_path):
-    for name in ("README.md", "config.json", "tokenizer.json"):
+    mine = {"README.md", "config.json", "tokenizer.json", "checkpoint-5/precious.bin", "elsewhere/file"}
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoint-6").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     delete_run(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == mine and (tmp_path / "checkpoint-6").is_symlink()
+
+
+def test_a_folder_that_no_trainer_wrote_stays_beside_the_run_that_is_deleted(started, caplog):
+    """Its name is that of a checkpoint."""
+    (started / "checkpoint-5").mkdir()
+    (started / "checkpoint-5" / "precious.bin").write_text("mine")
+    (started / "checkpoint-2" / "trainer_state.json").unlink()  # a run that was killed while it saved
+    caplog.set_level("INFO", logger="mmser")
+    delete_run(started)
+    assert [path.name for path in started.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert (started / "checkpoint-5" / "precious.bin").read_text() == "mine"
+    told = [record.getMessage() for record in caplog.records if "--overwrite_output_dir" in record.getMessage()]
+    assert len(told) == 1
+    for name in ("checkpoint-1", "checkpoint-2", "model.safetensors", "eval_results.json", IDENTITY_NAME):
+        assert name in told[0]
+    assert "checkpoint-5" not in told[0]
 
 
 def test_deleting_that_is_interrupted_leaves_no_checkpoint_that_looks_whole(started, monkeypatch):
