@@ -280,7 +280,7 @@ def delete_run(folder: Path) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a trainer wrote this folder, perhaps not to its end, or it is a link; others may have such a name too."""
+    """Whether a trainer wrote this folder, perhaps not to its end, or it is a link; others may have such a name."""
     if not path.name.rsplit("-", 1)[1].isdigit():
         return False
     return path.is_symlink() or any(next(path.glob(pattern), None) for pattern in CHECKPOINT_FILES)
