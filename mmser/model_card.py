@@ -5,6 +5,8 @@ Three sources say what is true: the results of the run, the configuration beside
 fitted, which modalities were trained). `write_model_card` is the entry; `checkpoint_state` reads the weights.
 """
 
+import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,13 +17,19 @@ import jinja2
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
+from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
 from mmser import __version__
-from mmser.results import format_results
+from mmser.results import format_results, write_atomically
 from mmser.tables import format_table
 from modeling_mmser import MODALITY_BIASES, MMSERForAudioClassification
 
+logger = logging.get_logger(__name__)
+CARD_NAME = "README.md"
+CARD_PATTERNS = (CARD_NAME, "model_card*.md")  # the second where the first is someone's own
+# The last line of a card that we wrote, with a checksum of what is above it
+SIGNATURE = "\n<!-- Written by MMSER ({}). A card that was changed is kept, the next one goes beside it. -->\n"
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
 ENCODERS = {"audio_encoder": "audio", "text_encoder": "text"}  # part of the parameter table: its modality
@@ -124,9 +132,36 @@ def _card_data(results: Mapping[str, Any], name: str, split: str, modalities: li
     )
 
 
+def sign_card(text: str) -> str:
+    """Add the line that tells a card of ours from one that somebody wrote or changed; Markdown does not show it."""
+    return text + SIGNATURE.format(hashlib.blake2b(text.encode(), digest_size=10).hexdigest())
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether we wrote this file, and nobody changed it since."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    body, line, _ = text.rpartition(SIGNATURE.split("(")[0])
+    return bool(line) and sign_card(body) == text
+
+
+def _free_path(folder: Path) -> Path:
+    """Where a card may be written: a README.md of the user's own is kept."""
+    readme = folder / CARD_NAME
+    names = itertools.chain([CARD_NAME, "model_card.md"], (f"model_card_{number}.md" for number in itertools.count(2)))
+    path = next(path for name in names if not (path := folder / name).exists() or is_own_card(path))
+    if path != readme:
+        logger.warning(f"{readme} was written or changed by somebody else: it is kept, and the card is {path.name}.")
+    return path
+
+
 def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path:
     """
     Fill `model_card_template.md` and write it as `README.md` beside a saved checkpoint.
+
+    A `README.md` that is not a card of ours, or was changed, is kept, with a warning: the card is `model_card.md`.
 
     Args:
         results: as in `eval_results.json`.
@@ -165,6 +200,6 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
         untrained=[part for part, loss in COMPANIONS.items() if not getattr(config, f"{loss}_loss_weight")],
         tables=format_results(results),
     )
-    path = folder / "README.md"
-    ModelCard(text).save(path)
+    path = _free_path(folder)
+    write_atomically(path, sign_card(ModelCard(text).content))
     return path

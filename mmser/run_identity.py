@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from mmser.arguments import DataArguments, ModelArguments
 from mmser.examples import content_sample, map_in_threads
+from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
 from mmser.results import RESULTS_NAME, write_atomically
 from mmser.sources import TEXT_COLUMNS
@@ -263,9 +264,9 @@ def delete_run(folder: Path) -> None:
     if not (holds_run(folder) or (folder / IDENTITY_NAME).exists()):
         return
     checkpoints = [path for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if _is_checkpoint(path)]
-    has_card = (folder / RESULTS_NAME).exists()  # a README.md without results is someone's own
-    patterns = (*WRITTEN_FILES, *(("README.md",) if has_card else ()), IDENTITY_NAME)
-    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    files = [path for pattern in (*WRITTEN_FILES, IDENTITY_NAME) for path in sorted(folder.glob(pattern))]
+    cards = [path for pattern in CARD_PATTERNS for path in sorted(folder.glob(pattern)) if is_own_card(path)]
+    files = [*cards, *files]
     names = ", ".join(path.name for path in (*checkpoints, *files))
     logger.info(f"--overwrite_output_dir deletes the run in {folder}: {names}.")
     folders = [path for path in checkpoints if not path.is_symlink()]

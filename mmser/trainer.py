@@ -44,8 +44,10 @@ from mmser.calibration import (
 from mmser.examples import EmotionDataset, class_counts
 from mmser.groups import speakers_of
 from mmser.metrics import build_compute_metrics, softmax
+from mmser.model_card import CARD_NAME, sign_card
 from mmser.model_loading import check_teacher, label_names_of
 from mmser.optimizer import parameter_groups
+from mmser.results import write_atomically
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
 from openmax_mmser import OpenMaxFitError
@@ -396,8 +398,10 @@ class MMSERTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card that `train_hf.py` writes; without one, let Transformers write its own."""
-        if not (Path(self.args.output_dir) / "README.md").exists():
+        path = Path(self.args.output_dir) / CARD_NAME
+        if self.is_world_process_zero() and not path.exists():
             super().create_model_card(*args, **kwargs)
+            write_atomically(path, sign_card(path.read_text(encoding="utf-8")))  # the card of a run may replace it
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As usual; while `predict_outputs` runs, labels pass by the model, so they may be -1 (no known class)."""

@@ -329,14 +329,14 @@ def write_results(
     device: torch.device | None = None,
 ) -> str:
     """
-    Write `eval_results.json` and the model card `README.md` into `output_dir`.
+    Write `eval_results.json` and the model card into `output_dir`.
 
     Returns: the tables, to print at the end of a run.
     """
     folder = Path(output_dir)
     results = {**results, "environment": environment(device), "command": shlex.join(command or sys.argv)}
     write_atomically(folder / RESULTS_NAME, strict_json(results))
-    write_model_card(results, folder)
+    card = write_model_card(results, folder)
     tables = format_results(results)
     titles = {
         "summary": "Summary",
@@ -350,4 +350,4 @@ def write_results(
     parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
     if advice := advise(results):
         parts.append("\n".join(["What to do", *advice]))
-    return "\n\n".join([*parts, f"Checkpoint, eval_results.json and README.md (the model card): {folder}"])
+    return "\n\n".join([*parts, f"Checkpoint, eval_results.json and {card.name} (the model card): {folder}"])

@@ -25,7 +25,7 @@ import train_hf
 from mmser import __version__
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.groups import split_groups
-from mmser.model_card import TEMPLATE, write_model_card
+from mmser.model_card import TEMPLATE, is_own_card, write_model_card
 from mmser.optimizer import parameter_table
 from mmser.results import describe_data
 from mmser.scores import describe_rows
@@ -510,6 +510,7 @@ def environment(case):
 def blocks(text):
     """The text of a card without its metadata, in blocks between blank lines; a block of code is one."""
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    body = re.sub(r"\n<!-- Written by MMSER \(\w+\)\. [^\n]* -->\n\Z", "", body)  # its last line, which nobody sees
     code = re.compile(r"```.*?\n```", re.DOTALL)
     kept = code.findall(body)
     return [
@@ -726,6 +727,41 @@ def test_a_folder_without_a_checkpoint_is_an_error(tiny, tmp_path_factory):
     tiny.config.save_pretrained(empty)
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
         write_model_card(tiny.results, empty)
+
+
+OWN = "---\nlicense: mit\n---\n# My notes\n"
+
+
+@pytest.mark.parametrize("change", [lambda card: OWN, lambda card: card + "\nMore.\n", lambda card: "See: " + card])
+def test_a_readme_of_the_user_is_kept_and_the_card_goes_beside_it(change, tiny, caplog):
+    readme = tiny.folder / "README.md"
+    write_results(tiny.results, tiny.folder)
+    card = readme.read_text()
+    readme.write_text(change(card))
+    assert not is_own_card(readme)
+    printed = write_results(tiny.results, tiny.folder)
+    assert readme.read_text() == change(card)
+    assert (tiny.folder / "model_card.md").read_text() == card
+    assert "model_card.md (the model card)" in printed and "README.md" not in printed
+    told = [record.getMessage() for record in caplog.records if "README.md" in record.getMessage()]
+    assert len(told) == 1 and "is kept" in told[0] and "model_card.md" in told[0]
+    write_results(tiny.results, tiny.folder)  # its own card it replaces
+    assert sorted(path.name for path in tiny.folder.glob("*.md")) == ["README.md", "model_card.md"]
+    (tiny.folder / "model_card.md").write_text(OWN)
+    write_results(tiny.results, tiny.folder)
+    assert (tiny.folder / "model_card.md").read_text() == OWN
+    assert (tiny.folder / "model_card_2.md").read_text() == card
+
+
+def test_a_card_that_nobody_changed_is_replaced(tiny):
+    readme = tiny.folder / "README.md"
+    write_results(tiny.results, tiny.folder)
+    readme.write_bytes(readme.read_bytes().replace(b"\n", b"\r\n"))  # as git writes it on Windows
+    assert is_own_card(readme)
+    tiny.results["model_name"] = "another"
+    printed = write_results(tiny.results, tiny.folder)
+    assert "# another\n" in readme.read_text() and "README.md (the model card)" in printed
+    assert [path.name for path in tiny.folder.glob("*.md")] == ["README.md"]
 
 
 def test_weights_in_several_files_are_read(tiny):

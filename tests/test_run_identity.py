@@ -319,6 +319,14 @@ def test_a_folder_that_no_trainer_wrote_stays_beside_the_run_that_is_deleted(sta
     assert "checkpoint-5" not in told[0]
 
 
+def test_the_card_of_a_deleted_run_goes_unless_somebody_changed_it(started):
+    (started / "model_card.md").write_text((started / "README.md").read_text())
+    with open(started / "README.md", "a") as file:
+        file.write("mine\n")
+    delete_run(started)
+    assert [path.name for path in started.glob("*.md")] == ["README.md"]
+
+
 def test_deleting_that_is_interrupted_leaves_no_checkpoint_that_looks_whole(started, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
