@@ -74,14 +74,15 @@ def choose_label_names(
             f"The labels of a stream are not known beforehand: they are taken as {', '.join(names)}, and ids as "
             f"0 to {len(names) - 1} in this order. --labels gives others."
         )
-    if checkpoint_names:
-        if set(_keys(tuple(names))) <= set(_keys(tuple(checkpoint_names))):
-            return list(checkpoint_names)
-        logger.warning(
-            f"The labels {', '.join(names)} are not all among those of the checkpoint "
-            f"({', '.join(checkpoint_names)}): its output layers start anew"
-        )
+    if checkpoint_names and set(_keys(tuple(names))) <= set(_keys(tuple(checkpoint_names))):
+        return list(checkpoint_names)
     return names
+
+
+def match_label_names(names: Sequence[str], others: Sequence[str]) -> list[int | None]:
+    """For each of the names its place among the others, in any spelling; None if it is not there."""
+    places = {key: place for place, key in enumerate(_keys(tuple(others)))}
+    return [places.get(key) for key in _keys(tuple(names))]
 
 
 def _warn_of_other_declared_names(class_names: Sequence[str] | None, names: Sequence[str]) -> None:

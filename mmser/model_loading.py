@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, Wav2Vec2FeatureExtractor
+from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
 from mmser.arguments import SPEC_AUGMENT, DataArguments, ModelArguments
 from mmser.averaging import average_checkpoints
+from mmser.labels import match_label_names
 from mmser.names import Named, reading
-from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from modeling_mmser import (
+    ClassAnchorClustering,
+    MMSERForAudioClassification,
+    PrototypeMemory,
+    register_auto_classes,
+)
 from processing_mmser import MMSERProcessor
+
+logger = logging.get_logger(__name__)
 
 
 def load_label_names(checkpoint: str, flag: str = "--checkpoint") -> list[str]:
@@ -120,12 +130,53 @@ def _from_checkpoint(arguments: ModelArguments, labels: dict, processor: MMSERPr
     model = MMSERForAudioClassification.from_pretrained(
         names[0],
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # another label set gets new output layers; the loading report names them
+        ignore_mismatched_sizes=True,  # of what --config_overrides resizes; the loading report names it
         # The class counts of the checkpoint are those of its own training clips
-        **{"class_counts": None, **labels, **overrides},
+        **{"class_counts": None, **overrides},
     )
     average_checkpoints(model, names)
+    change_labels(model, list(labels["label2id"]))
     return model
+
+
+@torch.no_grad()
+def change_labels(model: MMSERForAudioClassification, label_names: list[str]) -> None:
+    """
+    Give a model other classes: one that keeps its name keeps its weights, at its new id; the others start anew.
+
+    A row for each class have the output layer, the anchors, the prototypes and OpenMax, which must be fitted anew.
+    """
+    earlier = label_names_of(model.config)
+    places = match_label_names(label_names, earlier)
+    config: Any = model.config
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    if places == list(range(len(earlier))):
+        return
+    output = nn.Linear(config.feature_size, len(label_names))
+    anchors, prototypes = ClassAnchorClustering(config), PrototypeMemory(config)
+    for part in (output, anchors, prototypes):
+        model._init_weights(part)
+    for old, new in (
+        (model.classifier.output.weight, output.weight),
+        (model.classifier.output.bias, output.bias),
+        (model.anchors.anchors, anchors.anchors),
+        (model.prototypes.prototypes, prototypes.prototypes),
+    ):
+        for index, place in enumerate(places):
+            if place is not None:
+                new[index] = old[place]
+        old.data = new.data
+    model.classifier.output.out_features = len(label_names)
+    for name, buffer in list(model.openmax.named_buffers()):
+        setattr(model.openmax, name, buffer.new_zeros(len(label_names), *buffer.shape[1:]))
+    model.openmax.reset()
+    kept = [name for name, place in zip(label_names, places, strict=True) if place is not None]
+    new_names = [name for name, place in zip(label_names, places, strict=True) if place is None]
+    logger.warning(
+        f"The classes of the checkpoint are {', '.join(earlier)}; now they are {', '.join(label_names)}. Output "
+        f"weights kept: of {', '.join(kept) or 'none'}; started anew: of {', '.join(new_names) or 'none'}."
+    )
 
 
 def _from_encoders(arguments: ModelArguments, labels: dict, processor: MMSERProcessor) -> Any:

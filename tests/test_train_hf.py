@@ -579,6 +579,51 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
     assert started.config.class_counts is None and started.config.num_labels == 3  # a stream's clips cannot be counted
 
 
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (["angry", "sad", "happy", "neutral"], [3, 2, 1, 0]),
+        (["calm", "joy", "grief", "rage"], [None] * 4),
+        (["Sad", "joy", "neutral"], [2, None, 0]),
+        ([*NAMES, "fear"], [0, 1, 2, 3, None]),
+        (["neutral", "Happy", "sad", "angry"], [0, 1, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_a_class_keeps_its_weights_at_its_new_id(checkpoint, tmp_path, caplog, names, places, is_averaged):
+    words = ["--model_name_or_path", str(checkpoint), "--use_cpu"]
+    words += ["--average_with", save_another(tmp_path / "other", 5)] if is_averaged else []
+    processor = MMSERProcessor.from_pretrained(checkpoint)
+    arguments, _, _ = parse_arguments(TRAINING_ARGUMENTS, words)
+    earlier = load_model(arguments, NAMES, processor)
+    with caplog.at_level(python_logging.INFO, logger="mmser"):
+        model = load_model(arguments, names, processor)
+    is_same = places == [0, 1, 2, 3]
+    assert model.config.id2label == dict(enumerate(names)) and model.config.num_labels == len(names)
+    assert model.config.label2id == {name: index for index, name in enumerate(names)}
+    heads = ("classifier.output.weight", "classifier.output.bias", "anchors.anchors", "prototypes.prototypes")
+    before, after = earlier.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        if name in heads:
+            assert len(after[name]) == len(names)
+            for index, place in enumerate(places):
+                if place is not None:
+                    assert torch.equal(after[name][index], before[name][place]), name
+                elif not name.endswith("bias"):
+                    assert all(not torch.equal(after[name][index], row) for row in before[name]), name
+        elif is_same or not name.startswith("openmax."):
+            assert torch.equal(after[name], before[name]), name
+    assert model.openmax.is_fitted == is_same and model.openmax.fitted.shape == (len(names),)
+    kept = [name for name, place in zip(names, places, strict=True) if place is not None]
+    anew = [name for name in names if name not in kept]
+    said = f"kept: of {', '.join(kept) or 'none'}; started anew: of {', '.join(anew) or 'none'}."
+    assert (said in caplog.text) != is_same
+    model.save_pretrained(tmp_path / "saved")
+    again = MMSERForAudioClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.classifier.output.weight, model.classifier.output.weight)
+
+
 def save_another(folder, seed, **overrides):
     """A checkpoint with the architecture of `checkpoint` and other weights."""
     torch.manual_seed(seed)
