@@ -47,7 +47,12 @@ def load_clips(source: SourceArguments, arguments: EvaluationArguments, label_na
     wanted = [name for name in arguments.group_by or [] if name != "duration"]
     with reading(source.on_the_hub):
         splits, _ = load_emotion_dataset(
-            **source.source, label_names=label_names, extra_columns=wanted, validation_fraction=0.0, test_fraction=0.0
+            **source.source,
+            label_names=label_names,
+            extra_columns=wanted,
+            validation_fraction=0.0,
+            test_fraction=0.0,
+            for_training=False,
         )
     if arguments.split is None and list(splits) == ["train"]:  # not divided into splits
         splits = {ALL: splits["train"]}

@@ -167,7 +167,14 @@ def _count(rows: Sequence[str]) -> str:
     return f"{len(rows)} row{'s' * (len(rows) > 1)}"
 
 
-def check_labels(found: Found, training: Found | None, label_names: Sequence[str], is_found: bool) -> None:
+def check_labels(
+    found: Found,
+    training: Found | None,
+    label_names: Sequence[str],
+    is_found: bool = False,
+    for_training: bool = False,
+    are_given: bool = True,
+) -> None:
     """Refuse labels that are none of the classes, and classes that cannot be learned; warn about rare classes.
 
     Labels are checked before rows: a label that is not known is a whole class, and never a bad row to leave out.
@@ -177,6 +184,8 @@ def check_labels(found: Found, training: Found | None, label_names: Sequence[str
         training: labels of the training rows; None if there is no training split.
         label_names: names of the classes.
         is_found: whether these were found in the rows: then a class without a training row is an accident.
+        for_training: False: the classes are those of a model, which is evaluated.
+        are_given: whether the names are the user's or a model's: then advice to name others is no way out.
 
     Raises:
         ValueError: naming each label, how many rows have it, and what to do.
@@ -199,14 +208,26 @@ def check_labels(found: Found, training: Found | None, label_names: Sequence[str
         ]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems[:FEW])
+        naming = "" if are_given else "name all classes with --labels, "
         raise ValueError(
             f"{len(problems)} label{'s' * (len(problems) > 1)} cannot be used:{listed}"
             f"{f' and {len(problems) - FEW} more' if len(problems) > FEW else ''}\n"
-            "A whole class is no bad row, and is not skipped: correct the labels, name all classes with --labels "
-            "in training, or put clips that are none of the classes into a folder of their own for --ood_dir."
+            f"A whole class is no bad row, and is not skipped: correct the labels, {naming}"
+            "or put clips that are none of the classes into a folder of their own for --ood_dir."
         )
-    if training is not None:
+    if for_training and training is not None:
         _warn_of_rare_labels(dict(zip(label_names, counts, strict=True)))
+    elif not for_training:
+        _warn_of_absent_labels(ids, label_names)
+
+
+def _warn_of_absent_labels(ids: Mapping[str, int], label_names: Sequence[str]) -> None:
+    """Warn about classes without a clip in an evaluation: perhaps the ids of the data start at 1."""
+    absent = [name for index, name in enumerate(label_names) if index not in ids.values()]
+    are_ids = not _have_numbers(tuple(label_names)) and any(_as_id(label) is not None for label in ids)
+    if absent:
+        hint = f". Ids start at 0, which is {label_names[0]}" if are_ids and 0 not in ids.values() else ""
+        logger.warning(f"No clip has the label {', '.join(absent)}{hint}")
 
 
 def _warn_of_rare_labels(counts: dict[str, int]) -> None:
@@ -253,8 +274,8 @@ def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bo
         raise ValueError(f"{row}: unknown label {written!r}; allowed: {', '.join(label_names)}")
     if not 0 <= number < len(keys):
         raise ValueError(
-            f"{row}: label {written} is out of range; allowed: 0 to {len(keys) - 1} ({', '.join(label_names)}). "
-            "For another label set give --labels."
+            f"{row}: label {written} is out of range: ids start at 0; allowed: 0 to {len(keys) - 1} "
+            f"({', '.join(label_names)})"
         )
     return number
 

@@ -49,6 +49,7 @@ def load_emotion_dataset(
     seed: int = 42,
     allow_speaker_overlap: bool = False,
     on_bad_example: str = "error",
+    for_training: bool = True,
 ) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, list[str]]:
     """Load the training, validation and test data from one of three kinds of source, and check every row.
 
@@ -62,9 +63,8 @@ def load_emotion_dataset(
         columns: names of the columns.
         extra_columns: more columns to keep, as strings under their own names. The name of one of our own columns, such
             as `corpus`, means that one.
-        label_names: class names in the order of their ids; default: the class names that the Hub data set declares,
-            else the names in the rows, those of neutral, happy, sad, angry first. Numbers are names too, but 0, 1, 2
-            and 3, no more and no less, are neutral, happy, sad, angry.
+        label_names: class names in the order of their ids; default: those that the Hub data set declares, else the
+            names in the rows (see `choose_label_names`).
         checkpoint_names: class names of the checkpoint that is trained further; kept if the data's are among them.
         streaming: read the Hub data set while training. Nothing is split or checked across rows then.
         validation_fraction, test_fraction: shares, of the speakers, to hold out of the training data where the source
@@ -72,8 +72,8 @@ def load_emotion_dataset(
         seed: seed of the division.
         allow_speaker_overlap: accept a speaker or the same audio in two splits, or a random division of data without
             speakers.
-        on_bad_example: "error", or "skip" to leave bad rows out with a warning that counts them. A label that is none
-            of the classes is always an error.
+        on_bad_example: "error", or "skip" to leave bad rows out and count them; but an unknown label is an error.
+        for_training: False: messages speak of the evaluation of a model, whose `label_names` are given.
 
     Returns:
         The splits and the label names. Columns: `labels` (int), `row` (where the row is, for messages) and, if the
@@ -101,7 +101,7 @@ def load_emotion_dataset(
 
     if on_bad_example == "error":
         report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
-    label_names = _choose_classes(records, label_names, class_names, checkpoint_names)
+    label_names = _choose_classes(records, label_names, class_names, checkpoint_names, for_training)
     usable = _check_records(records, label_names, request.problems, is_embedded=audio is not None)
     report_problems(request.problems, on_bad_example)
     splits = divide_by_speaker(records, usable, fractions, seed, allow_speaker_overlap, audio)
@@ -117,13 +117,14 @@ def _choose_classes(
     given: Sequence[str] | None,
     class_names: Sequence[str] | None,
     checkpoint_names: Sequence[str] | None,
+    for_training: bool,
 ) -> list[str]:
     """Choose the class names (see `choose_label_names`), and check that each label has its class."""
     found = gather_labels((record.label, record.row) for record in records)
     training = gather_labels((record.label, record.row) for record in records if record.split == "train")
     label_names = choose_label_names(given, class_names, found, checkpoint_names)
-    is_found = given is None and not class_names and label_names != list(DEFAULT_LABELS)
-    check_labels(found, training or None, label_names, is_found)
+    is_found = given is None and not class_names
+    check_labels(found, training or None, label_names, is_found, for_training, are_given=given is not None)
     return label_names
 
 
@@ -160,7 +161,7 @@ def load_emotion_split(
     records = records or read_table(find_metadata(path) if path.is_dir() else path, request, root=path.parent)
     found = gather_labels((record.label, record.row) for record in records)
     if not allow_unknown:
-        check_labels(found, None, label_names, is_found=False)
+        check_labels(found, None, label_names)
     usable = _check_records(records, label_names, request.problems, allow_unknown=allow_unknown)
     report_problems(request.problems, on_bad_example)
     if not usable:

@@ -299,7 +299,7 @@ def test_a_flat_folder_of_undivided_clips(run, corpus):
     assert report["open_set"] == {}
 
 
-def test_a_manifest_with_a_class_missing_and_other_columns(run, corpus, tmp_path):
+def test_a_manifest_with_a_class_missing_and_other_columns(run, corpus, tmp_path, caplog):
     rows = [row for row in read_rows(corpus, "train", "test") if row["label"] not in ("sad", "angry")]
     for number, row in enumerate(rows):
         row["room"] = ("kitchen", "hall", "")[number % 3]
@@ -307,6 +307,7 @@ def test_a_manifest_with_a_class_missing_and_other_columns(run, corpus, tmp_path
     write_table(tmp_path / "all.csv", rows)
     given = {"data_dir": None, "manifest": tmp_path / "all.csv", "label_column": "emotion_"}
     report = run(**given, group_by=["room", "duration", "speaker"])
+    assert "No clip has the label sad, angry" in caplog.text and "learn it" not in caplog.text
     model = report["rows"]["model"]
     assert [name for name in model if name.startswith("by_")] == ["by_room", "by_duration", "by_speaker"]
     assert set(model["by_room"]) == {"kitchen", "hall", "unknown"} and set(model["by_duration"]) == {"0-1 s"}

@@ -116,7 +116,8 @@ def test_one_table_with_a_split_column(tmp_path, as_manifest):
         row["split"] = split
     table = tmp_path / ("list.jsonl" if as_manifest else "metadata.csv")
     write_table(table, rows)
-    data, _ = load_emotion_dataset(**({"manifest": table} if as_manifest else {"data_dir": tmp_path}))
+    source = {"manifest": table} if as_manifest else {"data_dir": tmp_path}
+    data, _ = load_emotion_dataset(**source, label_names=NAMES)
     assert {split: part["text"][:] for split, part in data.items()} == {
         "train": ["text 0", "text 1", "text 4"],
         "validation": ["text 2", "text 5"],
@@ -472,7 +473,7 @@ def test_labels_by_name_or_id(tmp_path, written, given, expected_names, expected
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (4, r"test/metadata.csv row 3: label 4 is out of range; allowed: 0 to 3 \(neutral, happy, sad, angry\)"),
+        (4, r"test/metadata.csv row 3: label 4 is out of range: ids start at 0; allowed: 0 to 3 \(neut"),
         (-4511, "row 3: label -4511 is out of range"),
         (-1, "row 3: label '-1' .* an open-set folder goes to --ood_dir"),
         ("unknown", "row 3: label 'unknown' .* --ood_dir"),
@@ -485,7 +486,9 @@ def test_a_class_that_is_not_known_is_never_a_bad_row(folder, label, message, on
     rows = clips(folder / "test", speaker="test{}")
     rows[1]["label"] = label
     write_table(folder / "test" / "metadata.csv", rows)
-    message = rf"1 label cannot be used:\n.*{message}.* \(1 row with this label\)\n.*--labels.*--ood_dir"
+    message = (
+        rf"1 label cannot be used:\n.*{message}.* \(1 row with this label\)\n.*correct the labels, or .*--ood_dir"
+    )
     with pytest.raises(ValueError, match=message):
         load_emotion_dataset(folder, label_names=NAMES, on_bad_example=on_bad_example)
 
@@ -598,9 +601,31 @@ def test_a_label_is_one_value(tmp_path):
         load_emotion_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("names", [NAMES, ["a", "b", "c", "d"], ["0", "1", "2", "3"]])
+def test_a_class_without_a_training_row_is_an_error(folder, names):
+    relabel(folder, train=[*names[:3], names[2]], validation=names, test=names)
+    with pytest.raises(
+        ValueError, match=f"label '{names[3]}' is in no training row .*\n.*name all classes with --label"
+    ):
+        load_emotion_dataset(folder)
+
+
+def test_evaluation_takes_ids_as_those_of_the_model(folder, log):
+    relabel(folder, train=[1, 2, 3, 3], validation=[1, 2, 3, 3], test=[1, 2, 3, 3])
+    data, _ = load_emotion_dataset(folder, label_names=NAMES, for_training=False)
+    assert data["test"]["labels"][:] == [1, 2, 3, 3]
+    assert "No clip has the label neutral. Ids start at 0, which is neutral" in log.text
+    assert "learn" not in log.text
+    relabel(folder, train=[1, 2, 3, 4], validation=[1, 2, 3, 4], test=[1, 2, 3, 4])
+    for for_training in (True, False):
+        with pytest.raises(ValueError, match="label 4 is out of range: ids start at 0; allowed: 0 to 3") as raised:
+            load_emotion_dataset(folder, label_names=NAMES, for_training=for_training)
+        assert "--labels" not in str(raised.value)
+
+
 def test_a_class_without_a_training_row_is_named(folder, log):
     relabel(folder, train=[0, 1, 2, 2])
-    assert load_emotion_dataset(folder)[1] == NAMES
+    assert load_emotion_dataset(folder, label_names=NAMES)[1] == NAMES
     assert "No training row has the label angry: the model cannot learn it" in log.text
     log.clear()
     assert load_emotion_dataset(folder, label_names=[*NAMES, "joy"])[1] == [*NAMES, "joy"]
