@@ -114,6 +114,11 @@ class ModelArguments:
             raise ValueError(
                 "--audio_num_hidden_layers cuts a pretrained audio encoder: give it when starting from one."
             )
+        moot = [name for name in NEW_MODEL if getattr(self, name)] if self.model_name_or_path else []
+        if moot:
+            raise ValueError(
+                f"--{moot[0]} is for a new model: that of --model_name_or_path has its encoders. Leave it out."
+            )
         if self.freeze_audio and any(getattr(self, name) for name in SPEC_AUGMENT):
             raise ValueError("SpecAugment masks what an encoder learns from: it has no effect with --freeze_audio.")
 
@@ -132,6 +137,10 @@ class ModelArguments:
             raise ValueError("A model needs an encoder: both --audio_ and --text_model_name_or_path are none.")
 
 
+NEW_MODEL = (
+    *("random_audio_encoder", "audio_config_overrides", "random_text_encoder", "text_config_overrides"),
+    "tokenizer_name",
+)
 SPEC_AUGMENT = ("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
-from configuration_mmser import MMSERConfig
+from configuration_mmser import MMSERConfig, check_names
 from mmser.arguments import SPEC_AUGMENT, DataArguments, ModelArguments
 from mmser.averaging import average_checkpoints
 from mmser.labels import match_label_names
@@ -44,7 +44,14 @@ def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedCon
         config = getattr(MMSERConfig(), f"{kind}_config")
     else:
         config = AutoConfig.from_pretrained(name)
-    return type(config)(**{**config.to_dict(), **getattr(arguments, f"{kind}_config_overrides")})
+    flag = f"{kind}_config_overrides"
+    try:
+        check_names(
+            getattr(arguments, flag), {*config.to_dict(), *config.attribute_map}, f"field of {type(config).__name__}"
+        )
+    except TypeError as error:
+        raise ValueError(f"--{flag}: {error}") from error
+    return type(config)(**{**config.to_dict(), **getattr(arguments, flag)})
 
 
 def load_processor(arguments: ModelArguments) -> MMSERProcessor:

@@ -232,6 +232,30 @@ def test_overrides_without_a_random_encoder_are_an_error():
         parse_arguments(TRAINING_ARGUMENTS, ["--audio_config_overrides", '{"hidden_size": 16}'])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--random_audio_encoder"],
+        ["--random_text_encoder"],
+        ["--random_audio_encoder", "--audio_config_overrides", '{"hidden_size": 16}'],
+        ["--tokenizer_name", "somewhere"],
+    ],
+)
+def test_flags_for_a_new_model_are_refused_when_going_on(checkpoint, words):
+    with pytest.raises(ValueError, match=f"{words[0]} is for a new model"):
+        parse_arguments(TRAINING_ARGUMENTS, ["--model_name_or_path", str(checkpoint), "--use_cpu", *words])
+
+
+@pytest.mark.parametrize("kind", ["audio", "text"])
+def test_a_misspelt_field_of_a_random_encoder_is_refused(kind):
+    words = [f"--random_{kind}_encoder", f"--{kind}_config_overrides", '{"hiden_size": 16}', "--use_cpu"]
+    arguments, _, _ = parse_arguments(TRAINING_ARGUMENTS, words)
+    with pytest.raises(
+        ValueError, match=f"--{kind}_config_overrides: `hiden_size` is no .*did you mean `hidden_size`"
+    ):
+        model_loading.random_encoder_config(kind, arguments)
+
+
 def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corpus, tokenizer, tmp_path):
     torch.manual_seed(0)
     sizes = {"encoder_layers": 3, "num_mel_bins": 16, "max_source_positions": 64}
