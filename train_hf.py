@@ -42,11 +42,12 @@ def main(arguments: list[str] | None = None) -> dict:
     identity = run_identity.describe_identity(
         data.splits, data.label_names, model, teacher, processor, model_arguments, data_arguments, training_arguments
     )
-    run_identity.claim_output_dir(training_arguments, identity, resumed.folder if resumed else None)
+    run_identity.check_output_dir(training_arguments, identity, resumed.folder if resumed else None)
     model_loading.limit_tokens(processor, model)
 
     examples = training_run.Examples(data_arguments, training_arguments, model, processor)
     trainer = training_run.make_trainer(model, teacher, processor, data, examples, training_arguments)
+    run_identity.claim_output_dir(training_arguments, identity)
     results = training_run.describe_run(trainer, data, model_arguments, data_arguments)
     has_pretrained_audio = not (model_arguments.model_name_or_path or model_arguments.random_audio_encoder)
     standardize_clips = data_arguments.standardize_clips if has_pretrained_audio else 0

@@ -236,6 +236,8 @@ class Study:
         # States of an encoder that was tuned serve this run alone
         states = self.folder(run) / "states" if starts else options.work_dir / "states"
         settings |= {"cache_encoder_states": str(states), "output_dir": str(self.folder(run) / "model")}
+        if settings.get("save_strategy") == "no":  # one that was interrupted after it was saved starts anew
+            settings["overwrite_output_dir"] = True
         if not torch.cuda.is_available():  # on a CPU the backward pass of the fused kernel is several times slower
             settings["attn_implementation"] = "eager"
         data_dir = self.data_folder(run.row)

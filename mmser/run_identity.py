@@ -2,8 +2,9 @@
 """What a training run was started with. A run is continued only with the same data, labels, encoders and architecture.
 
 1. `describe_identity`: what must stay as it was, and the settings that may change
-2. `claim_output_dir`: compares it with what the output folder holds, and writes it there
-3. `delete_run`: for `--overwrite_output_dir`
+2. `check_output_dir`: compares it with what the output folder holds
+3. `claim_output_dir`: writes it there
+4. `delete_run`: for `--overwrite_output_dir`
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.examples import content_sample, map_in_threads
 from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
-from mmser.results import RESULTS_NAME, write_atomically
+from mmser.results import RESULTS_NAME, describe_data, write_atomically
 from mmser.sources import TEXT_COLUMNS
 from mmser.trainer import labels_of, last_complete_checkpoint
 from mmser.training_arguments import MMSERTrainingArguments
@@ -82,8 +83,8 @@ def describe_identity(
         model, teacher: as they are loaded; the teacher is None without distillation.
         processor: of the model.
         model_arguments, data_arguments, training_arguments: of the run.
-    Returns: for JSON: `fixed` (what must stay), `names` (of the encoders, for messages) and `settings` (what may
-        change).
+    Returns: for JSON: `fixed` (what must stay), `names` (of the encoders, for messages), `settings` (what may change)
+        and `data` (of `describe_data`, for folders that only have results).
     """
     fixed: dict[str, Any] = {"labels": label_names}
     for name in ("train", "validation", "test"):
@@ -105,8 +106,9 @@ def describe_identity(
     settings = {name: getattr(training_arguments, name) for name in TRAINING_SETTINGS}
     settings |= {name: getattr(data_arguments, name) for name in DATA_SETTINGS}
     names = {f"{kind} encoder": encoder_name(model_arguments, kind) for kind in ("audio", "text")}
-    # As it is read back: no tuples, no keys but strings
-    return json.loads(json.dumps({"fixed": fixed, "names": names, "settings": settings}, default=str))
+    data = describe_data(data_arguments.name, splits, is_hub=data_arguments.dataset_name is not None)
+    entries = {"fixed": fixed, "names": names, "settings": settings, "data": data}
+    return json.loads(json.dumps(entries, default=str))  # as it is read back: no tuples, no keys but strings
 
 
 def fingerprint_clips(split: datasets.Dataset | datasets.IterableDataset, arguments: DataArguments) -> str:
@@ -173,11 +175,11 @@ def _config_fields(config: PreTrainedConfig, prefix: str = "config") -> dict[str
 # --- the folder of a run ---------------------------------------------------------------------------------------------
 
 
-def claim_output_dir(
+def check_output_dir(
     arguments: MMSERTrainingArguments, identity: Mapping[str, Any], checkpoint: str | None = None
 ) -> None:
     """
-    Make the output folder that of this run: write its identity there, after a look at what the folder holds.
+    Compare a run with what its output folder holds and with what it goes on from. Nothing is written.
 
     Args:
         arguments: name the folder, and say whether to overwrite what is there.
@@ -188,31 +190,44 @@ def claim_output_dir(
     """
     folder = Path(arguments.output_dir)
     with arguments.main_process_first(local=False):
-        if arguments.overwrite_output_dir and arguments.process_index == 0:
-            delete_run(folder)
         origin = None if checkpoint is None else Path(checkpoint).parent
         if origin is not None:
             _check_run(origin, Path(str(checkpoint)), identity)
-        if holds_run(folder) and (origin is None or origin.resolve() != folder.resolve()):
+        is_elsewhere = origin is None or origin.resolve() != folder.resolve()
+        if is_elsewhere and not arguments.overwrite_output_dir and holds_run(folder):
             _check_run(folder, folder, identity)
+
+
+def claim_output_dir(arguments: MMSERTrainingArguments, identity: Mapping[str, Any]) -> None:
+    """
+    Make the output folder that of this run: write its identity there, in place of the run that is to be overwritten.
+
+    It comes last before training: a run that fails a check leaves the folder as it was.
+    """
+    folder = Path(arguments.output_dir)
+    with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
+            if arguments.overwrite_output_dir:
+                delete_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / IDENTITY_NAME, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check_run(folder: Path, checkpoint: Path, identity: Mapping[str, Any]) -> None:
-    """Compare a run with the one in `folder`; one without a file of its identity by the labels of `checkpoint`."""
+    """Compare a run with the one in `folder`; without its identity by its results and the labels of `checkpoint`."""
+    now = identity["fixed"]
     try:
         earlier = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
         fixed = earlier["fixed"]
     except (OSError, ValueError, KeyError, TypeError):
         labels = labels_of(checkpoint)
-        earlier, fixed = {}, {} if labels is None else {"labels": labels}
+        earlier, fixed = {}, _told_by_results(folder) | ({} if labels is None else {"labels": labels})
+        now = _told_of_data(identity["data"]) | {"labels": now["labels"]}
         logger.warning(
-            f"{folder} has no {IDENTITY_NAME}: whether its run had the same data and encoders is not known; only the "
-            "labels are compared."
+            f"{folder} has no {IDENTITY_NAME}: whether its run had the same clips and encoders is not known. Only the "
+            f"labels are compared, and what {RESULTS_NAME} says of the data."
         )
-    changed = _differences(fixed, identity["fixed"], earlier.get("names", {}), identity["names"])
+    changed = _differences(fixed, now, earlier.get("names", {}), identity["names"])
     if changed:
         raise ValueError(
             f"{folder} holds a run that was started with something else, so this one cannot go on from it (before -> "
@@ -223,6 +238,20 @@ def _check_run(folder: Path, checkpoint: Path, identity: Mapping[str, Any]) -> N
     others = _differences(earlier.get("settings", {}), identity["settings"])
     if others:
         logger.warning(f"The run in {folder} goes on with other settings (before -> now): {'; '.join(others)}.")
+
+
+def _told_by_results(folder: Path) -> dict[str, Any]:
+    """What the results of a run tell of its data; nothing where it has none, as it was not finished."""
+    try:
+        return _told_of_data(json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _told_of_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `describe_data` that are compared."""
+    counts = {f"clips in {split}": data["clips"].get(split) for split in ("train", "validation", "test")}
+    return {"data": data["name"], **counts}
 
 
 def _differences(

@@ -37,6 +37,7 @@ from mmser.results import (
     format_results,
     write_atomically,
 )
+from mmser.run_identity import holds_run
 from mmser.scores import describe_rows, evaluate_open_set, predict_clips, predict_rows
 from mmser.tables import format_table, strict_json
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
@@ -62,9 +63,18 @@ def find_checkpoint(arguments: MMSERTrainingArguments) -> Checkpoint | None:
     The checkpoint that was asked for; by default the last complete one in the output folder, if there is one.
 
     Its step is read here: `save_total_limit` may delete the checkpoint while training goes on.
+
+    Raises:
+        ValueError: a run would be replaced, or what it is to go on from deleted.
+        FileNotFoundError: what was asked for is no checkpoint.
     """
     wanted = str(arguments.resume_from_checkpoint)
     output_dir, last = Path(arguments.output_dir), last_complete_checkpoint(arguments.output_dir)
+    if last is None and not arguments.overwrite_output_dir and holds_run(output_dir):
+        raise ValueError(
+            f"{output_dir} holds a finished run and no checkpoint to go on from, so this run would replace it. Give "
+            "another --output_dir, or --overwrite_output_dir to delete that run and start anew."
+        )
     if wanted.lower() in ("false", "no", "none", "true"):
         if last is None or arguments.overwrite_output_dir:
             return None
@@ -115,6 +125,8 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
         seed: of what is drawn.
         checkpoint: the MMSER checkpoint that training starts from, if it does. Its classes stay if the data's are
             among them.
+    Raises:
+        ValueError: there is nothing to train on, or see `load_emotion_dataset`.
     """
     with reading(arguments.on_the_hub):
         splits, label_names = load_emotion_dataset(
@@ -125,6 +137,11 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
             validation_fraction=arguments.validation_fraction,
             test_fraction=arguments.test_fraction,
             seed=seed,
+        )
+    if "train" not in splits:
+        raise ValueError(
+            f"{arguments.name} has no training split that can be read: it has {', '.join(splits)}. Give it "
+            "train/metadata.csv (or .tsv, .jsonl), or name the split with --train_split."
         )
     limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
     data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)

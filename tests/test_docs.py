@@ -54,8 +54,10 @@ PAGES = {
 }
 COMMANDS = {"train_hf": TRAINING_ARGUMENTS, "eval_hf": EVALUATION_ARGUMENTS, "export_hf": EXPORT_ARGUMENTS}
 SHORTER = {
-    "train_hf.py": "--max_steps 2 --save_strategy no --eval_strategy no --load_best_model_at_end false --use_cpu "
-    "--dataloader_num_workers 0 --augmented_copies 1 --max_train_samples 16 --max_eval_samples 8 --disable_tqdm true",
+    # Each page finds a finished model without checkpoints in `runs/mine`
+    "train_hf.py": "--overwrite_output_dir --max_steps 2 --save_strategy no --eval_strategy no "
+    "--load_best_model_at_end false --use_cpu --dataloader_num_workers 0 --augmented_copies 1 --max_train_samples 16 "
+    "--max_eval_samples 8 --disable_tqdm true",
     "eval_hf.py": "--bootstrap_samples 5 --use_cpu --dataloader_num_workers 0",
     "export_hf.py": "",
     "demo/synthesize_non_speech.py": "--clips_per_kind 2",

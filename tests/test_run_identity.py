@@ -201,6 +201,24 @@ def test_a_run_from_before_identities_is_compared_by_its_labels(corpus, tokenize
     assert IDENTITY_NAME not in caplog.text
 
 
+def test_a_run_from_before_identities_is_compared_by_what_its_results_say_of_the_data(
+    corpus, tokenizer, started, tmp_path
+):
+    (started / IDENTITY_NAME).unlink()
+    other = Path(shutil.copytree(corpus, tmp_path / "other"))
+    rows = [{**row, "file_name": Path(row["file_name"]).name} for row in read_rows(other, "test")]
+    write_table(other / "test" / "metadata.csv", rows[1:])
+    before = (started / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="before -> now") as refused:
+        train(other, started, tokenizer)
+    lines = [line.strip() for line in str(refused.value).splitlines() if line.startswith("  ")]
+    assert lines == ["data: corpus -> other", "clips in test: 16 -> 15"]
+    shutil.rmtree(other / "test")
+    with pytest.raises(ValueError, match="clips in test: 16 -> none"):
+        train(other, started, tokenizer)
+    assert (started / "model.safetensors").read_bytes() == before and not (started / IDENTITY_NAME).exists()
+
+
 def test_a_run_that_left_nothing_behind_holds_nobody_up(corpus, tokenizer, started):
     """It was killed before its first checkpoint was whole."""
     for path in started.iterdir():
@@ -229,6 +247,34 @@ def test_going_on_from_the_checkpoint_of_another_folder(corpus, tokenizer, start
     assert steps_of(tmp_path / "new") == 3
     names = sorted(path.name for path in (tmp_path / "new").glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_replaced_unasked(corpus, tokenizer, tmp_path):
+    folder = tmp_path / "run"
+    train(corpus, folder, tokenizer, save_strategy="no")
+    assert not list(folder.glob("checkpoint-*"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for flags in ({}, {"max_steps": 3}, {"learning_rate": 0.01}):
+        with pytest.raises(ValueError, match="holds a finished run and no checkpoint to go on from") as refused:
+            train(corpus, folder, tokenizer, **{"save_strategy": "no", **flags})
+        assert "--overwrite_output_dir" in str(refused.value) and "another --output_dir" in str(refused.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    train(corpus, folder, tokenizer, "--overwrite_output_dir", save_strategy="no", max_steps=1)
+    assert steps_of(folder) == 1
+
+
+def test_a_run_that_fails_its_checks_leaves_the_folder_as_it_was(corpus, tokenizer, started, tmp_path, caplog):
+    before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+    for words in ((), ("--overwrite_output_dir",)):
+        with pytest.raises(ValueError, match="text_dropout"):
+            train(corpus, started, tokenizer, *words, text_dropout=1.5)
+    assert {path: path.read_bytes() for path in started.rglob("*") if path.is_file()} == before
+    caplog.clear()
+    train(corpus, started, tokenizer)
+    assert "other settings" not in caplog.text
+    with pytest.raises(ValueError, match="text_dropout"):
+        train(corpus, tmp_path / "new", tokenizer, text_dropout=1.5)
+    assert not (tmp_path / "new" / IDENTITY_NAME).exists()
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------

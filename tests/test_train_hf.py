@@ -344,7 +344,7 @@ def test_cached_states_give_the_scores_of_a_run_without_cache(run, finished, cor
     )
     for number_encoded in (32 + 8 + 16 + 6 + 4, 0):  # clips and sentences
         encoded.clear()
-        results = run("--no_augment", **flags, cache_encoder_states=tmp_path / "cache")
+        results = run("--overwrite_output_dir", "--no_augment", **flags, cache_encoder_states=tmp_path / "cache")
         assert sum(encoded) == number_encoded
         assert losses(tmp_path / "out") == pytest.approx(plain_losses, abs=2e-3)
         for split in ("validation", "test"):
@@ -412,11 +412,11 @@ def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, m
     assert all(kwargs["max_seconds"] == 0.3 and kwargs["seed"] == 7 for kwargs in made)
     assert all("augmenter" not in kwargs for kwargs in made if not kwargs.get("training"))
     made.clear()
-    run("--no_augment_noise", max_steps=1)
+    run("--overwrite_output_dir", "--no_augment_noise", max_steps=1)
     augmenter = next(kwargs["augmenter"] for kwargs in made if kwargs.get("training"))
     assert augmenter.snr_db_range is None and augmenter.speed_range == (0.9, 1.1)
     made.clear()
-    run("--no_augment", max_steps=1)
+    run("--overwrite_output_dir", "--no_augment", max_steps=1)
     assert [kwargs["augmenter"] for kwargs in made if kwargs.get("training")] == [None]
 
 
@@ -515,6 +515,14 @@ def test_the_same_command_again_evaluates_and_keeps_what_was_measured(run, tmp_p
     assert run(**whole, resume_from_checkpoint=last + "/")["training"] == first["training"]
     anew = run("--overwrite_output_dir", **whole)
     assert anew["training"]["train_runtime"] != first["training"]["train_runtime"]
+
+
+def test_a_training_split_that_is_not_there_is_named_before_a_model_is_built(run, corpus, tmp_path, monkeypatch):
+    shutil.copytree(corpus, tmp_path / "data")
+    (tmp_path / "data" / "train" / "metadata.csv").rename(tmp_path / "data" / "train" / "metadata.xlsx")
+    monkeypatch.setattr("mmser.model_loading.load_processor", None)
+    with pytest.raises(ValueError, match=r"data has no training split.*it has validation, test.*--train_split"):
+        run(data_dir=tmp_path / "data")
 
 
 def test_sample_limits(run):
