@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
+    training_run.warn_of_moot_settings(model_arguments, data_arguments)
     resumed = training_run.find_checkpoint(training_arguments)
 
     seed = training_run.data_seed(training_arguments)

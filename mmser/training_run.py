@@ -116,6 +116,22 @@ class TrainingData:
     skipped_clips: int = 0
 
 
+def warn_of_moot_settings(model_arguments: ModelArguments, arguments: DataArguments) -> None:
+    """Name the settings of the data that were changed and that nothing reads. A recipe may bring them: no error."""
+    is_new = model_arguments.model_name_or_path is None
+    reasons = {}
+    if arguments.cache_encoder_states is None:
+        reasons["augmented_copies"] = "without --cache_encoder_states"
+    if not is_new or model_arguments.random_audio_encoder:
+        reasons["standardize_clips"] = "without a pretrained audio encoder that a new model starts from"
+    for kind in ("audio", "text"):
+        if getattr(model_arguments, f"{kind}_model_name_or_path") is None and is_new:
+            reasons[f"{kind}_dropout"] = f"without {kind}"
+    for name, reason in reasons.items():
+        if getattr(arguments, name) not in (0, getattr(DataArguments, name)):
+            logger.warning(f"--{name} has no effect {reason}.")
+
+
 def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None) -> TrainingData:
     """
     Load the clips that the flags name, and draw as many of them as the flags say.

@@ -256,6 +256,25 @@ def test_a_misspelt_field_of_a_random_encoder_is_refused(kind):
         model_loading.random_encoder_config(kind, arguments)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--augmented_copies", "2"], "--augmented_copies has no effect without --cache_encoder_states"),
+        (["--augmented_copies", "2", "--cache_encoder_states", "states"], None),
+        (["--random_audio_encoder", "--standardize_clips", "9"], "--standardize_clips has no effect"),
+        (["--standardize_clips", "9"], None),
+        (["--text_model_name_or_path", "none", "--text_dropout", "0.5"], "--text_dropout has no effect"),
+        (["--audio_model_name_or_path", "none", "--audio_dropout", "0.5"], "--audio_dropout has no effect"),
+        (["--text_dropout", "0.5", "--audio_dropout", "0.5"], None),
+        (["--text_model_name_or_path", "none", "--random_audio_encoder"], None),
+    ],
+)
+def test_a_setting_without_effect_is_told(caplog, words, said):
+    model_arguments, data_arguments, _ = parse_arguments(TRAINING_ARGUMENTS, [*words, "--use_cpu"])
+    training_run.warn_of_moot_settings(model_arguments, data_arguments)
+    assert caplog.text.count("has no effect") == bool(said) and (said or "") in caplog.text
+
+
 def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corpus, tokenizer, tmp_path):
     torch.manual_seed(0)
     sizes = {"encoder_layers": 3, "num_mel_bins": 16, "max_source_positions": 64}
