@@ -20,7 +20,7 @@ from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.names import Named, reading
 from mmser.report import Measured, reproducible
 from mmser.results import describe_data, environment
-from mmser.scores import evaluate_augmentation, predict_clips, predict_rows
+from mmser.scores import audio_alone, evaluate_augmentation, predict_clips, predict_rows
 from mmser.trainer import MMSERTrainer
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
@@ -226,7 +226,8 @@ def calibrate(
     if clips.calibration is None:
         return None
     logger.info(f"Calibrating on {len(clips.calibration)} clips: {arguments.calibration_split}")
-    return {"split": arguments.calibration_split, **trainer.calibrate(make_dataset(clips.calibration))}
+    clips_alone = audio_alone(trainer, clips.calibration, make_dataset)
+    return {"split": arguments.calibration_split, **trainer.calibrate(make_dataset(clips.calibration), clips_alone)}
 
 
 def try_augmentation(

@@ -62,6 +62,25 @@ def predict_clips(trainer: MMSERTrainer, dataset: torch.utils.data.Dataset, rows
     return outputs
 
 
+def audio_alone(
+    trainer: MMSERTrainer,
+    split: datasets.Dataset | datasets.IterableDataset | None,
+    make_dataset: Callable[..., torch.utils.data.Dataset],
+) -> tuple[torch.utils.data.Dataset, np.ndarray] | None:
+    """
+    The examples of the clips that have audio and text, without their text, and the position of each in the split.
+
+    Args: as of `predict_rows`.
+    Returns: None if there are no such clips, the model does not use both modalities, or the split is a stream or None.
+    """
+    if not isinstance(split, datasets.Dataset) or not {"audio", "text"} <= set(split.column_names):
+        return None
+    index = np.flatnonzero([bool(audio and text) for audio, text in zip(split["audio"], split["text"], strict=True)])
+    if len(trainer.used_modalities) < 2 or not len(index):
+        return None
+    return make_dataset(split.select(index), use_text=False), index
+
+
 def predict_rows(
     trainer: MMSERTrainer,
     split: datasets.Dataset | datasets.IterableDataset,

@@ -448,7 +448,13 @@ class MMSERTrainer(Trainer):
         backbone = self.accelerator.unwrap_model(self.model).base_model
         backbone.to(self.args.device).fit_standardization(loader)
 
-    def finalize(self, train_dataset, calibration_dataset=None) -> dict[str, float]:
+    def finalize(
+        self,
+        train_dataset,
+        calibration_dataset=None,
+        train_audio_alone: tuple[Any, np.ndarray] | None = None,
+        calibration_audio_alone: tuple[Any, np.ndarray] | None = None,
+    ) -> dict[str, float]:
         """
         Make the trained model ready for use: OpenMax from the training clips, the rest from held-out ones.
 
@@ -458,16 +464,24 @@ class MMSERTrainer(Trainer):
             train_dataset: the training clips without augmentation.
             calibration_dataset: held-out clips (never the test split); without them the temperature stays 1, the
                 uncertainty is the head's own, and OpenMax knows only how far training clips lie from their class.
+            train_audio_alone, calibration_audio_alone: of `audio_alone` in `mmser.scores`, the same clips without
+                their text and their positions. Without them, OpenMax rejects what comes without its transcript.
         Returns: as `calibrate`.
         """
         self._forget_calibration()
         self.train_outputs = self.predict_outputs(train_dataset)
+        train = self._join_audio_alone(self.train_outputs, None, train_audio_alone)
         if calibration_dataset is not None:
-            return self.calibrate(calibration_dataset)
-        self._fit_openmax(None, 1.0)
+            return self.calibrate(calibration_dataset, calibration_audio_alone, train)
+        self._fit_openmax(train, None, 1.0)
         return {"temperature": 1.0}
 
-    def calibrate(self, calibration_dataset) -> dict[str, float]:
+    def calibrate(
+        self,
+        calibration_dataset,
+        audio_alone: tuple[Any, np.ndarray] | None = None,
+        train_outputs: dict[str, np.ndarray] | None = None,
+    ) -> dict[str, float]:
         """
         Fit to held-out clips what says how far to trust an answer: the temperature, the probability of an error, the
         distances at which OpenMax begins to doubt, and the thresholds of rejection.
@@ -476,6 +490,8 @@ class MMSERTrainer(Trainer):
             calibration_dataset: clips that were not trained on, and are not those of the final evaluation. What they
                 cannot show to be better keeps its former value: at first a temperature of 1, and an uncertainty of
                 1 - max probability.
+            audio_alone: of `audio_alone` in `mmser.scores`, for OpenMax.
+            train_outputs: those of training clips, for an OpenMax that has no centroids.
         Returns: `temperature`; `clips`, `speakers` (None if not known) and `errors`, and the `error_rate_interval`
             that these allow; NLL and expected calibration error `_before` and `_after` on these clips; whether the
             uncertainty `uses_one_minus_max`; the AUROC with which wrong answers are told from right ones, by the
@@ -489,6 +505,7 @@ class MMSERTrainer(Trainer):
         outputs = self.predict_outputs(calibration_dataset)
         logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
         speakers = speakers_of(calibration_dataset)
+        held_out = self._join_audio_alone(outputs, speakers, audio_alone)  # before there is a temperature
         wrong = logits.argmax(axis=1) != labels
         model.temperature.fill_(fit_temperature(logits, labels, speakers, temperature))
         temperature = model.temperature.item()  # as the model rounds it
@@ -512,8 +529,23 @@ class MMSERTrainer(Trainer):
             report["error_auroc_of_max_probability"] = error_detection_auroc(doubt, wrong)
             report["error_auroc_after"] = error_detection_auroc(combined, wrong)
         logger.info(describe_fit(report))
-        self._fit_openmax(outputs if speakers is None else {**outputs, "speakers": np.array(speakers)}, temperature)
+        self._fit_openmax(train_outputs or self.train_outputs, held_out, temperature)
         return report
+
+    def _join_audio_alone(
+        self,
+        outputs: dict[str, np.ndarray],
+        speakers: list[str] | None,
+        audio_alone: tuple[Any, np.ndarray] | None,
+    ) -> dict[str, np.ndarray]:
+        """Outputs for OpenMax: clips as they are, and without their text. Both of a clip count as one speaker's."""
+        if audio_alone is None:
+            return outputs if speakers is None else {**outputs, "speakers": np.array(speakers)}
+        names = np.array(speakers or [f"clip {index}" for index in range(len(outputs["labels"]))])
+        dataset, index = audio_alone
+        own = {**self.predict_outputs(dataset), "speakers": names[index]}
+        wanted = ("logits", "fused", "anchor_distances", "labels", "speakers")
+        return {name: np.concatenate([{**outputs, "speakers": names}[name], own[name]]) for name in wanted}
 
     def _forget_calibration(self) -> None:
         """Forget all that was fitted to outputs: a model may bring it from an earlier training."""
@@ -526,11 +558,13 @@ class MMSERTrainer(Trainer):
         model.temperature.fill_(1.0)
         model.uncertainty.error_calibration.copy_(torch.tensor(model.uncertainty.uncalibrated))
 
-    def _fit_openmax(self, held_out: dict[str, np.ndarray] | None, temperature: float) -> None:
+    def _fit_openmax(
+        self, train: dict[str, np.ndarray] | None, held_out: dict[str, np.ndarray] | None, temperature: float
+    ) -> None:
         model = self.accelerator.unwrap_model(self.model)
         tail_size, acceptance = model.config.openmax_tail_size, model.config.openmax_acceptance
         try:
-            model.openmax.fit_outputs(self.train_outputs, held_out, temperature, tail_size, acceptance)
+            model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance)
         except OpenMaxFitError as error:  # no reason to lose a trained model
             logger.warning(f"OpenMax is left as it is: {error}")
 

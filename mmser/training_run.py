@@ -38,7 +38,7 @@ from mmser.results import (
     write_atomically,
 )
 from mmser.run_identity import holds_run
-from mmser.scores import describe_rows, evaluate_open_set, predict_clips, predict_rows
+from mmser.scores import audio_alone, describe_rows, evaluate_open_set, predict_clips, predict_rows
 from mmser.tables import format_table, strict_json
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
 from mmser.training_arguments import MMSERTrainingArguments
@@ -316,7 +316,10 @@ def train(
     known_clips = data.splits["train"].take(STREAM_SAMPLE) if is_stream else data.splits["train"]
     held_out = data.splits.get("validation")
     calibration = trainer.finalize(
-        examples.for_evaluation(known_clips), None if held_out is None else examples.for_evaluation(held_out)
+        examples.for_evaluation(known_clips),
+        None if held_out is None else examples.for_evaluation(held_out),
+        audio_alone(trainer, known_clips, examples.for_evaluation),
+        audio_alone(trainer, held_out, examples.for_evaluation),
     )
     trainer.save_model()
     trainer.save_state()

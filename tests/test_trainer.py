@@ -4,6 +4,7 @@
 References are independent: module membership, closed formulas, plain PyTorch, an uninterrupted run.
 """
 
+import copy
 import json
 import logging as python_logging
 import math
@@ -41,6 +42,7 @@ from mmser.loading import load_emotion_dataset
 from mmser.metrics import build_compute_metrics
 from mmser.model_loading import check_teacher
 from mmser.optimizer import PARAMETER_GROUPS, parameter_groups, parameter_table
+from mmser.scores import audio_alone
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
 from mmser.training_arguments import MMSERTrainingArguments
 from mmser.training_flags import MIN_STEPS
@@ -1089,6 +1091,32 @@ def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_p
     assert not changed(MMSERForAudioClassification.from_pretrained(tmp_path), state)
     assert either.finalize(training, held_out) == report  # what is there already does not count
     assert not changed(model, state)
+
+
+def test_openmax_learns_from_clips_without_their_text_too(either, training, held_out):
+    """A recording without its transcript lies elsewhere among the fused vectors: it is no unknown clip."""
+    model, names = either.model, ("logits", "fused", "anchor_distances", "labels")
+    views = [audio_alone(either, dataset.dataset, EmotionDataset) for dataset in (training, held_out)]
+    for (view, index), dataset in zip(views, (training, held_out), strict=True):
+        has_text = [bool(text) for text in dataset.dataset["text"]]
+        assert index.tolist() == np.flatnonzero(has_text).tolist() and len(view) == sum(has_text) > 0
+        assert all("text" not in view[i] or not view[i]["text"] for i in range(len(view)))
+    joined = []
+    for (view, index), dataset in zip(views, (training, held_out), strict=True):
+        outputs, own = either.predict_outputs(dataset), either.predict_outputs(view)
+        joined.append({name: np.concatenate([outputs[name], own[name]]) for name in names})
+        speakers = np.array(speakers_of(dataset))
+        joined[-1]["speakers"] = np.concatenate([speakers, speakers[index]])
+    report = either.finalize(training, held_out, *views)
+    assert report["clips"] == len(held_out)  # temperature and uncertainty are those of the clips as they are
+    expected = copy.deepcopy(model.openmax)
+    expected.reset()
+    train = {name: joined[0][name] for name in names}
+    tail_size, acceptance = model.config.openmax_tail_size, model.config.openmax_acceptance
+    expected.fit_outputs(train, joined[1], report["temperature"], tail_size, acceptance)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.openmax.state_dict()[name], value, msg=name, equal_nan=True)
+    np.testing.assert_array_equal(either.train_outputs["labels"], training.dataset["labels"])
 
 
 def test_the_calibrated_model_says_what_was_fitted(either, training, held_out):
