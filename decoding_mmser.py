@@ -22,6 +22,16 @@ Content = bytes | mmap.mmap  # of a whole file
 BLOCK = 2**18  # samples, of all channels together, that are decoded at once
 FAR = 2**50  # bytes; no file is as long
 UNKNOWN_FRAMES = 2**40  # samples; libsndfile gives more for "until the end"
+TEXT_CHUNKS = (
+    b"LIST",
+    b"id3 ",
+    b"ID3 ",
+    b"bext",
+    b"iXML",
+    b"_PMX",
+    b"cue ",
+    b"smpl",
+)  # that follow the samples of a WAV
 UNKNOWN_SIZE = 0x7F000000  # programs that write to a pipe put a size from here up: "until the end of the file"
 MP3_FRAME = 1152  # samples; MP3 headers may be wrong by the encoder's delay
 AV_SLACK = 0.2  # s; delay and padding of an encoder, which some containers count and some do not
@@ -211,10 +221,11 @@ def _wav_parts(content: Content, source: Any, name: str) -> Iterator[tuple[Any, 
             "that are not read. If they are samples (of a recording that was interrupted, or of more than 4 GB), have "
             "the header written anew: `ffmpeg -ignore_length 1 -i INPUT OUTPUT.wav`"
         )
+    stop = _start_of_last_chunks(content, position) if is_stream else min(end, len(content))
     if is_mpeg:
-        yield from _mpeg_parts(content, position, len(content) if is_stream else min(end, len(content)), name)
-    elif is_stream and not promised:
-        yield Window(content, patch=(position - 4, b"\xff\xff\xff\xff")), None
+        yield from _mpeg_parts(content, position, stop, name)
+    elif is_stream:
+        yield Window(content, stop=stop, patch=(position - 4, b"\xff\xff\xff\xff")), None
     else:
         yield source, None
 
@@ -241,6 +252,19 @@ def _are_chunks(content: Content, position: int) -> bool:
             return False
         position += 8 + size + size % 2
     return position in (len(content), len(content) + 1)
+
+
+def _start_of_last_chunks(content: Content, position: int) -> int:
+    """Where the samples of a WAV file of unknown length end: at chunks that fill the rest of it, or with the file."""
+    found = []
+    for chunk in TEXT_CHUNKS:
+        start = content.find(chunk, position)
+        while start >= 0:
+            if _are_chunks(content, start):
+                found.append(start)
+                break
+            start = content.find(chunk, start + 1)
+    return min(found, default=len(content))
 
 
 def _check_size(content: Content, name: str) -> None:

@@ -10,8 +10,10 @@ samples or mel frames, Ta audio states, L tokens, D an encoder's width, C classe
 import inspect
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, WhisperModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -693,7 +696,13 @@ class MMSERPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As always; the configuration then says which modality, if any, was never trained."""
         self.note_untrained_modalities(kwargs.get("state_dict"))
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # The configuration names the processor's code too, which no stock Trainer saves
+        code = Path(__file__).with_name("processing_mmser.py")
+        if code.is_file() and Path(save_directory).is_dir() and kwargs.get("is_main_process", True):
+            for file in (code, *map(Path, get_relative_import_files(code))):
+                if file.parent.resolve() != Path(save_directory).resolve():
+                    shutil.copy(file, save_directory)
 
 
 class MMSERModel(MMSERPreTrainedModel):

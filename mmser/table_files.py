@@ -62,6 +62,8 @@ def _decode(content: bytes, name: str) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         logger.info(f"{name} is in UTF-16")
         return content.decode("utf-16")
+    if b"\0" in content[:1000]:
+        raise ValueError(f"{name} holds zero bytes (perhaps it is UTF-16 without a mark): save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,8 +90,8 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict | str]]:
 def _csv_rows(file: io.StringIO, name: str) -> Iterator[tuple[int, dict | str]]:
     """Line numbers, each with the row or what is wrong with it."""
     text = file.getvalue().lstrip()
-    named = re.match(r"sep=(.)\r?\n", text)  # a first line that is for spreadsheets alone
-    delimiter = named[1] if named else _find_delimiter(text.partition("\n")[0], name)
+    named = re.match(r"sep=(.)[\r\n]", text)  # a first line that is for spreadsheets alone
+    delimiter = named[1] if named else _find_delimiter(re.split(r"[\r\n]", text, maxsplit=1)[0], name)
     reader = csv.reader(file, delimiter=delimiter, strict=True)  # else an open quote swallows the rest of the file
     try:
         lines = (values for values in reader if values)

@@ -556,3 +556,20 @@ class TestLoudness:
         load_audio((sine() * 32767).astype(np.int16), RATE)
         load_audio(np.random.default_rng(0).standard_normal(RATE), RATE)
         assert warnings_of() == []
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+@pytest.mark.parametrize(
+    "tail",
+    [b"", b"LIST\4\0\0\0INFO", b"id3 " + struct.pack("<I", 2000) + bytes(range(200)) * 10, b"LIST of sounds"],
+    ids=["none", "LIST", "id3", "samples that look like a chunk"],
+)
+def test_chunks_after_the_samples_of_a_stream_are_no_sound(size, tail):
+    samples = sine(0.5)
+    content = bytearray(encoded(samples, subtype="PCM_16"))
+    position = content.find(b"data") + 4
+    content[position : position + 4] = struct.pack("<I", size)
+    audio = load_audio(bytes(content + tail), target_sampling_rate=16000)
+    extra = len(tail) // 2 if tail.endswith(b"sounds") else 0
+    assert len(audio) == len(samples) + extra
+    np.testing.assert_allclose(audio[: len(samples)], samples, atol=1e-4)

@@ -232,6 +232,22 @@ def test_delimiter_and_encoding_are_found(tmp_path, delimiter, encoding, suffix,
     assert said == (delimiter != usual) and ("is in UTF-16" in caplog.text) == (encoding == "utf-16")
 
 
+@pytest.mark.parametrize("line_end", ["\r", "\n", "\r\n"])
+def test_any_line_end_is_read(tmp_path, line_end):
+    rows = clips(tmp_path)
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    (tmp_path / "list.csv").write_bytes(line_end.join(lines).encode())
+    assert load_emotion_split(tmp_path / "list.csv", allow_unknown=False)["labels"][:] == [0, 1, 2, 3]
+
+
+def test_utf_16_without_a_mark_is_named(tmp_path):
+    rows = clips(tmp_path)
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    (tmp_path / "list.csv").write_bytes("\n".join(lines).encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"list\.csv holds zero bytes \(perhaps it is UTF-16"):
+        load_emotion_split(tmp_path / "list.csv")
+
+
 def test_tables_as_spreadsheets_write_them(tmp_path):
     clips(tmp_path, 2)
     table = tmp_path / "list.csv"

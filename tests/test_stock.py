@@ -211,3 +211,12 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name(model, processor, c
         TypeError, match=r"`sample_rate` is no argument of the processor: did you mean `sampling_rate`\?"
     ):
         processor(clips[0]["raw"], sample_rate=RATE)
+
+
+def test_a_model_saved_alone_has_the_code_that_its_configuration_names(model, processor, folder, tmp_path):
+    """As the stock Trainer saves it, which knows no processor: this may be added later, from anywhere."""
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.py")} == {file.name for file in folder.glob("*.py")}
+    named = {name.split(".")[0] for name in model.config.auto_map.values()}
+    named |= {options["impl"].split(".")[0] for options in CUSTOM_PIPELINES.values()}
+    assert named <= {file.stem for file in tmp_path.glob("*.py")}
