@@ -100,15 +100,16 @@ def advise(results: Mapping[str, Any]) -> list[str]:
 
     Returns: sentences, none if the head is as good as a linear probe on its features and every class is predicted.
     """
-    rows = results.get("validation") or results.get("test") or {}
+    split = "validation" if results.get("validation") else "test"
+    rows = results.get(split) or {}
     advice = []
     if "model" in rows and "linear_probe" in rows:
         model, probe = (rows[name]["weighted_f1"] for name in ("model", "linear_probe"))
         error = math.sqrt(max(probe * (1 - probe), 0) / rows["model"]["clips"])  # of a share of that many clips
         if probe - model > max(LEAST_GAP, error):
             advice.append(
-                f"The model (weighted F1 {model:.2f}) is below a linear probe on its own features ({probe:.2f}): its "
-                f"head has not learnt what the encoders offer. {_remedy(results['training'])}"
+                f"On the {split} clips, the model (weighted F1 {model:.2f}) is below a linear probe on its own "
+                f"features ({probe:.2f}): its head has not learnt what the encoders offer. {_remedy(results['training'])}"
             )
     counts = np.array(rows.get("model", {}).get("confusion_matrix", []))  # [true, predicted]
     if counts.size:
@@ -116,7 +117,8 @@ def advise(results: Mapping[str, Any]) -> list[str]:
         missing = [name for name, flag in zip(results["label_names"], is_missing, strict=True) if flag]
         if missing:
             advice.append(
-                f"Never predicted: {', '.join(missing)}. {'' if advice else _remedy(results['training'])}".strip()
+                f"On the {split} clips, {', '.join(missing)} {'was' if len(missing) == 1 else 'were'} never predicted."
+                f" {'' if advice else _remedy(results['training'])}".strip()
             )
     return advice
 
@@ -125,7 +127,8 @@ def _remedy(training: Mapping[str, Any]) -> str:
     steps, epochs = training.get("steps"), training.get("epoch")
     if steps and epochs and steps < MIN_STEPS:
         longer = math.ceil(epochs * MIN_STEPS / steps)
-        return f"{steps} steps are few: train longer, with --epochs {longer} ({MIN_STEPS} steps)."
+        few = "step is" if steps == 1 else "steps are"
+        return f"{steps} {few} few: train longer, with --epochs {longer} ({MIN_STEPS} steps)."
     return (
         "Try a lower --lr, frozen encoders as in recipes/real_speech.json, or a shorter head by --config_overrides "
         "'{\"classifier_num_layers\": 5}'."

@@ -355,7 +355,7 @@ def test_the_summary_says_what_to_do_when_the_head_is_below_a_probe():
 
 def test_the_summary_names_classes_that_are_never_predicted():
     (said,) = advise(results_of(0.5, 0.5, [[90, 10, 0], [10, 90, 0], [50, 50, 0]]))
-    assert said.startswith("Never predicted: c. 100 steps are few")
+    assert said.startswith("On the validation clips, c was never predicted. 100 steps are few")
     assert advise(results_of(0.5, 0.5, [[90, 10, 0], [10, 90, 0], [0, 0, 0]])) == []  # there is none
     both = advise(results_of(0.2, 0.5, [[100, 0, 0], [100, 0, 0], [100, 0, 0]]))
-    assert len(both) == 2 and both[1] == "Never predicted: b, c."
+    assert len(both) == 2 and both[1] == "On the validation clips, b, c were never predicted."
