@@ -109,7 +109,8 @@ def advise(results: Mapping[str, Any]) -> list[str]:
         if probe - model > max(LEAST_GAP, error):
             advice.append(
                 f"On the {split} clips, the model (weighted F1 {model:.2f}) is below a linear probe on its own "
-                f"features ({probe:.2f}): its head has not learnt what the encoders offer. {_remedy(results['training'])}"
+                f"features ({probe:.2f}): its head has not learnt what the encoders offer. "
+                f"{_remedy(results['training'])}"
             )
     counts = np.array(rows.get("model", {}).get("confusion_matrix", []))  # [true, predicted]
     if counts.size:
