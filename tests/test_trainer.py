@@ -1093,7 +1093,7 @@ def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_p
     assert not changed(model, state)
 
 
-def test_openmax_learns_from_clips_without_their_text_too(either, training, held_out):
+def test_openmax_learns_from_clips_without_their_text_too(either, training, held_out, monkeypatch):
     """A recording without its transcript lies elsewhere among the fused vectors: it is no unknown clip."""
     model, names = either.model, ("logits", "fused", "anchor_distances", "labels")
     views = [audio_alone(either, dataset.dataset, EmotionDataset) for dataset in (training, held_out)]
@@ -1107,6 +1107,13 @@ def test_openmax_learns_from_clips_without_their_text_too(either, training, held
         joined.append({name: np.concatenate([outputs[name], own[name]]) for name in names})
         speakers = np.array(speakers_of(dataset))
         joined[-1]["speakers"] = np.concatenate([speakers, speakers[index]])
+    monkeypatch.setattr("mmser.trainer.RIGHT_WITHOUT_TEXT", 99.0)  # a model that needs the text learns nothing of it
+    either.finalize(training, held_out, *views)
+    plain = copy.deepcopy(model.openmax.state_dict())
+    either.finalize(training, held_out)
+    for name, value in model.openmax.state_dict().items():
+        torch.testing.assert_close(value, plain[name], msg=name, equal_nan=True)
+    monkeypatch.setattr("mmser.trainer.RIGHT_WITHOUT_TEXT", 0.0)
     report = either.finalize(training, held_out, *views)
     assert report["clips"] == len(held_out)  # temperature and uncertainty are those of the clips as they are
     expected = copy.deepcopy(model.openmax)
