@@ -28,7 +28,7 @@ from mmser.metrics import rank_auroc
 
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 PRIOR_CLIPS = (100.0, 30.0, 10.0, 3.0)  # strengths of the prior on the temperature that cross-validation chooses from
-MODEST_PRIOR = 100.0  # with this one, scores become more modest on an average gain alone
+MODEST_PRIOR = max(PRIOR_CLIPS)  # with this one, scores become more modest on an average gain alone
 NUM_FOLDS = 5  # of cross-validation
 ONE_MINUS_MAX = (1.0, 0.0, 0.0)  # weights with which the probability of an error is 1 - max probability
 

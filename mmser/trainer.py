@@ -470,23 +470,18 @@ class MMSERTrainer(Trainer):
         Returns: as `calibrate`.
         """
         self._forget_calibration()
-        deciding = (calibration_dataset, calibration_audio_alone)
-        if not self._is_right_without_text(
-            *(deciding if calibration_audio_alone else (train_dataset, train_audio_alone))
-        ):
-            train_audio_alone = calibration_audio_alone = None
         self.train_outputs = self.predict_outputs(train_dataset)
-        train = self._join_audio_alone(self.train_outputs, None, train_audio_alone)
         if calibration_dataset is not None:
-            return self.calibrate(calibration_dataset, calibration_audio_alone, train)
-        self._fit_openmax(train, None, 1.0)
+            return self.calibrate(calibration_dataset, calibration_audio_alone, train_audio_alone)
+        alone = self._predict_audio_alone(self.train_outputs, train_audio_alone)
+        self._fit_openmax(_join_audio_alone(self.train_outputs, None, alone), None, 1.0)
         return {"temperature": 1.0}
 
     def calibrate(
         self,
         calibration_dataset,
         audio_alone: tuple[Any, np.ndarray] | None = None,
-        train_outputs: dict[str, np.ndarray] | None = None,
+        train_audio_alone: tuple[Any, np.ndarray] | None = None,
     ) -> dict[str, float]:
         """
         Fit to held-out clips what says how far to trust an answer: the temperature, the probability of an error, the
@@ -496,8 +491,8 @@ class MMSERTrainer(Trainer):
             calibration_dataset: clips that were not trained on, and are not those of the final evaluation. What they
                 cannot show to be better keeps its former value: at first a temperature of 1, and an uncertainty of
                 1 - max probability.
-            audio_alone: of `audio_alone` in `mmser.scores`, for OpenMax.
-            train_outputs: those of training clips, for an OpenMax that has no centroids.
+            audio_alone, train_audio_alone: of `audio_alone` in `mmser.scores`, for OpenMax. Whether clips without
+                their text count as known is decided by the held-out ones, where there are some.
         Returns: `temperature`; `clips`, `speakers` (None if not known) and `errors`, and the `error_rate_interval`
             that these allow; NLL and expected calibration error `_before` and `_after` on these clips; whether the
             uncertainty `uses_one_minus_max`; the AUROC with which wrong answers are told from right ones, by the
@@ -511,9 +506,12 @@ class MMSERTrainer(Trainer):
         outputs = self.predict_outputs(calibration_dataset)
         logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
         speakers = speakers_of(calibration_dataset)
-        if not self._is_right_without_text(calibration_dataset, audio_alone):
-            audio_alone = None
-        held_out = self._join_audio_alone(outputs, speakers, audio_alone)  # before there is a temperature
+        # All that OpenMax is fitted to is predicted before there is a temperature
+        alone, train = self._predict_audio_alone(outputs, audio_alone), self.train_outputs
+        held_out = _join_audio_alone(outputs, speakers, alone)
+        if train is not None:
+            is_known = None if audio_alone is None else alone is not None
+            train = _join_audio_alone(train, None, self._predict_audio_alone(train, train_audio_alone, is_known))
         wrong = logits.argmax(axis=1) != labels
         model.temperature.fill_(fit_temperature(logits, labels, speakers, temperature))
         temperature = model.temperature.item()  # as the model rounds it
@@ -537,32 +535,31 @@ class MMSERTrainer(Trainer):
             report["error_auroc_of_max_probability"] = error_detection_auroc(doubt, wrong)
             report["error_auroc_after"] = error_detection_auroc(combined, wrong)
         logger.info(describe_fit(report))
-        self._fit_openmax(train_outputs or self.train_outputs, held_out, temperature)
+        self._fit_openmax(train, held_out, temperature)
         return report
 
-    def _is_right_without_text(self, dataset, audio_alone: tuple[Any, np.ndarray] | None) -> bool:
-        """Nearly as often as with it: else the clips without their text are no example of what is known."""
-        if audio_alone is None:
-            return False
-        alone, index = audio_alone
-        outputs = self.predict_outputs(dataset), self.predict_outputs(alone)
-        right, right_alone = (each["logits"].argmax(axis=1) == each["labels"] for each in outputs)
-        return right_alone.mean() >= RIGHT_WITHOUT_TEXT * right[index].mean()
-
-    def _join_audio_alone(
+    def _predict_audio_alone(
         self,
         outputs: dict[str, np.ndarray],
-        speakers: list[str] | None,
         audio_alone: tuple[Any, np.ndarray] | None,
-    ) -> dict[str, np.ndarray]:
-        """Outputs for OpenMax: clips as they are, and without their text. Both of a clip count as one speaker's."""
-        if audio_alone is None:
-            return outputs if speakers is None else {**outputs, "speakers": np.array(speakers)}
-        names = np.array(speakers or [f"clip {index}" for index in range(len(outputs["labels"]))])
+        is_known: bool | None = None,
+    ) -> dict[str, np.ndarray] | None:
+        """
+        Outputs of clips without their text, and the `index` of each among `outputs`, which are those with it.
+
+        Args:
+            is_known: whether such clips are examples of what is known; None if these are to decide it: they are if the
+                model is right without the text nearly as often as with it.
+        Returns: None without such clips, and where they are no examples.
+        """
+        if audio_alone is None or is_known is False:
+            return None
         dataset, index = audio_alone
-        own = {**self.predict_outputs(dataset), "speakers": names[index]}
-        wanted = ("logits", "fused", "anchor_distances", "labels", "speakers")
-        return {name: np.concatenate([{**outputs, "speakers": names}[name], own[name]]) for name in wanted}
+        alone = self.predict_outputs(dataset)
+        if is_known is None:
+            right, right_alone = (each["logits"].argmax(axis=1) == each["labels"] for each in (outputs, alone))
+            is_known = right_alone.mean() >= RIGHT_WITHOUT_TEXT * right[index].mean()
+        return {**alone, "index": index} if is_known else None
 
     def _forget_calibration(self) -> None:
         """Forget all that was fitted to outputs: a model may bring it from an earlier training."""
@@ -584,6 +581,18 @@ class MMSERTrainer(Trainer):
             model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance)
         except OpenMaxFitError as error:  # no reason to lose a trained model
             logger.warning(f"OpenMax is left as it is: {error}")
+
+
+def _join_audio_alone(
+    outputs: dict[str, np.ndarray], speakers: list[str] | None, alone: dict[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """Outputs for OpenMax: clips as they are, and without their text. Both of a clip count as one speaker's."""
+    if alone is None:
+        return outputs if speakers is None else {**outputs, "speakers": np.array(speakers)}
+    names = np.array(speakers or [f"clip {index}" for index in range(len(outputs["labels"]))])
+    wanted = ("logits", "fused", "anchor_distances", "labels")
+    joined = {name: np.concatenate([outputs[name], alone[name]]) for name in wanted}
+    return {**joined, "speakers": np.concatenate([names, names[alone["index"]]])}
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

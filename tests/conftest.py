@@ -63,6 +63,24 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The folder of the tiny corpus."""
+    from tiny_corpus import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A folder with the tokenizer of the tiny models."""
+    from tiny_corpus import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def script(request):
     """The program that a test file names in SCRIPT, as a module."""
     specification = importlib.util.spec_from_file_location(request.module.SCRIPT.stem, request.module.SCRIPT)

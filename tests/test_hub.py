@@ -120,24 +120,10 @@ def provenance(*objects):
     import sys
 
     classes = [type(thing) for thing in objects]
-    own = [
-        f"{name}_mmser"
-        for name in (
-            "audio",
-            "configuration",
-            "decoding",
-            "encoders",
-            "losses",
-            "modeling",
-            "openmax",
-            "pipeline",
-            "processing",
-        )
-    ]
     return {
         "modules": [cls.__module__ for cls in classes],
         "files": [inspect.getfile(cls) for cls in classes],
-        "imported": [name for name in own if name in sys.modules],
+        "imported": sorted(name for name in sys.modules if name.endswith("_mmser") and "." not in name),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny import _SMALL_PARTS as SMALL_PARTS
 from tiny import AUDIO_CONFIGS, TEXT_CONFIG, alone, randomize, tiny_batch, tiny_config, tiny_model
-from tiny_corpus import AUDIO, JOINT, TEXT, tiny_flags, tiny_processor, tiny_tokenizer, write_corpus
+from tiny_corpus import AUDIO, JOINT, TEXT, tiny_flags, tiny_processor
 from tiny_corpus import tiny_model as tiny_corpus_model
 from transformers import AutoProcessor, BertConfig, Wav2Vec2Config
 
@@ -373,18 +373,6 @@ def only_bias_of(model, modality):
 
 
 # --- training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "data")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def without(modality):

@@ -24,8 +24,6 @@ from tiny_corpus import (
     tiny_flags,
     tiny_model,
     tiny_processor,
-    tiny_tokenizer,
-    write_corpus,
     write_table,
 )
 
@@ -37,18 +35,6 @@ from mmser.trainer import last_complete_checkpoint
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quiet")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}

@@ -25,8 +25,6 @@ from tiny_corpus import (
     tiny_flags,
     tiny_model,
     tiny_processor,
-    tiny_tokenizer,
-    write_corpus,
     write_table,
 )
 from transformers import WhisperConfig, WhisperModel, pipeline
@@ -42,18 +40,6 @@ from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 pytestmark = pytest.mark.usefixtures("quiet")
