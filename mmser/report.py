@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mmser.calibration import area_under_risk_coverage
+from mmser.calibration import area_under_risk_coverage, error_rate_interval
 from mmser.groups import FEW_CLIPS, group_gap
 from mmser.metrics import softmax
 from mmser.plots import (
@@ -237,13 +237,18 @@ def _verdict_on_scores(report: Mapping[str, Any]) -> str:
     text = f"On average, the score of an answer is off by {points['after']:.1f} points (ECE)."
     if "before" in points:
         text += f" Without temperature scaling it would be off by {points['before']:.1f}."
-    accuracy, confidence = report["rows"]["model"]["accuracy"], report["calibration"]["after"]["mean_confidence"]
+    model, confidence = report["rows"]["model"], report["calibration"]["after"]["mean_confidence"]
+    accuracy, clips = model["accuracy"], model["clips"]
+    means = f"its mean score is {_percent(confidence)}, and {_percent(accuracy)} of its answers are right"
+    most, least = (1 - rate for rate in error_rate_interval(round(clips * (1 - accuracy)), clips))
+    if least <= confidence <= most:
+        return (
+            f"{text} These clips do not show that the scores are too high or too low: {means} (95 % interval "
+            f"{_percent(least)} to {_percent(most)})."
+        )
     excess = confidence - accuracy
     leaning = "neither too sure nor too modest" if abs(excess) < 0.02 else "too sure" if excess > 0 else "too modest"
-    return (
-        f"{text} The model is {leaning}: its mean score is {_percent(confidence)}, and {_percent(accuracy)} of its "
-        "answers are right."
-    )
+    return f"{text} The model is {leaning}: {means}."
 
 
 def _verdict_on_doubt(report: Mapping[str, Any]) -> str:

@@ -234,13 +234,33 @@ def test_the_verdict_follows_the_numbers():
     report["rows"]["linear_probe"]["weighted_f1"] = 0.5
     report["calibration"]["after"]["mean_confidence"] = 0.69
     right, score, _ = verdict(report)
-    assert right.endswith("No other row does better.") and "neither too sure nor too modest" in score
+    assert right.endswith("No other row does better.") and "do not show that the scores are too high or too low" in score
     report["calibration"]["after"]["mean_confidence"] = 0.5
     assert "The model is too modest" in verdict(report)[1]
     report["open_set"] = {"noise": {"openmax": {"auroc": 0.7}, "energy": {"auroc": 0.9}}}
     assert "in 70 % of the pairs (best: energy, 90 %)." in verdict(report)[2]
     report["open_set"] = {"noise": {"openmax": {"auroc": 0.9}, "energy": {"auroc": 0.7}}}
     assert "in 90 % of the pairs." in verdict(report)[2]
+
+
+@pytest.mark.parametrize(
+    ("clips", "confidence", "says"),
+    [
+        (18, 0.30, "do not show that the scores are too high or too low: its mean score is 30 %, and 17 % of its "),
+        (18, 0.45, "The model is too sure: its mean score is 45 %"),
+        (18, 0.02, "The model is too modest: its mean score is 2 %"),
+        (180_000, 0.18, "The model is neither too sure nor too modest"),
+        (180_000, 0.30, "The model is too sure: its mean score is 30 %"),
+    ],
+)
+def test_a_few_clips_are_no_proof_that_scores_are_off(clips, confidence, says):
+    """Of 18 answers, 3 right ones allow an accuracy from 3.6 to 41.4 % (Clopper & Pearson)."""
+    report = make_report(make_measured())
+    report["rows"]["model"] |= {"clips": clips, "accuracy": 1 / 6}
+    report["calibration"]["after"]["mean_confidence"] = confidence
+    score = verdict(report)[1]
+    assert says in score
+    assert ("(95 % interval 4 % to 41 %)." in score) == ("do not show" in says)
 
 
 def test_the_command_can_be_pasted_and_has_no_token():
