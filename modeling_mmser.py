@@ -1337,7 +1337,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         if self.openmax.has_centroids:
             self.openmax.fit_centroids(fused, labels)
         distances = self.openmax.distances(fused, anchor_distances)
-        self.openmax.fit(distances, labels, logits.argmax(dim=-1), tail_size or self.config.openmax_tail_size)
+        label_names = [self.config.id2label[label] for label in range(self.config.num_labels)]
+        tail_size = tail_size or self.config.openmax_tail_size
+        self.openmax.fit(distances, labels, logits.argmax(dim=-1), tail_size, label_names)
 
 
 def register_auto_classes() -> None:

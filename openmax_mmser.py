@@ -146,6 +146,7 @@ class OpenMax(nn.Module):
         temperature: float = 1.0,
         tail_size: int = 20,
         acceptance: float | None = None,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         """
         Fit everything to the outputs of a model.
@@ -162,6 +163,7 @@ class OpenMax(nn.Module):
             temperature: that the model divides its logits by.
             tail_size: see `fit`.
             acceptance: see `fit_thresholds`; None fits no thresholds.
+            label_names: see `fit`.
         Raises:
             OpenMaxFitError: there are no centroids and no training clips, too few clips are classified correctly and
                 nothing was fitted before, or the clips are all alike.
@@ -176,7 +178,7 @@ class OpenMax(nn.Module):
         source = next((outputs for outputs in sources if outputs and _num_correct(outputs) >= enough), None)
         if source is not None:
             predictions = as_array(source["logits"]).argmax(axis=1)
-            self.fit(self._distances_of(source), source["labels"], predictions, tail_size)
+            self.fit(self._distances_of(source), source["labels"], predictions, tail_size, label_names)
         elif not self.is_fitted:
             raise OpenMaxFitError(f"OpenMax needs at least {enough} correctly classified clips, and there are fewer.")
         if held_out is not None and acceptance is not None:
@@ -229,7 +231,14 @@ class OpenMax(nn.Module):
         centroids, _ = kmeans2(members, number, minit="++", rng=seed)
         return _normalized(np.resize(centroids, self.centroids.shape[1:]))
 
-    def fit(self, distances: Array, labels: Array, predictions: Array, tail_size: int = 20) -> None:
+    def fit(
+        self,
+        distances: Array,
+        labels: Array,
+        predictions: Array,
+        tail_size: int = 20,
+        label_names: Sequence[str] | None = None,
+    ) -> None:
         """
         Fit one Weibull per class on the largest distances between correctly classified clips and their own class.
 
@@ -269,8 +278,9 @@ class OpenMax(nn.Module):
             )
         for label, (tail, fit) in enumerate(zip(tails, fits, strict=True)):
             if fit is None:
+                name = label_names[label] if label_names else label
                 logger.warning(
-                    f"OpenMax: class {label} has {len(tail)} correctly classified clips, too few or too alike for a "
+                    f"OpenMax: class {name} has {len(tail)} correctly classified clips, too few or too alike for a "
                     "Weibull of its own; the fit over all classes stands in."
                 )
             shape, scale, shift = fit or cast(tuple[float, float, float], pooled)

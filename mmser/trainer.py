@@ -577,8 +577,9 @@ class MMSERTrainer(Trainer):
     ) -> None:
         model = self.accelerator.unwrap_model(self.model)
         tail_size, acceptance = model.config.openmax_tail_size, model.config.openmax_acceptance
+        label_names = label_names_of(model.config)
         try:
-            model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance)
+            model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance, label_names)
         except OpenMaxFitError as error:  # no reason to lose a trained model
             logger.warning(f"OpenMax is left as it is: {error}")
 
