@@ -309,6 +309,7 @@ def train(
     training["steps"] = trainer.state.global_step
     training["total_runtime"] = round(trainer.training_time.seconds, 4)
     if resumed and trainer.state.global_step == resumed.step:  # it was finished before
+        logger.info(_describe_finished(trainer))
         training |= earlier_training(Path(resumed.folder).parent) or {}
     is_stream = isinstance(data.splits["train"], datasets.IterableDataset)
     train_dataset: Any = trainer.train_dataset
@@ -324,6 +325,15 @@ def train(
     trainer.save_model()
     trainer.save_state()
     return {"training": training, "calibration": calibration}
+
+
+def _describe_finished(trainer: MMSERTrainer) -> str:
+    state, arguments = trainer.state, trainer.args
+    if arguments.max_steps > 0:
+        done, more = f"{state.global_step} of {arguments.max_steps} steps", "A larger --max_steps"
+    else:
+        done, more = f"{state.epoch or 0:g} of {arguments.num_train_epochs:g} epochs", "More --epochs"
+    return f"The run is finished ({done}): it is evaluated again. {more} trains on."
 
 
 def evaluate(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dict[str, Any]:

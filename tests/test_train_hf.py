@@ -510,15 +510,19 @@ def test_unreadable_clips_are_skipped_and_counted(run, corpus, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["class_counts"] == [7, 8, 8, 7]
 
 
-def test_the_same_command_again_evaluates_and_keeps_what_was_measured(run, tmp_path):
+def test_the_same_command_again_evaluates_and_keeps_what_was_measured(run, tmp_path, caplog):
     whole = {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}
     first = run(**whole)
-    again = run(**whole)
+    with caplog.at_level(python_logging.INFO):
+        again = run(**whole)
+    assert "The run is finished (1 of 1 epochs): it is evaluated again. More --epochs trains on." in caplog.text
     assert again["training"] == first["training"]  # no step was run: nothing new was measured
     assert again["test"]["model"]["confusion_matrix"] == first["test"]["model"]["confusion_matrix"]
     last = last_complete_checkpoint(tmp_path / "out")
     assert run(**whole, resume_from_checkpoint=last + "/")["training"] == first["training"]
+    caplog.clear()
     anew = run("--overwrite_output_dir", **whole)
+    assert "The run is finished" not in caplog.text
     assert anew["training"]["train_runtime"] != first["training"]["train_runtime"]
 
 
