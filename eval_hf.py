@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> dict:
     measured = evaluation_run.measure(trainer, clips, make_dataset, groups, label_names)
     augmented = evaluation_run.try_augmentation(trainer, make_dataset(clips.evaluated), options, label_names)
     if fitted is not None and trainer.is_world_process_zero():  # not before everything has worked with it
-        fitted["stored_in"] = str(evaluation_run.store_calibration(trainer.model, processor, options))
+        folder = evaluation_run.store_calibration(trainer.model, processor, options, fitted["changed"])
+        fitted["stored_in"] = str(folder)
 
     judged = {
         **evaluation_run.describe_evaluation(clips, source, options, command, training_arguments.device),

@@ -72,6 +72,11 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def _is_pytorch_checkpoint(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "mmser"
+
+
 class MMSEROnnxConfig(PreTrainedConfig):
     """The configuration that `export_hf.py` stored in an ONNX file: labels, thresholds, and what the model takes."""
 
@@ -158,14 +163,22 @@ class MMSEROnnxForAudioClassification:
 
         Raises:
             ImportError: onnxruntime is not installed.
-            ValueError: an ONNX file of something else.
+            ValueError: an ONNX file of something else, or a PyTorch checkpoint.
         """
         onnxruntime = _import_onnxruntime()
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         path: Any = name_or_path
         if not Path(path).is_file():
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            path = cached_file(os.fspath(name_or_path), cls.file_name, **options)
+            try:
+                path = cached_file(os.fspath(name_or_path), cls.file_name, **options)
+            except OSError as error:
+                if not _is_pytorch_checkpoint(Path(name_or_path)):
+                    raise
+                raise ValueError(
+                    f"{os.fspath(name_or_path)!r} is a PyTorch checkpoint, without {cls.file_name}: load it with "
+                    f'pipeline("audio-classification", model={os.fspath(name_or_path)!r}, trust_remote_code=True)'
+                ) from error
         if providers is None:
             available = onnxruntime.get_available_providers()
             providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]

@@ -137,14 +137,20 @@ def group_clips(dataset: EmotionDataset, names: list[str] | None) -> dict[str, l
 
 
 def store_calibration(
-    model: MMSERForAudioClassification, processor: MMSERProcessor, arguments: EvaluationArguments
+    model: MMSERForAudioClassification, processor: MMSERProcessor, arguments: EvaluationArguments, changed: bool = True
 ) -> Path:
-    """Save the calibrated model: into the checkpoint's own folder, or into the output folder if it is on the Hub."""
+    """
+    Save the calibrated model: into the checkpoint's own folder, or into the output folder if it is on the Hub. The
+    checkpoint's own folder stays as it is if calibrating has not `changed` the model.
+    """
     folder = Path(arguments.model_name_or_path)
     if not folder.is_dir():
         folder = Path(str(arguments.output_dir)) / "checkpoint"
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        return folder
+    if not changed:
+        logger.info(f"Calibrating changed nothing: {folder} is as it was.")
         return folder
     # Never half a file: each takes its place whole, the weights (with the calibration) last. The code too, as older
     # code might read the calibration in another way
@@ -222,12 +228,15 @@ def load_trainer(checkpoint: str, processor: MMSERProcessor, arguments: MMSERTra
 def calibrate(
     trainer: MMSERTrainer, clips: Clips, make_dataset: Callable[..., EmotionDataset], arguments: EvaluationArguments
 ) -> dict[str, Any] | None:
-    """Calibrate the model on the clips that were asked for. Returns what changed; None if nothing was asked for."""
+    """Calibrate the model on the clips that were asked for. Returns what was fitted; None if nothing was asked for."""
     if clips.calibration is None:
         return None
     logger.info(f"Calibrating on {len(clips.calibration)} clips: {arguments.calibration_split}")
     clips_alone = audio_alone(trainer, clips.calibration, make_dataset)
-    return {"split": arguments.calibration_split, **trainer.calibrate(make_dataset(clips.calibration), clips_alone)}
+    before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}  # what is fitted is one of them
+    fitted = trainer.calibrate(make_dataset(clips.calibration), clips_alone)
+    changed = any(not torch.equal(buffer, before[name]) for name, buffer in trainer.model.named_buffers())
+    return {"split": arguments.calibration_split, **fitted, "changed": changed}
 
 
 def try_augmentation(

@@ -22,6 +22,7 @@ from modeling_mmser import (
     PrototypeMemory,
     register_auto_classes,
 )
+from pipeline_mmser import MMSEROnnxConfig
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
@@ -31,6 +32,10 @@ def load_label_names(checkpoint: str, flag: str = "--checkpoint") -> list[str]:
     """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone. `flag` named it."""
     with reading([Named(flag, checkpoint)]):
         content, _ = MMSERConfig.get_config_dict(checkpoint)
+    if content.get("model_type") == MMSEROnnxConfig.model_type:
+        raise ValueError(
+            f"{checkpoint} is an export, without PyTorch weights: give {flag} the checkpoint that it was made from."
+        )
     if content.get("model_type") != MMSERConfig.model_type:
         found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
         raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")

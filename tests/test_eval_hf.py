@@ -7,6 +7,7 @@ Order: what a run leaves behind, calibration, kinds of data, errors before the m
 import dataclasses
 import hashlib
 import json
+import logging as python_logging
 import shutil
 import sys
 from collections import defaultdict
@@ -25,6 +26,7 @@ import eval_hf
 from mmser import evaluation_run, report
 from mmser.arguments import DataArguments, EvaluationArguments, SourceArguments
 from mmser.evaluation_run import store_calibration
+from mmser.trainer import MMSERTrainer
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSERProcessor
 
@@ -210,7 +212,7 @@ def test_calibration_is_stored_in_the_checkpoint(run, checkpoint, tmp_path):
     before = safetensors.torch.load_file(copy / "model.safetensors")
     report = run(checkpoint=copy, calibrate=True, output_dir=None)
     fitted = report["fitted_calibration"]
-    assert fitted["split"] == "validation" and fitted["stored_in"] == str(copy)
+    assert fitted["split"] == "validation" and fitted["stored_in"] == str(copy) and fitted["changed"] is True
     assert fitted["nll_after"] <= fitted["nll_before"] + 1e-9
     assert {path.name for path in copy.iterdir()} == {*files, "evaluation"}  # and no temporary file
     assert {path.name for path in (copy / "evaluation").iterdir()} == {"report.md", "report.json"}
@@ -237,6 +239,20 @@ def test_the_code_of_the_checkpoint_is_replaced_with_the_calibration(run, checkp
     run(checkpoint=copy, calibrate=True, output_dir=tmp_path / "out")
     for name in names:
         assert (copy / name).read_text() == (Path(eval_hf.__file__).parent / name).read_text()
+
+
+def test_a_calibration_that_changes_nothing_says_so_and_writes_nothing(run, checkpoint, tmp_path, caplog, monkeypatch):
+    copy = tmp_path / "tiny"
+    shutil.copytree(checkpoint, copy)
+    before = digests(copy)
+    monkeypatch.setattr(MMSERTrainer, "calibrate", lambda *args: {"temperature": 1.0})
+    with caplog.at_level(python_logging.INFO):
+        report = run(checkpoint=copy, calibrate=True, output_dir=tmp_path / "out")
+    assert report["fitted_calibration"]["changed"] is False and digests(copy) == before
+    assert f"Calibrating changed nothing: {copy} is as it was" in caplog.text
+    assert "The calibrated checkpoint is in" not in caplog.text
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Fitting it in this run, on the validation split, changed nothing." in text and "stored in" not in text
 
 
 @pytest.mark.parametrize("step", ["measure", "try_augmentation"])
@@ -386,6 +402,8 @@ def test_errors_come_before_the_model_runs(run, corpus, checkpoint, tmp_path, mo
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "wav2vec2"}')
     error_of(r"other is not an MMSER checkpoint: it has model type 'wav2vec2'", checkpoint=other)
+    (other / "config.json").write_text('{"model_type": "mmser-onnx"}')
+    error_of("other is an export.*: give --checkpoint the checkpoint that it was made from", checkpoint=other)
     error_of("give exactly one source of data", data_dir=None)
     error_of("has no validation split .--split.; it has: train", data_dir=corpus / "test", split="validation")
     error_of("has no validation split .--calibration_split.; it has: all", data_dir=corpus / "test", calibrate=True)

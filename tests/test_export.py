@@ -434,3 +434,9 @@ def test_the_pipeline_alone_says_where_its_processor_is(monkeypatch, tmp_path):
     monkeypatch.setattr(MMSERPipeline, "processor_class", None)
     with pytest.raises(ImportError, match="from `mmser` or `processing_mmser`"):
         MMSERPipeline.from_onnx(tmp_path)
+
+
+def test_a_pytorch_checkpoint_is_not_taken_for_an_export(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a PyTorch checkpoint.*pipeline\(\"audio-classification\", model="):
+        MMSERPipeline.from_onnx(tmp_path)

@@ -234,7 +234,9 @@ def test_the_verdict_follows_the_numbers():
     report["rows"]["linear_probe"]["weighted_f1"] = 0.5
     report["calibration"]["after"]["mean_confidence"] = 0.69
     right, score, _ = verdict(report)
-    assert right.endswith("No other row does better.") and "do not show that the scores are too high or too low" in score
+    assert (
+        right.endswith("No other row does better.") and "do not show that the scores are too high or too low" in score
+    )
     report["calibration"]["after"]["mean_confidence"] = 0.5
     assert "The model is too modest" in verdict(report)[1]
     report["open_set"] = {"noise": {"openmax": {"auroc": 0.7}, "energy": {"auroc": 0.9}}}
