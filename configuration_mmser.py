@@ -105,6 +105,16 @@ def check_names(given: Iterable[str], known: Iterable[str], kind: str) -> None:
             raise TypeError(f"`{name}` is no {kind}: {hint}")
 
 
+def check_labels(id2label: dict) -> None:
+    """Raise `ValueError` unless the ids are 0, 1, ... without a gap and no name is there twice."""
+    ids, names = sorted(int(i) for i in id2label), list(id2label.values())
+    if ids != list(range(len(ids))):
+        raise ValueError(f"The ids of `id2label` must be 0 to {len(ids) - 1} without a gap, got {ids}.")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"`id2label` has the name {name!r} twice: give each class a name of its own.")
+
+
 def _field_names(config_class: Any) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config_class)}
 
@@ -288,11 +298,7 @@ class MMSERConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
             raise ValueError("`supervised_contrastive_temperature` cannot be set any more: it is 0.1.")
-        own = sorted(_field_names(type(self)) - _field_names(PreTrainedConfig))
-        for name in kwargs:
-            # Transformers keeps any name, and a checkpoint may hold fields of another version: no reason to refuse it
-            if nearest := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
-                logger.warning_once(f"`{name}` is no field of MMSERConfig: did you mean `{nearest[0]}`?")
+        self._warn_of_misspelt(kwargs)
         if self.label2id is not None:
             self.label2id = {label: int(i) for label, i in self.label2id.items()}
         if self.id2label is None and self.label2id is not None:
@@ -302,6 +308,8 @@ class MMSERConfig(PreTrainedConfig):
             self.label2id = {label: i for i, label in self.id2label.items()}
         elif self.id2label is not None and self.label2id is None:
             self.label2id = {label: int(i) for i, label in self.id2label.items()}
+        if self.id2label is not None and self.transformers_version is None:  # else saved: old checkpoints must load
+            check_labels(self.id2label)
         self._complete_encoders()
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
@@ -310,6 +318,15 @@ class MMSERConfig(PreTrainedConfig):
         for name in ("layerdrop", "encoder_layerdrop"):
             if getattr(self.audio_config, name, 0.0):
                 setattr(self.audio_config, name, 0.0)
+
+    @classmethod
+    def _warn_of_misspelt(cls, names: Iterable[str]) -> None:
+        """Transformers takes any name, and a checkpoint may hold fields of another version: no reason to refuse it."""
+        own = sorted(_field_names(cls) - _field_names(PreTrainedConfig))
+        for name in names:
+            nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+            if nearest and name not in own:
+                logger.warning_once(f"`{name}` is no field of MMSERConfig: did you mean `{nearest[0]}`?")
 
     def _complete_encoders(self) -> None:
         """None means the default encoder; the encoder of a modality that the model does not take stays None."""
@@ -326,10 +343,12 @@ class MMSERConfig(PreTrainedConfig):
         As always; new labels may have strings as ids and need no `label2id`. With another number of labels than it was
         saved with, a checkpoint's class counts are dropped. For `openmax_threshold` see `format_version`.
         """
+        cls._warn_of_misspelt(kwargs)
         if "format_version" not in config_dict and config_dict.get("openmax_threshold") == DEFAULT_REJECTION:
             config_dict = {**config_dict, "openmax_threshold": "fitted"}
         if kwargs.get("id2label"):
             kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
+            check_labels(kwargs["id2label"])
             kwargs.setdefault("label2id", {label: i for i, label in kwargs["id2label"].items()})
         num_labels = len(kwargs["id2label"]) if kwargs.get("id2label") else kwargs.get("num_labels")
         if num_labels not in (None, len(config_dict.get("class_counts") or ())):
@@ -354,6 +373,7 @@ class MMSERConfig(PreTrainedConfig):
     @property
     def rejection_probability(self) -> float | None:
         """Otherwise, the probability of "unknown" above which a clip is rejected; None rejects nothing."""
+        self._check_values(("openmax_threshold",))  # it may have been set after the configuration was made
         threshold = self.openmax_threshold
         return DEFAULT_REJECTION if threshold == "fitted" else cast(float | None, threshold)
 
@@ -374,13 +394,17 @@ class MMSERConfig(PreTrainedConfig):
             return "input_ids"
         return "input_features" if self.uses_log_mel else "input_values"
 
+    def _check_values(self, only: tuple[str, ...] | None = None) -> None:
+        """Raise `ValueError` for a value that `CHECKS` forbids; `only` is one of its groups of names."""
+        for names, is_allowed, allowed in CHECKS:
+            for name in names if only in (None, names) else ():
+                if not is_allowed(getattr(self, name)):
+                    raise ValueError(f"`{name}` must be {allowed}, got {getattr(self, name)!r}.")
+
     def validate_architecture(self):
         """Raise `ValueError` for values that cannot make a network (part of the `@strict` validation)."""
         super().validate_architecture()
-        for names, is_allowed, allowed in CHECKS:
-            for name in names:
-                if not is_allowed(getattr(self, name)):
-                    raise ValueError(f"`{name}` must be {allowed}, got {getattr(self, name)!r}.")
+        self._check_values()
         if self.cross_attention_hidden_size % self.cross_attention_heads:
             raise ValueError(
                 f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "

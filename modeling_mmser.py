@@ -878,6 +878,9 @@ class MMSERModel(MMSERPreTrainedModel):
             audio_hidden, audio_mask = self._nothing(text_hidden, self.missing_audio)
         if text_hidden is None:
             text_hidden, text_mask = self._nothing(audio_hidden, self.missing_text)
+        is_recorded = torch.compiler.is_compiling() or is_tracing(audio_hidden)
+        if not is_recorded and len(audio_hidden) != len(text_hidden):  # one row would be broadcast
+            raise ValueError(f"The audio has {len(audio_hidden)} rows, but the text has {len(text_hidden)}.")
         audio_hidden, audio_mask, has_audio = self.missing_audio(audio_hidden, audio_mask)
         text_hidden, text_mask, has_text = self.missing_text(text_hidden, text_mask)
         audio_attended = self.audio_attention(audio_hidden, text_hidden, text_mask)
@@ -978,6 +981,7 @@ class MMSERModel(MMSERPreTrainedModel):
         the encoder's output."""
         encoder = self._encoder("audio")
         audio = audio.to(self.dtype)
+        _check_mask(attention_mask, (audio.shape[0], audio.shape[-1]), "attention_mask")
         if attention_mask is None:
             attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
         mask = attention_mask.bool()
@@ -1100,6 +1104,7 @@ class MMSERModel(MMSERPreTrainedModel):
     ) -> tuple[Tensor, Tensor, BaseModelOutput]:
         """Return states [B, L, D], their bool mask [B, L] (rows without text all False), and the encoder's output."""
         encoder = self._encoder("text")
+        _check_mask(attention_mask, input_ids.shape, "text_attention_mask")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.text_encoder)):
             output = encoder(
@@ -1129,6 +1134,16 @@ def _is_known_to_be_full(mask: Tensor) -> bool:
     compiled graph. The stock first convolution then saves 2 % of a forward pass of wav2vec2-base on a CPU.
     """
     return mask.device.type == "cpu" and not is_tracing(mask) and bool(mask.all())
+
+
+def _check_mask(attention_mask: Tensor | None, shape: Iterable[int], name: str) -> None:
+    """Refuse a mask of another shape than its input. A graph that is being recorded has no fixed shapes to compare."""
+    if attention_mask is None or torch.compiler.is_compiling() or is_tracing(attention_mask):
+        return
+    if tuple(attention_mask.shape) != tuple(shape):
+        raise ValueError(
+            f"`{name}` must have the shape {tuple(shape)} of its input, got {tuple(attention_mask.shape)}."
+        )
 
 
 def _as_mask(attention_mask: Tensor | None, states: Tensor, name: str) -> Tensor:
@@ -1222,7 +1237,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
         loss = losses = anchor_loss = None  # a scalar among the outputs breaks the batches of stock pipelines
         if labels is not None:
-            labels = self._checked(labels).to(device)
+            labels = self._checked(labels, len(raw_logits)).to(device)
             anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
             if self.config.anchor_loss_weight:
                 anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
@@ -1266,8 +1281,14 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
                 open_set["is_unknown"] = self.openmax.reject(score, probabilities, predictions, threshold, use_fitted)
         return open_set
 
-    def _checked(self, labels: Any) -> Any:
+    def _checked(self, labels: Any, batch_size: int) -> Any:
         num_labels = self.config.num_labels
+        is_tensor = isinstance(labels, Tensor)
+        if not is_tensor or labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (batch_size,):
+            got = f"{labels.dtype} of shape {tuple(labels.shape)}" if is_tensor else type(labels).__name__
+            raise ValueError(
+                f"`labels` must be a tensor of whole numbers of shape ({batch_size},), class ids, got {got}."
+            )
         # Reading labels on another device would wait for the device, and would break a compiled graph. There the loss
         # itself fails on a bad label
         looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -727,7 +727,9 @@ class AudioClassificationTask:
             return MMSERPipeline.processor_class(feature_extractor, tokenizer)
         name = processor or getattr(model, "name_or_path", None)
         if not name:
-            raise ValueError("`processor` is needed: the model was not loaded from a folder that has one")
+            raise ValueError(
+                "`processor` is needed: the model was not loaded from a folder that has one; pass `processor=`"
+            )
         return MMSERPipeline.processor_class.from_pretrained(name)
 
     @classmethod

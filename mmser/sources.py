@@ -6,6 +6,7 @@ then a reader for each kind of source: `read_table`, `read_folder`, `read_class_
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -33,7 +34,7 @@ ALTERNATIVE_COLUMNS = {  # other usual names, looked for where a default name is
     "text": ("text", "transcript", "sentence"),
     "speaker": (
         *("speaker_id", "speaker_name", "spk", "spk_id", "spkr", "talker", "talker_id", "actor", "actor_id"),
-        *("client_id", "subject", "subject_id", "participant", "participant_id"),
+        *("client_id", "subject", "subject_id", "participant", "participant_id", "person", "person_id", "sid"),
     ),
     "sex": ("gender",),
 }
@@ -43,8 +44,8 @@ ALTERNATIVE_COLUMNS = {  # other usual names, looked for where a default name is
 class DataColumns:
     """Names of the columns to read; the flag for each is `--<field>_column`. None switches an optional one off.
 
-    A default that is missing from the data is looked for under its other usual names (`ALTERNATIVE_COLUMNS`), in upper
-    or lower case; a name that was chosen by the user must exist.
+    A default that is missing from the data is looked for under its other usual names (`ALTERNATIVE_COLUMNS`), however
+    they are spelt (case, spaces, hyphens, underscores); a name that was chosen by the user must exist.
     """
 
     audio: str | None = "file_name"
@@ -108,14 +109,19 @@ def _string(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
+def _folded(column: str) -> str:
+    """A name of a column without case, spaces, hyphens and underscores: "Speaker ID" is "speaker_id"."""
+    return re.sub(r"[\s_-]", "", column.casefold())
+
+
 def find_column(role: str, name: str | None, available: Sequence[str]) -> str | None:
     """The available column for a field of `DataColumns`: `name` or, if that is the default, another usual name."""
     if name != DataColumns.__dataclass_fields__[role].default:
         return name if name in available else None
-    by_case = {column.casefold(): column for column in reversed(available)}  # of two, the first one
+    by_spelling = {_folded(column): column for column in reversed(available)}  # of two, the first one
     names = (str(name), *ALTERNATIVE_COLUMNS.get(role, ()))
     exact = next((candidate for candidate in names if candidate in available), None)
-    found = exact or next((by_case[candidate] for candidate in names if candidate in by_case), None)
+    found = exact or next((by_spelling[_folded(other)] for other in names if _folded(other) in by_spelling), None)
     if role == "speaker" and found not in (None, name):
         logger.info(f"The speakers are in the column {found!r}")
     return found

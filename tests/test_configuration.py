@@ -215,6 +215,43 @@ def test_a_misspelt_field_is_warned_of_and_fields_of_other_versions_are_not(monk
     assert len(messages) == 2
 
 
+def test_a_misspelt_field_is_warned_of_when_a_checkpoint_is_loaded(monkeypatch, tmp_path):
+    messages = []
+    monkeypatch.setattr(configuration_mmser.logger, "warning_once", messages.append)
+    tiny_config().save_pretrained(tmp_path)
+    MMSERConfig.from_pretrained(tmp_path, openmax_threshold=0.2, num_labels=4)
+    assert not messages
+    MMSERConfig.from_pretrained(tmp_path, openmax_treshold=0.2)
+    assert messages == ["`openmax_treshold` is no field of MMSERConfig: did you mean `openmax_threshold`?"]
+
+
+@pytest.mark.parametrize("value", ["fited", 1.5, -0.1])
+def test_a_bad_threshold_that_was_set_later_is_refused_where_it_is_read(value):
+    config = tiny_config()
+    config.openmax_threshold = value
+    with pytest.raises(ValueError, match='`openmax_threshold` must be "fitted", None or in'):
+        config.rejection_probability  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"0": "calm", "2": "loud"}, r"ids of `id2label` must be 0 to 1 .* got \[0, 2\]"),
+        ({1: "calm", 2: "loud"}, r"ids of `id2label` must be 0 to 1 .* got \[1, 2\]"),
+        ({0: "calm", 1: "loud", 2: "calm"}, r"`id2label` has the name 'calm' twice"),
+    ],
+)
+def test_labels_with_gaps_or_names_twice_are_refused(labels, message, tmp_path):
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        MMSERConfig(id2label=labels)
+    with pytest.raises(ValueError, match=message):
+        MMSERConfig.from_pretrained(tmp_path, id2label=labels)
+    old = config.to_dict() | {"id2label": {str(i): label for i, label in labels.items()}, "label2id": None}
+    assert MMSERConfig.from_dict(old).num_labels == len(labels)  # what was saved with them loads as it did
+
+
 def test_names_of_fields_can_be_checked():
     MMSERConfig.check_fields(["feature_size", "num_labels", "id2label", "label2id", "problem_type"])
     with pytest.raises(TypeError, match="`feature_sise` is no field of MMSERConfig: did you mean `feature_size`"):

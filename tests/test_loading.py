@@ -379,6 +379,15 @@ def test_a_split_without_a_table_is_named(folder, log):
 # -------------------------------------------------------------------------------------------- columns for groups
 
 
+@pytest.mark.parametrize("name", ["SpeakerID", "Speaker ID", "speaker-id", "person", "sid", "Client Id"])
+def test_speakers_are_found_however_their_column_is_spelt(tmp_path, name):
+    rows = [{**row, name: row["speaker"]} for row in clips(tmp_path)]
+    for row in rows:
+        del row["speaker"]
+    write_table(tmp_path / "list.csv", rows)
+    assert load_emotion_split(tmp_path / "list.csv")["speaker"][:] == ["s0", "s1", "s2", "s3"]
+
+
 @pytest.mark.parametrize("name", ["sex", "gender"])
 @pytest.mark.parametrize("as_manifest", [False, True])
 def test_sex_is_kept_as_it_was_written(tmp_path, name, as_manifest):

@@ -328,6 +328,18 @@ def test_each_output_without_labels_has_a_row_for_each_clip(model, batch):
         ({"input_values": torch.zeros(4, 399), "attention_mask": None}, "too short for one frame"),
         ({"labels": torch.tensor([0, 1, 4, 0])}, r"`labels` must be in \[0, 3\], got \[0, 1, 4, 0\]"),
         ({"labels": torch.tensor([0, -1, 2, 0])}, r"`labels` must be in \[0, 3\]"),
+        ({"labels": torch.zeros(4)}, r"`labels` must be a tensor of whole numbers .* torch.float32"),
+        ({"labels": torch.zeros(4, dtype=torch.bool)}, r"`labels` must be a tensor of whole numbers .* torch.bool"),
+        ({"labels": torch.eye(4, dtype=torch.long)}, r"shape \(4,\).*got .*\(4, 4\)"),
+        ({"labels": torch.zeros(1, dtype=torch.long)}, r"shape \(4,\).*got .*\(1,\)"),
+        ({"labels": [0, 1, 2, 3]}, r"`labels` must be a tensor .* got list"),
+        ({"attention_mask": torch.ones(4, 2600)}, r"`attention_mask` must have the shape \(4, 3000\).*\(4, 2600\)"),
+        ({"attention_mask": torch.ones(1, 3000)}, r"`attention_mask` must have the shape \(4, 3000\).*\(1, 3000\)"),
+        ({"text_attention_mask": torch.ones(4, 1)}, r"`text_attention_mask` must have the shape \(4, \d+\).*\(4, 1\)"),
+        (
+            {"input_ids": torch.full((1, 3), 7), "text_attention_mask": None},
+            "audio has 4 rows, but the text has 1",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_its_reason(model, batch, change, message):
