@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 DEFAULT_REJECTION = 0.3  # a larger probability of "unknown" rejects a clip, unless a threshold is set or fitted
 MODALITIES = ("audio", "text")
+POOLINGS = ("mean", "statistics", "attentive_statistics", "bounded_attentive_statistics")
 
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
@@ -37,7 +38,8 @@ PADDING_DEPENDENT = {
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         (
-            *("cross_attention_hidden_size", "cross_attention_heads", "pooling_hidden_size", "fusion_hidden_size"),
+            *("cross_attention_hidden_size", "cross_attention_heads", "pooling_hidden_size", "pooling_score_limit"),
+            *("fusion_hidden_size",),
             *("classifier_hidden_size", "classifier_bottleneck", "classifier_checkpoint_interval", "feature_size"),
             *("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class"),
             *("openmax_alpha", "openmax_centroids_per_class", "distillation_temperature", "format_version"),
@@ -72,6 +74,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "['audio', 'text'], ['audio'] or ['text']",
     ),
     (("untrained_modalities",), ([], ["audio"], ["text"]).__contains__, "[], ['audio'] or ['text']"),
+    (("pooling_type",), POOLINGS.__contains__, f"one of {', '.join(POOLINGS)}"),
     (("fusion_norm",), ("standardization", "layer_norm").__contains__, "one of standardization, layer_norm"),
     (("openmax_distance",), ("centroid", "anchor").__contains__, "one of centroid, anchor"),
     (("openmax_level",), ("probability", "activation").__contains__, "one of probability, activation"),
@@ -166,7 +169,11 @@ class MMSERConfig(PreTrainedConfig):
             Shared width, head count and dropout probability of the two cross-modal attentions.
         cross_attention_layer_norm (`bool`): normalise each state after it, as published. Encoders that start at random
             need it; behind pretrained ones it takes away how strong a state is, which tells emotions apart.
-        pooling_hidden_size (`int`): width of the attention scorer in the statistics pooling.
+        pooling_type (`str`): how states over time become one vector. "attentive_statistics", as published, takes their
+            mean and deviation weighted by attention; "statistics" weighs all alike; "mean" leaves the deviation out.
+            "bounded_attentive_statistics" starts as "statistics" and stays near it: see `pooling_score_limit`.
+        pooling_hidden_size (`int`): width of the attention scorer in the attentive statistics.
+        pooling_score_limit (`float`): the scores of "bounded_attentive_statistics" stay within plus and minus this.
         fusion_hidden_size (`int`), fusion_dropout (`float`): width and dropout of the gated fusion.
         fusion_norm (`str`): what the pooled vectors pass before the gated fusion: "standardization", by mean and
             deviation over training clips (`MMSERModel.fit_standardization`), or "layer_norm", as published.
@@ -252,7 +259,9 @@ class MMSERConfig(PreTrainedConfig):
     cross_attention_heads: int = 8
     cross_attention_dropout: float | int = 0.1
     cross_attention_layer_norm: bool = True
+    pooling_type: str = "attentive_statistics"
     pooling_hidden_size: int = 128
+    pooling_score_limit: float | int = 1.0
     fusion_hidden_size: int = 512
     fusion_dropout: float | int = 0.1
     fusion_norm: str = "standardization"

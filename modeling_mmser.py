@@ -122,31 +122,69 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-# Parameters of `MMSERModel`. Those of a modality start at zero, get no gradient from a clip that lacks it (it has
-# a gate of 0 in the fusion) and no weight decay: they are zero until a training example has had the modality
+# Parameters of `MMSERModel`; a model has those that its parts have. Those of a modality start at zero, get no gradient
+# from a clip that lacks it (it has a gate of 0 in the fusion) and no weight decay: they are zero until a training
+# example has had the modality
 MODALITY_BIASES = ("fusion.{}.bias", "{}_pooling.hidden.bias")
 
 
-class AttentiveStatsPooling(nn.Module):
-    """Attention-weighted mean and standard deviation over time (Okabe et al. 2018, eqs. 3-6)."""
+class StatisticsPooling(nn.Module):
+    """Mean and, unless `deviation` is False, standard deviation over time."""
 
-    def __init__(self, input_size: int, hidden_size: int):
+    def __init__(self, input_size: int, deviation: bool = True):
         super().__init__()
-        self.hidden = nn.Linear(input_size, hidden_size)
-        self.score = nn.Linear(hidden_size, 1, bias=False)  # a bias cancels out in the softmax
+        self.deviation = deviation
+        self.output_size = input_size * (1 + deviation)
+
+    def weights(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """How much each position counts, float32 [B, T]: 0 where it is not valid; the sum of a row is 1, or 0."""
+        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1).float()
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Pool states [B, T, D] over the valid positions of `mask`, bool [B, T], to [B, 2 D]; no valid one gives 0."""
-        scores = self.score(torch.tanh(self.hidden(hidden_states)))[..., 0].float()
-        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
-        weights = (F.softmax(scores, dim=-1) * mask).unsqueeze(-1)  # (B, T, 1)
+        """Pool states [B, T, D] over the valid positions of `mask`, bool [B, T], to [B, output_size]; no valid one
+        gives 0."""
+        weights = self.weights(hidden_states, mask).unsqueeze(-1)  # (B, T, 1)
         states = hidden_states.float()
         mean = (weights * states).sum(dim=1)
+        if not self.deviation:
+            return mean.to(hidden_states.dtype)
         # The derivative of the variance by the mean is 0: no gradient need pass through the mean
         variance = (weights * (states - mean[:, None].detach()).square()).sum(dim=1)
         # The derivative of a square root is infinite at 0, and a single valid position has variance 0
         deviation = torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
         return torch.cat([mean, deviation], dim=-1).to(hidden_states.dtype)
+
+
+class AttentiveStatsPooling(StatisticsPooling):
+    """
+    Attention-weighted mean and standard deviation over time (Okabe et al. 2018, eqs. 3-6), [B, 2 D].
+
+    With a `score_limit` it starts as plain statistics and stays near them: the scores start at zero, and
+    `limit * tanh(score / limit)` keeps them within the limit, so that no position ever counts more than
+    `exp(2 * limit)` times as much as another.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, score_limit: float | None = None):
+        super().__init__(input_size)
+        self.hidden = nn.Linear(input_size, hidden_size)
+        # A bias cancels out in the softmax
+        self.score = (nn.Linear if score_limit is None else ZeroLinear)(hidden_size, 1, bias=False)
+        self.score_limit = score_limit
+
+    def weights(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """As for `StatisticsPooling`, by attention."""
+        scores = self.score(torch.tanh(self.hidden(hidden_states)))[..., 0].float()
+        if self.score_limit is not None:
+            scores = self.score_limit * torch.tanh(scores / self.score_limit)
+        return F.softmax(scores.masked_fill(~mask, torch.finfo(torch.float32).min), dim=-1) * mask
+
+
+def build_pooling(config: MMSERConfig, input_size: int) -> StatisticsPooling:
+    """The pooling of `config.pooling_type` for states of a width."""
+    if config.pooling_type in ("mean", "statistics"):
+        return StatisticsPooling(input_size, deviation=config.pooling_type == "statistics")
+    limit = config.pooling_score_limit if config.pooling_type == "bounded_attentive_statistics" else None
+    return AttentiveStatsPooling(input_size, config.pooling_hidden_size, limit)
 
 
 class ResidualBlock(nn.Module):
@@ -370,7 +408,14 @@ class MMSERPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Blocks that add up what several of their layers give: `device_map="auto"` keeps each on one device
     _no_split_modules = (  # type: ignore[assignment]  # typed as a list; a tuple cannot be changed
-        *("Standardization", "CrossModalAttention", "AttentiveStatsPooling", "FusionLayer", "SoleModality"),
+        *(
+            "Standardization",
+            "CrossModalAttention",
+            "StatisticsPooling",
+            "AttentiveStatsPooling",
+            "FusionLayer",
+            "SoleModality",
+        ),
         *("ResidualBlock", "ClassAnchorClustering", "UncertaintyHead", "PrototypeMemory", "OpenMax"),
     )
 
@@ -542,9 +587,13 @@ class MMSERPreTrainedModel(PreTrainedModel):
         base_model = cast(Any, self.base_model)
         weights: Any = base_model.state_dict() if state_dict is None else state_dict
         prefix = f"{self.base_model_prefix}." if state_dict is not None and base_model is not self else ""
-        names = {name: [prefix + bias.format(name) for bias in MODALITY_BIASES] for name in MODALITIES}
+        parameters = {name for name, _ in base_model.named_parameters()}
+        names = {
+            name: [prefix + bias.format(name) for bias in MODALITY_BIASES if bias.format(name) in parameters]
+            for name in MODALITIES
+        }
         found = [weights.get(bias) for biases in names.values() for bias in biases]
-        if any(bias is None or bias.is_meta or not bias.numel() for bias in found):
+        if not all(names.values()) or any(bias is None or bias.is_meta or not bias.numel() for bias in found):
             return
         trained = [name for name, biases in names.items() if any(bool(weights[bias].any()) for bias in biases)]
         self.config.untrained_modalities = [name for name in MODALITIES if name not in trained] if trained else []
@@ -603,15 +652,16 @@ class MMSERModel(MMSERPreTrainedModel):
             self.missing_text = MissingModality(text_size)
             self.audio_attention = CrossModalAttention(config, audio_size, text_size)
             self.text_attention = CrossModalAttention(config, text_size, audio_size)
-            self.audio_pooling = AttentiveStatsPooling(audio_size, config.pooling_hidden_size)
-            self.text_pooling = AttentiveStatsPooling(text_size, config.pooling_hidden_size)
-            self.fusion = FusionLayer(config, 2 * audio_size, 2 * text_size)
+            self.audio_pooling = build_pooling(config, audio_size)
+            self.text_pooling = build_pooling(config, text_size)
+            self.fusion = FusionLayer(config, self.audio_pooling.output_size, self.text_pooling.output_size)
         else:
             ((name, size),) = sizes.items()
             # In place of the one after the attention, which encoders that start at random need
             self.layer_norm = nn.LayerNorm(size) if config.cross_attention_layer_norm else nn.Identity()
-            setattr(self, f"{name}_pooling", AttentiveStatsPooling(size, config.pooling_hidden_size))
-            self.fusion = SoleModality(config, 2 * size)
+            pooling = build_pooling(config, size)
+            setattr(self, f"{name}_pooling", pooling)
+            self.fusion = SoleModality(config, pooling.output_size)
         if self.audio_encoder is not None:  # the library splits none of those for waveforms
             self._no_split_modules = (*self._no_split_modules, type(self.audio_encoder).__name__)  # type: ignore[assignment]
         self.post_init()

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from modeling_mmser import (
     DeepClassifier,
     MMSERForAudioClassification,
     MMSERModel,
+    StatisticsPooling,
     UncertaintyHead,
     WeightedLayerSum,
     weighted_layer_sum,
@@ -620,6 +622,75 @@ def test_statistics_pooling_against_a_loop():
         mean = sum(weight * x for weight, x in zip(weights, valid, strict=True))
         variance = sum(weight * (x - mean) ** 2 for weight, x in zip(weights, valid, strict=True))
         torch.testing.assert_close(pooled[row].double(), torch.cat([mean, variance.sqrt()]), rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("deviation", [True, False])
+def test_plain_pooling_against_numpy(deviation):
+    torch.manual_seed(0)
+    states, lengths = torch.randn(4, 6, 5), [6, 3, 1, 0]
+    pooled = StatisticsPooling(5, deviation)(states, torch.arange(6) < torch.tensor(lengths)[:, None])
+    assert pooled.shape == (4, 10 if deviation else 5) and (pooled[3] == 0).all()
+    for row, length in enumerate(lengths[:3]):
+        valid = states[row, :length].double().numpy()
+        expected = np.concatenate([valid.mean(axis=0), valid.std(axis=0)] if deviation else [valid.mean(axis=0)])
+        np.testing.assert_allclose(pooled[row], expected, atol=1e-6)
+
+
+def test_bounded_pooling_starts_as_plain_statistics_and_stays_near_them():
+    torch.manual_seed(0)
+    config = tiny_config(pooling_type="bounded_attentive_statistics", pooling_score_limit=0.5)
+    pooling = MMSERForAudioClassification(config).mmser.audio_pooling
+    size = pooling.hidden.in_features
+    states, mask = torch.randn(3, 8, size), torch.arange(8) < torch.tensor([[8], [5], [1]])
+    torch.testing.assert_close(pooling(states, mask), StatisticsPooling(size)(states, mask))
+    pooling(states, mask).square().sum().backward()
+    assert pooling.score.weight.grad.abs().max() > 0  # it can learn from there
+    with torch.no_grad():
+        pooling.score.weight.normal_(std=100)
+        weights = pooling.weights(states, mask)
+        for row, length in enumerate((8, 5, 1)):
+            valid = weights[row, :length]
+            torch.testing.assert_close(valid.sum(), torch.tensor(1.0))
+            assert valid.max() / valid.min() <= math.exp(2 * 0.5) * (1 + 1e-5) and (weights[row, length:] == 0).all()
+        assert weights[0].max() / weights[0].min() > math.exp(0.9)
+
+
+@pytest.mark.parametrize("pooling_type", ["mean", "statistics", "bounded_attentive_statistics"])
+def test_every_pooling_trains_saves_and_does_not_depend_on_padding(pooling_type, tmp_path):
+    model = tiny_model(pooling_type=pooling_type)
+    batch = tiny_batch(model, [3000, 2100, 2500, 0], TEXT_LENGTHS)
+    model.train()(**batch, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    learns = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    assert {"mmser.fusion.audio.weight", "mmser.fusion.text.weight"} <= set(learns)
+    assert ("mmser.audio_pooling.score.weight" in learns) == (pooling_type == "bounded_attentive_statistics")
+    model.eval().save_pretrained(tmp_path)
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config.untrained_modalities == []
+    with torch.no_grad():
+        together = model(**batch).logits
+        assert difference(loaded(**batch).logits, together) <= 1e-6
+        for row in range(4):
+            assert difference(model(**alone(batch, row)).logits[0], together[row]) <= 1e-4
+    assert together.std(dim=0).mean() > 0.1
+
+
+@pytest.mark.parametrize("pooling_type", ["statistics", "bounded_attentive_statistics"])
+def test_a_model_of_one_modality_takes_every_pooling(pooling_type):
+    parts = {"audio_config": AUDIO_CONFIGS["wav2vec2"], "pooling_hidden_size": 8, "fusion_hidden_size": 16}
+    config = MMSERConfig(**parts, modalities=["audio"], pooling_type=pooling_type, classifier_num_layers=1)
+    model = MMSERForAudioClassification(config).eval()
+    batch = tiny_batch(model, [3000, 2100], [1, 1])
+    assert model(**{name: batch[name] for name in ("input_values", "attention_mask")}).logits.shape == (2, 4)
+
+
+def test_a_checkpoint_with_plain_pooling_knows_its_untrained_modality(tmp_path):
+    torch.manual_seed(0)
+    model = MMSERForAudioClassification(tiny_config(pooling_type="statistics"))
+    with torch.no_grad():
+        model.mmser.fusion.audio.bias.fill_(0.1)
+    model.save_pretrained(tmp_path)
+    assert MMSERConfig.from_pretrained(tmp_path).untrained_modalities == ["text"]
 
 
 def test_gradients_of_statistics_pooling():
