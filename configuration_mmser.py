@@ -43,6 +43,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             *("classifier_hidden_size", "classifier_bottleneck", "classifier_checkpoint_interval", "feature_size"),
             *("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class"),
             *("openmax_alpha", "openmax_centroids_per_class", "distillation_temperature", "format_version"),
+            "fusion_num_layers",
         ),
         lambda value: value > 0,
         "greater than 0",
@@ -75,6 +76,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("untrained_modalities",), ([], ["audio"], ["text"]).__contains__, "[], ['audio'] or ['text']"),
     (("pooling_type",), POOLINGS.__contains__, f"one of {', '.join(POOLINGS)}"),
+    (("fusion_type",), ("gated", "transformer").__contains__, "one of gated, transformer"),
     (("fusion_norm",), ("standardization", "layer_norm").__contains__, "one of standardization, layer_norm"),
     (("openmax_distance",), ("centroid", "anchor").__contains__, "one of centroid, anchor"),
     (("openmax_level",), ("probability", "activation").__contains__, "one of probability, activation"),
@@ -166,7 +168,8 @@ class MMSERConfig(PreTrainedConfig):
         use_weighted_layer_sum (`bool`):
             Learn a softmax-weighted sum of all audio encoder layers instead of taking the last.
         cross_attention_hidden_size, cross_attention_heads, cross_attention_dropout:
-            Shared width, head count and dropout probability of the two cross-modal attentions.
+            Shared width, head count and dropout probability of the two cross-modal attentions, or of the encoder that
+            is in their place (`fusion_type`).
         cross_attention_layer_norm (`bool`): normalise each state after it, as published. Encoders that start at random
             need it; behind pretrained ones it takes away how strong a state is, which tells emotions apart.
         pooling_type (`str`): how states over time become one vector. "attentive_statistics", as published, takes their
@@ -174,8 +177,12 @@ class MMSERConfig(PreTrainedConfig):
             "bounded_attentive_statistics" starts as "statistics" and stays near it: see `pooling_score_limit`.
         pooling_hidden_size (`int`): width of the attention scorer in the attentive statistics.
         pooling_score_limit (`float`): the scores of "bounded_attentive_statistics" stay within plus and minus this.
-        fusion_hidden_size (`int`), fusion_dropout (`float`): width and dropout of the gated fusion.
-        fusion_norm (`str`): what the pooled vectors pass before the gated fusion: "standardization", by mean and
+        fusion_type (`str`): how the modalities are joined: "gated", by attention from each to the other and a gate on
+            the pooled vectors, as published, or "transformer", by a small encoder over both sequences and attention to
+            the pooled vectors. In a model of one modality, that encoder runs over the one sequence.
+        fusion_num_layers (`int`): layers of the encoder of the transformer fusion.
+        fusion_hidden_size (`int`), fusion_dropout (`float`): width and dropout of the fusion.
+        fusion_norm (`str`): what the pooled vectors pass before the fusion: "standardization", by mean and
             deviation over training clips (`MMSERModel.fit_standardization`), or "layer_norm", as published.
         classifier_num_layers (`int`): number of residual blocks, 0 or more.
         classifier_hidden_size, classifier_bottleneck, classifier_dropout:
@@ -262,6 +269,8 @@ class MMSERConfig(PreTrainedConfig):
     pooling_type: str = "attentive_statistics"
     pooling_hidden_size: int = 128
     pooling_score_limit: float | int = 1.0
+    fusion_type: str = "gated"
+    fusion_num_layers: int = 2
     fusion_hidden_size: int = 512
     fusion_dropout: float | int = 0.1
     fusion_norm: str = "standardization"
@@ -418,6 +427,11 @@ class MMSERConfig(PreTrainedConfig):
             raise ValueError(
                 f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "
                 f"`cross_attention_heads` ({self.cross_attention_heads})."
+            )
+        if self.fusion_type == "transformer" and self.fusion_hidden_size % self.cross_attention_heads:
+            raise ValueError(
+                f"`fusion_hidden_size` ({self.fusion_hidden_size}) must be a multiple of `cross_attention_heads` "
+                f"({self.cross_attention_heads}) in the transformer fusion."
             )
         if self.class_counts is not None and len(self.class_counts) != self.num_labels:
             raise ValueError(

@@ -52,8 +52,10 @@ try:
         without_pooler,
     )
     from .fusion_mmser import (
+        AttentionFusion,
         CrossModalAttention,
         FusionLayer,
+        JointEncoder,
         MissingModality,
         SoleModality,
         ZeroLinear,
@@ -99,8 +101,10 @@ except ImportError:
         without_pooler,
     )
     from fusion_mmser import (
+        AttentionFusion,
         CrossModalAttention,
         FusionLayer,
+        JointEncoder,
         MissingModality,
         SoleModality,
         ZeroLinear,
@@ -416,6 +420,7 @@ class MMSERPreTrainedModel(PreTrainedModel):
             "FusionLayer",
             "SoleModality",
         ),
+        *("JointEncoder", "AttentionFusion"),
         *("ResidualBlock", "ClassAnchorClustering", "UncertaintyHead", "PrototypeMemory", "OpenMax"),
     )
 
@@ -463,6 +468,11 @@ class MMSERPreTrainedModel(PreTrainedModel):
             init.ones_(module.scale)
         elif isinstance(module, MissingModality):
             init.normal_(module.embedding, std=0.02)
+        elif isinstance(module, JointEncoder):
+            init.normal_(module.modality_embeddings, std=0.02)
+            init.normal_(module.presence_embeddings, std=0.02)
+        elif isinstance(module, AttentionFusion):
+            init.zeros_(module.queries)
         elif isinstance(module, ClassAnchorClustering):
             init.orthogonal_(module.anchors)
             init.constant_(module.log_temperature, math.log(module.initial_temperature))
@@ -614,7 +624,9 @@ class MMSERModel(MMSERPreTrainedModel):
     """
     Both encoders, cross-modal attention, attentive statistics pooling, gated fusion; ends at the fused vector.
 
-    With one of `config.modalities` the parts of the other are None, and so are those that join the two.
+    With `config.fusion_type` "transformer", a small encoder over both sequences is in place of the cross-modal
+    attention, and attention over the two pooled vectors in place of the gate. With one of `config.modalities` the
+    parts of the other are None, and so are those that join the two.
     """
 
     audio_encoder: Any
@@ -625,6 +637,7 @@ class MMSERModel(MMSERPreTrainedModel):
     missing_text: Any
     audio_attention: Any
     text_attention: Any
+    joint_encoder: Any
     audio_pooling: Any
     text_pooling: Any
     fusion: Any
@@ -635,6 +648,7 @@ class MMSERModel(MMSERPreTrainedModel):
         self.input_modalities = tuple(config.modalities)
         self.audio_encoder = self.text_encoder = self.layer_weights = self.state_norm = None
         self.missing_audio = self.missing_text = self.audio_attention = self.text_attention = None
+        self.joint_encoder = None
         self.audio_pooling = self.text_pooling = None
         sizes = {name: getattr(config, f"{name}_config").hidden_size for name in config.modalities}
         if "audio" in sizes:
@@ -646,19 +660,25 @@ class MMSERModel(MMSERPreTrainedModel):
                 self.layer_weights = nn.Parameter(torch.zeros(config.audio_config.num_hidden_layers + 1))
             num_layers = 1 if self.layer_weights is None else len(self.layer_weights)
             self.state_norm = Standardization(num_layers, sizes["audio"])
+        is_joint = config.fusion_type == "transformer"
+        if is_joint:
+            self.joint_encoder = JointEncoder(config, sizes)
         if len(sizes) > 1:
             audio_size, text_size = sizes.values()
             self.missing_audio = MissingModality(audio_size)
             self.missing_text = MissingModality(text_size)
-            self.audio_attention = CrossModalAttention(config, audio_size, text_size)
-            self.text_attention = CrossModalAttention(config, text_size, audio_size)
+            if not is_joint:
+                self.audio_attention = CrossModalAttention(config, audio_size, text_size)
+                self.text_attention = CrossModalAttention(config, text_size, audio_size)
             self.audio_pooling = build_pooling(config, audio_size)
             self.text_pooling = build_pooling(config, text_size)
-            self.fusion = FusionLayer(config, self.audio_pooling.output_size, self.text_pooling.output_size)
+            fusion = AttentionFusion if is_joint else FusionLayer
+            self.fusion = fusion(config, self.audio_pooling.output_size, self.text_pooling.output_size)
         else:
             ((name, size),) = sizes.items()
             # In place of the one after the attention, which encoders that start at random need
-            self.layer_norm = nn.LayerNorm(size) if config.cross_attention_layer_norm else nn.Identity()
+            has_norm = config.cross_attention_layer_norm and not is_joint
+            self.layer_norm = nn.LayerNorm(size) if has_norm else nn.Identity()
             pooling = build_pooling(config, size)
             setattr(self, f"{name}_pooling", pooling)
             self.fusion = SoleModality(config, pooling.output_size)
@@ -772,11 +792,12 @@ class MMSERModel(MMSERPreTrainedModel):
 
     def _pass_on(self, audio_hidden, audio_mask, text_hidden, text_mask) -> tuple[Any, Any, Tensor, None]:
         """As `_join`, for a model of one modality."""
-        if text_hidden is None:
-            audio_embeds = self.audio_pooling(self.layer_norm(audio_hidden), audio_mask)
-            return audio_embeds, None, self.fusion(audio_embeds), None
-        text_embeds = self.text_pooling(self.layer_norm(text_hidden), text_mask)
-        return None, text_embeds, self.fusion(text_embeds), None
+        (name,) = self.config.modalities
+        hidden, mask = (audio_hidden, audio_mask) if name == "audio" else (text_hidden, text_mask)
+        if self.joint_encoder is not None:
+            (hidden,) = self.joint_encoder({name: hidden}, {name: mask}, {name: mask.any(dim=1)})
+        embeds = getattr(self, f"{name}_pooling")(self.layer_norm(hidden), mask)
+        return *((embeds, None) if name == "audio" else (None, embeds)), self.fusion(embeds), None
 
     def _join(self, audio_hidden, audio_mask, text_hidden, text_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """States [B, T, D] and masks [B, T], None for what is not given -> pooled audio, pooled text, fused, gate."""
@@ -789,8 +810,12 @@ class MMSERModel(MMSERPreTrainedModel):
             raise ValueError(f"The audio has {len(audio_hidden)} rows, but the text has {len(text_hidden)}.")
         audio_hidden, audio_mask, has_audio = self.missing_audio(audio_hidden, audio_mask)
         text_hidden, text_mask, has_text = self.missing_text(text_hidden, text_mask)
-        audio_attended = self.audio_attention(audio_hidden, text_hidden, text_mask)
-        text_attended = self.text_attention(text_hidden, audio_hidden, audio_mask)
+        if self.joint_encoder is None:
+            audio_attended = self.audio_attention(audio_hidden, text_hidden, text_mask)
+            text_attended = self.text_attention(text_hidden, audio_hidden, audio_mask)
+        else:
+            states, masks = {"audio": audio_hidden, "text": text_hidden}, {"audio": audio_mask, "text": text_mask}
+            audio_attended, text_attended = self.joint_encoder(states, masks, {"audio": has_audio, "text": has_text})
         audio_embeds = self.audio_pooling(audio_attended, audio_mask)  # (B, 2 D)
         text_embeds = self.text_pooling(text_attended, text_mask)
         return audio_embeds, text_embeds, *self.fusion(audio_embeds, text_embeds, has_audio, has_text)

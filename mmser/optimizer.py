@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the names of the groups are also those of a flag, and `--he
 PARAMETER_GROUPS = {
     "audio_encoder": (("mmser.audio_encoder.",), 0.1, 0.025),
     "text_encoder": (("mmser.text_encoder.",), 0.1, 0.025),
-    "cross_modal_attention": (("mmser.audio_attention.", "mmser.text_attention."), 1.0, 0.05),
+    "cross_modal_attention": (("mmser.audio_attention.", "mmser.text_attention.", "mmser.joint_encoder."), 1.0, 0.05),
     "pooling": (("mmser.audio_pooling.", "mmser.text_pooling.", "mmser.layer_norm."), 1.0, 0.05),
     # Not published. A dozen numbers for all dimensions: at the learning rate of the others they stay where they are
     "layer_weights": (("mmser.layer_weights",), 20.0, 0.0),

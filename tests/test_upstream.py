@@ -180,6 +180,23 @@ class MMSERLogMelModelTest(MMSERModelTest):
         self.model_tester = MMSERLogMelModelTester(self)
 
 
+class MMSERTransformerFusionModelTester(MMSERModelTester):
+    """The tiny MMSER with a joint encoder in place of the cross-modal attention."""
+
+    def get_config(self) -> MMSERConfig:
+        config = super().get_config()
+        config.fusion_type = "transformer"
+        return config
+
+
+class MMSERTransformerFusionModelTest(MMSERModelTest):
+    all_model_classes: Any = (MMSERForAudioClassification,)
+    test_bc_torch_dtype = None
+
+    def setUp(self):
+        self.model_tester = MMSERTransformerFusionModelTester(self)
+
+
 class MMSERConfigTest(unittest.TestCase):
     def test_config(self):
         self.model_tester = MMSERModelTester(self)
