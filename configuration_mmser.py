@@ -221,6 +221,9 @@ class MMSERConfig(PreTrainedConfig):
         uncertainty_error_weight (`float`):
             Weight of the wrong predictions in the uncertainty loss; 0 is the published form.
         distillation_temperature (`float`): softens teacher and student in the distillation part.
+        lora (`dict`, *optional*): of a checkpoint that holds adapters in place of its encoders: `rank`, `alpha`,
+            `dropout`, `target` (the adapted layers of each encoder) and `bases` (the name and a checksum of each
+            encoder). Loading joins them; the model then has None here.
 
     Example:
 
@@ -312,6 +315,7 @@ class MMSERConfig(PreTrainedConfig):
     supervised_contrastive_loss_weight: float | int = 0.0
     distillation_loss_weight: float | int = 0.0
     distillation_temperature: float | int = 2.0
+    lora: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:

@@ -336,8 +336,16 @@ def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     return {"add_pooling_layer": False} if takes_argument else {}
 
 
-def load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str, part: str, **kwargs) -> None:
+def build_encoder(kind: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """`build_audio_encoder` or `build_text_encoder`, for `kind` "audio" or "text"."""
+    return build_audio_encoder(config) if kind == "audio" else build_text_encoder(config)
+
+
+def load_encoder(encoder: PreTrainedModel, name_or_path: str, **kwargs) -> None:
     """Copy the pretrained weights of `name_or_path` into `encoder`; refuse a checkpoint that lacks some of them."""
+    is_whisper = encoder.config.model_type == "whisper"
+    source_class: Any = WhisperModel if is_whisper else AutoModel
+    kwargs |= {} if is_whisper else without_pooler(encoder.config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no report of unused heads; missing weights are checked below
     try:
@@ -346,13 +354,13 @@ def load_encoder(encoder: PreTrainedModel, source_class: Any, name_or_path: str,
         )
     finally:
         logging.set_verbosity(verbosity)
-    prefix = f"{part}." if source_class is WhisperModel else ""
+    prefix = "encoder." if is_whisper else ""
     missing = {key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)}
     missing -= {"masked_spec_embed"}  # drawn at random where the checkpoint was trained without SpecAugment
     if missing & set(encoder.state_dict()):
         raise ValueError(f"{name_or_path!r} lacks weights of {type(encoder).__name__}: {sorted(missing)[:5]}...")
     wanted = encoder.state_dict()  # an encoder with fewer layers leaves the others where they are
-    state_dict = (source.encoder if prefix else source).state_dict()
+    state_dict = (source.encoder if is_whisper else source).state_dict()
     encoder.load_state_dict({key: value for key, value in state_dict.items() if key in wanted})
 
 

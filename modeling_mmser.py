@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, WhisperModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import BaseModelOutput
@@ -28,6 +28,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, maybe_install_capturing_hooks
 
 try:
+    from .adapters_mmser import LoadsAdapters, weights_to_save
     from .configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
@@ -49,7 +50,6 @@ try:
         valid_frames,
         waveform_frames,
         weighted_layer_sum,
-        without_pooler,
     )
     from .fusion_mmser import (
         AttentionFusion,
@@ -77,6 +77,7 @@ try:
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
+    from adapters_mmser import LoadsAdapters, weights_to_save
     from configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
@@ -98,7 +99,6 @@ except ImportError:
         valid_frames,
         waveform_frames,
         weighted_layer_sum,
-        without_pooler,
     )
     from fusion_mmser import (
         AttentionFusion,
@@ -395,7 +395,7 @@ class MMSEROutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class MMSERPreTrainedModel(PreTrainedModel):
+class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
     """Weight initialisation, loading, and what both models share."""
 
     config: MMSERConfig
@@ -539,11 +539,9 @@ class MMSERPreTrainedModel(PreTrainedModel):
         model = cls(config)
         base_model = cast(MMSERModel, model.base_model)
         if isinstance(audio_name_or_path, str | os.PathLike):
-            source_class = WhisperModel if config.audio_config.model_type == "whisper" else AutoModel
-            load_encoder(base_model.audio_encoder, source_class, audio_name_or_path, "encoder", **hub_kwargs)
+            load_encoder(base_model.audio_encoder, str(audio_name_or_path), **hub_kwargs)
         if isinstance(text_name_or_path, str | os.PathLike):
-            hub_kwargs = {**hub_kwargs, **without_pooler(config.text_config)}
-            load_encoder(base_model.text_encoder, AutoModel, text_name_or_path, "", **hub_kwargs)
+            load_encoder(base_model.text_encoder, str(text_name_or_path), **hub_kwargs)
         return model.eval()
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
@@ -609,9 +607,18 @@ class MMSERPreTrainedModel(PreTrainedModel):
         self.config.untrained_modalities = [name for name in MODALITIES if name not in trained] if trained else []
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As always; the configuration then says which modality, if any, was never trained."""
+        """
+        As always; the configuration then says which modality, if any, was never trained. A model with adapters is
+        saved as these, without the encoders; `merged_weights` as its `state_dict` are saved whole.
+        """
         self.note_untrained_modalities(kwargs.get("state_dict"))
-        super().save_pretrained(save_directory, *args, **kwargs)
+        adapters = self.config.lora
+        if adapters is not None:
+            kwargs["state_dict"], self.config.lora = weights_to_save(self, kwargs.get("state_dict"))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.lora = adapters
         # The configuration names the processor's code too, which no stock Trainer saves
         code = Path(__file__).with_name("processing_mmser.py")
         if code.is_file() and Path(save_directory).is_dir() and kwargs.get("is_main_process", True):

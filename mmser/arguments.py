@@ -2,6 +2,7 @@
 """The arguments of all commands, and how they are parsed: flags after an optional JSON recipe."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,26 @@ class ModelArguments:
         default=None, metadata={"help": "MMSER checkpoint to distil from; set distillation_loss_weight as well."}
     )
 
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train adapters of that rank (LoRA) in encoders that are not frozen, not their weights."},
+    )
+    lora_target: list[str] = field(
+        default_factory=lambda: ["all"],
+        metadata={"help": "Linear layers that get an adapter, by their last names, such as q_proj v_proj."},
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Adapters count alpha / rank times. Default: twice the rank."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of what enters an adapter, in training."})
+    lora_save: str = field(
+        default="merged",
+        metadata={
+            "help": "merged: the checkpoint is a model without adapters; adapter: it holds them in place of the "
+            "encoders, which must be where they were when it is loaded.",
+        },
+    )
+
     def __post_init__(self):
         for name in ("audio_config_overrides", "text_config_overrides", "config_overrides"):
             value = getattr(self, name)
@@ -122,6 +143,24 @@ class ModelArguments:
         if self.freeze_audio and any(getattr(self, name) for name in SPEC_AUGMENT):
             raise ValueError("SpecAugment masks what an encoder learns from: it has no effect with --freeze_audio.")
 
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.lora_rank is None:
+            changed = [name for name, default in LORA.items() if getattr(self, name) != default]
+            if changed:
+                raise ValueError(f"--{changed[0]} is about adapters: add --lora_rank, such as --lora_rank 16.")
+            return
+        if self.lora_rank < 1:
+            raise ValueError(f"--lora_rank must be 1 or more, got {self.lora_rank}.")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"--lora_alpha must be greater than 0, got {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+        if self.lora_save not in ("merged", "adapter"):
+            raise ValueError(f"--lora_save must be merged or adapter, got {self.lora_save}.")
+        check_peft()
+
     def _check_without(self, kind: str) -> None:
         """Refuse flags that need the encoder `kind`, "audio" or "text", which there is none of."""
         about = [f"random_{kind}_encoder", f"{kind}_config_overrides", f"freeze_{kind}"]
@@ -137,6 +176,13 @@ class ModelArguments:
             raise ValueError("A model needs an encoder: both --audio_ and --text_model_name_or_path are none.")
 
 
+def check_peft() -> None:
+    """Raise ImportError, with what to do, where the library that makes adapters is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("Adapters (--lora_rank) need PEFT: pip install 'mmser[lora]', or pip install peft.")
+
+
+LORA: dict[str, Any] = {"lora_target": ["all"], "lora_alpha": None, "lora_dropout": 0.0, "lora_save": "merged"}
 NEW_MODEL = (
     *("random_audio_encoder", "audio_config_overrides", "random_text_encoder", "text_config_overrides"),
     "tokenizer_name",

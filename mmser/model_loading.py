@@ -11,10 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
-from configuration_mmser import MMSERConfig, check_names
+from configuration_mmser import MODALITIES, MMSERConfig, check_names
 from mmser.arguments import SPEC_AUGMENT, DataArguments, ModelArguments
 from mmser.averaging import average_checkpoints
 from mmser.labels import match_label_names
+from mmser.lora import add_adapters
 from mmser.names import Named, reading
 from modeling_mmser import (
     ClassAnchorClustering,
@@ -133,7 +134,31 @@ def load_model(
         model.freeze_text_encoder()
     if arguments.freeze_feature_encoder:
         model.freeze_feature_encoder()
+    if arguments.lora_rank is not None:
+        add_adapters(
+            model,
+            arguments.lora_rank,
+            arguments.lora_alpha,
+            arguments.lora_dropout,
+            arguments.lora_target,
+            arguments.lora_save,
+            adapter_bases(arguments),
+        )
     return model
+
+
+def adapter_bases(arguments: ModelArguments) -> dict[str, str]:
+    """Where each encoder can be read again when adapters of it are loaded; an average of checkpoints is nowhere."""
+    if arguments.average_with:
+        return {}
+    names = {kind: getattr(arguments, f"{kind}_model_name_or_path") for kind in MODALITIES}
+    if arguments.model_name_or_path:
+        return dict.fromkeys(names, arguments.model_name_or_path)
+    return {
+        kind: name
+        for kind, name in names.items()
+        if name is not None and not getattr(arguments, f"random_{kind}_encoder")
+    }
 
 
 def _from_checkpoint(arguments: ModelArguments, labels: dict, processor: MMSERProcessor) -> Any:

@@ -23,6 +23,9 @@ PARAMETER_GROUPS = {
     "prototypes": (("prototypes.",), 1.0, 0.05),
 }
 
+# Learning rate multiplier of an encoder of which only adapters are trained, ten times that of all its weights
+ADAPTER_MULTIPLIER = 1.0
+
 
 def parameter_groups(
     model: nn.Module,
@@ -43,7 +46,11 @@ def parameter_groups(
     Raises:
         ValueError: a trainable parameter that belongs to no group.
     """
-    multipliers = {name: multiplier for name, (_, multiplier, _) in PARAMETER_GROUPS.items()} | (lr_multipliers or {})
+    multipliers = {name: multiplier for name, (_, multiplier, _) in PARAMETER_GROUPS.items()}
+    for name, (prefixes, _, _) in PARAMETER_GROUPS.items():
+        if any(key.startswith(prefixes) and ".lora_" in key for key, _ in model.named_parameters()):
+            multipliers[name] = ADAPTER_MULTIPLIER
+    multipliers |= lr_multipliers or {}
     groups: dict[tuple[str, bool], dict] = {}
     for parameter_name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from adapters_mmser import fingerprint_weights
 from mmser.arguments import DataArguments, ModelArguments
 from mmser.examples import content_sample, map_in_threads
 from mmser.model_card import CARD_PATTERNS, is_own_card
@@ -35,12 +34,11 @@ from processing_mmser import MMSERProcessor
 logger = logging.get_logger(__name__)
 
 IDENTITY_NAME = "run_identity.json"
-WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
 # Fields of the configuration that are not compared: other entries say the same, the library needs them, or they act
 # after training alone
 OTHER_FIELDS = {
     *("architectures", "auto_map", "class_counts", "custom_pipelines", "dtype", "id2label", "label2id"),
-    *("num_labels", "transformers_version", "untrained_modalities", "use_openmax", "_name_or_path"),
+    *("num_labels", "transformers_version", "untrained_modalities", "use_openmax", "lora", "_name_or_path"),
 }
 # A run may go on with others: it is told which ones changed
 TRAINING_SETTINGS = (
@@ -100,6 +98,8 @@ def describe_identity(
     fixed["teacher"] = None if teacher is None else fingerprint_weights(teacher)
     parts = ("audio", "text", "feature_encoder")
     fixed["frozen"] = [part for part in parts if getattr(model_arguments, f"freeze_{part}")]
+    adapters: Any = model.config.lora
+    fixed["LoRA"] = adapters and {name: adapters[name] for name in ("rank", "alpha", "dropout", "target")}
     fixed["tokenizer"] = vocabulary_checksum(processor)
     fixed["feature extraction"] = feature_settings(processor)
     fixed |= _config_fields(model.config)
@@ -131,28 +131,6 @@ def fingerprint_clips(split: datasets.Dataset | datasets.IterableDataset, argume
 
     rows = sorted(map_in_threads(fingerprint, len(split), "comparing clips"))
     return f"{len(rows)} clips, {_checksum(rows)}"
-
-
-def fingerprint_weights(module: nn.Module, leave_out: str | None = None) -> str:
-    """
-    A checksum of the names and shapes of all matrices, and of some numbers of each: two trainings never agree in them.
-
-    Vectors are left out: some of those that a pretrained encoder lacks start at random.
-
-    Args:
-        module: whose parameters are looked at.
-        leave_out: parameters with this in their name are not.
-    """
-    digest = hashlib.blake2b(digest_size=10)
-    for name, parameter in sorted(module.named_parameters()):
-        if parameter.ndim < 2 or (leave_out is not None and leave_out in name):
-            continue
-        values = parameter.detach().reshape(-1)
-        count = min(len(values), WEIGHT_SAMPLES)
-        places = torch.arange(count, device=values.device) * (len(values) - 1) // max(1, count - 1)
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(values[places].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _checksum(value: Any) -> str:

@@ -26,6 +26,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
+from adapters_mmser import merged_weights
 from losses_mmser import check_finite_losses
 from mmser.averaging import WeightAverage
 from mmser.batches import LengthGroupedSampler, MMSERDataCollator, evaluation_order
@@ -157,6 +158,7 @@ class MMSERTrainer(Trainer):
         self.train_outputs: dict[str, np.ndarray] | None = None
         self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._is_predicting = False
+        self._is_saving_checkpoint = False
         self._set_epoch = _SetEpoch()
         self.add_callback(self._set_epoch)
         self.training_time = TrainingTime()
@@ -218,8 +220,12 @@ class MMSERTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        with self._with_average():
-            super()._save_checkpoint(*args, **kwargs)
+        self._is_saving_checkpoint = True
+        try:
+            with self._with_average():
+                super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._is_saving_checkpoint = False
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save what is for resuming only; to it belong the weights that the optimiser last had."""
@@ -243,6 +249,13 @@ class MMSERTrainer(Trainer):
             if file.exists():  # else the checkpoint was made without an average, which begins here
                 last = load_file(file)
                 self._average.put(last[str(index)] for index in range(len(last)))
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """As usual; a checkpoint with adapters leaves out the encoders, which the model already has."""
+        if self.accelerator.unwrap_model(self.model).config.lora is not None:
+            missing = [name for name in load_result.missing_keys if "_encoder." not in name or ".lora_" in name]
+            load_result = load_result._replace(missing_keys=missing)
+        super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
         if self._average is not None:  # the best checkpoint is one too, and stays if it is found
@@ -350,7 +363,15 @@ class MMSERTrainer(Trainer):
         return output._replace(predictions=reordered(output.predictions), label_ids=reordered(output.label_ids))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save as usual, with the training arguments as JSON in place of a pickle."""
+        """
+        Save as usual, with the training arguments as JSON in place of a pickle. What training goes on from keeps its
+        adapters; a model for use has them merged, if `config.lora` says so.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        adapters = getattr(model.config, "lora", None)
+        if adapters is not None and adapters["save"] == "merged" and not self._is_saving_checkpoint:
+            weights = model.state_dict() if state_dict is None else state_dict
+            state_dict = merged_weights(weights, adapters["alpha"] / adapters["rank"])
         super()._save(output_dir, state_dict)
         if self.processing_class is None:
             logger.warning_once(

@@ -27,6 +27,7 @@ HUB_FLOORS = {
     "configuration_mmser": 0,
     "decoding_mmser": 0,
     "audio_mmser": 1,
+    "adapters_mmser": 2,
     "encoders_mmser": 1,
     "losses_mmser": 1,
     "openmax_mmser": 1,
