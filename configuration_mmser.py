@@ -52,7 +52,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         (
             *("cross_entropy_loss_weight", "focal_loss_weight", "anchor_loss_weight", "uncertainty_loss_weight"),
             *("prototype_loss_weight", "supervised_contrastive_loss_weight", "distillation_loss_weight"),
-            *("classifier_num_layers", "uncertainty_error_weight", "focal_gamma"),
+            *("classifier_num_layers", "uncertainty_error_weight", "focal_gamma", "mixup_alpha"),
         ),
         lambda value: value >= 0,
         "0 or more",
@@ -304,6 +304,7 @@ class MMSERConfig(PreTrainedConfig):
 
     cross_entropy_loss_weight: float | int = 1.0
     label_smoothing: float | int = 0.1
+    mixup_alpha: float | int = 0.0
     focal_loss_weight: float | int = 0.3
     class_balanced_beta: float | int = 0.9999
     focal_gamma: float | int = 2.0

@@ -1095,6 +1095,14 @@ def _as_mask(attention_mask: Tensor | None, states: Tensor, name: str) -> Tensor
     return attention_mask.bool()
 
 
+def mix(fused: Tensor, mixture: tuple[float, Tensor] | None) -> Tensor:
+    """The vectors [B, D] of clips, each with the rest of another one: manifold mixup (Verma et al. 2019)."""
+    if mixture is None:
+        return fused
+    share, order = mixture
+    return share * fused + (1 - share) * fused[order]
+
+
 class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
@@ -1164,7 +1172,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        raw_logits, features = self.classifier(outputs.pooler_output)
+        mixture = self._draw_mixture(len(outputs.pooler_output)) if labels is not None else None
+        raw_logits, features = self.classifier(mix(outputs.pooler_output, mixture))
         device = raw_logits.device  # the parts of a large model may be on several
         raw_uncertainty = self.uncertainty(features).to(device)
         anchor_logits, anchor_distances = (values.to(device) for values in self.anchors(features))
@@ -1176,10 +1185,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         loss = losses = anchor_loss = None  # a scalar among the outputs breaks the batches of stock pipelines
         if labels is not None:
             labels = self._checked(labels, len(raw_logits)).to(device)
-            anchor_loss = raw_logits.new_zeros((), dtype=torch.float32)
-            if self.config.anchor_loss_weight:
-                anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
-            parts = self._weighted_losses(raw_logits, features, raw_uncertainty, anchor_loss, labels, teacher_logits)
+            scores = (raw_logits, features, raw_uncertainty, anchor_logits, anchor_distances)
+            parts, anchor_loss = self._mixed_losses(mixture, scores, labels, teacher_logits)
             loss = cast(Tensor, sum(parts.values()))
             losses = {name: part.detach() for name, part in parts.items()}
 
@@ -1234,19 +1241,43 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
         return labels.long()  # int32 is common in tables, and no loss of PyTorch takes it
 
-    def _weighted_losses(
+    def _draw_mixture(self, batch_size: int) -> tuple[float, Tensor] | None:
+        """The share of each clip of a training batch in its mixture, at least a half, and which clip has the rest."""
+        alpha = float(self.config.mixup_alpha)
+        if not self.training or not alpha:
+            return None
+        share = torch.distributions.Beta(alpha, alpha).sample().item()
+        return max(share, 1 - share), torch.randperm(batch_size)
+
+    def _mixed_losses(
         self,
-        logits: Tensor,
-        features: Tensor,
-        uncertainty: Tensor,
-        anchor_loss: Tensor,
+        mixture: tuple[float, Tensor] | None,
+        scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         labels: Tensor,
-        teacher_logits: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The parts of the loss times their weights; a part with weight 0 is not computed."""
+        teacher: Tensor | None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """As `_weighted_losses`; of a mixture, against the labels of the one and of the other, in their shares."""
+        parts, anchor_loss = self._weighted_losses(scores, labels, teacher)
+        if mixture is None:
+            return parts, anchor_loss
+        share, order = mixture
+        others, other_anchor_loss = self._weighted_losses(
+            scores, labels[order], None if teacher is None else teacher[order]
+        )
+        parts = {name: share * part + (1 - share) * others[name] for name, part in parts.items()}
+        return parts, share * anchor_loss + (1 - share) * other_anchor_loss
+
+    def _weighted_losses(
+        self, scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], labels: Tensor, teacher_logits: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts of the loss times their weights; a part with weight 0 is not computed. And the anchor loss."""
         config = self.config
+        logits, features, uncertainty, anchor_logits, anchor_distances = scores
         if config.distillation_loss_weight and teacher_logits is None:
             raise ValueError("`distillation_loss_weight` is set: pass `teacher_logits`.")
+        anchor_loss = logits.new_zeros((), dtype=torch.float32)
+        if config.anchor_loss_weight:
+            anchor_loss = clustering_loss(anchor_logits, anchor_distances, labels)
         class_weights = None
         if config.class_counts is not None:
             class_weights = logits.new_tensor(class_balanced_weights(config.class_counts, config.class_balanced_beta))
@@ -1262,7 +1293,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             ),
         }
         weights = {name: getattr(config, f"{name}_loss_weight") for name in parts}
-        return {name: weights[name] * part() for name, part in parts.items() if weights[name]}
+        return {name: weights[name] * part() for name, part in parts.items() if weights[name]}, anchor_loss
 
     @torch.no_grad()
     def fit_openmax(self, dataloader: Iterable[dict], tail_size: int | None = None) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import rel_entr, softmax
+from scipy.stats import beta as beta_distribution
 from scipy.stats import weibull_min
 from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch, tiny_config, tiny_model
 
@@ -283,6 +284,51 @@ def test_every_part_of_the_loss(model, batch):
     assert outputs.loss.item() == pytest.approx(sum(expected.values()), rel=3e-6)
     assert outputs.loss.item() == pytest.approx(sum(part.item() for part in outputs.losses.values()), rel=1e-6)
     assert outputs.anchor_loss.item() == pytest.approx(anchor, rel=3e-6)
+
+
+def test_mixup_against_its_formula(batch, monkeypatch):
+    """Each loss of the mixed clips is the loss against either label, in the shares of the mixture."""
+    model = tiny_model(mixup_alpha=0.4, supervised_contrastive_loss_weight=0.1).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = {name: value for name, value in batch.items() if name != "teacher_logits"}
+    labels, order, share = batch["labels"], torch.tensor([2, 0, 3, 5, 4, 1]), 0.7
+    monkeypatch.setattr(model, "_draw_mixture", lambda size: (share, order))
+    model.mmser.eval()
+    outputs = model(**batch)
+    with torch.no_grad():
+        fused = outputs.fused.double()
+        mixed = (share * fused + (1 - share) * fused[order]).float()
+        logits, features = model.classifier(mixed)
+        anchor_logits, distances = model.anchors(features)
+    torch.testing.assert_close(outputs.logits, logits)
+    config = model.config
+    expected = {
+        "cross_entropy": lambda y: cross_entropy(logits.numpy(), y.numpy(), config.label_smoothing),
+        "anchor": lambda y: 0.1 * clustering_loss(anchor_logits, distances, y).item(),
+        "prototype": lambda y: 0.01 * prototype_loss(model.prototypes(features), y).item(),
+        "supervised_contrastive": lambda y: 0.1 * supervised_contrastive_loss(features, y).item(),
+    }
+    for name, loss in expected.items():
+        value = share * loss(labels) + (1 - share) * loss(labels[order])
+        assert outputs.losses[name].item() == pytest.approx(value, rel=1e-5), name
+    assert outputs.loss.item() == pytest.approx(sum(part.item() for part in outputs.losses.values()), rel=1e-5)
+
+
+def test_mixup_is_for_training_alone_and_draws_from_beta(batch):
+    model = tiny_model(mixup_alpha=0.4)
+    plain = MMSERForAudioClassification(tiny_config()).eval()
+    plain.load_state_dict(model.state_dict())
+    batch = {name: value for name, value in batch.items() if name != "teacher_logits"}
+    for name, part in plain(**batch).losses.items():
+        torch.testing.assert_close(model(**batch).losses[name], part)
+    assert plain.train()._draw_mixture(4) is None and model._draw_mixture(4) is None
+    model.train()
+    shares, orders = zip(*(model._draw_mixture(4) for _ in range(3000)), strict=True)
+    reference = beta_distribution(0.4, 0.4).expect(lambda x: max(x, 1 - x))
+    assert np.mean(shares) == pytest.approx(reference, abs=0.01) and min(shares) >= 0.5
+    assert all(sorted(order.tolist()) == [0, 1, 2, 3] for order in orders)
 
 
 def test_parts_are_detached_and_loss_is_not(model, batch):
