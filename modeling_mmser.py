@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, maybe_inst
 try:
     from .adapters_mmser import LoadsAdapters, weights_to_save
     from .configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
+    from .conformal_mmser import PredictionSets
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -79,6 +80,7 @@ except ImportError:
         raise
     from adapters_mmser import LoadsAdapters, weights_to_save
     from configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
+    from conformal_mmser import PredictionSets
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
         MaskedPositionalConvEmbedding,
@@ -485,6 +487,8 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
             init.constant_(module.rejection_thresholds, module.no_threshold)
             if module.has_centroids:
                 init.zeros_(module.centroids)
+        elif isinstance(module, PredictionSets):
+            init.constant_(module.thresholds, module.not_fitted)
         elif isinstance(module, UncertaintyHead):
             init.copy_(module.error_calibration, torch.tensor(module.uncalibrated))
         elif isinstance(module, MMSERModel):
@@ -1107,7 +1111,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
     temperature: Tensor
-    _keep_in_fp32_modules_strict = ("openmax", "temperature", "log_temperature", "error_calibration")  # type: ignore[assignment]  # typed as a list
+    _keep_in_fp32_modules_strict = (  # type: ignore[assignment]  # typed as a list
+        *("openmax", "temperature", "log_temperature", "error_calibration", "prediction_sets"),
+    )
+    _keys_to_ignore_on_load_missing = (r"prediction_sets\.thresholds",)  # type: ignore[assignment]  # checkpoints of 0.1.0
 
     def __init__(self, config: MMSERConfig):
         super().__init__(config)
@@ -1124,6 +1131,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         )
         # Divides the logits outside training (Guo et al. 2017); 1 until it is fitted on held-out clips
         self.register_buffer("temperature", torch.ones((), dtype=torch.float32))
+        self.prediction_sets = PredictionSets()  # not part of the forward pass: the pipeline asks for them
         self.post_init()
 
     @can_return_tuple

@@ -18,6 +18,13 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 from transformers.utils import logging
 
+try:
+    from .conformal_mmser import conformal_threshold
+except ImportError:
+    if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
+        raise
+    from conformal_mmser import conformal_threshold
+
 logger = logging.get_logger(__name__)
 
 Array = np.ndarray | Tensor
@@ -345,7 +352,7 @@ class OpenMax(nn.Module):
         _, units = np.unique(np.arange(len(scores)) if speakers is None else speakers, return_inverse=True)
         if units.shape != scores.shape:
             raise ValueError(f"`speakers` must be {len(scores)} names, got {len(units)}.")
-        pooled = _conformal_threshold(scores, acceptance, units)
+        pooled = conformal_threshold(scores, acceptance, units)
         if pooled is None and speakers is not None:
             logger.warning(
                 f"OpenMax: {units.max() + 1} held-out speakers are too few to accept {100 * acceptance:g} % of the "
@@ -353,11 +360,11 @@ class OpenMax(nn.Module):
                 "to reject more clips of others."
             )
             units = np.arange(len(scores))
-            pooled = _conformal_threshold(scores, acceptance, units)
+            pooled = conformal_threshold(scores, acceptance, units)
         too_few = []
         for label in range(len(self.rejection_thresholds)):
             own = predictions == label
-            threshold = _conformal_threshold(scores[own], acceptance, units[own])
+            threshold = conformal_threshold(scores[own], acceptance, units[own])
             if threshold is None:
                 too_few.append(label)
                 threshold = self.no_threshold if pooled is None else pooled
@@ -463,15 +470,3 @@ def _normalized(vectors: np.ndarray) -> np.ndarray:
 
 def _num_correct(outputs: Mapping[str, Any]) -> int:
     return int((as_array(outputs["logits"]).argmax(axis=1) == as_array(outputs["labels"])).sum())
-
-
-def _conformal_threshold(scores: np.ndarray, acceptance: float, units: np.ndarray) -> float | None:
-    """
-    The smallest score below which lies the share `acceptance` of the K `units`, with one more above all; None where
-    K is too small for it. If each score is a unit of its own, it is the ceil((K + 1) acceptance)-th smallest.
-    """
-    _, own, sizes = np.unique(units, return_inverse=True, return_counts=True)
-    order = np.argsort(scores, kind="stable")
-    reached = np.cumsum(1 / sizes[own][order])
-    index = int(np.searchsorted(reached, (len(sizes) + 1) * acceptance - 1e-9))
-    return float(scores[order[index]]) if index < len(scores) else None

@@ -42,6 +42,7 @@ try:
         unwrap_audio,
     )
     from .configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
+    from .conformal_mmser import PredictionSets, check_coverage
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
@@ -55,6 +56,7 @@ except ImportError:
         unwrap_audio,
     )
     from configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
+    from conformal_mmser import PredictionSets, check_coverage
 
 logger = logging.get_logger(__name__)
 TEXT_KEYS = ("text", "transcription")
@@ -84,6 +86,7 @@ class MMSEROnnxConfig(PreTrainedConfig):
 
     modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
     untrained_modalities: list[str] = field(default_factory=list)
+    prediction_set_thresholds: list[float] | None = None
 
     @property
     def used_modalities(self) -> list[str]:
@@ -142,6 +145,7 @@ class MMSEROnnxForAudioClassification:
         self.session = session
         self.notes = session.get_modelmeta().custom_metadata_map
         self.config = MMSEROnnxConfig(**json.loads(self.notes["config"])) if config is None else config
+        self.prediction_sets = PredictionSets(self.config.prediction_set_thresholds)
         self.inputs = {node.name: node.shape for node in session.get_inputs()}
         self.output_names = [node.name for node in session.get_outputs()]
         names = ("input_values", "input_features", "input_ids")  # one of audio comes first, if there is one
@@ -421,7 +425,7 @@ class MMSERPipeline(Pipeline):
 
     functions = ("softmax", "sigmoid", "none")
     preprocess_options = ("sampling_rate", "chunk_length_s", "stride_length_s")
-    postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "function_to_apply")
+    postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "return_set", "function_to_apply")
 
     def __init__(self, model, *args, local_files_only=None, **kwargs):
         # `pipeline` of Transformers leaves `local_files_only` in here when everything is loaded
@@ -467,6 +471,10 @@ class MMSERPipeline(Pipeline):
                 OpenMax leaves no class as much as the threshold fitted for the predicted one, which known clips seldom
                 miss (`config.openmax_acceptance`). With a number as `config.openmax_threshold`, it is so if "unknown"
                 comes first or exceeds that; with None never. The last two are None while OpenMax is not fitted.
+            return_set (`bool` or `float`): also give `prediction_set` in each dict, the labels that the clip may have,
+                likeliest first, the same for all of its labels. The right one is among them with the probability that
+                is asked for, 0.5 to 0.99 (True is 0.9), for new clips that are like the held-out ones which the model
+                was calibrated on. A recording as a whole has no such set, its chunks have.
             function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
             batch_size, num_workers (`int`): as in every pipeline; results do not depend on them. In a list, clips of
                 similar length share a batch.
@@ -507,6 +515,11 @@ class MMSERPipeline(Pipeline):
         id2label: Any = self.model.config.id2label
         return [id2label[index] for index in range(len(id2label))]
 
+    @property
+    def _prediction_sets(self) -> PredictionSets:
+        """Those of the model. One that brings older code has none: they are not fitted then."""
+        return getattr(self.model, "prediction_sets", None) or PredictionSets()
+
     def _sanitize_parameters(self, **kwargs):
         known = (*self.preprocess_options, *self.postprocess_options, "batch_size", "num_workers")
         check_names(kwargs, known, "option of the pipeline")
@@ -519,6 +532,10 @@ class MMSERPipeline(Pipeline):
         allowed = kwargs.get("allowed_labels")
         if allowed is not None and (isinstance(allowed, str) or not allowed or not set(allowed) <= set(self.labels)):
             raise ValueError(f"`allowed_labels` must be a non-empty list out of {self.labels}, got {allowed!r}")
+        if kwargs.get("return_set"):
+            self._prediction_sets.threshold(check_coverage(kwargs["return_set"]))
+            if {**getattr(self, "_postprocess_params", {}), **kwargs}.get("allowed_labels") is not None:
+                raise ValueError("`return_set` speaks of all labels: leave out `allowed_labels`")
         if kwargs.get("stride_length_s") is not None:
             options = {**getattr(self, "_preprocess_params", {}), **kwargs}
             if options.get("chunk_length_s") is None:
@@ -662,7 +679,13 @@ class MMSERPipeline(Pipeline):
         return {name: getattr(outputs, name, None) for name in names}
 
     def postprocess(  # type: ignore[override]  # options by name, as in the library's own pipelines
-        self, model_outputs, top_k=None, allowed_labels=None, return_uncertainty=False, function_to_apply=None
+        self,
+        model_outputs,
+        top_k=None,
+        allowed_labels=None,
+        return_uncertainty=False,
+        return_set=False,
+        function_to_apply=None,
     ) -> list[dict]:
         """Outputs for one clip -> its labels with their scores, best first."""
         if function_to_apply is None:
@@ -684,6 +707,12 @@ class MMSERPipeline(Pipeline):
                 values["is_unknown"] = False  # rejection is switched off
             for result in results:
                 result.update(values)
+        if return_set:
+            probabilities = model_outputs["logits"][0].float().softmax(-1)
+            members = self._prediction_sets(probabilities.cpu(), check_coverage(return_set))
+            order = probabilities.argsort(descending=True).tolist()
+            for result in results:
+                result["prediction_set"] = [labels[index] for index in order if members[index]]
         return results
 
 
@@ -782,7 +811,8 @@ def _check_words(words) -> list[dict]:
 
 def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
     """Mean of the labels' scores, and of what else is told of each chunk, weighted by `shares`, which sum to 1."""
-    extras = {name: value for name, value in results[0][0].items() if name not in ("label", "score")}
+    own = ("label", "score", "prediction_set")  # a set has its coverage over clips, and a recording is none
+    extras = {name: value for name, value in results[0][0].items() if name not in own}
     means: dict[str, Any] = {name: None if value is None else 0.0 for name, value in extras.items()}
     scores = dict.fromkeys((result["label"] for result in results[0]), 0.0)
     for labels, share in zip(results, shares.tolist(), strict=True):

@@ -324,6 +324,11 @@ def describe_fit(report: Mapping[str, Any]) -> str:
         if report["temperature"] != 1
         else "The temperature stays 1: these clips do not show that another is better.",
     ]
+    if report["speakers"] is not None:
+        lines.append(
+            "Prediction sets are made for new speakers up to a coverage of "
+            f"{report['largest_set_coverage']:.0%}, above that for these."
+        )
     if report["uses_one_minus_max"]:
         lines.append("The uncertainty is 1 - the largest score: these clips do not show that another is better.")
     return " ".join(lines)

@@ -209,6 +209,7 @@ def measure(
         train_outputs=None if clips.train is None else predict("train", clips.train),
         class_counts=trainer.model.config.class_counts,
         temperature=trainer.model.temperature.item(),
+        prediction_sets=trainer.model.prediction_sets if trainer.model.prediction_sets.is_fitted else None,
     )
 
 

@@ -227,6 +227,8 @@ def notes_of(model: MMSERForAudioClassification, processor: MMSERProcessor) -> d
     config: Any = model.config
     kept = ("id2label", "label2id", "problem_type", "openmax_threshold", "openmax_acceptance", "use_openmax")
     about = {name: getattr(config, name) for name in (*kept, "modalities", "untrained_modalities")}
+    if model.prediction_sets.is_fitted:
+        about["prediction_set_thresholds"] = model.prediction_sets.thresholds.tolist()
     about |= {f"{name}_model_type": getattr(config, f"{name}_config").model_type for name in config.modalities}
     used = config.used_modalities
     audio: dict[str, str] = {}

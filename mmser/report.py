@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from conformal_mmser import PredictionSets
 from mmser.calibration import area_under_risk_coverage, error_rate_interval
 from mmser.groups import FEW_CLIPS, group_gap
 from mmser.metrics import softmax
@@ -32,6 +33,7 @@ from mmser.scores import (
     describe_calibration,
     describe_rejection,
     describe_rows,
+    describe_sets,
     evaluate_open_set,
     open_set_scores,
 )
@@ -66,6 +68,8 @@ TITLES = {  # of the columns of the tables; a score that is missing here has its
     "fpr_at_95_tpr": "FPR95",
     "oscr": "OSCR",
     "ms_per_clip": "ms per clip",
+    "mean_set_size": "labels in a set",
+    "one_label": "sets of one label",
 }
 FEW_ANSWERS = 10  # wrong or right ones; with fewer, how well they are told apart may be chance
 MAX_BARS = 40  # groups in one picture; the table has them all
@@ -86,6 +90,7 @@ class Measured:
         train_outputs: outputs for training clips, if there are any.
         class_counts: training clips per class, if known without them.
         temperature: that the model divides its logits by.
+        prediction_sets: of the model, if they are fitted.
     """
 
     label_names: list[str]
@@ -95,6 +100,7 @@ class Measured:
     train_outputs: dict[str, np.ndarray] | None = None
     class_counts: list[int] | None = None
     temperature: float = 1.0
+    prediction_sets: PredictionSets | None = None
 
     @property
     def outputs(self) -> dict[str, np.ndarray]:
@@ -131,8 +137,9 @@ def judge(measured: Measured, num_samples: int = 1000) -> dict[str, Any]:
         measured: the model's outputs.
         num_samples: resamples for the 95 % intervals.
     Returns: `label_names`, `rows` (row name -> metrics, and `by_<grouping>` of the model), `temperature`,
-        `calibration` (without and with the temperature), `risk_coverage` (area by score), `gaps` (by grouping),
-        `open_set` (set -> score -> metrics) and `rejection` (None for a model that rejects nothing).
+        `calibration` (without and with the temperature), `prediction_sets` (by the coverage asked for),
+        `risk_coverage` (area by score), `gaps` (by grouping), `open_set` (set -> score -> metrics) and `rejection`
+        (None for a model that rejects nothing).
     """
     outputs, names, sets = measured.outputs, measured.label_names, measured.unknown_sets
     training = measured.train_outputs
@@ -143,6 +150,7 @@ def judge(measured: Measured, num_samples: int = 1000) -> dict[str, Any]:
         "rows": rows,
         "temperature": measured.temperature,
         "calibration": {name: describe_calibration(logits, outputs["labels"]) for name, logits in scaled},
+        "prediction_sets": describe_sets(outputs, measured.prediction_sets),
         "risk_coverage": {name: area_under_risk_coverage(*arrays) for name, arrays in measured.error_scores.items()},
         "gaps": {name: group_gap(rows["model"][f"by_{name}"]) for name in measured.groups},
         "open_set": evaluate_open_set(outputs, sets, training, measured.temperature, num_samples),
@@ -343,6 +351,7 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Any]:
         "summary": _table(rows, "row", ["clips", f1, recall, "accuracy"]),
         "classes": _table(rows, "row", classes),
         "calibration": _table(report["calibration"].items(), "scaling", [ece, nll, confidence]),
+        "sets": _table(report["prediction_sets"].items(), "asked for", ["covered", "mean_set_size", "one_label"]),
         "uncertainty": _table(doubts, "score", ["error_auroc_of_uncertainty", "area_under_risk_coverage"]),
         "open_set": _table(unknown, "set", ["score", "auroc", "fpr_at_95_tpr", "oscr"]),
         "rejection": _table(_rejection_shares(rejection), "clips", ["share"]) if rejection else "",

@@ -19,10 +19,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from conformal_mmser import PredictionSets
 from mmser.augmentation import Augmenter
 from mmser.calibration import (
     area_under_risk_coverage,
     error_detection_auroc,
+    error_rate_interval,
     expected_calibration_error,
     negative_log_likelihood,
 )
@@ -39,6 +41,7 @@ from mmser.metrics import (
 from mmser.open_set import auroc, energy_score, fpr_at_95_tpr, knn_distance, oscr
 from mmser.trainer import MMSERTrainer
 
+SET_COVERAGES = (0.8, 0.9, 0.95)  # of prediction sets, that are reported
 Outputs = Mapping[str, np.ndarray]  # of `MMSERTrainer.predict_outputs`: name -> one row per clip
 
 
@@ -179,6 +182,33 @@ def describe_calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, fl
         "negative_log_likelihood": negative_log_likelihood(logits, labels),
         "mean_confidence": float(probabilities.max(axis=1).mean()),
     }
+
+
+def describe_sets(outputs: Outputs, prediction_sets: PredictionSets | None) -> dict[str, dict[str, Any]]:
+    """
+    How often the prediction sets of clips hold their label, and how large they are.
+
+    Args:
+        outputs: of `MMSERTrainer.predict_outputs`, calibrated.
+        prediction_sets: of the model; None if they are not fitted.
+    Returns: coverage asked for ("80 %") -> the share `covered`, its 95 % `covered_interval` for independent clips, the
+        `mean_set_size`, and the share of sets with `one_label`. Empty without prediction sets.
+    """
+    if prediction_sets is None:
+        return {}
+    probabilities, labels = torch.from_numpy(softmax(outputs["logits"].astype(np.float64))), outputs["labels"]
+    described = {}
+    for coverage in SET_COVERAGES:
+        members = prediction_sets(probabilities, coverage).numpy()
+        sizes, covered = members.sum(axis=1), members[np.arange(len(labels)), labels]
+        missed_least, missed_most = error_rate_interval(int((~covered).sum()), len(labels))
+        described[f"{100 * coverage:.0f} %"] = {
+            "covered": float(covered.mean()),
+            "covered_interval": (1 - missed_most, 1 - missed_least),
+            "mean_set_size": float(sizes.mean()),
+            "one_label": float((sizes == 1).mean()),
+        }
+    return described
 
 
 def describe_predictions(

@@ -506,7 +506,7 @@ class MMSERTrainer(Trainer):
     ) -> dict[str, float]:
         """
         Fit to held-out clips what says how far to trust an answer: the temperature, the probability of an error, the
-        distances at which OpenMax begins to doubt, and the thresholds of rejection.
+        prediction sets, the distances at which OpenMax begins to doubt, and the thresholds of rejection.
 
         Args:
             calibration_dataset: clips that were not trained on, and are not those of the final evaluation. What they
@@ -515,7 +515,8 @@ class MMSERTrainer(Trainer):
             audio_alone, train_audio_alone: of `audio_alone` in `mmser.scores`, for OpenMax. Whether clips without
                 their text count as known is decided by the held-out ones, where there are some.
         Returns: `temperature`; `clips`, `speakers` (None if not known) and `errors`, and the `error_rate_interval`
-            that these allow; NLL and expected calibration error `_before` and `_after` on these clips; whether the
+            that these allow; the `largest_set_coverage` that these speakers (or clips) allow for prediction sets; NLL
+            and expected calibration error `_before` and `_after` on these clips; whether the
             uncertainty `uses_one_minus_max`; the AUROC with which wrong answers are told from right ones, by the
             uncertainty before and after, and by 1 - max probability.
         """
@@ -546,6 +547,7 @@ class MMSERTrainer(Trainer):
             "errors": int(wrong.sum()),
             "error_rate_interval": error_rate_interval(int(wrong.sum()), len(labels)),
             "uses_one_minus_max": weights == list(ONE_MINUS_MAX),
+            "largest_set_coverage": model.prediction_sets.fit(softmax(logits / temperature), labels, speakers),
         }
         for name, divisor in (("before", 1.0), ("after", temperature)):
             report[f"nll_{name}"] = negative_log_likelihood(logits, labels, divisor)
@@ -591,6 +593,7 @@ class MMSERTrainer(Trainer):
     def _reset_calibration(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
         model.temperature.fill_(1.0)
+        model.prediction_sets.reset()
         model.uncertainty.error_calibration.copy_(torch.tensor(model.uncertainty.uncalibrated))
 
     def _fit_openmax(

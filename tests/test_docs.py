@@ -30,7 +30,7 @@ import pytest
 import soundfile
 import transformers
 from hub_server import HubServer, Repository
-from tiny import fit_openmax_by_chance
+from tiny import fit_openmax_by_chance, random_predictions
 from tiny_corpus import AUDIO, JOINT, NAMES, TEXT, WHISPER, tiny_processor, tiny_tokenizer, write_corpus, write_table
 from transformers import (
     BertConfig,
@@ -45,6 +45,7 @@ from transformers import (
 
 from mmser.arguments import EVALUATION_ARGUMENTS, EXPORT_ARGUMENTS, TRAINING_ARGUMENTS, command_parser, parse_arguments
 from mmser.loading import load_emotion_dataset
+from mmser.metrics import softmax
 from modeling_mmser import MMSERForAudioClassification
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +228,8 @@ def fill_start(folder, corpus):
     model = MMSERForAudioClassification.from_backbones(audio, text, **{**JOINT, "classifier_num_layers": 1})
     fit_openmax_by_chance(model)
     model.temperature.fill_(1.7)
+    logits, labels = random_predictions(0)
+    model.prediction_sets.fit(softmax(logits), labels)
     for part in (model, tiny_processor(whisper=True)):
         part.save_pretrained(folder / "runs" / "mine")
 

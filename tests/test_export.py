@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 import soundfile
 import torch
-from tiny import fit_openmax_by_chance, randomize
+from tiny import fit_openmax_by_chance, random_predictions, randomize
 from tiny_corpus import NAMES, tiny_model, tiny_processor
 from transformers import pipeline
 
@@ -33,6 +33,7 @@ from mmser.export import (
     min_audio_length,
     output_names,
 )
+from mmser.metrics import softmax
 from mmser.quantization import quantize_onnx
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
@@ -63,6 +64,8 @@ def make_checkpoint(folder, whisper):
     model.openmax.fit_thresholds(scores, np.arange(200) % 4)
     model.temperature.fill_(1.7)
     model.uncertainty.error_calibration.copy_(torch.tensor([0.5, 0.4, 0.1]))
+    logits, labels = random_predictions(0)
+    model.prediction_sets.fit(softmax(logits / 9), labels)
     model.save_pretrained(folder)
     tiny_processor(whisper).save_pretrained(folder)
 
@@ -178,7 +181,9 @@ def same_results(results, expected, tolerance=1e-4):
         for entry, wanted in zip(clip, other, strict=True):
             assert entry.keys() == wanted.keys()
             for name, value in wanted.items():
-                assert entry[name] == (value if name == "label" else pytest.approx(value, abs=tolerance))
+                assert entry[name] == (
+                    value if name in ("label", "prediction_set") else pytest.approx(value, abs=tolerance)
+                )
 
 
 def test_the_pipeline_is_the_same(export, tmp_path):
@@ -197,6 +202,8 @@ def test_the_pipeline_is_the_same(export, tmp_path):
         {"batch_size": 3, "top_k": 2, "return_uncertainty": True},
         {"allowed_labels": ["happy", "sad"]},
         {"function_to_apply": "none"},
+        {"return_set": True},
+        {"return_set": 0.8, "top_k": 1},
     ):
         same_results(exported(inputs, **options), classifier(inputs, **options))
     with pytest.raises(TypeError, match="`no_such_option` is no option of the pipeline"):

@@ -25,6 +25,7 @@ import mmser
 ROOT = Path(__file__).parents[1]
 HUB_FLOORS = {
     "configuration_mmser": 0,
+    "conformal_mmser": 0,
     "decoding_mmser": 0,
     "audio_mmser": 1,
     "adapters_mmser": 2,

@@ -105,7 +105,7 @@ def observe(model, processor, classifier, wav):
         numbers[kind]["log_rejection_score"] = outputs.rejection_score.log1p().tolist()  # it goes up to 1e30
     state = model.state_dict()
     names = [name for name in state if name.startswith("openmax.")]
-    names += ["temperature", "uncertainty.error_calibration", "anchors.anchors"]
+    names += ["temperature", "uncertainty.error_calibration", "prediction_sets.thresholds", "anchors.anchors"]
     numbers["state"] = {name: state[name].tolist() for name in names}
     numbers["pipeline"] = {
         "path": classifier(wav),

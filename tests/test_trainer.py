@@ -31,6 +31,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler as StockSampler
 
+from conformal_mmser import PredictionSets
 from mmser import training_arguments
 from mmser.augmentation import Augmenter
 from mmser.averaging import WeightAverage
@@ -39,7 +40,7 @@ from mmser.calibration import fit_temperature
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.groups import speakers_of
 from mmser.loading import load_emotion_dataset
-from mmser.metrics import build_compute_metrics
+from mmser.metrics import build_compute_metrics, softmax
 from mmser.model_loading import check_teacher
 from mmser.optimizer import PARAMETER_GROUPS, parameter_groups, parameter_table
 from mmser.scores import audio_alone
@@ -1026,7 +1027,7 @@ def either(request, trained, splits, tmp_path):
     options = {"openmax_distance": distance, "openmax_level": level, "openmax_centroids_per_class": 2}
     options |= {"openmax_acceptance": 0.7, "openmax_tail_size": 10}
     model = tiny_model(class_counts=trained.model.config.class_counts, **options)
-    fitted = ("openmax.", "temperature", "uncertainty.error_calibration")  # maybe by another test
+    fitted = ("openmax.", "temperature", "uncertainty.error_calibration", "prediction_sets.")  # maybe by another test
     weights = {name: value for name, value in trained.model.state_dict().items() if not name.startswith(fitted)}
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
     return make_trainer(model, splits, tmp_path)
@@ -1074,6 +1075,10 @@ def test_finalize_calibrates_on_held_out_clips(either, training, held_out, tmp_p
     assert (report["clips"], report["speakers"], report["errors"]) == (36, len(speakers), 12)
     expected = beta.ppf(0.025, 12, 25), beta.ppf(0.975, 13, 24)  # Clopper & Pearson
     assert report["error_rate_interval"] == pytest.approx(expected)
+    sets = PredictionSets()
+    most = sets.fit(softmax(logits.astype(np.float64) / report["temperature"]), labels, speakers_of(held_out))
+    assert report["largest_set_coverage"] == most == len(speakers) / (len(speakers) + 1)
+    torch.testing.assert_close(model.prediction_sets.thresholds, sets.thresholds)
     assert "36 held-out clips" in log.text and "18.6 to 51.0 % of the answers are wrong" in log.text
 
     # Centroids from the training clips, Weibulls from the held-out ones; with anchors, as published, from the former
@@ -1183,7 +1188,7 @@ def test_calibrating_on_other_clips_leaves_what_was_learned(either, training, he
     model, state = either.model, state_of(either.model)
     report = either.calibrate(EmotionDataset(held_out.dataset.select(range(2, 24))))  # all of them are right
     assert report["errors"] == 0 and report["temperature"] < state["temperature"].item()
-    fitted = {"temperature", "openmax.rejection_thresholds"}
+    fitted = {"temperature", "openmax.rejection_thresholds", "prediction_sets.thresholds"}
     weibulls = {f"openmax.weibull_{name}" for name in ("shape", "scale", "shift")}
     assert changed(model, state) - weibulls == fitted
     assert bool(changed(model, state) & weibulls) == model.openmax.has_centroids
