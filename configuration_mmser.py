@@ -8,6 +8,7 @@ the network and to explain its own labels is here.
 import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any, cast
@@ -24,6 +25,7 @@ DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 DEFAULT_REJECTION = 0.3  # a larger probability of "unknown" rejects a clip, unless a threshold is set or fitted
 MODALITIES = ("audio", "text")
 POOLINGS = ("mean", "statistics", "attentive_statistics", "bounded_attentive_statistics")
+REGRESSION = "regression"  # in `auxiliary_tasks`: a number; else a task has a list of classes
 
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
 WAVEFORM_MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
@@ -43,7 +45,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             *("classifier_hidden_size", "classifier_bottleneck", "classifier_checkpoint_interval", "feature_size"),
             *("anchor_size", "anchor_temperature", "uncertainty_hidden_size", "prototypes_per_class"),
             *("openmax_alpha", "openmax_centroids_per_class", "distillation_temperature", "format_version"),
-            "fusion_num_layers",
+            *("fusion_num_layers", "auxiliary_hidden_size"),
         ),
         lambda value: value > 0,
         "greater than 0",
@@ -53,6 +55,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             *("cross_entropy_loss_weight", "focal_loss_weight", "anchor_loss_weight", "uncertainty_loss_weight"),
             *("prototype_loss_weight", "supervised_contrastive_loss_weight", "distillation_loss_weight"),
             *("classifier_num_layers", "uncertainty_error_weight", "focal_gamma", "mixup_alpha"),
+            "auxiliary_loss_weight",
         ),
         lambda value: value >= 0,
         "0 or more",
@@ -118,6 +121,28 @@ def check_labels(id2label: dict) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"`id2label` has the name {name!r} twice: give each class a name of its own.")
+
+
+def check_auxiliary_tasks(tasks: dict[str, Any], label_maps: dict[str, Any]) -> None:
+    """Raise `ValueError` for a task beside the emotion that cannot be, or a map to targets that it does not have."""
+    for task, kind in tasks.items():
+        if not re.fullmatch(r"[A-Za-z]\w*", task) or hasattr(dict, task):
+            raise ValueError(f"`auxiliary_tasks`: {task!r} is no name of a task: give it letters, digits and _.")
+        is_list = isinstance(kind, list) and len(kind) > 1 and len(set(kind)) == len(kind)
+        if kind != REGRESSION and not is_list:
+            raise ValueError(
+                f"`auxiliary_tasks`: {task!r} must be {REGRESSION!r}, or a list of two or more different classes, got "
+                f"{kind!r}."
+            )
+    check_names(label_maps, tasks, "task of `auxiliary_tasks`, but of `auxiliary_label_maps`")
+    for task, targets in label_maps.items():
+        if not isinstance(targets, dict):
+            raise ValueError(f"`auxiliary_label_maps`: {task!r} must be a dict by emotion, got {targets!r}.")
+        for label, target in targets.items():
+            is_number = isinstance(target, int | float) and not isinstance(target, bool)
+            if not (is_number if tasks[task] == REGRESSION else target in tasks[task]):
+                allowed = "a number" if tasks[task] == REGRESSION else f"one of {', '.join(tasks[task])}"
+                raise ValueError(f"`auxiliary_label_maps`: {task} of {label!r} must be {allowed}, got {target!r}.")
 
 
 def _field_names(config_class: Any) -> set[str]:
@@ -224,6 +249,13 @@ class MMSERConfig(PreTrainedConfig):
         lora (`dict`, *optional*): of a checkpoint that holds adapters in place of its encoders: `rank`, `alpha`,
             `dropout`, `target` (the adapted layers of each encoder) and `bases` (the name and a checksum of each
             encoder). Loading joins them; the model then has None here.
+        auxiliary_tasks (`dict[str, list[str] | str]`):
+            Tasks beside the emotion, by name: a list of classes, or "regression" for a number, as in `{"sentiment":
+            ["negative", "neutral", "positive"], "arousal": "regression"}`. Each has a small head on the features.
+        auxiliary_label_maps (`dict[str, dict]`): tasks whose targets follow from the emotion: by task and emotion,
+            the class or the number.
+        auxiliary_hidden_size (`int`): width of each of their heads.
+        auxiliary_loss_weight (`float`): weight of the loss of each of them.
 
     Example:
 
@@ -257,6 +289,7 @@ class MMSERConfig(PreTrainedConfig):
         "is_unknown",
         "hidden_states",
         "attentions",
+        "auxiliary",
     ]
 
     audio_config: dict | PreTrainedConfig | None = None
@@ -317,6 +350,11 @@ class MMSERConfig(PreTrainedConfig):
     distillation_loss_weight: float | int = 0.0
     distillation_temperature: float | int = 2.0
     lora: dict[str, Any] | None = None
+
+    auxiliary_tasks: dict[str, list[str] | str] = field(default_factory=dict)
+    auxiliary_label_maps: dict[str, dict[str, str | float | int]] = field(default_factory=dict)
+    auxiliary_hidden_size: int = 64
+    auxiliary_loss_weight: float | int = 0.3
 
     def __post_init__(self, **kwargs):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
@@ -428,6 +466,7 @@ class MMSERConfig(PreTrainedConfig):
         """Raise `ValueError` for values that cannot make a network (part of the `@strict` validation)."""
         super().validate_architecture()
         self._check_values()
+        check_auxiliary_tasks(self.auxiliary_tasks, self.auxiliary_label_maps)
         if self.cross_attention_hidden_size % self.cross_attention_heads:
             raise ValueError(
                 f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "

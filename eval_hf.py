@@ -40,8 +40,9 @@ def main(arguments: list[str] | None = None) -> dict:
     check_matplotlib()
 
     register_auto_classes()  # the code of MMSER is here: the code that the checkpoint carries is not run
-    label_names = model_loading.load_label_names(options.model_name_or_path)
-    clips = evaluation_run.load_clips(source, options, label_names)
+    config = model_loading.load_config(options.model_name_or_path)
+    label_names = model_loading.label_names_of(config)
+    clips = evaluation_run.load_clips(source, options, label_names, config)
     processor = evaluation_run.load_processor(options.model_name_or_path)
     reading = {"max_seconds": source.max_seconds, **reading_options(processor.modalities, processor.sampling_rate)}
     clips = evaluation_run.check_clips(clips, source.on_bad_example, **reading)

@@ -3,8 +3,9 @@
 
 Pooling, the classifier and the heads beside it (anchors, uncertainty, prototypes), then `MMSERModel` (up to the fused
 vector) and `MMSERForAudioClassification` (heads, loss, calibration). The encoders are in `encoders_mmser.py`, what
-joins the modalities in `fusion_mmser.py`, the losses in `losses_mmser.py`, OpenMax in `openmax_mmser.py`. Shape
-letters: B clips, T audio samples or mel frames, Ta audio states, L tokens, D an encoder's width, C classes.
+joins the modalities in `fusion_mmser.py`, the losses in `losses_mmser.py`, OpenMax in `openmax_mmser.py`, tasks
+beside the emotion in `auxiliary_mmser.py`. Shape letters: B clips, T audio samples or mel frames, Ta audio states, L
+tokens, D an encoder's width, C classes.
 """
 
 import inspect
@@ -29,6 +30,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, maybe_inst
 
 try:
     from .adapters_mmser import LoadsAdapters, weights_to_save
+    from .auxiliary_mmser import NO_MOMENTS, AuxiliaryHead, AuxiliaryHeads
     from .configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
     from .conformal_mmser import PredictionSets
     from .encoders_mmser import (
@@ -79,6 +81,7 @@ except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
     from adapters_mmser import LoadsAdapters, weights_to_save
+    from auxiliary_mmser import NO_MOMENTS, AuxiliaryHead, AuxiliaryHeads
     from configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
     from conformal_mmser import PredictionSets
     from encoders_mmser import (
@@ -378,6 +381,8 @@ class MMSEROutput(ModelOutput):
             the largest probability that it leaves to a class.
         is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): of OpenMax, once it is fitted: which clips are
             rejected; None if `config.openmax_threshold` is None.
+        auxiliary (`dict[str, torch.FloatTensor]`): of each of `config.auxiliary_tasks`, logits of shape
+            `(batch_size, num_classes)` or values of shape `(batch_size,)`; None without tasks.
         hidden_states, attentions: of the audio encoder (of the text encoder when there is no audio), if asked for.
     """
 
@@ -393,6 +398,7 @@ class MMSEROutput(ModelOutput):
     open_set_probabilities: Tensor | None = None
     rejection_score: Tensor | None = None
     is_unknown: Tensor | None = None
+    auxiliary: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -422,7 +428,7 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
             "FusionLayer",
             "SoleModality",
         ),
-        *("JointEncoder", "AttentionFusion"),
+        *("JointEncoder", "AttentionFusion", "AuxiliaryHead"),
         *("ResidualBlock", "ClassAnchorClustering", "UncertaintyHead", "PrototypeMemory", "OpenMax"),
     )
 
@@ -491,6 +497,9 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
             init.constant_(module.thresholds, module.not_fitted)
         elif isinstance(module, UncertaintyHead):
             init.copy_(module.error_calibration, torch.tensor(module.uncalibrated))
+        elif isinstance(module, AuxiliaryHead):
+            if module.num_classes is None:
+                init.copy_(module.target_moments, torch.tensor(NO_MOMENTS))
         elif isinstance(module, MMSERModel):
             if module.layer_weights is not None:
                 init.zeros_(module.layer_weights)
@@ -1113,6 +1122,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     temperature: Tensor
     _keep_in_fp32_modules_strict = (  # type: ignore[assignment]  # typed as a list
         *("openmax", "temperature", "log_temperature", "error_calibration", "prediction_sets"),
+        "target_moments",
     )
     _keys_to_ignore_on_load_missing = (r"prediction_sets\.thresholds",)  # type: ignore[assignment]  # checkpoints of 0.1.0
 
@@ -1125,6 +1135,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self.anchors = ClassAnchorClustering(config)
         self.uncertainty = UncertaintyHead(config)
         self.prototypes = PrototypeMemory(config)
+        self.auxiliary = AuxiliaryHeads(config)
         centroids = config.openmax_centroids_per_class if config.openmax_distance == "centroid" else 0
         self.openmax = OpenMax(
             config.num_labels, config.openmax_alpha, config.openmax_level, centroids, config.fusion_hidden_size
@@ -1150,6 +1161,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
         return_uncertainty: bool = True,
+        auxiliary_labels: dict[str, Tensor] | None = None,
         **kwargs,
     ) -> MMSEROutput:
         r"""
@@ -1162,6 +1174,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             teacher_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): for the distillation part.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
             return_uncertainty (`bool`): `False` leaves `uncertainty` out.
+            auxiliary_labels (`dict[str, torch.Tensor]` of shape `(batch_size,)`): targets of `auxiliary_tasks`, for
+                the loss: class ids or numbers; -100 and nan where a clip has none.
         Returns: `MMSEROutput`.
         Raises:
             TypeError: an unknown keyword; the message suggests the nearest one.
@@ -1189,28 +1203,26 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         if not self.training:  # the calibration on held-out clips is for use
             logits = (raw_logits / self.temperature.to(device)).to(raw_logits.dtype)
             uncertainty = self.uncertainty.calibrated(raw_uncertainty, logits)
-
-        loss = losses = anchor_loss = None  # a scalar among the outputs breaks the batches of stock pipelines
+        auxiliary = self.auxiliary(features)
+        losses: dict[str, Any] = {}  # without labels none: a scalar breaks the batches of stock pipelines
         if labels is not None:
             labels = self._checked(labels, len(raw_logits)).to(device)
             scores = (raw_logits, features, raw_uncertainty, anchor_logits, anchor_distances)
-            parts, anchor_loss = self._mixed_losses(mixture, scores, labels, teacher_logits)
-            loss = cast(Tensor, sum(parts.values()))
-            losses = {name: part.detach() for name, part in parts.items()}
-
-        open_set = {}
+            losses = self._losses(mixture, scores, labels, teacher_logits, auxiliary, auxiliary_labels)
+        elif auxiliary_labels is not None:
+            raise ValueError("`auxiliary_labels` are for the loss: give `labels` too.")
+        open_set: dict[str, Any] = {}
         if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
             open_set = self._open_set(logits, outputs.pooler_output, anchor_distances)
         return MMSEROutput(
-            loss=loss,
+            **losses,
             logits=logits,
             uncertainty=uncertainty if return_uncertainty else None,
-            anchor_loss=anchor_loss,
-            losses=losses,
             features=features,
             fused=outputs.pooler_output,
             anchor_distances=anchor_distances,
             **open_set,
+            auxiliary=auxiliary,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -1256,6 +1268,18 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             return None
         share = torch.distributions.Beta(alpha, alpha).sample().item()
         return max(share, 1 - share), torch.randperm(batch_size)
+
+    def _losses(
+        self, mixture: Any, scores: Any, labels: Tensor, teacher: Any, auxiliary: Any, targets: dict | None
+    ) -> dict[str, Any]:
+        """`loss`, `anchor_loss` and `losses` of `MMSEROutput`."""
+        parts, anchor_loss = self._mixed_losses(mixture, scores, labels, teacher)
+        weight = self.config.auxiliary_loss_weight
+        if targets is not None and weight:
+            others = self.auxiliary.losses(auxiliary or {}, targets, mixture)
+            parts |= {name: weight * part.to(labels.device) for name, part in others.items()}
+        losses = {name: part.detach() for name, part in parts.items()}
+        return {"loss": sum(parts.values()), "anchor_loss": anchor_loss, "losses": losses}
 
     def _mixed_losses(
         self,
@@ -1322,7 +1346,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self.note_untrained_modalities()
         try:
             for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
-                batch = {name: self._placed(value) for name, value in batch.items()}
+                batch = {name: self._placed(value) for name, value in batch.items() if name != "auxiliary_labels"}
                 outputs["labels"].append(batch.pop("labels"))
                 output = self(**batch, use_openmax=False)
                 for name in names:

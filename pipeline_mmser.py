@@ -60,6 +60,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 TEXT_KEYS = ("text", "transcription")
+AUXILIARY = "auxiliary_"  # in front of the name of a task, where its output has to have a name of its own
 
 
 def _import_onnxruntime() -> Any:
@@ -87,6 +88,7 @@ class MMSEROnnxConfig(PreTrainedConfig):
     modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
     untrained_modalities: list[str] = field(default_factory=list)
     prediction_set_thresholds: list[float] | None = None
+    auxiliary_tasks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def used_modalities(self) -> list[str]:
@@ -104,7 +106,7 @@ class MMSEROnnxConfig(PreTrainedConfig):
 @dataclass
 class MMSEROnnxOutput(ModelOutput):
     """
-    Output of an exported model, as of `MMSERForAudioClassification`. The last four are None if OpenMax was not fitted.
+    Output of an exported model, as of `MMSERForAudioClassification`. Those of OpenMax are None if it was not fitted.
 
     Args:
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): divided by the temperature.
@@ -114,6 +116,8 @@ class MMSEROnnxOutput(ModelOutput):
         open_set_probabilities (`torch.FloatTensor` of shape `(batch_size, num_labels + 1)`): "unknown" last.
         rejection_score (`torch.FloatTensor` of shape `(batch_size, 1)`): what rejection goes by.
         is_unknown (`torch.BoolTensor` of shape `(batch_size,)`): which clips are rejected.
+        auxiliary (`dict[str, torch.FloatTensor]`): by task beside the emotion, logits of shape `(batch_size,
+            num_classes)` or values of shape `(batch_size,)`; None without tasks.
     """
 
     logits: torch.Tensor | None = None
@@ -123,6 +127,7 @@ class MMSEROnnxOutput(ModelOutput):
     open_set_probabilities: torch.Tensor | None = None
     rejection_score: torch.Tensor | None = None
     is_unknown: torch.Tensor | None = None
+    auxiliary: dict[str, torch.Tensor] | None = None
 
 
 class MMSEROnnxForAudioClassification:
@@ -261,10 +266,10 @@ class MMSEROnnxForAudioClassification:
         )
 
     def _run(self, feeds: dict[str, np.ndarray]) -> MMSEROnnxOutput:
-        outputs = self.session.run(self.output_names, feeds)
-        return MMSEROnnxOutput(
-            **{name: torch.from_numpy(value) for name, value in zip(self.output_names, outputs, strict=True)}
-        )
+        outputs = map(torch.from_numpy, self.session.run(self.output_names, feeds))
+        named = dict(zip(self.output_names, outputs, strict=True))
+        tasks = {name: named.pop(f"{AUXILIARY}{name}") for name in self.config.auxiliary_tasks}
+        return MMSEROnnxOutput(**named, auxiliary=ModelOutput(tasks) if tasks else None)
 
     def _with_mask(self, name: str, values, mask, like) -> tuple[Any, Any]:
         """One modality and its mask. A missing one is the shortest possible input, masked, for the batch `like`."""
@@ -425,7 +430,9 @@ class MMSERPipeline(Pipeline):
 
     functions = ("softmax", "sigmoid", "none")
     preprocess_options = ("sampling_rate", "chunk_length_s", "stride_length_s")
-    postprocess_options = ("top_k", "allowed_labels", "return_uncertainty", "return_set", "function_to_apply")
+    postprocess_options = (
+        *("top_k", "allowed_labels", "return_uncertainty", "return_set", "return_auxiliary", "function_to_apply"),
+    )
 
     def __init__(self, model, *args, local_files_only=None, **kwargs):
         # `pipeline` of Transformers leaves `local_files_only` in here when everything is loaded
@@ -475,6 +482,8 @@ class MMSERPipeline(Pipeline):
                 likeliest first, the same for all of its labels. The right one is among them with the probability that
                 is asked for, 0.5 to 0.99 (True is 0.9), for new clips that are like the held-out ones which the model
                 was calibrated on. A recording as a whole has no such set, its chunks have.
+            return_auxiliary (`bool`): also give `auxiliary` in each dict, the answers to `config.auxiliary_tasks`: by
+                task, the probability of each class, or a number. They belong to the clip too.
             function_to_apply (`str`): "softmax", "sigmoid" or "none"; follows `config.problem_type` by default.
             batch_size, num_workers (`int`): as in every pipeline; results do not depend on them. In a list, clips of
                 similar length share a batch.
@@ -536,6 +545,8 @@ class MMSERPipeline(Pipeline):
             self._prediction_sets.threshold(check_coverage(kwargs["return_set"]))
             if {**getattr(self, "_postprocess_params", {}), **kwargs}.get("allowed_labels") is not None:
                 raise ValueError("`return_set` speaks of all labels: leave out `allowed_labels`")
+        if kwargs.get("return_auxiliary") and not getattr(self.model.config, "auxiliary_tasks", None):
+            raise ValueError("`return_auxiliary` needs a model with `auxiliary_tasks`, and this one has none")
         if kwargs.get("stride_length_s") is not None:
             options = {**getattr(self, "_preprocess_params", {}), **kwargs}
             if options.get("chunk_length_s") is None:
@@ -676,7 +687,9 @@ class MMSERPipeline(Pipeline):
         inputs = BatchFeature(input_tensors, tensor_type="pt").to(self.device, dtype=self.dtype)
         outputs = self.model(**inputs)
         names = ("logits", "uncertainty", "unknown_probability", "is_unknown")
-        return {name: getattr(outputs, name, None) for name in names}
+        tasks = getattr(outputs, "auxiliary", None) or {}
+        flat = {f"{AUXILIARY}{task}": values for task, values in tasks.items()}  # a dict breaks the batches
+        return {**{name: getattr(outputs, name, None) for name in names}, **flat}
 
     def postprocess(  # type: ignore[override]  # options by name, as in the library's own pipelines
         self,
@@ -686,6 +699,7 @@ class MMSERPipeline(Pipeline):
         return_uncertainty=False,
         return_set=False,
         function_to_apply=None,
+        return_auxiliary=False,
     ) -> list[dict]:
         """Outputs for one clip -> its labels with their scores, best first."""
         if function_to_apply is None:
@@ -713,7 +727,20 @@ class MMSERPipeline(Pipeline):
             order = probabilities.argsort(descending=True).tolist()
             for result in results:
                 result["prediction_set"] = [labels[index] for index in order if members[index]]
+        if return_auxiliary:
+            answers = self._auxiliary_answers(model_outputs)
+            for result in results:
+                result["auxiliary"] = answers
         return results
+
+    def _auxiliary_answers(self, model_outputs) -> dict[str, Any]:
+        """Of one clip, by task: class -> probability, or a number."""
+        answers: dict[str, Any] = {}
+        for task, kind in self.model.config.auxiliary_tasks.items():
+            values = model_outputs[f"{AUXILIARY}{task}"][0].float()
+            is_number = isinstance(kind, str)
+            answers[task] = values.item() if is_number else dict(zip(kind, values.softmax(-1).tolist(), strict=True))
+        return answers
 
 
 class AudioClassificationTask:
@@ -813,6 +840,7 @@ def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
     """Mean of the labels' scores, and of what else is told of each chunk, weighted by `shares`, which sum to 1."""
     own = ("label", "score", "prediction_set")  # a set has its coverage over clips, and a recording is none
     extras = {name: value for name, value in results[0][0].items() if name not in own}
+    tasks = extras.pop("auxiliary", None)
     means: dict[str, Any] = {name: None if value is None else 0.0 for name, value in extras.items()}
     scores = dict.fromkeys((result["label"] for result in results[0]), 0.0)
     for labels, share in zip(results, shares.tolist(), strict=True):
@@ -823,8 +851,21 @@ def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
                 means[name] += share * labels[0][name]
     if means.get("is_unknown") is not None:
         means["is_unknown"] = means["is_unknown"] > 0.5
+    if tasks is not None:
+        means["auxiliary"] = _mean_answers([labels[0]["auxiliary"] for labels in results], shares)
     best = sorted(scores, key=lambda label: scores[label], reverse=True)
     return [{"label": label, "score": scores[label], **means} for label in best]
+
+
+def _mean_answers(answers: list[dict], shares: np.ndarray) -> dict[str, Any]:
+    """Mean of the probabilities and numbers of each task, weighted by `shares`, which sum to 1."""
+
+    def mean(values: list) -> Any:
+        if isinstance(values[0], dict):
+            return {name: mean([value[name] for value in values]) for name in values[0]}
+        return float(np.dot(shares, values))
+
+    return mean(answers)
 
 
 def _download(url: str) -> bytes:

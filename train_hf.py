@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> dict:
     processor = model_loading.load_processor(model_arguments)
     training_run.leave_out_unreadable(data, data_arguments, processor)
 
-    model = model_loading.load_model(model_arguments, data.label_names, processor)
+    model = model_loading.load_model(model_arguments, data.label_names, processor, data.auxiliary)
     teacher = model_loading.load_teacher(model_arguments, data_arguments, model, processor)
     identity = run_identity.describe_identity(
         data.splits, data.label_names, model, teacher, processor, model_arguments, data_arguments, training_arguments

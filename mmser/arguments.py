@@ -262,6 +262,24 @@ class DataArguments(SourceArguments):
         default=None, metadata={"help": "Folder of clips that are none of the classes, for the open-set check."}
     )
     labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
+    auxiliary_tasks: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON: tasks to learn beside the emotion, each from the column of its name: a list of classes, or "
+            '"regression". E.g. \'{"sentiment": ["negative", "neutral", "positive"], "arousal": '
+            '"regression"}\'. Default: those of --model_name_or_path, if any.'
+        },
+    )
+    auxiliary_label_maps: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON: tasks without a column that follow from the emotion, e.g. \'{"arousal": {"sad": 1, '
+            '"angry": 5}}\'. `sentiment` needs no map.'
+        },
+    )
+    auxiliary_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the loss of each of these tasks. Default: 0.3."}
+    )
     validation_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
     test_fraction: float = field(default=0.15, metadata={"help": "Share of speakers to hold out if not given."})
     max_train_samples: int | None = field(
@@ -289,6 +307,11 @@ class DataArguments(SourceArguments):
     )
     text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
     audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
+
+    def __post_init__(self):
+        for name in ("auxiliary_tasks", "auxiliary_label_maps"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, parse_json(getattr(self, name), f"--{name}"))
 
 
 COMPARED_GROUPS = ("sex", "language", "corpus", "duration")

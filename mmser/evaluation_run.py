@@ -12,6 +12,7 @@ import datasets
 import torch
 from transformers.utils import logging
 
+from configuration_mmser import MMSERConfig
 from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, SourceArguments
 from mmser.batches import MMSERDataCollator
 from mmser.examples import EmotionDataset, drop_unreadable
@@ -21,6 +22,7 @@ from mmser.names import Named, reading
 from mmser.report import Measured, reproducible
 from mmser.results import describe_data, environment
 from mmser.scores import audio_alone, evaluate_augmentation, predict_clips, predict_rows
+from mmser.targets import derive_targets, split_targets
 from mmser.trainer import MMSERTrainer
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
@@ -42,18 +44,27 @@ class Clips:
     unknown: dict[str, datasets.Dataset]
 
 
-def load_clips(source: SourceArguments, arguments: EvaluationArguments, label_names: list[str]) -> Clips:
-    """Load what is needed, and nothing else; what is missing or does not fit is an error here."""
+def load_clips(
+    source: SourceArguments, arguments: EvaluationArguments, label_names: list[str], config: MMSERConfig | None = None
+) -> Clips:
+    """
+    Load what is needed, and nothing else; what is missing or does not fit is an error here. The targets of the tasks
+    of `config` are loaded as far as the data have them; what was derived from the emotion in training is here too.
+    """
+    tasks = {} if config is None else config.auxiliary_tasks
     wanted = [name for name in arguments.group_by or [] if name != "duration"]
     with reading(source.on_the_hub):
         splits, _ = load_emotion_dataset(
             **source.source,
             label_names=label_names,
             extra_columns=wanted,
+            auxiliary_tasks=tasks,
             validation_fraction=0.0,
             test_fraction=0.0,
             for_training=False,
         )
+    if tasks and config is not None:
+        splits, _ = derive_targets(splits, label_names, tasks, config.auxiliary_label_maps, has_default=False)
     if arguments.split is None and list(splits) == ["train"]:  # not divided into splits
         splits = {ALL: splits["train"]}
     split = arguments.split or next(name for name in (*SPLITS, ALL) if name in splits)
@@ -210,6 +221,8 @@ def measure(
         class_counts=trainer.model.config.class_counts,
         temperature=trainer.model.temperature.item(),
         prediction_sets=trainer.model.prediction_sets if trainer.model.prediction_sets.is_fitted else None,
+        tasks=trainer.model.config.auxiliary_tasks,
+        targets=split_targets(clips.evaluated),
     )
 
 

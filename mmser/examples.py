@@ -23,6 +23,7 @@ from transformers.utils import logging
 from audio_mmser import MIN_SECONDS, audio_length, load_audio
 from mmser.augmentation import Augmenter, augmentation_generator
 from mmser.bad_rows import check_on_bad_example, skip_or_raise
+from mmser.targets import COLUMN as TARGETS
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,8 @@ class ExampleReader:
 
         Returns:
             `labels` (int), `length` (samples, 0 without audio), `audio` ([T] float32 or None) if the data set has an
-            audio column, and `text` (str or None) if it has a text column.
+            audio column, `text` (str or None) if it has a text column, and `auxiliary` (its targets by task) if it has
+            targets.
 
         Raises:
             ValueError: naming the row, if its audio cannot be read or it has neither audio nor text.
@@ -96,7 +98,8 @@ class ExampleReader:
         if audio is None and text is None:
             raise ValueError(f"{row['row']} has {self._missing}")
         example = {"labels": int(row["labels"]), "length": 0 if audio is None else len(audio)}
-        return {**example, **{name: value for name, value in (("audio", audio), ("text", text)) if name in row}}
+        values = (("audio", audio), ("text", text), (TARGETS, row.get(TARGETS)))
+        return {**example, **{name: value for name, value in values if name in row}}
 
     @property
     def _missing(self) -> str:

@@ -31,7 +31,7 @@ from mmser.quantization import quantize_onnx
 from mmser.tables import format_table
 from mmser.vocabulary import Trimmed, trim_vocabulary
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
-from pipeline_mmser import MMSEROnnxForAudioClassification
+from pipeline_mmser import AUXILIARY, MMSEROnnxForAudioClassification
 from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 
 # Largest allowed difference to PyTorch in float32, of probabilities and of logits divided by the largest logit
@@ -58,7 +58,7 @@ class ExportedForward(nn.Module):
         """[B, T] or [B, mels, T], [B, T], [B, L], [B, L], those of `input_names` -> the tensors of `output_names`."""
         outputs = self.model(**dict(zip(input_names(self.model), inputs, strict=True)))
         logits = outputs.logits.float()
-        results = {**outputs, "logits": logits, "probabilities": logits.softmax(dim=-1)}
+        results = {**outputs, **_flat(outputs), "logits": logits, "probabilities": logits.softmax(dim=-1)}
         tensors = (results[name] for name in output_names(outputs))
         return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
@@ -72,7 +72,12 @@ def input_names(model: MMSERForAudioClassification) -> list[str]:
 
 def output_names(outputs) -> list[str]:
     """The names of the outputs that the model has: those of OpenMax are None until it is fitted."""
-    return [*OUTPUTS, *(name for name in OPEN_SET_OUTPUTS if outputs.get(name) is not None)]
+    return [*OUTPUTS, *(name for name in OPEN_SET_OUTPUTS if outputs.get(name) is not None), *_flat(outputs)]
+
+
+def _flat(outputs) -> dict[str, Tensor]:
+    """The outputs of the tasks beside the emotion, each under a name of its own; a graph has no dicts."""
+    return {f"{AUXILIARY}{task}": values for task, values in (outputs.get("auxiliary") or {}).items()}
 
 
 def min_audio_length(model: MMSERForAudioClassification) -> int:
@@ -226,7 +231,7 @@ def notes_of(model: MMSERForAudioClassification, processor: MMSERProcessor) -> d
     """The metadata of the ONNX file. `config` holds the fields of `MMSEROnnxConfig`."""
     config: Any = model.config
     kept = ("id2label", "label2id", "problem_type", "openmax_threshold", "openmax_acceptance", "use_openmax")
-    about = {name: getattr(config, name) for name in (*kept, "modalities", "untrained_modalities")}
+    about = {name: getattr(config, name) for name in (*kept, "modalities", "untrained_modalities", "auxiliary_tasks")}
     if model.prediction_sets.is_fitted:
         about["prediction_set_thresholds"] = model.prediction_sets.thresholds.tolist()
     about |= {f"{name}_model_type": getattr(config, f"{name}_config").model_type for name in config.modalities}
@@ -317,8 +322,9 @@ def compare(model: MMSERForAudioClassification, exported: Any, processor: MMSERP
 
 def _differences(expected, given) -> dict[str, float]:
     """
-    The largest difference of each output. Logits and rejection scores are divided by the largest one in the batch (or
-    1); the other outputs are probabilities. For `is_unknown`, the share of clips with another decision.
+    The largest difference of each output. Logits, rejection scores and the outputs of other tasks are divided by the
+    largest one in the batch (or 1); the rest are probabilities. For `is_unknown`, the share of clips with another
+    decision.
     """
     differences = {}
     names = output_names(expected)
@@ -326,11 +332,12 @@ def _differences(expected, given) -> dict[str, float]:
         raise ValueError(f"The model has the outputs {names}, but its export has {output_names(given)}")
     for name in names:
         first, second = (
-            (output.logits.float().softmax(dim=-1) if name == "probabilities" else output[name].float())
+            (output.logits.float().softmax(dim=-1) if name == "probabilities" else {**output, **_flat(output)}[name])
             for output in (expected, given)
         )
+        first, second = first.float(), second.float()
         difference = (first - second).abs()
-        if name in ("logits", "rejection_score"):
+        if name in ("logits", "rejection_score") or name.startswith(AUXILIARY):
             difference = difference / first.abs().amax().clamp(min=1)
         differences[name] = (difference.mean() if name == "is_unknown" else difference.amax()).item()
     return differences

@@ -28,6 +28,7 @@ from mmser.sources import (
 )
 from mmser.splits import divide_by_speaker
 from mmser.table_files import is_table
+from mmser.targets import COLUMN, Tasks, no_target, read_targets, target_features
 
 
 def load_emotion_dataset(
@@ -41,6 +42,7 @@ def load_emotion_dataset(
     test_split: str | None = None,
     columns: DataColumns | None = None,
     extra_columns: Sequence[str] = (),
+    auxiliary_tasks: Tasks | None = None,
     label_names: Sequence[str] | None = None,
     checkpoint_names: Sequence[str] | None = None,
     streaming: bool = False,
@@ -63,6 +65,8 @@ def load_emotion_dataset(
         columns: names of the columns.
         extra_columns: more columns to keep, as strings under their own names. The name of one of our own columns, such
             as `corpus`, means that one.
+        auxiliary_tasks: tasks beside the emotion, as in `MMSERConfig`: the targets of those of which the source has a
+            column are read from it. An empty cell is no target.
         label_names: class names in the order of their ids; default: those that the Hub data set declares, else the
             names in the rows (see `choose_label_names`).
         checkpoint_names: class names of the checkpoint that is trained further; kept if the data's are among them.
@@ -78,7 +82,8 @@ def load_emotion_dataset(
     Returns:
         The splits and the label names. Columns: `labels` (int), `row` (where the row is, for messages) and, if the
         source has them, `audio` (path, or `{"bytes", "path"}` from the Hub; not decoded), `text` (`""` = unknown),
-        `speaker`, `language`, `corpus`, `sex`, and the `extra_columns`.
+        `speaker`, `language`, `corpus`, `sex`, the `extra_columns`, and `auxiliary` (a dict by task: class ids or
+        -100, numbers or nan).
 
     Raises:
         ValueError: if the source, a column, a label or a row is not usable, or a speaker or a clip is in two splits.
@@ -88,28 +93,30 @@ def load_emotion_dataset(
     check_on_bad_example(on_bad_example)
     given = {"train": train_split, "validation": validation_split, "test": test_split}
     names = {split: (name,) if name else SPLIT_NAMES[split] for split, name in given.items()}
-    request = Request(columns or DataColumns(), extra_columns, names)
-    class_names, audio = None, None
+    request = Request(columns or DataColumns(), extra_columns, names, auxiliary_tasks or {})
     if dataset_name is not None and streaming:
         return stream_hub(dataset_name, dataset_config_name, request, label_names, on_bad_example, checkpoint_names)
     if dataset_name is not None:
         records, audio, class_names = read_hub(dataset_name, dataset_config_name, request)
-    elif data_dir is not None:
-        records = read_folder(Path(data_dir), request)
     else:
-        records = read_table(Path(str(manifest)), request)
-
+        records, audio, class_names = _read_files(data_dir, manifest, request), None, None
     if on_bad_example == "error":
         report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
     label_names = _choose_classes(records, label_names, class_names, checkpoint_names, for_training)
-    usable = _check_records(records, label_names, request.problems, is_embedded=audio is not None)
+    usable = _check_records(records, label_names, request.problems, is_embedded=audio is not None, tasks=request.tasks)
     report_problems(request.problems, on_bad_example)
     splits = divide_by_speaker(records, usable, fractions, seed, allow_speaker_overlap, audio)
     empty = [split for split, indices in splits.items() if not indices]
     if empty or not splits:
         raise ValueError(f"no usable row is left in {data_dir or manifest or dataset_name} {' '.join(empty)}")
-    table = _to_dataset(records, extra_columns, audio)
+    table = _to_dataset(records, extra_columns, audio, request.tasks)
     return datasets.DatasetDict({split: table.select(indices) for split, indices in splits.items()}), label_names
+
+
+def _read_files(
+    data_dir: str | os.PathLike | None, manifest: str | os.PathLike | None, request: Request
+) -> list[Record]:
+    return read_table(Path(str(manifest)), request) if data_dir is None else read_folder(Path(data_dir), request)
 
 
 def _choose_classes(
@@ -190,8 +197,11 @@ def _check_records(
     problems: list[str],
     allow_unknown: bool = False,
     is_embedded: bool = False,
+    tasks: Tasks | None = None,
 ) -> list[int]:
-    """Give every record the id of its label. Return the indices of the usable ones; the rest goes to `problems`.
+    """
+    Give every record the id of its label, and its targets. Return the indices of the usable ones; the rest goes to
+    `problems`.
 
     Embedded audio (in a table beside the records) is there for all of them.
     """
@@ -199,6 +209,7 @@ def _check_records(
     for index, record in enumerate(records):
         try:
             record.labels = label_id(record.label, label_names, record.row, allow_unknown)
+            record.targets = read_targets(record.written_targets, tasks or {}, record.row)
             if record.audio and "://" not in record.audio and not os.path.exists(record.audio):
                 raise ValueError(f"{record.row}: audio file {record.audio} does not exist")
             if not (record.audio or record.text or is_embedded):
@@ -211,7 +222,10 @@ def _check_records(
 
 
 def _to_dataset(
-    records: list[Record], extra_columns: Sequence[str], audio: datasets.Dataset | None = None
+    records: list[Record],
+    extra_columns: Sequence[str],
+    audio: datasets.Dataset | None = None,
+    tasks: Tasks | None = None,
 ) -> datasets.Dataset:
     """All records as one table, without those of our own columns that are empty everywhere and were not asked for."""
     values = {name: [getattr(record, name) for record in records] for name in ("audio", *TEXT_COLUMNS)}
@@ -222,8 +236,13 @@ def _to_dataset(
         kept[name] = [record.extra[name] for record in records]
     kept["row"] = [record.row for record in records]
     types = {**dict.fromkeys(kept, datasets.Value("string")), "labels": datasets.Value("int64")}
-    labels = {"labels": [record.labels for record in records]}
-    table = datasets.Dataset.from_dict({**kept, **labels}, features=datasets.Features(types))
+    numbers: dict[str, list] = {"labels": [record.labels for record in records]}
+    read = {task for record in records for task in record.targets}
+    present = {task: no_target(kind) for task, kind in (tasks or {}).items() if task in read}
+    if present:  # of several tables, some may lack a column
+        types |= target_features(tasks or {}, present)
+        numbers[COLUMN] = [{**present, **record.targets} for record in records]
+    table = datasets.Dataset.from_dict({**kept, **numbers}, features=datasets.Features(types))
     return table if audio is None else datasets.concatenate_datasets([audio, table], axis=1)
 
 

@@ -75,6 +75,46 @@ def compute_classification_metrics(predictions: Any, references: Any, label_name
     return {**metrics, **{f"f1_{name}": float(value) for name, value in zip(names, _matrix_f1(matrix), strict=True)}}
 
 
+def concordance_correlation(predictions: Any, references: Any) -> float:
+    """
+    The concordance correlation coefficient (Lin 1989): `2 s_xy / (s_x^2 + s_y^2 + (mean_x - mean_y)^2)`, moments over
+    N. 1 only where both are equal: unlike Pearson's, it counts a wrong scale and a shift.
+
+    Args:
+        predictions, references: float [N].
+    Returns: in [-1, 1]; nan if both are the same constant.
+    Raises:
+        ValueError: empty input, unequal lengths, or a number that is not finite.
+    """
+    predicted, true = check_floats(predictions, "predictions"), check_floats(references, "references")
+    check_same_length(predictions=predicted, references=true)
+    covariance = ((predicted - predicted.mean()) * (true - true.mean())).mean()
+    spread = predicted.var() + true.var() + (predicted.mean() - true.mean()) ** 2
+    return float(2 * covariance / spread) if spread > 0 else float("nan")
+
+
+def compute_regression_metrics(predictions: Any, references: Any) -> dict[str, float]:
+    """
+    Metrics of predicted numbers.
+
+    Args:
+        predictions, references: float [N].
+    Returns: `ccc` (`concordance_correlation`, the primary metric), `pearson` (nan if one of them is constant) and
+        `mean_absolute_error`, in the unit of the numbers.
+    Raises:
+        ValueError: as of `concordance_correlation`.
+    """
+    ccc = concordance_correlation(predictions, references)
+    predicted, true = check_floats(predictions, "predictions"), check_floats(references, "references")
+    spread = predicted.std() * true.std()
+    covariance = ((predicted - predicted.mean()) * (true - true.mean())).mean()
+    return {
+        "ccc": ccc,
+        "pearson": float(covariance / spread) if spread > 0 else float("nan"),
+        "mean_absolute_error": float(np.abs(predicted - true).mean()),
+    }
+
+
 def _matrix_f1(matrices: np.ndarray) -> np.ndarray:
     """F1 of each class [..., C] of confusion matrices [..., C, C]; 0 for a class that occurs nowhere."""
     hits = np.diagonal(matrices, axis1=-2, axis2=-1)

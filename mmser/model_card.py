@@ -103,6 +103,7 @@ def _loss_table(config: MMSERConfig) -> str:
         "prototype": "prototypes",
         "supervised_contrastive": "supervised contrastive loss (Khosla et al. 2020)",
         "distillation": "distillation from a teacher (Hinton et al. 2015)",
+        **({"auxiliary": f"each of {', '.join(config.auxiliary_tasks)}"} if config.auxiliary_tasks else {}),
     }
     weights = {text: getattr(config, f"{name}_loss_weight") for name, text in parts.items()}
     rows = [{"part of the loss": text, "weight": f"{weight:g}"} for text, weight in weights.items() if weight]

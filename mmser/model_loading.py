@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
+from auxiliary_mmser import AuxiliaryHead
 from configuration_mmser import MODALITIES, MMSERConfig, check_names
 from mmser.arguments import SPEC_AUGMENT, DataArguments, ModelArguments
 from mmser.averaging import average_checkpoints
@@ -31,6 +32,11 @@ logger = logging.get_logger(__name__)
 
 def load_label_names(checkpoint: str, flag: str = "--checkpoint") -> list[str]:
     """The classes of an MMSER checkpoint, in the order of their ids, from its configuration alone. `flag` named it."""
+    return label_names_of(load_config(checkpoint, flag))
+
+
+def load_config(checkpoint: str, flag: str = "--checkpoint") -> MMSERConfig:
+    """The configuration of an MMSER checkpoint that `flag` named."""
     with reading([Named(flag, checkpoint)]):
         content, _ = MMSERConfig.get_config_dict(checkpoint)
     if content.get("model_type") == MMSEROnnxConfig.model_type:
@@ -40,7 +46,7 @@ def load_label_names(checkpoint: str, flag: str = "--checkpoint") -> list[str]:
     if content.get("model_type") != MMSERConfig.model_type:
         found = f"model type {content['model_type']!r}" if content.get("model_type") else "no config.json with a type"
         raise ValueError(f"{checkpoint} is not an MMSER checkpoint: it has {found}.")
-    return label_names_of(MMSERConfig.from_dict(content))
+    return MMSERConfig.from_dict(content)
 
 
 def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedConfig:
@@ -107,9 +113,17 @@ def _join_processor(arguments: ModelArguments) -> MMSERProcessor:
 
 
 def load_model(
-    arguments: ModelArguments, label_names: list[str], processor: MMSERProcessor
+    arguments: ModelArguments,
+    label_names: list[str],
+    processor: MMSERProcessor,
+    auxiliary: dict[str, Any] | None = None,
 ) -> MMSERForAudioClassification:
-    """The model to train, with the label names of the data, and with the parts frozen that the flags name."""
+    """
+    The model to train, with the label names of the data, and with the parts frozen that the flags name.
+
+    Args:
+        auxiliary: `TrainingData.auxiliary`, the tasks beside the emotion.
+    """
     labels = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {label: i for i, label in enumerate(label_names)},
@@ -119,6 +133,9 @@ def load_model(
         MMSERConfig.check_fields(overrides)
     except TypeError as error:
         raise ValueError(f"--config_overrides: {error}") from error
+    if moot := sorted({"auxiliary_tasks", "auxiliary_label_maps", *(auxiliary or {})} & set(overrides)):
+        raise ValueError(f"--config_overrides cannot set {moot[0]}: the flags --auxiliary_... also read the targets.")
+    labels |= auxiliary or {}
     start = _from_checkpoint if arguments.model_name_or_path else _from_encoders
     with reading(models_of(arguments)):
         model = start(arguments, labels, processor)
@@ -163,17 +180,30 @@ def adapter_bases(arguments: ModelArguments) -> dict[str, str]:
 
 def _from_checkpoint(arguments: ModelArguments, labels: dict, processor: MMSERProcessor) -> Any:
     names = [str(arguments.model_name_or_path), *arguments.average_with]
+    tasks = {name: value for name, value in labels.items() if name.startswith("auxiliary_")}
     overrides: Any = arguments.config_overrides
     model = MMSERForAudioClassification.from_pretrained(
         names[0],
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # of what --config_overrides resizes; the loading report names it
         # The class counts of the checkpoint are those of its own training clips
-        **{"class_counts": None, **overrides},
+        **{"class_counts": None, **overrides, **tasks},
     )
     average_checkpoints(model, names)
     change_labels(model, list(labels["label2id"]))
+    _restart_changed_tasks(model, load_config(names[0]).auxiliary_tasks)
     return model
+
+
+def _restart_changed_tasks(model: MMSERForAudioClassification, earlier: dict[str, Any]) -> None:
+    """Start the heads of tasks anew whose classes, or their order, are not those of the checkpoint."""
+    for task, kind in model.config.auxiliary_tasks.items():
+        if task in earlier and earlier[task] != kind:
+            logger.warning(f"{task} was {earlier[task]} in the checkpoint and is {kind} now: its head starts anew.")
+            head = AuxiliaryHead(model.config, kind)
+            for module in head.modules():
+                model._init_weights(module)
+            model.auxiliary.add_module(f"{task}_head", head)
 
 
 @torch.no_grad()

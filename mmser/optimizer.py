@@ -21,6 +21,7 @@ PARAMETER_GROUPS = {
     "anchors": (("anchors.",), 2.0, 0.04),
     "uncertainty": (("uncertainty.",), 1.0, 0.05),
     "prototypes": (("prototypes.",), 1.0, 0.05),
+    "auxiliary": (("auxiliary.",), 1.0, 0.05),  # not published; empty without tasks beside the emotion
 }
 
 # Learning rate multiplier of an encoder of which only adapters are trained, ten times that of all its weights

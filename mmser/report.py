@@ -34,6 +34,7 @@ from mmser.scores import (
     describe_rejection,
     describe_rows,
     describe_sets,
+    describe_tasks,
     evaluate_open_set,
     open_set_scores,
 )
@@ -70,6 +71,10 @@ TITLES = {  # of the columns of the tables; a score that is missing here has its
     "ms_per_clip": "ms per clip",
     "mean_set_size": "labels in a set",
     "one_label": "sets of one label",
+    "majority_f1": "F1 of the majority class",
+    "ccc": "CCC",
+    "mean_absolute_error": "mean absolute error",
+    "deviation_of_targets": "deviation of the targets",
 }
 FEW_ANSWERS = 10  # wrong or right ones; with fewer, how well they are told apart may be chance
 MAX_BARS = 40  # groups in one picture; the table has them all
@@ -91,6 +96,7 @@ class Measured:
         class_counts: training clips per class, if known without them.
         temperature: that the model divides its logits by.
         prediction_sets: of the model, if they are fitted.
+        tasks, targets: the tasks beside the emotion, and the target of each clip, by task.
     """
 
     label_names: list[str]
@@ -101,6 +107,8 @@ class Measured:
     class_counts: list[int] | None = None
     temperature: float = 1.0
     prediction_sets: PredictionSets | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, list] = field(default_factory=dict)
 
     @property
     def outputs(self) -> dict[str, np.ndarray]:
@@ -138,8 +146,8 @@ def judge(measured: Measured, num_samples: int = 1000) -> dict[str, Any]:
         num_samples: resamples for the 95 % intervals.
     Returns: `label_names`, `rows` (row name -> metrics, and `by_<grouping>` of the model), `temperature`,
         `calibration` (without and with the temperature), `prediction_sets` (by the coverage asked for),
-        `risk_coverage` (area by score), `gaps` (by grouping), `open_set` (set -> score -> metrics) and `rejection`
-        (None for a model that rejects nothing).
+        `risk_coverage` (area by score), `gaps` (by grouping), `open_set` (set -> score -> metrics), `rejection`
+        (None for a model that rejects nothing) and `auxiliary` (task -> metrics).
     """
     outputs, names, sets = measured.outputs, measured.label_names, measured.unknown_sets
     training = measured.train_outputs
@@ -155,6 +163,7 @@ def judge(measured: Measured, num_samples: int = 1000) -> dict[str, Any]:
         "gaps": {name: group_gap(rows["model"][f"by_{name}"]) for name in measured.groups},
         "open_set": evaluate_open_set(outputs, sets, training, measured.temperature, num_samples),
         "rejection": describe_rejection(outputs, sets, names),
+        "auxiliary": describe_tasks(outputs, measured.targets, measured.tasks, num_samples),
     }
 
 
@@ -342,6 +351,8 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Any]:
         (row["passes"], {**row, "ms_per_clip": 1000 * row["seconds"] / row["clips"]})
         for row in report.get("test_time_augmentation", [])
     ]
+    tasks = report.get("auxiliary", {}).items()
+    task_scores = [row for row in tasks if "ccc" not in row[1]], [row for row in tasks if "ccc" in row[1]]
     classes = [f"f1_{name}" for name in report["label_names"]]
     f1, recall = "weighted_f1", "unweighted_average_recall"
     ece, nll, confidence = "expected_calibration_error", "negative_log_likelihood", "mean_confidence"
@@ -358,6 +369,10 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Any]:
         "answers": _answers(rejection, report["label_names"]) if rejection else "",
         "groups": {name: _table(model[f"by_{name}"].items(), name, per_group) for name in report["gaps"]},
         "augmentation": _table(passes, "passes", per_pass),
+        "tasks": _table(task_scores[0], "task", ["clips", f1, recall, "accuracy", "majority_f1"]),
+        "tasks_of_numbers": _table(
+            task_scores[1], "task", ["clips", "ccc", "pearson", "mean_absolute_error", "deviation_of_targets"]
+        ),
     }
 
 

@@ -136,12 +136,32 @@ def _remedy(training: Mapping[str, Any]) -> str:
     )
 
 
+def task_tables(described: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """
+    The tables `tasks` and `tasks_of_numbers`, of the tasks beside the emotion.
+
+    Args:
+        described: split -> task -> metrics of `describe_tasks`.
+    """
+    rows = [
+        {"split": split, "task": task, **values}
+        for split, tasks in described.items()
+        for task, values in tasks.items()
+    ]
+    classes = ["clips", "weighted_f1", "unweighted_average_recall", "accuracy", "majority_f1"]
+    numbers = ["clips", "ccc", "pearson", "mean_absolute_error", "deviation_of_targets"]
+    return {
+        "tasks": format_table([row for row in rows if "ccc" not in row], ["split", "task", *classes]),
+        "tasks_of_numbers": format_table([row for row in rows if "ccc" in row], ["split", "task", *numbers]),
+    }
+
+
 def format_results(results: Mapping[str, Any]) -> dict[str, str]:
     """
     Tables of `results` in Markdown.
 
-    Returns: `summary`, `classes`, `confusion`, `corpus`, `language`, `sex`, `open_set` and `parameters`; a table
-        without rows is an empty string.
+    Returns: `summary`, `classes`, `confusion`, `corpus`, `language`, `sex`, `open_set`, `tasks`, `tasks_of_numbers`
+        and `parameters`; a table without rows is an empty string.
     """
     names = results["label_names"]
     splits = [split for split in ("validation", "test") if split in results]
@@ -166,6 +186,7 @@ def format_results(results: Mapping[str, Any]) -> dict[str, str]:
         "classes": by_name("row", classes, names),
         "confusion": format_table(confusion, [corner, *names]),
         **{group: by_name(group, model.get(f"by_{group}", {}), per_group) for group in GROUPS},
+        **task_tables(results.get("auxiliary", {})),
         "open_set": by_name("score", results.get("open_set", {}), ["clips", "auroc", "fpr_at_95_tpr", "oscr"]),
         "parameters": format_table(results["parameters"], ["part", "parameters", "trainable"]),
     }

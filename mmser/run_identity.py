@@ -26,6 +26,7 @@ from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
 from mmser.results import RESULTS_NAME, describe_data, write_atomically
 from mmser.sources import TEXT_COLUMNS
+from mmser.targets import COLUMN as TARGETS
 from mmser.trainer import labels_of, last_complete_checkpoint
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
@@ -122,7 +123,7 @@ def fingerprint_clips(split: datasets.Dataset | datasets.IterableDataset, argume
         names = ("dataset_config_name", "train_split", "validation_split", "test_split", "columns")
         chosen = [getattr(arguments, name) for name in (*names, "max_train_samples", "max_eval_samples")]
         return f"streamed from {Path(arguments.name).name}, {_checksum(chosen)}"
-    columns = [name for name in ("labels", *TEXT_COLUMNS) if name in split.column_names]
+    columns = [name for name in ("labels", *TEXT_COLUMNS, TARGETS) if name in split.column_names]
 
     def fingerprint(index: int) -> str:
         row = split[index]

@@ -35,10 +35,13 @@ from mmser.metrics import (
     bootstrap_classification,
     bootstrap_interval,
     compute_classification_metrics,
+    compute_regression_metrics,
+    concordance_correlation,
     confusion_matrix,
     softmax,
 )
 from mmser.open_set import auroc, energy_score, fpr_at_95_tpr, knn_distance, oscr
+from mmser.targets import Tasks, no_target
 from mmser.trainer import MMSERTrainer
 
 SET_COVERAGES = (0.8, 0.9, 0.95)  # of prediction sets, that are reported
@@ -287,6 +290,45 @@ def describe_rows(
         others["majority"] = np.full(len(labels), np.argmax(class_counts))
     for name, predictions in others.items():
         described[name] = describe_decisions(predictions, labels, label_names, num_samples)
+    return described
+
+
+def describe_tasks(
+    outputs: Outputs, targets: Mapping[str, Any], tasks: Tasks, num_samples: int = 1000
+) -> dict[str, dict[str, Any]]:
+    """
+    Score the tasks beside the emotion, each over the clips that have a target of it.
+
+    Args:
+        outputs: of `predict_outputs`, for all clips of a split.
+        targets: of `split_targets`, for the same clips.
+        tasks: name -> list of classes, or "regression".
+        num_samples: resamples for the intervals.
+    Returns: task -> `clips` and, for classes, `compute_classification_metrics` with intervals and `majority_f1`, the
+        weighted F1 of the most frequent class; for numbers `compute_regression_metrics`, `ccc_interval`, and
+        `deviation_of_targets`. A task of which no clip has a target is left out.
+    """
+    described: dict[str, dict[str, Any]] = {}
+    for task, kind in tasks.items():
+        values = np.asarray(targets.get(task, []), dtype=np.float64)
+        known = ~np.isnan(values) & (values != no_target(kind))
+        if not known.any():
+            continue
+        predicted, true = outputs[f"auxiliary_{task}"][known].astype(np.float64), values[known]
+        if isinstance(kind, str):
+            described[task] = {
+                "clips": len(true),
+                **compute_regression_metrics(predicted, true),
+                "ccc_interval": bootstrap_interval(concordance_correlation, predicted, true, num_samples=num_samples),
+                "deviation_of_targets": float(true.std()),
+            }
+        else:
+            classes = true.astype(np.int64)
+            majority = np.full(len(classes), np.bincount(classes).argmax())
+            described[task] = {
+                **describe_decisions(predicted.argmax(axis=1), classes, kind, num_samples),
+                "majority_f1": compute_classification_metrics(majority, classes, kind)["weighted_f1"],
+            }
     return described
 
 

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from mmser.bad_rows import skip_or_raise
 from mmser.labels import UNKNOWN_LABEL, choose_label_names, label_id
 from mmser.table_files import find_files, is_table, read_rows
+from mmser.targets import COLUMN, Tasks, no_target, read_targets
 
 logger = logging.get_logger(__name__)
 
@@ -64,6 +65,7 @@ class Request:
     columns: DataColumns
     extra_columns: Sequence[str] = ()  # kept as strings under their own names
     split_names: dict[str, tuple[str, ...]] | None = None  # what each split may be called; None: ignore the splits
+    tasks: Tasks = field(default_factory=dict)  # whose targets are read where there is a column of their name
     needs_labels: bool = True  # False: a source without a label column has clips of an unknown class
     problems: list[str] = field(default_factory=list)  # messages about bad rows; the readers add to them
 
@@ -83,6 +85,8 @@ class Record:
     corpus: str = ""
     sex: str = ""
     labels: int = UNKNOWN_LABEL
+    written_targets: dict[str, Any] = field(default_factory=dict)  # by task, if the source has its column
+    targets: dict[str, int | float] = field(default_factory=dict)  # what they mean; comes later, as `labels`
 
 
 @dataclass
@@ -92,6 +96,12 @@ class Layout:
     found: dict[str, str]  # our own name of a column -> its name in the table
     extra: list[str]
     class_names: dict[str, list[str]] = field(default_factory=dict)  # column -> names of the ids in it
+    targets: dict[str, str] = field(default_factory=dict)  # task -> its column
+
+    @property
+    def columns(self) -> set[str]:
+        """All columns that are read."""
+        return {*self.found.values(), *self.extra, *self.targets.values()}
 
     def record(self, raw: dict, row: str, split: str | None = None) -> Record:
         """Make a record of one row. An id becomes its name, as it means nothing outside its data set."""
@@ -102,6 +112,7 @@ class Layout:
         record = Record(row, split, label, raw.get(self.found.get("audio")) or "", extra)
         for name in TEXT_COLUMNS:
             setattr(record, name, _string(raw.get(self.found.get(name))))
+        record.written_targets = {task: raw.get(column) for task, column in self.targets.items()}
         return record
 
 
@@ -154,7 +165,7 @@ def find_layout(available: Sequence[str], request: Request, source: object) -> L
             f"{request.columns.text!r}; its columns are {list(available)}. Name the right ones with --audio_column "
             "and --text_column."
         )
-    kept_anyway = (found.keys() - {"label"}) | {"labels", "row"}
+    kept_anyway = (found.keys() - {"label"}) | {"labels", "row", COLUMN}
     extra = [name for name in dict.fromkeys(request.extra_columns) if name not in kept_anyway]
     missing = [name for name in extra if name not in available]
     if missing:
@@ -162,7 +173,9 @@ def find_layout(available: Sequence[str], request: Request, source: object) -> L
     for name in extra:
         if name in ("audio", "text"):  # under these names, examples would be made of it
             raise ValueError(f"{source}: {name!r} cannot be an extra column, as --{name}_column is none")
-    return Layout(found, extra)
+    by_spelling = {_folded(column): column for column in reversed(available)}
+    columns = {task: found.get(task) or by_spelling.get(_folded(task)) for task in request.tasks}
+    return Layout(found, extra, targets={task: column for task, column in columns.items() if column})
 
 
 def _pick_splits(available: Iterable[str], request: Request, source: object) -> dict[str, str]:
@@ -335,7 +348,7 @@ def read_hub(
         audio = audio if column == "audio" else audio.rename_column(column, "audio")
     elif feature is not None and getattr(feature, "dtype", "") not in ("string", "large_string"):
         raise ValueError(f"{name}: column {column!r} must hold audio files or paths, not {feature}")
-    wanted = {*layout.found.values(), *layout.extra} - ({column} if audio is not None else set())
+    wanted = layout.columns - ({column} if audio is not None else set())
     records = [
         layout.record(raw, f"{name} {dataset.split} row {index}", split)
         for split, dataset in splits.items()
@@ -374,18 +387,21 @@ def stream_hub(
         declared = layout.class_names.get(layout.found.get("label", ""))
         label_names = choose_label_names(label_names, declared, checkpoint_names=checkpoint_names)
         options = {"layout": layout, "label_names": label_names, "on_bad_example": on_bad_example}
-        options["source"] = f"{name} {split_name}"
+        options |= {"source": f"{name} {split_name}", "tasks": request.tasks}
         streams[split] = stream.map(_stream_row, with_indices=True, remove_columns=available, fn_kwargs=options)
     return datasets.IterableDatasetDict(streams), list(label_names or ())
 
 
 def _stream_row(
-    raw: dict, index: int, layout: Layout, source: str, label_names: list[str], on_bad_example: str
+    raw: dict, index: int, layout: Layout, source: str, label_names: list[str], on_bad_example: str, tasks: Tasks
 ) -> dict[str, Any]:
     record = layout.record(raw, f"{source} row {index}")
     row: dict[str, Any] = {name: getattr(record, name) for name in layout.found if name != "label"}
     row.update(record.extra, row=record.row, labels=None)
+    if layout.targets:
+        row[COLUMN] = {task: no_target(tasks[task]) for task in layout.targets}
     try:
+        row |= {COLUMN: read_targets(record.written_targets, tasks, record.row)} if layout.targets else {}
         row["labels"] = label_id(record.label, label_names, record.row)
     except ValueError as error:
         skip_or_raise(error, on_bad_example)

@@ -49,12 +49,14 @@ from mmser.model_card import CARD_NAME, sign_card
 from mmser.model_loading import check_teacher, label_names_of
 from mmser.optimizer import parameter_groups
 from mmser.results import write_atomically
+from mmser.targets import split_targets
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
 from openmax_mmser import OpenMaxFitError
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
+TARGET_NAMES = ("labels", "auxiliary_labels")  # of a batch: what the model learns from, and is no input
 RIGHT_WITHOUT_TEXT = 0.9  # share of the answers right with the text: with 0.92 OpenMax gained by it, with 0.5 it lost
 
 
@@ -151,6 +153,7 @@ class MMSERTrainer(Trainer):
                         f"The focal loss weighs the classes by `config.class_counts`, {model.config.class_counts}, "
                         f"but the training set has {counts}. Set `config.class_counts = None` to have them counted."
                     )
+                _fit_targets(model, kwargs["train_dataset"])
         super().__init__(model, args, **kwargs)
         self.teacher = (
             None if teacher is None else cast(Any, teacher).to(self.args.device).requires_grad_(False).eval()
@@ -290,7 +293,7 @@ class MMSERTrainer(Trainer):
         """The model's loss; its parts are kept for the log, and a part that is not finite is an error naming it."""
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+                teacher_inputs = {name: value for name, value in inputs.items() if name not in TARGET_NAMES}
                 inputs = {**inputs, "teacher_logits": self.teacher(**teacher_inputs).logits}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         parts = outputs.get("losses") or {"loss": loss.detach()}  # a `compute_loss_func` makes a loss without parts
@@ -353,6 +356,8 @@ class MMSERTrainer(Trainer):
         def reordered(values):
             if values is None or isinstance(values, tuple):
                 return None if values is None else tuple(map(reordered, values))
+            if isinstance(values, dict):
+                return {name: reordered(value) for name, value in values.items()}
             if len(values) != len(place):
                 raise ValueError(
                     f"{len(place)} of {len(order)} clips could be read but there are {len(values)} results, which "
@@ -427,7 +432,9 @@ class MMSERTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As usual; while `predict_outputs` runs, labels pass by the model, so they may be -1 (no known class)."""
-        labels = inputs.pop("labels") if self._is_predicting else None
+        labels = None
+        if self._is_predicting:
+            labels, _ = inputs.pop("labels"), inputs.pop("auxiliary_labels", None)
         loss, outputs, model_labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, outputs, model_labels if labels is None else labels
 
@@ -437,7 +444,8 @@ class MMSERTrainer(Trainer):
 
         Returns: `logits` [N, C], `uncertainty` [N], `features` [N, F], `fused` [N, D], `anchor_distances` [N, C],
             `labels` [N] and, once OpenMax is fitted, `unknown_probability` [N], `rejection_score` [N] and, if it
-            rejects, `is_unknown` [N], all in the order of the data set.
+            rejects, `is_unknown` [N]; for each task beside the emotion `auxiliary_<task>`, logits [N, K] or values
+            [N]; all in the order of the data set.
         """
         model = self.accelerator.unwrap_model(self.model)
         wanted = ["logits", "uncertainty", "features", "fused", "anchor_distances"]
@@ -445,6 +453,7 @@ class MMSERTrainer(Trainer):
             wanted += ["unknown_probability", "rejection_score"]
             if model.config.openmax_threshold is not None:
                 wanted.append("is_unknown")
+        wanted += ["auxiliary"] if model.config.auxiliary_tasks else []
         ignored = [output.name for output in fields(MMSEROutput) if output.name not in wanted]
         # What is fitted and scored needs every clip, in one piece, whatever the batches of the training are
         drop_last, concatenate = self.args.dataloader_drop_last, self.args.eval_do_concat_batches
@@ -456,6 +465,7 @@ class MMSERTrainer(Trainer):
             self.compute_metrics, self._is_predicting = compute_metrics, False
             self.args.dataloader_drop_last, self.args.eval_do_concat_batches = drop_last, concatenate
         outputs = dict(zip(wanted, prediction.predictions, strict=True))
+        outputs |= {f"auxiliary_{task}": values for task, values in outputs.pop("auxiliary", {}).items()}
         for name in ("uncertainty", "unknown_probability", "rejection_score"):
             if name in outputs:
                 outputs[name] = outputs[name][:, 0]
@@ -606,6 +616,18 @@ class MMSERTrainer(Trainer):
             model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance, label_names)
         except OpenMaxFitError as error:  # no reason to lose a trained model
             logger.warning(f"OpenMax is left as it is: {error}")
+
+
+def _fit_targets(model: MMSERForAudioClassification, dataset: EmotionDataset) -> None:
+    """Tell the heads of tasks beside the emotion the unit of their targets; warn of a task without any."""
+    targets = split_targets(dataset.dataset)
+    model.auxiliary.fit_targets(targets)
+    missing = [task for task in model.config.auxiliary_tasks if task not in targets]
+    if missing:
+        logger.warning(
+            f"The training set has no targets of {', '.join(missing)}, which the model will not learn: load it with "
+            "`auxiliary_tasks=model.config.auxiliary_tasks`, and see `derive_targets`."
+        )
 
 
 def _join_audio_alone(

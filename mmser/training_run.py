@@ -8,7 +8,7 @@ Read in this order: `find_checkpoint` (to resume from), `load_data`, `Examples` 
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from configuration_mmser import MMSERConfig, check_auxiliary_tasks
 from mmser.arguments import DataArguments, ModelArguments
 from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
@@ -25,7 +26,7 @@ from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts,
 from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
-from mmser.model_loading import encoder_name, load_label_names
+from mmser.model_loading import encoder_name, load_config, load_label_names
 from mmser.names import reading
 from mmser.optimizer import parameter_table
 from mmser.results import (
@@ -38,8 +39,16 @@ from mmser.results import (
     write_atomically,
 )
 from mmser.run_identity import holds_run
-from mmser.scores import audio_alone, describe_rows, evaluate_open_set, predict_clips, predict_rows
+from mmser.scores import (
+    audio_alone,
+    describe_rows,
+    describe_tasks,
+    evaluate_open_set,
+    predict_clips,
+    predict_rows,
+)
 from mmser.tables import format_table, strict_json
+from mmser.targets import check_targets, derive_targets, split_targets
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
@@ -108,12 +117,14 @@ class TrainingData:
         label_names: in the order of the class ids.
         unknown: clips that are none of the classes, if there are any.
         skipped_clips: how many could not be read and were left out; 0 for a stream, which is not tried beforehand.
+        auxiliary: fields of the configuration that say which tasks are learnt beside the emotion.
     """
 
     splits: dict[str, datasets.Dataset | datasets.IterableDataset]
     label_names: list[str]
     unknown: datasets.Dataset | None = None
     skipped_clips: int = 0
+    auxiliary: dict[str, Any] = field(default_factory=dict)
 
 
 def warn_of_moot_settings(model_arguments: ModelArguments, arguments: DataArguments) -> None:
@@ -144,9 +155,12 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
     Raises:
         ValueError: there is nothing to train on, or see `load_emotion_dataset`.
     """
+    auxiliary = _auxiliary_fields(arguments, checkpoint)
+    tasks = auxiliary["auxiliary_tasks"]
     with reading(arguments.on_the_hub):
         splits, label_names = load_emotion_dataset(
             **arguments.source,
+            auxiliary_tasks=tasks,
             label_names=arguments.labels,
             checkpoint_names=None if checkpoint is None else load_label_names(checkpoint, "--model_name_or_path"),
             streaming=arguments.streaming,
@@ -159,8 +173,14 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
             f"{arguments.name} has no training split that can be read: it has {', '.join(splits)}. Give it "
             "train/metadata.csv (or .tsv, .jsonl), or name the split with --train_split."
         )
+    maps = auxiliary["auxiliary_label_maps"]
+    if arguments.auxiliary_label_maps is None:  # those of the checkpoint, which may have had other classes
+        maps = {task: {name: own[name] for name in own if name in label_names} for task, own in maps.items()}
+    splits, auxiliary["auxiliary_label_maps"] = derive_targets(splits, label_names, tasks, maps)
+    check_targets(splits["train"], tasks)
     limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
     data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)
+    data.auxiliary = auxiliary
     if arguments.ood_dir:
         data.unknown = load_emotion_split(
             arguments.ood_dir,
@@ -173,6 +193,35 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
         data.splits["train"] = data.splits["train"].shuffle(seed=seed, buffer_size=STREAM_BUFFER)
         logger.warning("The clips of a stream are not counted beforehand: the focal loss weighs all classes alike.")
     return data
+
+
+def _auxiliary_fields(arguments: DataArguments, checkpoint: str | None) -> dict[str, Any]:
+    """
+    The tasks to learn beside the emotion, as fields of `MMSERConfig`: those of the flags, else of the checkpoint.
+
+    Raises:
+        ValueError: flags about them without any, or that do not fit together.
+    """
+    config = MMSERConfig() if checkpoint is None else load_config(checkpoint, "--model_name_or_path")
+    fields: dict[str, Any] = {
+        "auxiliary_tasks": config.auxiliary_tasks,
+        "auxiliary_label_maps": config.auxiliary_label_maps,
+    }
+    if arguments.auxiliary_tasks is not None:
+        fields = {"auxiliary_tasks": arguments.auxiliary_tasks, "auxiliary_label_maps": {}}
+    given = {
+        "auxiliary_label_maps": arguments.auxiliary_label_maps,
+        "auxiliary_loss_weight": arguments.auxiliary_weight,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not fields["auxiliary_tasks"]:
+        raise ValueError("--auxiliary_label_maps and --auxiliary_weight are of --auxiliary_tasks: give these too.")
+    fields |= given
+    try:
+        check_auxiliary_tasks(fields["auxiliary_tasks"], fields["auxiliary_label_maps"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--auxiliary_tasks: {error}") from error
+    return fields
 
 
 def leave_out_unreadable(data: TrainingData, arguments: DataArguments, processor: MMSERProcessor) -> None:
@@ -346,6 +395,9 @@ def evaluate(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> d
             rows = predict_rows(trainer, split, examples.for_evaluation)
             results[name] = describe_rows(rows, data.label_names, split_groups(split), trainer.train_outputs)
             known = rows["model"]
+            if tasks := trainer.model.config.auxiliary_tasks:
+                described = describe_tasks(known, split_targets(split), tasks)
+                results["auxiliary"] = {**results.get("auxiliary", {}), name: described}
     if data.unknown is not None and known is not None:
         outputs = predict_clips(trainer, examples.for_evaluation(data.unknown), data.unknown["row"])
         temperature = trainer.model.temperature.item()
@@ -392,6 +444,8 @@ def write_results(
         "language": "By language",
         "sex": "By sex",
         "open_set": "Clips that are none of the classes",
+        "tasks": "Other tasks",
+        "tasks_of_numbers": "Other tasks, of numbers",
     }
     parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
     if advice := advise(results):

@@ -225,13 +225,15 @@ def fill_start(folder, corpus):
     (folder / "recipes").symlink_to(ROOT / "recipes")
     audio = WhisperConfig(**{**WHISPER, "max_source_positions": 1500})  # the fewest layers, so that the export is fast
     text = BertConfig(vocab_size=len(tiny_tokenizer()), **TEXT)
-    model = MMSERForAudioClassification.from_backbones(audio, text, **{**JOINT, "classifier_num_layers": 1})
-    fit_openmax_by_chance(model)
-    model.temperature.fill_(1.7)
-    logits, labels = random_predictions(0)
-    model.prediction_sets.fit(softmax(logits), labels)
-    for part in (model, tiny_processor(whisper=True)):
-        part.save_pretrained(folder / "runs" / "mine")
+    tasks = {"sentiment": ["negative", "neutral", "positive"], "arousal": "regression"}
+    for name, own in (("mine", {}), ("tasks", {"auxiliary_tasks": tasks})):
+        model = MMSERForAudioClassification.from_backbones(audio, text, **JOINT | {"classifier_num_layers": 1} | own)
+        fit_openmax_by_chance(model)
+        model.temperature.fill_(1.7)
+        logits, labels = random_predictions(0)
+        model.prediction_sets.fit(softmax(logits), labels)
+        for part in (model, tiny_processor(whisper=True)):
+            part.save_pretrained(folder / "runs" / name)
 
 
 @pytest.fixture(scope="module")

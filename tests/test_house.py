@@ -33,6 +33,7 @@ HUB_FLOORS = {
     "losses_mmser": 1,
     "openmax_mmser": 1,
     "fusion_mmser": 2,
+    "auxiliary_mmser": 2,
     "pipeline_mmser": 2,
     "modeling_mmser": 3,
     "processing_mmser": 3,
