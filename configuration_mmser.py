@@ -55,7 +55,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             *("cross_entropy_loss_weight", "focal_loss_weight", "anchor_loss_weight", "uncertainty_loss_weight"),
             *("prototype_loss_weight", "supervised_contrastive_loss_weight", "distillation_loss_weight"),
             *("classifier_num_layers", "uncertainty_error_weight", "focal_gamma", "mixup_alpha"),
-            "auxiliary_loss_weight",
+            *("auxiliary_loss_weight", "logit_adjustment"),
         ),
         lambda value: value >= 0,
         "0 or more",
@@ -241,6 +241,11 @@ class MMSERConfig(PreTrainedConfig):
             Weights of the parts of the loss; a part with weight 0 is not computed.
         label_smoothing (`float`): of the cross-entropy.
         class_balanced_beta, focal_gamma (`float`): of the class-balanced focal loss.
+        logit_adjustment (`float`): 1 trains for the mean of the recalls where some classes are rare, by the logarithm
+            of `class_counts` (Menon et al. 2021); 0, as published, leaves them to the focal loss.
+        mixup_alpha (`float`): above 0, each training clip is mixed with another one of its batch after the fusion, and
+            so are the losses (Verma et al. 2019, "Manifold mixup"); the shares are drawn from Beta(alpha, alpha). It
+            lets the deep classifier learn from few clips. 0 mixes nothing, as published.
         class_counts (`list[int]`, *optional*):
             Clips of each class in the training set; `None` weighs all classes alike.
         uncertainty_error_weight (`float`):
@@ -341,6 +346,7 @@ class MMSERConfig(PreTrainedConfig):
     focal_loss_weight: float | int = 0.3
     class_balanced_beta: float | int = 0.9999
     focal_gamma: float | int = 2.0
+    logit_adjustment: float | int = 0.0
     class_counts: list[int] | None = None
     anchor_loss_weight: float | int = 0.1
     uncertainty_loss_weight: float | int = 0.05

@@ -47,6 +47,23 @@ def class_balanced_weights(class_counts: Iterable[int], beta: float) -> list[flo
     return [weight * len(weights) / sum(weights) for weight in weights]
 
 
+def adjusted_logits(logits: Tensor, class_counts: Iterable[int] | None, strength: float) -> Tensor:
+    """
+    Logits plus `strength` times the logarithm of the class shares (Menon et al. 2021, eq. 10). A loss on them teaches
+    logits that are as if all classes were equally frequent. A class without clips counts as one with a single clip.
+
+    Args:
+        logits: [B, C].
+        class_counts: clips of each class in the training set; None changes nothing.
+        strength: 0 changes nothing, 1 is the adjustment for the mean of the recalls.
+    Returns: float32 [B, C].
+    """
+    if class_counts is None or not strength:
+        return logits.float()
+    shares = torch.tensor([max(count, 1) for count in class_counts], dtype=torch.float32, device=logits.device)
+    return logits.float() + strength * torch.log(shares / shares.sum())
+
+
 def class_balanced_focal_loss(
     logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, gamma: float = 2.0
 ) -> Tensor:

@@ -66,6 +66,7 @@ try:
         branch_output,
     )
     from .losses_mmser import (
+        adjusted_logits,
         check_finite_losses,
         class_balanced_focal_loss,
         class_balanced_weights,
@@ -117,6 +118,7 @@ except ImportError:
         branch_output,
     )
     from losses_mmser import (
+        adjusted_logits,
         check_finite_losses,
         class_balanced_focal_loss,
         class_balanced_weights,
@@ -1313,9 +1315,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         class_weights = None
         if config.class_counts is not None:
             class_weights = logits.new_tensor(class_balanced_weights(config.class_counts, config.class_balanced_beta))
+        adjusted = adjusted_logits(logits, config.class_counts, config.logit_adjustment)
         parts = {
-            "cross_entropy": lambda: F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing),
-            "focal": lambda: class_balanced_focal_loss(logits, labels, class_weights, config.focal_gamma),
+            "cross_entropy": lambda: F.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing),
+            "focal": lambda: class_balanced_focal_loss(adjusted, labels, class_weights, config.focal_gamma),
             "anchor": lambda: anchor_loss,
             "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
             "prototype": lambda: prototype_loss(self.prototypes(features).to(labels.device), labels),

@@ -19,6 +19,7 @@ from tiny import fit_openmax_by_chance, slow_openmax, tiny_batch, tiny_config, t
 import modeling_mmser
 import openmax_mmser
 from losses_mmser import (
+    adjusted_logits,
     check_finite_losses,
     class_balanced_focal_loss,
     class_balanced_weights,
@@ -113,6 +114,31 @@ def test_focal_loss(clips, gamma, weights):
     class_weights = None if weights is None else torch.tensor(weights)
     loss = class_balanced_focal_loss(*tensors(clips, "logits", "labels"), class_weights, gamma)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_adjusted_logits_teach_as_if_all_classes_were_equally_frequent(clips):
+    """Of clips whose classes overlap, the unadjusted loss is smallest at the posterior with the shares of the classes,
+    and the adjusted one at the posterior without them: that is what the logits then hold."""
+    counts = [900, 90, 9, 1]
+    shares = np.array(counts) / 1000
+    logits = torch.from_numpy(clips["logits"])
+    for strength in (0.0, 0.5, 1.0):
+        expected = clips["logits"].astype(np.float64) + strength * np.log(shares)
+        np.testing.assert_allclose(adjusted_logits(logits, counts, strength).numpy(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(adjusted_logits(logits, None, 1.0), logits)
+    assert adjusted_logits(logits.bfloat16(), [3, 0, 1, 1], 1.0).isfinite().all()
+    labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    constant = torch.zeros(4, requires_grad=True)  # the best logits that do not look at the clip
+    optimizer = torch.optim.LBFGS([constant], max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(adjusted_logits(constant.expand(1000, 4), counts, 1.0), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    np.testing.assert_allclose(constant.detach().softmax(0).numpy(), 0.25, atol=1e-3)
 
 
 def test_focal_loss_of_sure_clips_has_a_finite_gradient():
