@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many small trainings on a frozen audio encoder, each in seconds: what `parts.py` measures with.
+
+Each clip is stood for by two frames, mean + deviation and mean - deviation of each layer's states over time. So plain
+statistics pooling finds the mean and the deviation that it finds in the clip itself, and all that comes after the
+pooling is the real model, its losses and its optimiser. What the pooling attends to within a clip cannot be seen here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoFeatureExtractor, get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
+from configuration_mmser import MMSERConfig
+from mmser.caching import CachedStatesDataset, EncoderStateCache
+from mmser.examples import EmotionDataset
+from mmser.optimizer import parameter_groups
+from mmser.splits import speaker_key
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERProcessor
+
+# Chosen by cross-validation over speakers, on train + validation. All parts of the model are on
+FIELDS = {
+    "pooling_type": "statistics",
+    "cross_attention_layer_norm": False,
+    "fusion_dropout": 0.2,
+    "mixup_alpha": 0.4,
+}
+LEARNING_RATE, WEIGHT_DECAY, LR_MULTIPLIERS = 7e-4, 1.0, {"layer_weights": 60.0}
+BATCH_SIZE, EPOCHS = 64, 15
+NUM_LABELS = 4
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips of a split, or of several.
+
+    Args:
+        states: of each clip, [T, layers, D]: its frames, or two frames that stand for it.
+        labels: int64 [N]; -1 for what is none of the classes.
+        corpora, speakers: N names; a speaker's name has that of the corpus in it.
+    """
+
+    states: list[Tensor]
+    labels: Tensor
+    corpora: np.ndarray
+    speakers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Any) -> "Clips":
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        states = [self.states[row] for row in rows]
+        return Clips(states, self.labels[torch.from_numpy(rows)], self.corpora[rows], self.speakers[rows])
+
+    def layers(self, count: int | None) -> "Clips":
+        """The states of the first `count` layers only; None keeps all."""
+        return replace(self, states=[states[:, :count] for states in self.states])
+
+
+def join(*parts: Clips) -> Clips:
+    return Clips(
+        [states for part in parts for states in part.states],
+        torch.cat([part.labels for part in parts]),
+        np.concatenate([part.corpora for part in parts]),
+        np.concatenate([part.speakers for part in parts]),
+    )
+
+
+def two_frames(clips: Clips) -> Clips:
+    """Two frames [2, layers, D] for each clip, with the mean and the deviation of its own over time."""
+    states = []
+    for own in logging.tqdm(clips.states, desc="mean and deviation of each clip", leave=False):
+        mean, deviation = own.float().mean(dim=0), own.float().std(dim=0, correction=0)
+        states.append(torch.stack([mean + deviation, mean - deviation]))
+    return replace(clips, states=states)
+
+
+def every_fourth_frame(clips: Clips) -> Clips:
+    """A frame each 80 ms, where Whisper has one each 20 ms: enough to compare poolings, and a quarter of the time."""
+    return replace(clips, states=[own[::4].clone() for own in clips.states])
+
+
+def encode(tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir: Path) -> dict[str, Clips]:
+    """The clips of each table, with all their frames; these are computed once, and read from `cache_dir`."""
+    extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
+    processor = MMSERProcessor(extractor)
+    model = MMSERForAudioClassification.from_backbones(audio_encoder, None)
+    model.freeze_audio_encoder()
+    cache = EncoderStateCache(cache_dir, model, processor, autocast=torch.bfloat16)
+    encoded = {}
+    for name, split in tables.items():
+        dataset = CachedStatesDataset(
+            EmotionDataset(split, sampling_rate=extractor.sampling_rate, use_text=False), cache
+        )
+        states = [np.array(cast(Any, dataset[row])["audio_states"]) for row in range(len(split))]
+        corpora = np.array(split["corpus"])
+        speakers = [speaker_key(speaker, corpus) for speaker, corpus in zip(split["speaker"], corpora, strict=True)]
+        encoded[name] = Clips(
+            [torch.from_numpy(own) for own in states], torch.tensor(split["labels"]), corpora, np.array(speakers)
+        )
+    return encoded
+
+
+def build(clips: Clips, overrides: Mapping[str, Any]) -> MMSERForAudioClassification:
+    """A model for these clips, of which only what comes after the encoder is ever used."""
+    num_layers, size = clips.states[0].shape[1:]
+    # The states are here already: the smallest encoder with such states stands for the one that made them
+    encoder = {"model_type": "whisper", "d_model": size, "encoder_layers": num_layers - 1}
+    encoder |= {"encoder_attention_heads": 1, "encoder_ffn_dim": 1}
+    config = MMSERConfig(
+        audio_config=encoder,
+        modalities=["audio"],
+        class_counts=torch.bincount(clips.labels, minlength=NUM_LABELS).tolist(),
+        **{**FIELDS, **overrides},
+    )
+    model = MMSERForAudioClassification(config)
+    model.freeze_audio_encoder()
+    return model
+
+
+def batch(clips: Clips, rows: Tensor) -> dict[str, Tensor]:
+    states = [clips.states[row] for row in rows.tolist()]
+    lengths = torch.tensor([len(own) for own in states])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    padded = nn.utils.rnn.pad_sequence(states, batch_first=True).float()
+    return {"audio_states": padded, "attention_mask": mask, "labels": clips.labels[rows]}
+
+
+class Batches:
+    """All clips in their order, as often as wanted."""
+
+    def __init__(self, clips: Clips):
+        self.clips = clips
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (batch(self.clips, rows) for rows in torch.arange(len(self.clips)).split(BATCH_SIZE))
+
+
+def train(clips: Clips, overrides: Mapping[str, Any] | None = None, seed: int = 0) -> MMSERForAudioClassification:
+    """Train a model of `build` on all of `clips`; returned in eval mode."""
+    torch.manual_seed(seed)
+    model = build(clips, overrides or {})
+    model.mmser.fit_standardization(Batches(clips))
+    groups = parameter_groups(model, LEARNING_RATE, LR_MULTIPLIERS, WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    per_epoch = max(1, len(clips) // BATCH_SIZE)
+    steps = EPOCHS * per_epoch
+    scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    model.train()
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = _grouped_by_length(clips, torch.randperm(len(clips)))
+        rows = order[(step % per_epoch) * BATCH_SIZE :][:BATCH_SIZE]
+        model(**batch(clips, rows)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def _grouped_by_length(clips: Clips, order: Tensor) -> Tensor:
+    """The same order, but that clips of similar length share a batch: each eight batches are sorted. Less padding."""
+    lengths = torch.tensor([len(states) for states in clips.states])
+    parts = order.split(8 * BATCH_SIZE)
+    return torch.cat([part[lengths[part].argsort(stable=True)] for part in parts])
+
+
+@torch.no_grad()
+def predict(model: MMSERForAudioClassification, clips: Clips) -> dict[str, np.ndarray]:
+    """What the model says of each clip: `logits`, `uncertainty`, `features`, `fused` and so on, [N, ...]."""
+    without_labels = ({**own, "labels": None} for own in Batches(clips))
+    parts = [model(**own) for own in without_labels]
+    names = ("logits", "uncertainty", "features", "fused", "anchor_distances", "rejection_score")
+    return {
+        name: torch.cat([part[name] for part in parts]).numpy() for name in names if parts[0].get(name) is not None
+    }
+
+
+def folds_by_speaker(clips: Clips, num_folds: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to train on and rows held out, with the corpora and classes spread evenly, and no speaker in both."""
+    strata = [f"{corpus} {label}" for corpus, label in zip(clips.corpora, clips.labels.tolist(), strict=True)]
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0)
+    return list(splitter.split(strata, strata, clips.speakers))
+
+
+def folds_by_corpus(clips: Clips) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each corpus held out once."""
+    return [
+        (np.flatnonzero(clips.corpora != name), np.flatnonzero(clips.corpora == name))
+        for name in np.unique(clips.corpora)
+    ]
+
+
+def train_small_network(clips: Clips, seed: int = 0) -> Callable[[Clips], np.ndarray]:
+    """
+    What has to be beaten: mean and deviation of each layer, learned layer weights, one hidden layer of 256.
+
+    Returns: a function that gives the logits [N, C] of clips.
+    """
+    torch.manual_seed(seed)
+    inputs = _statistics(clips)
+    mean, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-3)
+    layer_weights = nn.Parameter(torch.zeros(inputs.shape[1]))
+    head = nn.Sequential(nn.Linear(inputs.shape[2], 256), nn.ReLU(), nn.Dropout(0.4), nn.Linear(256, NUM_LABELS))
+    groups: list[dict[str, Any]] = [{"params": head.parameters()}, {"params": [layer_weights], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [1e-3, 1e-2], total_steps=1500, pct_start=0.1)
+
+    def forward(statistics: Tensor) -> Tensor:
+        return head((F.softmax(layer_weights, 0)[:, None] * (statistics - mean) / scale).sum(dim=1))
+
+    for _ in range(1500):
+        rows = torch.randint(len(clips), (32,))
+        F.cross_entropy(forward(inputs[rows]), clips.labels[rows], label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    head.eval()
+    return lambda others: forward(_statistics(others)).detach().numpy()
+
+
+def _statistics(clips: Clips) -> Tensor:
+    """[N, layers, 2 D]: mean and deviation."""
+    high, low = torch.stack(clips.states).unbind(dim=1)
+    return torch.cat([(high + low) / 2, (high - low) / 2], dim=-1)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of benchmarks/parts.py and the small trainings that it measures with."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score
+from sklearn.neighbors import NearestCentroid
+
+from benchmarks import parts, pooled_states
+from benchmarks.pooled_states import Clips
+from benchmarks.tables import read_csv
+
+SMALL_PARTS = {"classifier_num_layers": 2, "classifier_hidden_size": 32, "fusion_hidden_size": 32, "feature_size": 16}
+
+
+@pytest.fixture
+def clips():
+    """48 clips of four classes that differ in the mean of their states, of three corpora and twelve speakers."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(48) % 4
+    states = [
+        torch.tensor(rng.normal(0, 0.3, (rng.integers(3, 9), 2, 8)) + 2 * np.eye(8)[label], dtype=torch.float32)
+        for label in labels
+    ]
+    corpora = np.array([f"corpus{row // 4 % 3}" for row in range(48)])
+    speakers = np.array([f"{corpus}/{row // 4}" for row, corpus in enumerate(corpora)])
+    return Clips(states, torch.tensor(labels), corpora, speakers)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, **SMALL_PARTS})
+    monkeypatch.setattr(pooled_states, "EPOCHS", 30)
+    monkeypatch.setattr(pooled_states, "BATCH_SIZE", 16)
+
+
+def test_two_frames_have_the_mean_and_the_deviation_of_all(clips):
+    for own, two in zip(clips.states, pooled_states.two_frames(clips).states, strict=True):
+        assert two.shape == (2, 2, 8)
+        np.testing.assert_allclose(two.numpy().mean(axis=0), own.numpy().mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(two.numpy().std(axis=0), own.numpy().std(axis=0), atol=1e-6)
+
+
+def test_folds_share_no_speaker_and_hold_each_clip_out_once(clips):
+    for folds, groups in (
+        (pooled_states.folds_by_speaker(clips), clips.speakers),
+        (pooled_states.folds_by_corpus(clips), clips.corpora),
+    ):
+        assert sorted(row for _, held_out in folds for row in held_out) == list(range(48))
+        assert all(not set(groups[shown]) & set(groups[held_out]) for shown, held_out in folds)
+
+
+def test_take_join_and_layers_keep_clips_together(clips):
+    chosen = clips.take(np.arange(48) % 4 == 1)
+    assert set(chosen.labels.tolist()) == {1} and len(chosen.states) == len(chosen) == 12
+    both = pooled_states.join(chosen, clips.take([0, 5]))
+    assert both.labels.tolist()[-2:] == [0, 1] and both.states[-1] is clips.states[5]
+    assert clips.layers(1).states[3].shape[1] == 1 and clips.layers(None).states[3].shape[1] == 2
+
+
+@pytest.mark.parametrize("variant", [parts.ALL, "none of these", parts.SMALL])
+def test_a_training_learns_and_a_clip_does_not_depend_on_its_batch(clips, quick, variant):
+    clips = clips if variant != parts.SMALL else pooled_states.two_frames(clips)
+    assert (parts.answers_of(variant, clips, clips, 0) == clips.labels.numpy()).mean() > 0.9
+    if variant == parts.ALL:
+        model = pooled_states.train(clips, {}, 0)
+        together = pooled_states.predict(model, clips)["logits"]
+        alone = [pooled_states.predict(model, clips.take([row]))["logits"][0] for row in range(6)]
+        np.testing.assert_allclose(together[:6], alone, atol=1e-4)
+
+
+def test_few_shots_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 25)
+    features = rng.normal(0, 1, (100, 6)) + labels[:, None] * 0.5
+    score = parts._nearest_mean(features, labels, np.random.default_rng(3))
+    draws = np.random.default_rng(3)
+    shown = np.concatenate([draws.permutation(np.flatnonzero(labels == label))[:10] for label in range(4)])
+    others = np.setdiff1d(np.arange(100), shown)
+    answers = NearestCentroid().fit(features[shown], labels[shown]).predict(features[others])
+    assert score == pytest.approx(f1_score(labels[others], answers, average="weighted"))
+
+
+def test_a_stopped_run_goes_on(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(
+        parts,
+        "MEASUREMENTS",
+        {name: lambda clips, seed, name=name: done.append((name, seed)) or [("m", "v", 0.5)] for name in "ab"},
+    )
+    parts.measure({}, [0], tmp_path / "lines.csv")
+    lines = parts.measure({}, [0, 1], tmp_path / "lines.csv")
+    assert done == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] and lines == read_csv(tmp_path / "lines.csv")
+
+
+def test_differences_are_to_the_first_variant():
+    line = {"part": "blocks", "measure": "m", "seed": 0}
+    lines = [{**line, "variant": "all parts", "value": 0.7}, {**line, "variant": "no blocks", "value": 0.6}]
+    assert [row["difference"] for row in parts.summarise(lines)] == ["", "-0.100"]
+    assert "no blocks" in parts.make_tables(lines)["parts:measures"]
