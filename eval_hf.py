@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     fitted = evaluation_run.calibrate(trainer, clips, make_dataset, options)
     measured = evaluation_run.measure(trainer, clips, make_dataset, groups, label_names)
+    measured.baselines = evaluation_run.try_log_mel_probe(clips, make_dataset, options)
     augmented = evaluation_run.try_augmentation(trainer, make_dataset(clips.evaluated), options, label_names)
     if fitted is not None and trainer.is_world_process_zero():  # not before everything has worked with it
         folder = evaluation_run.store_calibration(trainer.model, processor, options, fitted["changed"])

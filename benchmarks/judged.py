@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.tables import RESULTS, Row, publish, read_results, table
 
 NAMES = ("demo", "demo_judgement", "ser4_judgement", "full_size_steps")
-ROWS = ("model", "audio_only", "text_only", "linear_probe", "majority")
+ROWS = ("model", "audio_only", "log_mel_probe", "text_only", "linear_probe", "majority")
 METRICS = (
     *("clips", "weighted_f1", "weighted_f1_interval", "unweighted_average_recall", "accuracy"),
     *("expected_calibration_error", "negative_log_likelihood"),

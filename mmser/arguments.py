@@ -373,6 +373,13 @@ class EvaluationArguments:
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Training clips for the linear probe and the kNN distance, drawn at random."}
     )
+    log_mel_probe: bool = field(
+        default=False,
+        metadata={
+            "help": "Add a row to the report: a logistic regression on the mean and deviation of 40 log-mel bands, "
+            "which audio alone has to beat."
+        },
+    )
     bootstrap_samples: int = field(default=1000, metadata={"help": "Resamples for the 95 %% intervals."})
     per_device_eval_batch_size: int = _same_flag("per_device_eval_batch_size", "--batch_size")
     dataloader_num_workers: int = _same_flag("dataloader_num_workers")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -18,6 +19,7 @@ from mmser.batches import MMSERDataCollator
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.groups import duration_bands, split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
+from mmser.log_mel_probe import log_mel_probe
 from mmser.names import Named, reading
 from mmser.report import Measured, reproducible
 from mmser.results import describe_data, environment
@@ -89,6 +91,8 @@ def load_clips(
                 f"{source.name} has {len(calibration)}."
             )
     train = splits.get("train") if split != "train" else None
+    if arguments.log_mel_probe:
+        check_log_mel_probe(splits[split], train, source.name)
     unknown = load_unknown(arguments.ood_dir or [], source, label_names)
     return Clips(
         split=split,
@@ -97,6 +101,18 @@ def load_clips(
         calibration=calibration,
         unknown={name: draw_clips(table, source.max_eval_samples, arguments.seed) for name, table in unknown.items()},
     )
+
+
+def check_log_mel_probe(evaluated: datasets.Dataset, train: datasets.Dataset | None, name: str) -> None:
+    """Refuse --log_mel_probe where there is nothing to learn from or to hear."""
+    if train is None:
+        raise ValueError(f"--log_mel_probe learns from training clips, and {name} has none beside the evaluated ones.")
+    for split in (train, evaluated):
+        if "audio" not in split.column_names or not any(split["audio"]):
+            raise ValueError(f"--log_mel_probe needs audio in the training and the evaluated clips of {name}.")
+    heard = {label for label, audio in zip(train["labels"], train["audio"], strict=True) if audio}
+    if len(heard) < 2:
+        raise ValueError(f"--log_mel_probe needs training clips with audio of two classes; {name} has {len(heard)}.")
 
 
 def load_unknown(folders: list[str], source: SourceArguments, label_names: list[str]) -> dict[str, datasets.Dataset]:
@@ -224,6 +240,20 @@ def measure(
         tasks=trainer.model.config.auxiliary_tasks,
         targets=split_targets(clips.evaluated),
     )
+
+
+def try_log_mel_probe(
+    clips: Clips, make_dataset: Callable[..., EmotionDataset], arguments: EvaluationArguments
+) -> dict[str, dict[str, Any]]:
+    """The row of `log_mel_probe`, over the clips that have audio, if it was asked for."""
+    if not arguments.log_mel_probe or clips.train is None:
+        return {}
+    logger.info(f"Log-mel probe: {len(clips.train)} training clips")
+    heard = [
+        split.select(np.flatnonzero([bool(audio) for audio in split["audio"]]))
+        for split in (clips.train, clips.evaluated)
+    ]
+    return {"log_mel_probe": log_mel_probe(*(make_dataset(split, use_audio=True, use_text=False) for split in heard))}
 
 
 def load_processor(checkpoint: str) -> MMSERProcessor:

@@ -31,6 +31,7 @@ from mmser.plots import (
 )
 from mmser.scores import (
     describe_calibration,
+    describe_decisions,
     describe_rejection,
     describe_rows,
     describe_sets,
@@ -44,6 +45,7 @@ TEMPLATE = Path(__file__).parent / "report_template.md"
 ROW_NAMES = {
     "model": "the model",
     "audio_only": "its audio alone",
+    "log_mel_probe": "log-mel probe",
     "text_only": "its text alone",
     "linear_probe": "linear probe",
     "majority": "majority class",
@@ -94,6 +96,7 @@ class Measured:
         unknown_sets: outputs for each set of unknown clips, by name.
         train_outputs: outputs for training clips, if there are any.
         class_counts: training clips per class, if known without them.
+        baselines: row name -> `predictions` and `labels` of what the model is compared with, class ids.
         temperature: that the model divides its logits by.
         prediction_sets: of the model, if they are fitted.
         tasks, targets: the tasks beside the emotion, and the target of each clip, by task.
@@ -105,6 +108,7 @@ class Measured:
     unknown_sets: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     train_outputs: dict[str, np.ndarray] | None = None
     class_counts: list[int] | None = None
+    baselines: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     temperature: float = 1.0
     prediction_sets: PredictionSets | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +156,9 @@ def judge(measured: Measured, num_samples: int = 1000) -> dict[str, Any]:
     outputs, names, sets = measured.outputs, measured.label_names, measured.unknown_sets
     training = measured.train_outputs
     rows = describe_rows(measured.rows, names, measured.groups, training, measured.class_counts, num_samples)
+    for name, baseline in measured.baselines.items():
+        rows[name] = describe_decisions(**baseline, label_names=names, num_samples=num_samples)
+    rows = {name: rows[name] for name in ROW_NAMES if name in rows}
     scaled = measured.scaled.items()
     return {
         "label_names": names,

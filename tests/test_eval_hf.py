@@ -331,6 +331,30 @@ def test_a_manifest_with_a_class_missing_and_other_columns(run, corpus, tmp_path
     assert model["f1_angry"] == 0 and 0 <= model["unweighted_average_recall"] <= 1
 
 
+def test_the_log_mel_probe_stands_beside_the_audio(run, corpus, tmp_path):
+    report = run(log_mel_probe=True)
+    assert list(report["rows"])[:3] == ["model", "audio_only", "log_mel_probe"]
+    probe = report["rows"]["log_mel_probe"]
+    assert probe["clips"] == report["rows"]["audio_only"]["clips"] == 16
+    assert probe["weighted_f1"] > 0.8  # every class of the tiny corpus is a tone of its own
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| log-mel probe " in text and "what `its audio alone` has to beat" in text
+    assert read_json(tmp_path / "out")["rows"]["log_mel_probe"]["accuracy"] == probe["accuracy"]
+
+
+def test_a_log_mel_probe_without_something_to_hear_is_refused(run, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_run, "measure", None)  # the model does not run
+    with pytest.raises(ValueError, match=r"--log_mel_probe learns from training clips, and .* has none beside"):
+        run(log_mel_probe=True, data_dir=corpus / "test")
+    rows = read_rows(corpus, "train", "test")
+    write_table(tmp_path / "all.csv", [{key: row[key] for key in row if key != "file_name"} for row in rows])
+    with pytest.raises(ValueError, match="--log_mel_probe needs audio in the training and the evaluated clips"):
+        run(log_mel_probe=True, data_dir=None, manifest=tmp_path / "all.csv", audio_column="none")
+    write_table(tmp_path / "one.csv", [row for row in rows if row["split"] == "test" or row["label"] == "sad"])
+    with pytest.raises(ValueError, match=r"of two classes; .* has 1\."):
+        run(log_mel_probe=True, data_dir=None, manifest=tmp_path / "one.csv")
+
+
 def test_one_clip(run, corpus, tmp_path):
     write_table(tmp_path / "one.csv", read_rows(corpus, "test")[:1])
     report = run(data_dir=None, manifest=tmp_path / "one.csv", ood_dir=corpus / "ood", tta=[2], use_amp=True)
