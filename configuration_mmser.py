@@ -65,6 +65,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: 0 <= value < 1,
         "in [0, 1)",
     ),
+    (("contrastive_other_corpus_weight",), lambda value: 0 <= value <= 1, "in [0, 1]"),
     (("openmax_tail_size",), lambda value: value >= 5, "at least 5"),
     (("openmax_acceptance",), lambda value: value is None or 0 < value < 1, "None or in (0, 1)"),
     (
@@ -240,6 +241,9 @@ class MMSERConfig(PreTrainedConfig):
         cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight,
         prototype_loss_weight, supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
             Weights of the parts of the loss; a part with weight 0 is not computed.
+        contrastive_other_corpus_weight (`float`): weight, in the denominator of the supervised contrastive loss, of
+            negatives from another corpus than the clip's. 0 compares with those of its own corpus alone, of which the
+            corpus tells nothing; 1 is the published loss. Below 1, training needs `corpus_ids`.
         label_smoothing (`float`): of the cross-entropy.
         class_balanced_beta, focal_gamma (`float`): of the class-balanced focal loss.
         logit_adjustment (`float`): 1 trains for the mean of the recalls where some classes are rare, by the logarithm
@@ -354,6 +358,7 @@ class MMSERConfig(PreTrainedConfig):
     uncertainty_error_weight: float | int = 1.0
     prototype_loss_weight: float | int = 0.01
     supervised_contrastive_loss_weight: float | int = 0.0
+    contrastive_other_corpus_weight: float | int = 1.0
     distillation_loss_weight: float | int = 0.0
     distillation_temperature: float | int = 2.0
     lora: dict[str, Any] | None = None

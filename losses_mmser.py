@@ -8,6 +8,7 @@ D features.
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,23 +129,59 @@ def prototype_loss(prototype_logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(prototype_logits.float(), labels)
 
 
-def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+class ContrastiveRows(NamedTuple):
+    """Clips of the contrastive loss: `features` [N, D], `labels` int64 [N], and `corpora` int64 [N], the number of the
+    corpus of each, -1 where it is not known; None if nobody asks."""
+
+    features: Tensor
+    labels: Tensor
+    corpora: Tensor | None = None
+
+
+def supervised_contrastive_loss(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float = 0.1,
+    corpora: Tensor | None = None,
+    other_corpus_weight: float = 1.0,
+    others: ContrastiveRows | None = None,
+) -> Tensor:
     """
     Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2), over the L2-normalised features of one batch. A
     clip that shares its label with no other clip has no positive pair and does not count; a batch without any pair
     gives 0.
 
+    A model that tells corpora apart pushes most negatives away for free. So a negative from another corpus than the
+    clip's can count less: its term of the denominator is multiplied by `other_corpus_weight`. With 0 a clip is told
+    from those of its own corpus alone, where the corpus helps nothing, while its positives come from all of them.
+
     Args:
         features: [B, D].
         labels: int64 [B].
         temperature: greater than 0.
+        corpora: int64 [B], as in `ContrastiveRows`; a clip of an unknown corpus is compared as if all were of its own.
+        other_corpus_weight: in [0, 1]; 1 is the published loss.
+        others: more clips to compare each clip with, which are compared with nothing themselves.
     """
-    features = F.normalize(features.float(), dim=-1)
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    with without_autocast(features):
-        similarity = (features @ features.T / temperature).masked_fill(itself, float("-inf"))
-    positive = (labels[:, None] == labels[None, :]) & ~itself
-    log_probability = (similarity - similarity.logsumexp(dim=1, keepdim=True)).masked_fill(~positive, 0.0)
+    rows, size = ContrastiveRows(features, labels, corpora), len(labels)
+    if others is not None:
+        rows = ContrastiveRows(
+            *(None if own is None else torch.cat([own, more]) for own, more in zip(rows, others, strict=True))
+        )
+    normalised = F.normalize(rows.features.float(), dim=-1)
+    itself = torch.eye(size, len(normalised), dtype=torch.bool, device=labels.device)
+    with without_autocast(normalised):
+        similarity = (normalised[:size] @ normalised.T / temperature).masked_fill(itself, float("-inf"))
+    has_same_label = labels[:, None] == rows.labels[None, :]
+    positive, compared = has_same_label & ~itself, similarity
+    if other_corpus_weight != 1 and rows.corpora is not None:
+        own, other = rows.corpora[:size, None], rows.corpora[None, :]
+        is_elsewhere = (own != other) & (own >= 0) & (other >= 0) & ~has_same_label
+        if other_corpus_weight:
+            compared = similarity + torch.where(is_elsewhere, math.log(other_corpus_weight), 0.0)
+        else:
+            compared = similarity.masked_fill(is_elsewhere, float("-inf"))
+    log_probability = (similarity - compared.logsumexp(dim=1, keepdim=True)).masked_fill(~positive, 0.0)
     num_positive = positive.sum(dim=1)
     per_clip = -log_probability.sum(dim=1) / num_positive.clamp(min=1)
     return per_clip.sum() / (num_positive > 0).sum().clamp(min=1)

@@ -66,6 +66,7 @@ try:
         branch_output,
     )
     from .losses_mmser import (
+        ContrastiveRows,
         adjusted_logits,
         check_finite_losses,
         class_balanced_focal_loss,
@@ -118,6 +119,7 @@ except ImportError:
         branch_output,
     )
     from losses_mmser import (
+        ContrastiveRows,
         adjusted_logits,
         check_finite_losses,
         class_balanced_focal_loss,
@@ -659,6 +661,8 @@ class MMSERModel(MMSERPreTrainedModel):
     parts of the other are None, and so are those that join the two.
     """
 
+    # In training against an adversary: modality, states [B, T, D], bool mask [B, T] -> the states to go on with
+    state_perturbation: Callable[[str, Tensor, Tensor], Tensor] | None = None
     audio_encoder: Any
     text_encoder: Any
     layer_weights: Any
@@ -787,6 +791,11 @@ class MMSERModel(MMSERPreTrainedModel):
             input_ids, text_states, text_attention_mask, text_flags
         )
         record = record or text_record
+        if self.state_perturbation is not None:
+            if audio_hidden is not None:
+                audio_hidden = self.state_perturbation("audio", audio_hidden, audio_mask)
+            if text_hidden is not None:
+                text_hidden = self.state_perturbation("text", text_hidden, text_mask)
         join = self._join if len(self.config.modalities) > 1 else self._pass_on
         audio_embeds, text_embeds, fused, gate = join(audio_hidden, audio_mask, deviation, text_hidden, text_mask)
         return MMSERModelOutput(
@@ -1158,6 +1167,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
     temperature: Tensor
+    # In training: what widens the batch of the contrastive loss, see `mmser/contrastive.py`
+    contrastive_pool: Callable[[ContrastiveRows], tuple[ContrastiveRows, ContrastiveRows | None]] | None = None
     _keep_in_fp32_modules_strict = (  # type: ignore[assignment]  # typed as a list
         *("openmax", "temperature", "log_temperature", "error_calibration", "prediction_sets"),
         "target_moments",
@@ -1200,6 +1211,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         output_attentions: bool | None = None,
         return_uncertainty: bool = True,
         auxiliary_labels: dict[str, Tensor] | None = None,
+        corpus_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MMSEROutput:
         r"""
@@ -1214,6 +1226,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             return_uncertainty (`bool`): `False` leaves `uncertainty` out.
             auxiliary_labels (`dict[str, torch.Tensor]` of shape `(batch_size,)`): targets of `auxiliary_tasks`, for
                 the loss: class ids or numbers; -100 and nan where a clip has none.
+            corpus_ids (`torch.LongTensor` of shape `(batch_size,)`): for the contrastive part; -1: not known.
         Returns: `MMSEROutput`.
         Raises:
             TypeError: an unknown keyword; the message suggests the nearest one.
@@ -1246,12 +1259,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         if labels is not None:
             labels = self._checked(labels, len(raw_logits)).to(device)
             scores = (raw_logits, features, raw_uncertainty, anchor_logits, anchor_distances)
-            losses = self._losses(mixture, scores, labels, teacher_logits, auxiliary, auxiliary_labels)
+            losses = self._losses(mixture, scores, labels, (teacher_logits, corpus_ids), auxiliary, auxiliary_labels)
         elif auxiliary_labels is not None:
             raise ValueError("`auxiliary_labels` are for the loss: give `labels` too.")
-        open_set: dict[str, Any] = {}
-        if use_openmax or (use_openmax is None and self.config.use_openmax and self.openmax.is_fitted):
-            open_set = self._open_set(logits, outputs.pooler_output, anchor_distances)
+        open_set = self._open_set(use_openmax, logits, outputs.pooler_output, anchor_distances)
         return MMSEROutput(
             **losses,
             logits=logits,
@@ -1265,8 +1276,12 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _open_set(self, logits: Tensor, fused: Tensor, anchor_distances: Tensor) -> dict[str, Tensor]:
-        """What OpenMax says of each clip; see `MMSEROutput`."""
+    def _open_set(
+        self, is_wanted: bool | None, logits: Tensor, fused: Tensor, anchor_distances: Tensor
+    ) -> dict[str, Tensor]:
+        """What OpenMax says of each clip; see `MMSEROutput`. Nothing if it is not wanted, or not fitted."""
+        if not (is_wanted or (is_wanted is None and self.config.use_openmax and self.openmax.is_fitted)):
+            return {}
         with loaded(self.openmax):
             device = self.openmax.fitted.device
             logits, fused, anchor_distances = logits.to(device), fused.to(device), anchor_distances.to(device)
@@ -1308,10 +1323,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         return max(share, 1 - share), torch.randperm(batch_size)
 
     def _losses(
-        self, mixture: Any, scores: Any, labels: Tensor, teacher: Any, auxiliary: Any, targets: dict | None
+        self, mixture: Any, scores: Any, labels: Tensor, given: tuple, auxiliary: Any, targets: dict | None
     ) -> dict[str, Any]:
         """`loss`, `anchor_loss` and `losses` of `MMSEROutput`."""
-        parts, anchor_loss = self._mixed_losses(mixture, scores, labels, teacher)
+        parts, anchor_loss = self._mixed_losses(mixture, scores, labels, *given)
         weight = self.config.auxiliary_loss_weight
         if targets is not None and weight:
             others = self.auxiliary.losses(auxiliary or {}, targets, mixture)
@@ -1324,21 +1339,24 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         mixture: tuple[float, Tensor] | None,
         scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         labels: Tensor,
-        teacher: Tensor | None,
+        *given: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """As `_weighted_losses`; of a mixture, against the labels of the one and of the other, in their shares."""
-        parts, anchor_loss = self._weighted_losses(scores, labels, teacher)
+        parts, anchor_loss = self._weighted_losses(scores, labels, *given)
         if mixture is None:
             return parts, anchor_loss
         share, order = mixture
-        others, other_anchor_loss = self._weighted_losses(
-            scores, labels[order], None if teacher is None else teacher[order]
-        )
+        other = (None if values is None else values[order] for values in given)
+        others, other_anchor_loss = self._weighted_losses(scores, labels[order], *other)
         parts = {name: share * part + (1 - share) * others[name] for name, part in parts.items()}
         return parts, share * anchor_loss + (1 - share) * other_anchor_loss
 
     def _weighted_losses(
-        self, scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], labels: Tensor, teacher_logits: Tensor | None
+        self,
+        scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        labels: Tensor,
+        teacher_logits: Tensor | None,
+        corpus_ids: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The parts of the loss times their weights; a part with weight 0 is not computed. And the anchor loss."""
         config = self.config
@@ -1358,13 +1376,25 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             "anchor": lambda: anchor_loss,
             "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
             "prototype": lambda: prototype_loss(self.prototypes(features).to(labels.device), labels),
-            "supervised_contrastive": lambda: supervised_contrastive_loss(features, labels),
+            "supervised_contrastive": lambda: self._contrastive_loss(features, labels, corpus_ids),
             "distillation": lambda: distillation_loss(
                 logits, cast(Tensor, teacher_logits), config.distillation_temperature
             ),
         }
         weights = {name: getattr(config, f"{name}_loss_weight") for name in parts}
         return {name: weights[name] * part() for name, part in parts.items() if weights[name]}, anchor_loss
+
+    def _contrastive_loss(self, features: Tensor, labels: Tensor, corpus_ids: Tensor | None) -> Tensor:
+        """The supervised contrastive loss; in training over all that `contrastive_pool` adds to the batch."""
+        weight = self.config.contrastive_other_corpus_weight
+        if self.training and weight != 1 and corpus_ids is None:
+            raise ValueError("`contrastive_other_corpus_weight` is below 1: pass `corpus_ids`.")
+        rows, others = ContrastiveRows(features.to(labels.device), labels, corpus_ids), None
+        if self.training and self.contrastive_pool is not None:
+            rows, others = self.contrastive_pool(rows)
+        return supervised_contrastive_loss(
+            rows.features, rows.labels, corpora=rows.corpora, other_corpus_weight=weight, others=others
+        )
 
     @torch.no_grad()
     def fit_openmax(self, dataloader: Iterable[dict], tail_size: int | None = None) -> None:

@@ -14,6 +14,7 @@ from mmser.targets import COLUMN as TARGETS
 from processing_mmser import MMSERProcessor
 
 MASK_NAMES = {"audio": "attention_mask", "text": "text_attention_mask"}
+ID_NAMES = ("corpus_ids", "speaker_ids")  # of `EmotionDataset.add_ids`
 
 
 @dataclass
@@ -33,9 +34,10 @@ class MMSERDataCollator:
 
         Returns:
             The tensors of the processor (`input_values` or `input_features`, `attention_mask`, `input_ids`,
-            `text_attention_mask`), `labels` [B] int64 and, of examples with targets, `auxiliary_labels`: by task, [B]
-            int64 (classes) or float32 (numbers). For states: `audio_states` [B,Ta,layers,D] with
-            `attention_mask` [B,Ta], `text_states` [B,L,D] with `text_attention_mask` [B,L], padded with zeros.
+            `text_attention_mask`), `labels` [B] int64, the ids of `EmotionDataset.add_ids` and, of examples with
+            targets, `auxiliary_labels`: by task, [B] int64 (classes) or float32 (numbers). For states: `audio_states`
+            [B,Ta,layers,D] with `attention_mask` [B,Ta], `text_states` [B,L,D] with `text_attention_mask` [B,L],
+            padded with zeros.
 
         Raises:
             ValueError: if no example is left.
@@ -58,7 +60,8 @@ class MMSERDataCollator:
             name = f"{kind}_states"
             if name in rows[0]:
                 batch[name], batch[mask_name] = _pad_states([row[name] for row in rows])
-        batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.long)
+        for name in ("labels", *(name for name in ID_NAMES if name in rows[0])):
+            batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.long)
         if TARGETS in rows[0]:
             batch["auxiliary_labels"] = {
                 task: torch.tensor([row[TARGETS][task] for row in rows]) for task in rows[0][TARGETS]

@@ -268,19 +268,46 @@ class EmotionDataset(_SeededExamples, torch.utils.data.Dataset):
         super().__init__(dataset, seed, on_bad_example, **reader_options)
         self._skipped = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._lengths: list[int] | None = None
+        self._ids: dict[str, np.ndarray] = {}  # what `add_ids` adds to each example
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def add_ids(self, column: str) -> list[str]:
+        """
+        From now on each example says, as `{column}_ids`, which of the values of a column it has; -1 for an empty one.
+
+        Args:
+            column: "corpus" or "speaker".
+
+        Returns:
+            The values, in the order of their numbers.
+
+        Raises:
+            ValueError: if the clips have no such column, or all the same value in it.
+        """
+        values = list(self.dataset[column]) if column in self.dataset.column_names else []
+        names = sorted({value for value in values if value})
+        if len(names) < 2:
+            found = f"only {names[0]!r}" if names else "none"
+            raise ValueError(
+                f"The training clips have {found} in the column {column!r}, where at least two are needed. Name the "
+                f"column of the table with --{column}_column."
+            )
+        numbers = {name: number for number, name in enumerate(names)}
+        self._ids[f"{column}_ids"] = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
+        return names
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         """The example (see `ExampleReader`) at `index`, or None if it is bad and `on_bad_example` is "skip"."""
         index = range(len(self))[index]
         try:
-            return self._example(index, augmentation_generator(self.seed, int(self._epoch), index))
+            example = self._example(index, augmentation_generator(self.seed, int(self._epoch), index))
         except ValueError as error:
             skip_or_raise(error, self.on_bad_example)
             self._skipped[index] = True
             return None
+        return example | {name: int(ids[index]) for name, ids in self._ids.items()} if self._ids else example
 
     def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         return self.reader(self.dataset[index], rng)

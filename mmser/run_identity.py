@@ -46,6 +46,7 @@ TRAINING_SETTINGS = (
     *("learning_rate", "lr_multipliers", "weight_decay", "lr_scheduler_type", "warmup_steps", "optim", "seed"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_grad_norm", "weight_averaging", "train_sampling_strategy", "bf16", "fp16"),
+    *("adversarial", "adversarial_epsilon", "adversarial_weight", "adversarial_head_weight", "contrastive_memory"),
 )
 DATA_SETTINGS = ("augment", "augment_noise", "augmented_copies", "text_dropout", "audio_dropout", "max_seconds")
 # What a run writes into its folder, besides its checkpoints and the code, which every save replaces
@@ -101,6 +102,7 @@ def describe_identity(
     fixed["frozen"] = [part for part in parts if getattr(model_arguments, f"freeze_{part}")]
     adapters: Any = model.config.lora
     fixed["LoRA"] = adapters and {name: adapters[name] for name in ("rank", "alpha", "dropout", "target")}
+    fixed["adversarial head"] = training_arguments.adversarial_head
     fixed["tokenizer"] = vocabulary_checksum(processor)
     fixed["feature extraction"] = feature_settings(processor)
     fixed |= _config_fields(model.config)

@@ -6,6 +6,7 @@ finite, and `finalize`, which calibrates the model and fits its OpenMax.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -28,8 +29,9 @@ from transformers.utils import PushInProgress, logging
 
 from adapters_mmser import merged_weights
 from losses_mmser import check_finite_losses
+from mmser.adversarial import DomainHead, FreshGradients, StatePerturbation, reversal_strength
 from mmser.averaging import WeightAverage
-from mmser.batches import LengthGroupedSampler, MMSERDataCollator, evaluation_order
+from mmser.batches import ID_NAMES, LengthGroupedSampler, MMSERDataCollator, evaluation_order
 from mmser.calibration import (
     ONE_MINUS_MAX,
     describe_fit,
@@ -42,6 +44,7 @@ from mmser.calibration import (
     fit_temperature,
     negative_log_likelihood,
 )
+from mmser.contrastive import ContrastivePool
 from mmser.examples import EmotionDataset, class_counts
 from mmser.groups import speakers_of
 from mmser.metrics import build_compute_metrics, softmax
@@ -169,13 +172,49 @@ class MMSERTrainer(Trainer):
         if hasattr(self.train_dataset, "set_epoch"):
             self._set_epoch.targets.append(self.train_dataset)
         self._average: WeightAverage | None = None  # while training with `args.weight_averaging`
-        if self.args.weight_averaging and (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled or self.model_init is not None
-        ):
+        self._check_whole_model()
+        self._adversary: StatePerturbation | None = None
+        if self.args.adversarial != "none":
+            backbone = self.accelerator.unwrap_model(self.model).base_model
+            self._adversary = StatePerturbation(backbone, self.args.adversarial, self.args.adversarial_epsilon)
+        self._domain_head: Any = None  # `DomainHead`, wrapped or not
+        self._number_domains()
+
+    def _check_whole_model(self) -> None:
+        """Refuse what is done to the weights of one model that is whole on each process, where there is none."""
+        wanted = {
+            "weight_averaging": self.args.weight_averaging > 0,
+            "adversarial": self.args.adversarial != "none",
+            "adversarial_head": self.args.adversarial_head != "none",
+        }
+        names = [name for name, is_wanted in wanted.items() if is_wanted]
+        if names and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.model_init is not None):
             raise ValueError(
-                "`weight_averaging` needs whole weights on each process, of one model from the start: it does not go "
+                f"`{names[0]}` needs whole weights on each process, of one model from the start: it does not go "
                 "with DeepSpeed, FSDP or `model_init`."
             )
+        if wanted["adversarial"] and (self.args.torch_compile or self.args.n_gpu > 1):
+            raise ValueError(
+                "`adversarial` does not go with `torch_compile`, nor with several GPUs in one process: start one "
+                "process for each, with `accelerate launch` or `torchrun`."
+            )
+
+    def _number_domains(self) -> None:
+        """Let the training examples say which corpus or speaker they are from, where something asks for it."""
+        config, head = getattr(self.model, "config", None), self.args.adversarial_head
+        columns = {head} - {"none"}
+        if config is not None and config.supervised_contrastive_loss_weight:
+            columns |= {"corpus"} if config.contrastive_other_corpus_weight != 1 else set()
+        for column in sorted(columns):
+            if not isinstance(self.train_dataset, EmotionDataset):
+                raise ValueError(
+                    f"Training by {column} needs an EmotionDataset to train on, got "
+                    f"{type(self.train_dataset).__name__}: the values in a stream are not known beforehand."
+                )
+            names = self.train_dataset.add_ids(column)
+            if column == head:
+                self._domain_head = self.accelerator.prepare_model(DomainHead(config.feature_size, len(names)))
+                self.add_callback(FreshGradients(self._domain_head))
 
     def train(self, *args, **kwargs):
         """
@@ -184,11 +223,36 @@ class MMSERTrainer(Trainer):
         A calibration that the model brought is forgotten: it is not that of the weights to come. See `finalize`.
         """
         self._forget_calibration()
-        output = (
-            self._train_averaged(*args, **kwargs) if self.args.weight_averaging else super().train(*args, **kwargs)
-        )
+        with self._contrastive_pool():
+            output = (
+                self._train_averaged(*args, **kwargs) if self.args.weight_averaging else super().train(*args, **kwargs)
+            )
         self._note_untrained_modalities()
         return output
+
+    @contextlib.contextmanager
+    def _contrastive_pool(self):
+        """The contrastive loss compares more than the clips of a batch, where a step has more."""
+        model = self.accelerator.unwrap_model(self.model)
+        args = self.args
+        is_larger = args.world_size > 1 or args.gradient_accumulation_steps > 1 or args.contrastive_memory > 0
+        has_loss = model is not None and model.config.supervised_contrastive_loss_weight > 0
+        if not has_loss or not is_larger or args.n_gpu > 1:
+            if args.contrastive_memory:
+                raise ValueError(
+                    "`contrastive_memory` needs a `supervised_contrastive_loss_weight` in the configuration, and one "
+                    "process for each GPU."
+                )
+            yield
+            return
+        pool = ContrastivePool(args.contrastive_memory)
+        model.contrastive_pool = pool
+        self.add_callback(pool)
+        try:
+            yield
+        finally:
+            self.remove_callback(pool)
+            model.contrastive_pool = None
 
     def _train_averaged(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model).to(self.args.device)
@@ -236,6 +300,9 @@ class MMSERTrainer(Trainer):
         if self._average is not None and self.args.should_save:
             last = {str(index): weight.contiguous() for index, weight in enumerate(self._average.last)}
             save_file(last, Path(output_dir) / WeightAverage.file_name)
+        if self._domain_head is not None and self.args.should_save:
+            head = self.accelerator.unwrap_model(self._domain_head)
+            save_file(head.state_dict(), Path(output_dir) / DomainHead.file_name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         labels = labels_of(resume_from_checkpoint)
@@ -246,6 +313,14 @@ class MMSERTrainer(Trainer):
                 "cannot go on from it. Give another `output_dir`, or start from its weights with `from_pretrained`."
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        head_file = Path(resume_from_checkpoint) / DomainHead.file_name
+        if head_file.exists() != (self._domain_head is not None):
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained {'with' if head_file.exists() else 'without'} an "
+                "`adversarial_head`: go on from it in the same way, or give another `output_dir`."
+            )
+        if self._domain_head is not None:
+            self.accelerator.unwrap_model(self._domain_head).load_state_dict(load_file(head_file))
         if self._average is not None:
             self._average.restart()
             file = Path(resume_from_checkpoint) / WeightAverage.file_name
@@ -283,20 +358,56 @@ class MMSERTrainer(Trainer):
                 logger.info(
                     f"Parameter group {name}: {size:,} parameters, lr {own[0]['lr']:.2e}, weight decay {decay}"
                 )
+            if self._domain_head is not None:
+                own = list(self._domain_head.parameters())
+                lr = self.args.learning_rate
+                groups.append({"name": "adversarial_head", "params": own, "lr": lr, "weight_decay": 0.0})
             optimizer_class, optimizer_kwargs = cast(Any, self).optimizer_cls_and_kwargs or (
                 self.get_optimizer_cls_and_kwargs(self.args, model)
             )
             self.optimizer = optimizer_class(groups, **optimizer_kwargs)
         return self.optimizer
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As usual; with `args.adversarial` two passes, see `StatePerturbation`."""
+        if self._adversary is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._with_teacher_logits(self._prepare_inputs(inputs))
+        step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
+
+        def predict() -> torch.Tensor:  # with labels too: all that is drawn at random is drawn as in the other passes
+            own = {name: value for name, value in inputs.items() if name != "speaker_ids"}
+            with self.compute_loss_context_manager():
+                return self.accelerator.unwrap_model(model)(**own).logits
+
+        # The gradients over processes are reduced once, after the second pass
+        return self._adversary.step(step, self.accelerator.no_sync(model), predict)
+
+    @torch.no_grad()
+    def _with_teacher_logits(self, inputs):
+        if self.teacher is None or "teacher_logits" in inputs:
+            return inputs
+        own = {name: value for name, value in inputs.items() if name not in (*TARGET_NAMES, *ID_NAMES)}
+        return {**inputs, "teacher_logits": self.teacher(**own).logits}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; its parts are kept for the log, and a part that is not finite is an error naming it."""
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_inputs = {name: value for name, value in inputs.items() if name not in TARGET_NAMES}
-                inputs = {**inputs, "teacher_logits": self.teacher(**teacher_inputs).logits}
+        domains = {name: inputs[name] for name in ID_NAMES if name in inputs}
+        if "speaker_ids" in domains:
+            inputs = {name: value for name, value in inputs.items() if name != "speaker_ids"}
+        inputs = self._with_teacher_logits(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         parts = outputs.get("losses") or {"loss": loss.detach()}  # a `compute_loss_func` makes a loss without parts
+        if model.training and self._adversary is not None:
+            loss = self._adversary.loss(loss, outputs["logits"])
+            if self._adversary.is_attacking:
+                loss = self.args.adversarial_weight * loss
+                parts = {"adversarial": loss.detach()}
+        if model.training and self._domain_head is not None and "adversarial" not in parts:
+            strength = reversal_strength(self.state.global_step / max(1, self.state.max_steps))
+            strength *= self.args.adversarial_head_weight
+            own = self._domain_head(outputs["features"], domains[f"{self.args.adversarial_head}_ids"], strength)
+            loss, parts = loss + own, parts | {"adversarial_head": own.detach()}
         check_finite_losses(parts)
         if model.training and "losses" in outputs:
             for name, value in parts.items():
@@ -399,7 +510,8 @@ class MMSERTrainer(Trainer):
         self.callback_handler.on_push_begin(args, self.state, self.control)
         for file in Path(checkpoint_folder).iterdir():
             # Those that are left out are for resuming only
-            if file.is_file() and file.suffix not in (".pt", ".pth") and file.name != WeightAverage.file_name:
+            resuming_only = (WeightAverage.file_name, DomainHead.file_name)
+            if file.is_file() and file.suffix not in (".pt", ".pth") and file.name not in resuming_only:
                 shutil.copy(file, args.output_dir)
         # The pickle may be there for a moment: `_save` lets the stock method write it first
         uploads: list[tuple[Any, str | None, list[str] | None]] = [
@@ -432,7 +544,7 @@ class MMSERTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As usual; while `predict_outputs` runs, labels pass by the model, so they may be -1 (no known class)."""
-        labels = None
+        inputs, labels = {name: value for name, value in inputs.items() if name not in ID_NAMES}, None
         if self._is_predicting:
             labels, _ = inputs.pop("labels"), inputs.pop("auxiliary_labels", None)
         loss, outputs, model_labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -54,6 +54,7 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
             )
         if not 0 <= self.weight_averaging < 1:
             raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
+        self._check_adversaries()
         on_cpu = self.use_cpu or not has_accelerator()
         if self.use_amp and not (self.bf16 or self.fp16):
             self.bf16 = on_cpu or is_torch_xla_available() or is_torch_bf16_gpu_available()
@@ -68,6 +69,21 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+
+    def _check_adversaries(self) -> None:
+        for name in ("adversarial", "adversarial_head"):
+            allowed = TrainingFlags.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("adversarial_epsilon", "adversarial_weight", "adversarial_head_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
+        if self.contrastive_memory < 0:
+            raise ValueError(f"`contrastive_memory` must be 0 or more clips, got {self.contrastive_memory}.")
+        for name, owner in (("epsilon", "adversarial"), ("weight", "adversarial"), ("weight", "adversarial_head")):
+            name = f"{owner}_{name}"
+            if getattr(self, owner) == "none" and getattr(self, name) != getattr(TrainingFlags, name):
+                logger.warning(f"--{name} has no effect without --{owner}.")
 
     def choose_epochs(self, num_clips: int) -> None:
         """Where no number of epochs was given, choose it by the number of training clips: few clips need many."""

@@ -60,6 +60,36 @@ class TrainingFlags:
             "evaluated and saved. 0: no average."
         },
     )
+    adversarial: str = field(
+        default="none",
+        metadata={
+            "choices": ["none", "fgm", "vat"],
+            "help": "Train also on encoder states with what harms most added: fgm, along the gradient of the loss, or "
+            "vat, where the prediction changes most.",
+        },
+    )
+    adversarial_epsilon: float = field(
+        default=0.1, metadata={"help": "Length of what is added, as a share of the length of a clip's states."}
+    )
+    adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on what is added to."})
+    adversarial_head: str = field(
+        default="none",
+        metadata={
+            "choices": ["none", "corpus", "speaker"],
+            "help": "Hide from the features which corpus or speaker a clip is from: a head learns to tell, behind a "
+            "reversed gradient. It is not part of the model.",
+        },
+    )
+    adversarial_head_weight: float = field(
+        default=0.1, metadata={"help": "Strength of the reversed gradient at the end of training; it starts at 0."}
+    )
+    contrastive_memory: int = field(
+        default=0,
+        metadata={
+            "help": "Clips of earlier steps that the supervised contrastive loss compares with, besides those of the "
+            "same step on all processes."
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1: the share of all steps."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})

@@ -52,6 +52,7 @@ LARGE_CLASSES = {
     "MMSERConfig": "a configuration is one class, and its docstring is the manual of every field",
     "MMSERTrainer": "overrides of the methods of Transformers' Trainer, which share its state",
     "MMSERModel": "a model of Transformers is one class: encoders, fusion, freezing and loading share its weights",
+    "MMSERForAudioClassification": "a model of Transformers is one class: losses and what is fitted share its heads",
     "OpenMax": "its buffers are fitted, stored and applied by methods that must agree on every one of them",
     "MMSERPipeline": "a pipeline of Transformers is one class, and its docstrings are the manual of every option",
 }
