@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 DEFAULT_REJECTION = 0.3  # a larger probability of "unknown" rejects a clip, unless a threshold is set or fitted
 MODALITIES = ("audio", "text")
-POOLINGS = ("mean", "statistics", "layer_statistics", "attentive_statistics", "bounded_attentive_statistics")
+POOLINGS = ("mean", "statistics", "attentive_statistics", "bounded_attentive_statistics")
 REGRESSION = "regression"  # in `auxiliary_tasks`: a number; else a task has a list of classes
 
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
@@ -200,7 +200,6 @@ class MMSERConfig(PreTrainedConfig):
             need it; behind pretrained ones it takes away how strong a state is, which tells emotions apart.
         pooling_type (`str`): how states over time become one vector. "attentive_statistics", as published, takes their
             mean and deviation weighted by attention; "statistics" weighs all alike; "mean" leaves the deviation out.
-            "layer_statistics" sums the deviations of the audio layers, where "statistics" takes that of their sum.
             "bounded_attentive_statistics" starts as "statistics" and stays near it: see `pooling_score_limit`.
         pooling_hidden_size (`int`): width of the attention scorer in the attentive statistics.
         pooling_score_limit (`float`): the scores of "bounded_attentive_statistics" stay within plus and minus this.
@@ -484,8 +483,6 @@ class MMSERConfig(PreTrainedConfig):
                 f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "
                 f"`cross_attention_heads` ({self.cross_attention_heads})."
             )
-        if self.fusion_type == "transformer" and self.pooling_type == "layer_statistics":
-            raise ValueError('`pooling_type` "layer_statistics" needs `fusion_type` "gated", got "transformer".')
         if self.fusion_type == "transformer" and self.fusion_hidden_size % self.cross_attention_heads:
             raise ValueError(
                 f"`fusion_hidden_size` ({self.fusion_hidden_size}) must be a multiple of `cross_attention_heads` "

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -657,42 +656,7 @@ def test_bounded_pooling_starts_as_plain_statistics_and_stays_near_them():
         assert weights[0].max() / weights[0].min() > math.exp(0.9)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("has_text", [True, False])
-def test_layer_statistics_against_numpy(has_text):
-    """The mean is that of the sum of the layers, the deviation the sum of theirs; also from kept states."""
-    model = tiny_model(pooling_type="layer_statistics")
-    batch = tiny_batch(model, [3000, 2100, 2500, 0], TEXT_LENGTHS)
-    model.mmser.fit_standardization([batch])
-    torch.nn.init.zeros_(model.mmser.audio_attention.output.weight)  # the attention leaves the mean as it is
-    torch.nn.init.zeros_(model.mmser.audio_attention.output.bias)
-    model.mmser.audio_attention.layer_norm = nn.Identity()
-    audio = {name: batch[name] for name in ("input_values", "attention_mask")}
-    text = {name: batch[name] for name in ("input_ids", "text_attention_mask")} if has_text else {}
-    rows = 4 if has_text else 3
-    inputs = {name: value[:rows] for name, value in {**audio, **text}.items()}
-    states = model.mmser.encode(**{name: value[:rows] for name, value in audio.items()})
-    embeds = model.mmser(**inputs).audio_embeds
-    kept = model.mmser(**states, **{name: inputs[name] for name in text}).audio_embeds
-    torch.testing.assert_close(kept, embeds)
-    weights = model.mmser.layer_weights.double().softmax(0).numpy()
-    scale, center = (value.double().numpy() for value in (model.mmser.state_norm.scale, model.mmser.state_norm.mean))
-    for row in range(3):
-        valid = states["audio_states"][row, states["attention_mask"][row].bool()].double().numpy()
-        layers = (valid - center) * scale
-        mean = (weights[:, None] * layers.mean(axis=0)).sum(axis=0)
-        deviation = (weights[:, None] * layers.std(axis=0)).sum(axis=0)
-        np.testing.assert_allclose(embeds[row], np.concatenate([mean, deviation]), atol=2e-4)
-    if has_text:
-        assert (embeds[3, len(center[0]) :] == 0).all()  # nothing is heard, and nothing varies
-
-
-def test_layer_statistics_and_the_transformer_do_not_go_together():
-    with pytest.raises(StrictDataclassClassValidationError, match="layer_statistics"):
-        tiny_config(pooling_type="layer_statistics", fusion_type="transformer")
-
-
-@pytest.mark.parametrize("pooling_type", ["mean", "statistics", "layer_statistics", "bounded_attentive_statistics"])
+@pytest.mark.parametrize("pooling_type", ["mean", "statistics", "bounded_attentive_statistics"])
 def test_every_pooling_trains_saves_and_does_not_depend_on_padding(pooling_type, tmp_path):
     model = tiny_model(pooling_type=pooling_type)
     batch = tiny_batch(model, [3000, 2100, 2500, 0], TEXT_LENGTHS)
@@ -711,7 +675,7 @@ def test_every_pooling_trains_saves_and_does_not_depend_on_padding(pooling_type,
     assert together.std(dim=0).mean() > 0.1
 
 
-@pytest.mark.parametrize("pooling_type", ["layer_statistics", "bounded_attentive_statistics"])
+@pytest.mark.parametrize("pooling_type", ["statistics", "bounded_attentive_statistics"])
 def test_a_model_of_one_modality_takes_every_pooling(pooling_type):
     parts = {"audio_config": AUDIO_CONFIGS["wav2vec2"], "pooling_hidden_size": 8, "fusion_hidden_size": 16}
     config = MMSERConfig(**parts, modalities=["audio"], pooling_type=pooling_type, classifier_num_layers=1)
