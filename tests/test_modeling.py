@@ -54,7 +54,10 @@ OUTPUTS = (
     *("open_set_probabilities", "unknown_probability", "rejection_score", "is_unknown"),
 )
 OPENMAX_BUFFERS = ("weibull_shape", "weibull_scale", "weibull_shift", "fitted", "centroids", "rejection_thresholds")
-FITTED = ("temperature", "uncertainty.error_calibration", *(f"openmax.{name}" for name in OPENMAX_BUFFERS))
+FITTED = (
+    *("temperature", "uncertainty.error_calibration", "prediction_sets.thresholds"),
+    *(f"openmax.{name}" for name in OPENMAX_BUFFERS),
+)
 NO_THRESHOLD = torch.finfo(torch.float32).max
 
 
