@@ -237,6 +237,7 @@ class MMSERConfig(PreTrainedConfig):
             are none. `None` rejects nothing.
         format_version (`int`): of the meaning of these fields in a saved file. Files of the first version have no such
             entry; in them 0.3, which had no effect beside fitted thresholds, means "fitted".
+        int8_weights (`bool`): the weights of encoders, attention and pooling are in int8; see `quantize_dynamic`.
         cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight,
         prototype_loss_weight, supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
             Weights of the parts of the loss; a part with weight 0 is not computed.
@@ -343,6 +344,7 @@ class MMSERConfig(PreTrainedConfig):
     openmax_acceptance: float | None = 0.95
     openmax_threshold: float | int | str | None = "fitted"
     format_version: int = 2
+    int8_weights: bool = False
 
     cross_entropy_loss_weight: float | int = 1.0
     label_smoothing: float | int = 0.1

@@ -79,6 +79,7 @@ try:
         without_autocast,
     )
     from .openmax_mmser import OpenMax
+    from .quantization_mmser import use_int8
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
@@ -132,6 +133,7 @@ except ImportError:
         without_autocast,
     )
     from openmax_mmser import OpenMax
+    from quantization_mmser import use_int8
 
 logger = logging.get_logger(__name__)
 
@@ -708,6 +710,8 @@ class MMSERModel(MMSERPreTrainedModel):
             pooling = build_pooling(config, size)
             setattr(self, f"{name}_pooling", pooling)
             self.fusion = SoleModality(config, pooling.output_size)
+        if config.int8_weights:
+            use_int8(self)
         if self.audio_encoder is not None:  # the library splits none of those for waveforms
             self._no_split_modules = (*self._no_split_modules, type(self.audio_encoder).__name__)  # type: ignore[assignment]
         self.post_init()
@@ -1135,7 +1139,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     contrastive_pool: Callable[[ContrastiveRows], tuple[ContrastiveRows, ContrastiveRows | None]] | None = None
     _keep_in_fp32_modules_strict = (  # type: ignore[assignment]  # typed as a list
         *("openmax", "temperature", "log_temperature", "error_calibration", "prediction_sets"),
-        "target_moments",
+        *("target_moments", "weight_scale"),
     )
     _keys_to_ignore_on_load_missing = (r"prediction_sets\.thresholds",)  # type: ignore[assignment]  # checkpoints of 0.1.0
 

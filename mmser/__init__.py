@@ -16,6 +16,7 @@ _MODULES = {
     "MMSERModel": "modeling_mmser",
     "OpenMax": "modeling_mmser",
     "register_auto_classes": "modeling_mmser",
+    "quantize_dynamic": "quantization_mmser",
     "MMSERPipeline": "processing_mmser",
     "MMSERProcessor": "processing_mmser",
     "Augmenter": "mmser.augmentation",

@@ -413,7 +413,7 @@ class ExportArguments:
     )
     dtype: str = field(
         default="float32",
-        metadata={"choices": list(DTYPES), "help": "Of the weights. float16 is for GPUs, int8 for ONNX alone."},
+        metadata={"choices": list(DTYPES), "help": "Of the weights. float16 is for GPUs, int8 for processors."},
     )
     languages: list[str] | None = field(
         default=None,

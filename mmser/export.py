@@ -6,6 +6,7 @@ Read in this order: the ONNX graph (any batch size, audio length and text length
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import logging
@@ -33,6 +34,7 @@ from mmser.vocabulary import Trimmed, trim_vocabulary
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from pipeline_mmser import AUXILIARY, MMSEROnnxForAudioClassification
 from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
+from quantization_mmser import quantize_dynamic
 
 # Largest allowed difference to PyTorch in float32, of probabilities and of logits divided by the largest logit
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.15}
@@ -412,7 +414,7 @@ def export_checkpoint(
         name_or_path: folder or Hub name of the checkpoint.
         output_dir: folder to write. It appears at the end, when everything in it is written and checked.
         formats: "onnx" (for onnxruntime), "safetensors" (for PyTorch), or both.
-        dtype: "float32", "float16" (for GPUs) or "int8" (ONNX only).
+        dtype: "float32", "float16" (for GPUs) or "int8" (for processors).
         languages, texts: trim the vocabulary to them, see `choose_tokens`.
         check: compare with PyTorch.
         tolerance: largest allowed difference; by default that of `TOLERANCES`.
@@ -431,6 +433,8 @@ def export_checkpoint(
     with reading([Named("--checkpoint", os.fspath(name_or_path))]):
         model = MMSERForAudioClassification.from_pretrained(name_or_path, dtype=torch.float32)
         processor = MMSERProcessor.from_pretrained(name_or_path)
+    if model.config.int8_weights:
+        raise ValueError(f"{name_or_path} is in int8: export the checkpoint that it was made from")
     report = ExportReport(output_dir, 4 * sum(value.numel() for value in model.state_dict().values()), {})
     if languages or texts is not None:
         processor, report.trimmed = trim_vocabulary(model, processor, texts, languages)
@@ -460,8 +464,6 @@ def _check_options(formats: Sequence[str], dtype: str, output_dir: Path, overwri
         raise ValueError(f"`formats` must be one or more of {', '.join(FORMATS)}, got {formats!r}")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if dtype == "int8" and "safetensors" in formats:
-        raise ValueError("int8 is for ONNX: give float32 or float16 for safetensors")
     if "onnx" in formats:
         check_onnx()
     if output_dir.exists() and not output_dir.is_dir():
@@ -474,6 +476,8 @@ def _in_dtype(model: MMSERForAudioClassification, scratch: Path, dtype: str) -> 
     """`model` itself in float32, else a copy loaded in `dtype`, in which some parts stay in float32."""
     if dtype == "float32":
         return model
+    if dtype == "int8":
+        return quantize_dynamic(copy.deepcopy(model))
     model.save_pretrained(scratch)
     return MMSERForAudioClassification.from_pretrained(scratch, dtype=getattr(torch, dtype))
 

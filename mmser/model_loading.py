@@ -189,6 +189,8 @@ def _from_checkpoint(arguments: ModelArguments, labels: dict, processor: MMSERPr
         # The class counts of the checkpoint are those of its own training clips
         **{"class_counts": None, **overrides, **tasks},
     )
+    if model.config.int8_weights:
+        raise ValueError(f"{names[0]} is in int8 and does not learn: train the checkpoint that it was made from.")
     average_checkpoints(model, names)
     change_labels(model, list(labels["label2id"]))
     _restart_changed_tasks(model, load_config(names[0]).auxiliary_tasks)

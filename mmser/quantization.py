@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported weights in int8: what `export_hf.py --dtype int8` does to an ONNX file."""
+"""Exported weights in int8: what `export_hf.py --dtype int8` does to an ONNX file. `quantization_mmser`: in PyTorch."""
 
 import logging
 import os

@@ -352,7 +352,6 @@ def test_a_number_that_is_none_is_too_large_a_difference():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8", "formats": ["safetensors"]}, "int8 is for ONNX"),
         ({"dtype": "int4"}, "float32, float16, int8"),
         ({"formats": ["tflite"]}, "onnx, safetensors"),
         ({"output_dir": "full"}, "not empty"),

@@ -32,6 +32,7 @@ HUB_FLOORS = {
     "encoders_mmser": 1,
     "losses_mmser": 1,
     "openmax_mmser": 1,
+    "quantization_mmser": 1,
     "fusion_mmser": 2,
     "auxiliary_mmser": 2,
     "pipeline_mmser": 2,
