@@ -109,7 +109,8 @@ def _replace_linear(parent: nn.Module, with_weights: bool) -> None:
     if type(parent).__name__ in READ_WEIGHTS:
         return
     for name, module in list(parent.named_children()):
-        if type(module) is nn.Linear and module.out_features > 1:  # no subclass that does more
+        # A subclass with a forward of its own does more
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module.out_features > 1:
             new = Int8Linear(module.in_features, module.out_features, module.bias is not None)
             setattr(parent, name, _converted(module, new, with_weights))
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported weights in int8: what `export_hf.py --dtype int8` does to an ONNX file. `quantization_mmser`: in PyTorch."""
+"""Exported weights in int8: what `export_hf.py --dtype int8` does to ONNX files. In PyTorch: `quantization_mmser`."""
 
 import logging
 import os
