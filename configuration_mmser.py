@@ -67,6 +67,11 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("contrastive_other_corpus_weight",), lambda value: 0 <= value <= 1, "in [0, 1]"),
     (("openmax_tail_size",), lambda value: value >= 5, "at least 5"),
+    (
+        ("audio_attention_heads", "text_attention_heads"),
+        lambda value: value is None or value > 0,
+        "None or at least 1",
+    ),
     (("openmax_acceptance",), lambda value: value is None or 0 < value < 1, "None or in (0, 1)"),
     (
         ("openmax_threshold",),
@@ -237,6 +242,8 @@ class MMSERConfig(PreTrainedConfig):
             are none. `None` rejects nothing.
         format_version (`int`): of the meaning of these fields in a saved file. Files of the first version have no such
             entry; in them 0.3, which had no effect beside fitted thresholds, means "fitted".
+        audio_attention_heads, text_attention_heads (`int` or `None`): heads that pruning left in each layer of an
+            encoder, as wide as they were; `None`: all of them.
         int8_weights (`bool`): the weights of encoders, attention and pooling are in int8; see `quantize_dynamic`.
         cross_entropy_loss_weight, focal_loss_weight, anchor_loss_weight, uncertainty_loss_weight,
         prototype_loss_weight, supervised_contrastive_loss_weight, distillation_loss_weight (`float`):
@@ -344,6 +351,8 @@ class MMSERConfig(PreTrainedConfig):
     openmax_acceptance: float | None = 0.95
     openmax_threshold: float | int | str | None = "fitted"
     format_version: int = 2
+    audio_attention_heads: int | None = None
+    text_attention_heads: int | None = None
     int8_weights: bool = False
 
     cross_entropy_loss_weight: float | int = 1.0

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -362,6 +363,82 @@ def load_encoder(encoder: PreTrainedModel, name_or_path: str, **kwargs) -> None:
     wanted = encoder.state_dict()  # an encoder with fewer layers leaves the others where they are
     state_dict = (source.encoder if is_whisper else source).state_dict()
     encoder.load_state_dict({key: value for key, value in state_dict.items() if key in wanted})
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Where an encoder has its layers, and what a layer calls its matrices."""
+
+    layers: str
+    attention: tuple[str, ...]  # query, key, value, output; empty where heads cannot be removed
+    feed_forward: tuple[str, str]
+    width: str  # the field of the configuration with the columns between the two matrices of the feed-forward part
+
+
+_WAV2VEC2 = LayerNames(
+    "encoder.layers",
+    tuple(f"attention.{name}_proj" for name in ("q", "k", "v", "out")),
+    ("feed_forward.intermediate_dense", "feed_forward.output_dense"),
+    "intermediate_size",
+)
+_BERT = LayerNames(
+    "encoder.layer",
+    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    ("intermediate.dense", "output.dense"),
+    "intermediate_size",
+)
+_WHISPER = LayerNames(
+    "layers", tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), ("fc1", "fc2"), "encoder_ffn_dim"
+)
+# The encoders that can be pruned, by model type. WavLM's heads share one table of positions with all layers
+LAYER_NAMES = {
+    **dict.fromkeys(("wav2vec2", "hubert", "data2vec-audio"), _WAV2VEC2),
+    "wavlm": replace(_WAV2VEC2, attention=()),
+    "whisper": _WHISPER,
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
+}
+
+
+def layer_names(config: PreTrainedConfig) -> LayerNames:
+    """The names of an encoder's parts; `ValueError` for an encoder that cannot be pruned."""
+    if config.model_type not in LAYER_NAMES:
+        raise ValueError(f"A {config.model_type} encoder cannot be pruned; these can: {', '.join(LAYER_NAMES)}.")
+    return LAYER_NAMES[config.model_type]
+
+
+def keep_heads(encoder: Any, num_heads: int | None) -> None:
+    """
+    Give each attention layer of a new encoder `num_heads` heads, as wide as before; None leaves it as it is. The
+    configurations of Transformers have no word for it: there the heads always share out the whole width.
+
+    Raises:
+        ValueError: more heads than there are, or an encoder whose heads cannot be removed.
+    """
+    if num_heads is None:
+        return
+    config = encoder.config
+    names = layer_names(config)
+    if not names.attention or num_heads > config.num_attention_heads:
+        most = config.num_attention_heads if names.attention else "none but all of its"
+        raise ValueError(f"A {config.model_type} encoder with {num_heads} attention heads: at most {most} can stay.")
+    size = num_heads * (config.hidden_size // config.num_attention_heads)
+    for layer in encoder.get_submodule(names.layers):
+        for number, name in enumerate(names.attention):
+            old = layer.get_submodule(name)
+            sizes = (size, old.out_features) if number == 3 else (old.in_features, size)
+            new = nn.Linear(*sizes, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+            layer.set_submodule(name, new)
+            encoder._init_weights(new)
+        set_num_heads(layer.get_submodule(names.attention[0].rpartition(".")[0]), num_heads)
+
+
+def set_num_heads(attention: Any, num_heads: int) -> None:
+    """Tell an attention layer how many heads it has, where it keeps that."""
+    for name in ("num_heads", "num_attention_heads"):
+        if hasattr(attention, name):
+            setattr(attention, name, num_heads)
+    if hasattr(attention, "all_head_size"):
+        attention.all_head_size = num_heads * attention.attention_head_size
 
 
 def keep_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:

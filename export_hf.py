@@ -6,6 +6,7 @@
 
 python export_hf.py --checkpoint runs/mine --output_dir runs/onnx
 python export_hf.py --checkpoint runs/mine --output_dir runs/small --dtype int8 --vocabulary_text my_data/train.csv
+python export_hf.py --checkpoint runs/mine --output_dir runs/pruned --format safetensors --prune 0.3 --data_dir my_data
 python export_hf.py --checkpoint me/model --output_dir runs/half --format safetensors --dtype float16 --languages de en
 """
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> "ExportReport":
     """Export a checkpoint as the flags say. Prints and returns the sizes and the differences to PyTorch."""
     command = sys.argv[1:] if arguments is None else arguments
-    (options,) = parse_arguments(EXPORT_ARGUMENTS, command, __doc__)
+    options, data_arguments = parse_arguments(EXPORT_ARGUMENTS, command, __doc__)
 
     # Late: `--help` and a wrong flag do not wait for torch
     from transformers.utils import logging
@@ -31,6 +32,13 @@ def main(arguments: list[str] | None = None) -> "ExportReport":
     from mmser.vocabulary import read_texts
 
     logging.set_verbosity_warning()
+    change = None
+    if options.prune or options.prune_layers:
+        from mmser.pruning_run import pruner  # it reads data, which no other export needs
+
+        change = pruner(options, data_arguments)
+    elif data_arguments.name:
+        raise ValueError(f"Only pruning reads {data_arguments.name}: add --prune or --prune_layers, or leave it out.")
     report = export_checkpoint(
         options.model_name_or_path,
         options.output_dir,
@@ -38,6 +46,7 @@ def main(arguments: list[str] | None = None) -> "ExportReport":
         dtype=options.dtype,
         languages=options.languages,
         texts=None if options.vocabulary_text is None else read_texts(options.vocabulary_text),
+        change=change,
         check=options.check,
         tolerance=options.tolerance,
         opset=options.opset,

@@ -43,6 +43,7 @@ try:
         build_audio_encoder,
         build_text_encoder,
         is_frozen,
+        keep_heads,
         keep_layers,
         load_encoder,
         loaded,
@@ -97,6 +98,7 @@ except ImportError:
         build_audio_encoder,
         build_text_encoder,
         is_frozen,
+        keep_heads,
         keep_layers,
         load_encoder,
         loaded,
@@ -681,8 +683,10 @@ class MMSERModel(MMSERPreTrainedModel):
         sizes = {name: getattr(config, f"{name}_config").hidden_size for name in config.modalities}
         if "audio" in sizes:
             self.audio_encoder = build_audio_encoder(config.audio_config)
+            keep_heads(self.audio_encoder, config.audio_attention_heads)
         if "text" in sizes:
             self.text_encoder = build_text_encoder(config.text_config)
+            keep_heads(self.text_encoder, config.text_attention_heads)
         if "audio" in sizes:
             if config.use_weighted_layer_sum:
                 self.layer_weights = nn.Parameter(torch.zeros(config.audio_config.num_hidden_layers + 1))

@@ -27,6 +27,7 @@ _MODULES = {
     "export_checkpoint": "mmser.export",
     "load_emotion_dataset": "mmser.loading",
     "load_emotion_split": "mmser.loading",
+    "prune": "mmser.pruning",
 }
 
 __all__ = list(_MODULES)

@@ -429,6 +429,26 @@ class ExportArguments:
             "found as in training data), and single characters for all other words."
         },
     )
+    prune: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the attention heads and feed-forward columns to remove from each layer of the encoders, "
+            "such as 0.3; those that training clips need least. Needs data."
+        },
+    )
+    prune_layers: float = field(
+        default=0.0, metadata={"help": "Share of the layers of each encoder to remove. Needs data."}
+    )
+    calibration_clips: int = field(default=200, metadata={"help": "Training clips that decide what is removed."})
+    recovery_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs to train what pruning left, on the same data."}
+    )
+    freeze_audio: bool = field(default=False, metadata={"help": "Train without the audio encoder in these epochs."})
+    freeze_text: bool = field(default=False, metadata={"help": "Train without the text encoder in these epochs."})
+    learning_rate: float = _same_flag("learning_rate", "--lr")
+    per_device_train_batch_size: int = _same_flag("per_device_train_batch_size", "--batch_size")
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is a GPU."})
+    seed: int = field(default=42, metadata={"help": "Seed of the clips that are drawn and of these epochs."})
     check: bool = field(
         default=True, metadata={"help": "Compare the export with PyTorch, and write nothing if they differ."}
     )
@@ -441,11 +461,18 @@ class ExportArguments:
 
     def __post_init__(self):
         self.model_name_or_path = checkpoint_folder(self.model_name_or_path, "--checkpoint")
+        for name in ("prune", "prune_layers"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} is a share, from 0 to below 1, got {getattr(self, name)}.")
+        if self.calibration_clips < 1 or self.recovery_epochs < 0:
+            raise ValueError("--calibration_clips must be at least 1, and --recovery_epochs 0 or more.")
+        if self.recovery_epochs and not (self.prune or self.prune_layers):
+            raise ValueError("--recovery_epochs trains what pruning left: add --prune or --prune_layers.")
 
 
 TRAINING_ARGUMENTS = (ModelArguments, DataArguments, TrainingFlags)
 EVALUATION_ARGUMENTS = (EvaluationArguments, SourceArguments)
-EXPORT_ARGUMENTS = (ExportArguments,)
+EXPORT_ARGUMENTS = (ExportArguments, DataArguments)
 NEGATIVE_HELP = {
     "augment": "Train on the clips as they are.",
     "augment_noise": "Augment by speed alone.",

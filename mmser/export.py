@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -381,11 +381,12 @@ class ExportReport:
     folder: Path
     float32_size: int  # of the weights of the whole checkpoint
     sizes: dict[str, int]
+    changed: str = ""  # what was done to the model before
     trimmed: Trimmed | None = None
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [str(self.trimmed)] if self.trimmed else []
+        lines = [str(note) for note in (self.changed, self.trimmed) if note]
         for name, comparisons in self.comparisons.items():
             lines += [f"largest differences to PyTorch, {name}:", comparison_table(comparisons)]
         for name, size in self.sizes.items():
@@ -402,6 +403,7 @@ def export_checkpoint(
     dtype: str = "float32",
     languages: Sequence[str] | None = None,
     texts: Iterable[str] | None = None,
+    change: Callable[[MMSERForAudioClassification, MMSERProcessor], str] | None = None,
     check: bool = True,
     tolerance: float | None = None,
     opset: int = OPSET,
@@ -416,6 +418,8 @@ def export_checkpoint(
         formats: "onnx" (for onnxruntime), "safetensors" (for PyTorch), or both.
         dtype: "float32", "float16" (for GPUs) or "int8" (for processors).
         languages, texts: trim the vocabulary to them, see `choose_tokens`.
+        change: called with the model and its processor before anything is written: it changes the model in place,
+            and returns what it did in words. `mmser.pruning_run.pruner` makes one.
         check: compare with PyTorch.
         tolerance: largest allowed difference; by default that of `TOLERANCES`.
         opset: version of the ONNX operators.
@@ -436,6 +440,8 @@ def export_checkpoint(
     if model.config.int8_weights:
         raise ValueError(f"{name_or_path} is in int8: export the checkpoint that it was made from")
     report = ExportReport(output_dir, 4 * sum(value.numel() for value in model.state_dict().values()), {})
+    if change is not None:
+        report.changed = change(model, processor)
     if languages or texts is not None:
         processor, report.trimmed = trim_vocabulary(model, processor, texts, languages)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
