@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 # Parts of `MMSERModel` that work on sequences. From the fusion on a rounding error would reach the answer, and there
 # is little to gain: one vector for each clip
-PARTS = ("audio_encoder", "text_encoder", "audio_attention", "text_attention", "audio_pooling", "text_pooling")
+PARTS = (
+    *("audio_encoder", "text_encoder", "audio_attention", "text_attention", "joint_encoder"),
+    *("audio_pooling", "text_pooling"),
+)
 # Modules that read the weights of their linear layers themselves
 READ_WEIGHTS = ("WavLMAttention", "MultiheadAttention")
 

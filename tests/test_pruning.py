@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import AUDIO_CONFIGS, TEXT_CONFIG, alone, tiny_batch, tiny_config, tiny_model
-from tiny_corpus import tiny_processor, write_corpus
 from tiny_corpus import tiny_model as tiny_corpus_model
+from tiny_corpus import tiny_processor, write_corpus
 
 import export_hf
 from mmser.pruning import layer_importance, prune, remove_layers, units_of, units_to_keep
