@@ -40,7 +40,7 @@ def prune_and_recover(
     options: ExportArguments,
     data_arguments: DataArguments,
 ) -> str:
-    """Prune in place by training clips, and train what is left for `options.recovery_epochs`. Returns what was done."""
+    """Prune in place by training clips, and train what is left for some epochs. Returns what was done, in words."""
     set_seed(options.seed)
     data = load_data(data_arguments, options.seed, options.model_name_or_path)
     data.splits.pop("test", None)
@@ -50,7 +50,9 @@ def prune_and_recover(
     with tempfile.TemporaryDirectory() as folder:
         arguments = _training_arguments(options, folder)
         examples = Examples(data_arguments, arguments, model, processor)
-        clips = examples.dataset_class(some_clips(data.splits["train"], options.calibration_clips), **examples.options)
+        clips: Any = examples.dataset_class(
+            some_clips(data.splits["train"], options.calibration_clips), **examples.options
+        )
         collate, names = MMSERDataCollator(processor), ("labels",)
         batches = (collate([clips[index]]) for index in range(len(clips)))
         report = prune(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `mmser.pruning` and `mmser.pruning_run`: what a unit is worth, what is left, and that it loads as always."""
+"""Tests of `mmser.pruning` and `mmser.pruning_run`: what a unit is worth, what is left, that it loads as always."""
 
 import copy
 import json

@@ -149,6 +149,17 @@ def test_what_is_in_int8_and_what_is_not():
     assert type(attention.feed_forward.output_dense) is Int8Linear
 
 
+@torch.no_grad()
+def test_a_transformer_as_the_fusion_is_in_int8_too(tmp_path):
+    model = tiny_model("whisper", fusion_type="transformer")
+    batch = batch_of(model, "whisper")
+    expected = model(**batch).logits.softmax(-1)
+    quantize_dynamic(model).save_pretrained(tmp_path)
+    assert any(isinstance(module, Int8Linear) for module in model.mmser.joint_encoder.modules())
+    given = MMSERForAudioClassification.from_pretrained(tmp_path)(**batch).logits.softmax(-1)
+    torch.testing.assert_close(given, expected, rtol=0, atol=0.1)
+
+
 def test_a_base_model_alone_is_quantised_too():
     model = quantize_dynamic(tiny_model("whisper").mmser)
     assert isinstance(model, MMSERModel) and model.config.int8_weights
