@@ -10,7 +10,7 @@ that the configuration describes the smaller encoder and it loads as always.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,7 @@ class Pruned:
 
 def prune(
     model: MMSERForAudioClassification,
-    clips: Iterable[dict[str, Tensor]],
+    clips: Iterable[Mapping[str, Any]],
     share: float,
     layer_share: float = 0.0,
 ) -> Pruned:
@@ -140,7 +140,7 @@ def prune(
     Args:
         model: in float32, on any device.
         clips: calibration clips as inputs of the model, one in each: nothing is padded. A mask of zeros means that a
-            modality is missing.
+            modality is missing; other keys are ignored.
         share: of the attention heads and of the feed-forward columns, to remove from each layer, in [0, 1).
         layer_share: of the layers of each encoder, to remove before that, in [0, 1). Those go first without which the
             probabilities of the classes change least.
@@ -178,7 +178,7 @@ def prune(
     return report
 
 
-def _inputs_of(clip: dict[str, Tensor]) -> dict[str, Tensor]:
+def _inputs_of(clip: Mapping[str, Any]) -> dict[str, Tensor]:
     """The modalities that a clip has, with their masks."""
     inputs: dict[str, Tensor] = {}
     for name, (*values, mask) in INPUTS.items():

@@ -50,17 +50,11 @@ def prune_and_recover(
     with tempfile.TemporaryDirectory() as folder:
         arguments = _training_arguments(options, folder)
         examples = Examples(data_arguments, arguments, model, processor)
-        clips: Any = examples.dataset_class(
-            some_clips(data.splits["train"], options.calibration_clips), **examples.options
-        )
-        collate, names = MMSERDataCollator(processor), ("labels",)
+        chosen = some_clips(data.splits["train"], options.calibration_clips)
+        clips: Any = examples.dataset_class(chosen, **examples.options)
+        collate = MMSERDataCollator(processor)
         batches = (collate([clips[index]]) for index in range(len(clips)))
-        report = prune(
-            model,
-            ({name: value for name, value in batch.items() if name not in names} for batch in batches),
-            options.prune,
-            options.prune_layers,
-        )
+        report = prune(model, batches, options.prune, options.prune_layers)
         lines = [str(report), f"  by {len(clips)} clips of {data_arguments.name}"]
         if options.recovery_epochs:
             lines.append(_recover(model, processor, data, data_arguments, arguments, options))
