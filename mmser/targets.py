@@ -101,6 +101,8 @@ def derive_targets(
         ValueError: a map for another emotion.
     """
     maps = {task: dict(targets) for task, targets in (label_maps or {}).items()}
+    if not tasks and not maps:  # not to look into a stream
+        return dict(splits), {}
     check_names(maps, tasks, "task of `auxiliary_tasks`, but of `auxiliary_label_maps`")
     for task, targets in maps.items():
         unknown = [label for label in targets if label not in label_names]
