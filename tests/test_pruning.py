@@ -12,6 +12,7 @@ from tiny_corpus import tiny_model as tiny_corpus_model
 from tiny_corpus import tiny_processor, write_corpus
 
 import export_hf
+from benchmarks import smaller
 from mmser.pruning import layer_importance, prune, remove_layers, units_of, units_to_keep
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERPipeline
@@ -306,3 +307,13 @@ def test_removing_layers_keeps_their_order():
     remove_layers(model, "text", [3, 0])
     assert list(model.mmser.text_encoder.encoder.layer) == [layers[1], layers[2], layers[4]]
     assert model.config.text_config.num_hidden_layers == 3
+
+
+def test_the_benchmark_compares_the_variants_on_the_same_clips(folder, tmp_path):
+    flags = ["--checkpoint", folder / "checkpoint", "--data_dir", folder / "corpus", "--output", tmp_path / "r.json"]
+    report = smaller.main([str(flag) for flag in [*flags, "--shares", "0", "0.5", "--test_clips", "5"]])
+    names = [(row["pruned"], row["weights"]) for row in report["rows"]]
+    assert names == [(share, weights) for share in ("0%", "50%") for weights in (smaller.FLOAT32, smaller.INT8)]
+    assert report["settings"]["test_clips"] == 5 and report["rows"][0]["same answer"] == "100%"
+    assert report["rows"][0]["times as fast"] == 1.0
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(report))
