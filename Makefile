@@ -7,6 +7,9 @@ DEMO := demo_output
 # The version that the tests were run with; `make TORCH=torch ...` takes the newest.
 TORCH ?= torch==2.13.0
 
+# Of the demo's model; `make demo RECIPE=recipes/demo_wav2vec2.json` takes an encoder of the raw waveform
+RECIPE ?= recipes/demo.json
+
 # Processes that share the tests
 JOBS ?= 2
 
@@ -14,9 +17,9 @@ JOBS ?= 2
 
 # One thread computes (the tensors are small) while the data are decoded on the other cores
 demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer $(DEMO)/non_speech
-	OMP_NUM_THREADS=1 $(BIN)/python train_hf.py recipes/demo.json
+	OMP_NUM_THREADS=1 $(BIN)/python train_hf.py $(RECIPE)
 	OMP_NUM_THREADS=1 $(BIN)/python eval_hf.py --checkpoint $(DEMO)/model --data_dir $(DEMO)/corpus \
-		--ood_dir $(DEMO)/corpus/ood $(DEMO)/non_speech --output_dir $(DEMO)/report
+		--ood_dir $(DEMO)/corpus/ood $(DEMO)/non_speech --log_mel_probe --output_dir $(DEMO)/report
 	$(BIN)/python demo/classify.py $(DEMO)/model $(DEMO)/corpus
 
 $(DEMO)/corpus: | $(VENV)/installed

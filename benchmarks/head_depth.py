@@ -45,7 +45,7 @@ def read_split(corpus: Path, split: str) -> tuple[list[str], torch.Tensor]:
 
 def train(variant: str, seed: int, arguments: argparse.Namespace) -> Row:
     """One run; returns the metrics on the test split after the last epoch."""
-    recipe = json.loads((ROOT / "recipes" / "demo.json").read_text(encoding="utf-8"))
+    recipe = json.loads((ROOT / "recipes" / "demo_wav2vec2.json").read_text(encoding="utf-8"))
     processor = MMSERProcessor(Wav2Vec2FeatureExtractor(), AutoTokenizer.from_pretrained(arguments.tokenizer))
     texts, labels = read_split(arguments.corpus, "train")
     test_texts, test_labels = read_split(arguments.corpus, "test")

@@ -18,6 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from tiny_corpus import tiny_tokenizer
+
+from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
+from mmser.model_loading import load_model, load_processor
 
 SCRIPT = Path(__file__).resolve().parents[1] / "demo" / "synthesize_corpus.py"
 LABELS = ["neutral", "happy", "sad", "angry"]
@@ -172,7 +177,7 @@ def test_an_interrupted_run_leaves_the_folder_as_it_was(script, tmp_path, monkey
     assert os.listdir(tmp_path) == (["corpus"] if earlier else [])
 
 
-@pytest.mark.parametrize(("languages", "clips_per_cell"), [(None, 20), (["de", "fr", "ru"], 3), (["de", "fr"], 7)])
+@pytest.mark.parametrize(("languages", "clips_per_cell"), [(None, 40), (["de", "fr", "ru"], 3), (["de", "fr"], 7)])
 def test_speakers_and_sentences_are_in_one_split_and_voices_do_not_tell_the_emotion(script, languages, clips_per_cell):
     plan = script.plan_corpus(languages or tuple(script.SENTENCES), clips_per_cell, seed=3)
     speakers, sentences = {}, {}
@@ -189,7 +194,7 @@ def test_speakers_and_sentences_are_in_one_split_and_voices_do_not_tell_the_emot
     )
     if languages is None:
         assert len(script.SENTENCES) == 10
-        assert [len(plan[split]) for split in SPLITS] == [800, 160, 240, 96]
+        assert [len(plan[split]) for split in SPLITS] == [1600, 320, 480, 192]
         # 19 speakers are the fewest that thresholds of 95 % can be promised by, and a voice is not ten of them
         assert len({clip.speaker for clip in plan["validation"]}) >= 2 * 19
         assert len({clip.voice for clip in plan["validation"]}) >= 8
@@ -234,3 +239,22 @@ def test_an_unknown_clip_of_the_demo_is_called_unknown_first():
     assert classify.describe(best) == "unknown (nearest of the classes: happy 1.00)"
     assert classify.describe({**best, "is_unknown": False}) == "happy 1.00, uncertainty 0.01"
     assert classify.describe({**best, "is_unknown": None}) == "happy 1.00, uncertainty 0.01"  # OpenMax is not fitted
+
+
+@pytest.mark.parametrize(
+    ("recipe", "audio_input", "shape"),
+    [("demo", "input_features", (1, 40, 100)), ("demo_wav2vec2", "input_values", (1, 32_000))],
+)
+def test_the_recipes_of_the_demo_differ_in_the_audio_encoder(recipe, audio_input, shape, tmp_path, monkeypatch):
+    monkeypatch.chdir(SCRIPT.parents[1])  # as `make` does: the recipe names a folder of the repository
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    words = [f"recipes/{recipe}.json", "--tokenizer_name", str(tmp_path / "tokenizer")]
+    model_arguments, data_arguments, training_arguments = parse_arguments(TRAINING_ARGUMENTS, words)
+    processor = load_processor(model_arguments)
+    model = load_model(model_arguments, LABELS, processor).eval()
+    inputs = processor(audio=[np.random.default_rng(0).normal(size=32_000)], sampling_rate=16_000, text=["I am happy"])
+    assert inputs[audio_input].shape == shape and processor.audio_input_name == audio_input
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+    assert model.config.classifier_num_layers == 35 and sum(p.numel() for p in model.parameters()) < 1_000_000
+    assert (data_arguments.data_dir, training_arguments.output_dir) == ("demo_output/corpus", "demo_output/model")
