@@ -66,24 +66,36 @@ def adjusted_logits(logits: Tensor, class_counts: Iterable[int] | None, strength
 
 
 def class_balanced_focal_loss(
-    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, gamma: float = 2.0
+    logits: Tensor,
+    labels: Tensor,
+    class_weights: Tensor | None = None,
+    gamma: float = 2.0,
+    label_distribution: Tensor | None = None,
 ) -> Tensor:
     """
     Mean over the batch of `-w_y (1 - p_y)^gamma log p_y`: the focal loss of Lin et al. 2017 (eq. 5) with softmax
     probabilities and the class-balanced weights of Cui et al. 2019 as alpha.
+
+    With a distribution q in place of one label y, it is the expectation over the labels that it would draw:
+    `-sum_c q_c w_c (1 - p_c)^gamma log p_c`, so that each share is weighed as a label of its own class is.
 
     Args:
         logits: [B, C].
         labels: int64 [B].
         class_weights: [C], or None for no weighting.
         gamma: focusing parameter; 0 gives the weighted cross-entropy.
+        label_distribution: shares [B, C] that sum to 1, in place of the labels.
     """
-    log_probability = F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]
+    log_probability = F.log_softmax(logits.float(), dim=-1)
+    if label_distribution is None:
+        log_probability = log_probability.gather(1, labels[:, None])[:, 0]
     # Kept off 0, where a power below 1 has an infinite slope
     error = (-torch.expm1(log_probability)).clamp(min=1e-12)
     loss = -(error**gamma) * log_probability
     if class_weights is not None:
-        loss = loss * class_weights.to(loss)[labels]
+        loss = loss * (class_weights.to(loss)[labels] if label_distribution is None else class_weights.to(loss))
+    if label_distribution is not None:
+        loss = (loss * label_distribution.float()).sum(dim=-1)
     return loss.mean()
 
 

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -1135,6 +1135,15 @@ def mix(fused: Tensor, mixture: tuple[float, Tensor] | None) -> Tensor:
     return share * fused + (1 - share) * fused[order]
 
 
+class Targets(NamedTuple):
+    """What the loss of a batch is against."""
+
+    labels: Any  # class ids [B]
+    label_distribution: Any = None  # shares of the classes [B, C]
+    teacher_logits: Any = None  # [B, C]
+    corpus_ids: Any = None  # [B]
+
+
 class MMSERForAudioClassification(MMSERPreTrainedModel):
     """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
 
@@ -1184,6 +1193,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         return_uncertainty: bool = True,
         auxiliary_labels: dict[str, Tensor] | None = None,
         corpus_ids: torch.LongTensor | None = None,
+        label_distribution: torch.FloatTensor | None = None,
         **kwargs,
     ) -> MMSEROutput:
         r"""
@@ -1199,10 +1209,13 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             auxiliary_labels (`dict[str, torch.Tensor]` of shape `(batch_size,)`): targets of `auxiliary_tasks`, for
                 the loss: class ids or numbers; -100 and nan where a clip has none.
             corpus_ids (`torch.LongTensor` of shape `(batch_size,)`): for the contrastive part; -1: not known.
+            label_distribution (`torch.FloatTensor` of shape `(batch_size, num_labels)`): shares of the classes, which
+                sum to 1, such as annotators' votes: cross-entropy and focal loss are against them, the other parts
+                against `labels`. These are by default the class with the largest share.
         Returns: `MMSEROutput`.
         Raises:
             TypeError: an unknown keyword; the message suggests the nearest one.
-            ValueError: as `MMSERModel.forward`; labels out of range; `use_openmax=True` before OpenMax is fitted.
+            ValueError: as `MMSERModel.forward`; labels or shares out of range; `use_openmax=True` before it is fitted.
         """
         self._check_keywords(kwargs)
         outputs = self.mmser(
@@ -1217,7 +1230,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        mixture = self._draw_mixture(len(outputs.pooler_output)) if labels is not None else None
+        has_targets = labels is not None or label_distribution is not None
+        mixture = self._draw_mixture(len(outputs.pooler_output)) if has_targets else None
         raw_logits, features = self.classifier(mix(outputs.pooler_output, mixture))
         device = raw_logits.device  # the parts of a large model may be on several
         raw_uncertainty = self.uncertainty(features).to(device)
@@ -1228,10 +1242,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             uncertainty = self.uncertainty.calibrated(raw_uncertainty, logits)
         auxiliary = self.auxiliary(features)
         losses: dict[str, Any] = {}  # without labels none: a scalar breaks the batches of stock pipelines
-        if labels is not None:
-            labels = self._checked(labels, len(raw_logits)).to(device)
+        if has_targets:
+            targets = self._targets(raw_logits, labels, label_distribution, teacher_logits, corpus_ids)
             scores = (raw_logits, features, raw_uncertainty, anchor_logits, anchor_distances)
-            losses = self._losses(mixture, scores, labels, (teacher_logits, corpus_ids), auxiliary, auxiliary_labels)
+            losses = self._losses(mixture, scores, targets, auxiliary, auxiliary_labels)
         elif auxiliary_labels is not None:
             raise ValueError("`auxiliary_labels` are for the loss: give `labels` too.")
         open_set = self._open_set(use_openmax, logits, outputs.pooler_output, anchor_distances)
@@ -1286,6 +1300,27 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
         return labels.long()  # int32 is common in tables, and no loss of PyTorch takes it
 
+    def _targets(self, logits: Tensor, labels: Any, shares: Any, *others: Tensor | None) -> Targets:
+        """What the loss is against, checked and on the device of `logits`."""
+        if shares is not None:
+            shares = self._checked_distribution(shares, len(logits)).to(logits.device)
+            labels = shares.argmax(dim=-1) if labels is None else labels
+        labels = self._checked(labels, len(logits)).to(logits.device)
+        return Targets(labels, shares, *others)
+
+    def _checked_distribution(self, shares: Any, batch_size: int) -> Any:
+        shape = (batch_size, self.config.num_labels)
+        if not isinstance(shares, Tensor) or not shares.is_floating_point() or shares.shape != shape:
+            got = f"{shares.dtype} of shape {tuple(shares.shape)}" if isinstance(shares, Tensor) else type(shares)
+            raise ValueError(f"`label_distribution` must be a float tensor of shape {shape}, got {got}.")
+        if shares.device.type == "cpu" and not torch.compiler.is_compiling():  # as in `_checked`
+            sums = shares.float().sum(dim=-1)
+            if not ((shares >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)):
+                raise ValueError(
+                    f"Each row of `label_distribution` must be shares that sum to 1, got {shares.tolist()}."
+                )
+        return shares
+
     def _draw_mixture(self, batch_size: int) -> tuple[float, Tensor] | None:
         """The share of each clip of a training batch in its mixture, at least a half, and which clip has the rest."""
         alpha = float(self.config.mixup_alpha)
@@ -1295,14 +1330,14 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         return max(share, 1 - share), torch.randperm(batch_size)
 
     def _losses(
-        self, mixture: Any, scores: Any, labels: Tensor, given: tuple, auxiliary: Any, targets: dict | None
+        self, mixture: Any, scores: Any, targets: Targets, auxiliary: Any, auxiliary_labels: dict | None
     ) -> dict[str, Any]:
         """`loss`, `anchor_loss` and `losses` of `MMSEROutput`."""
-        parts, anchor_loss = self._mixed_losses(mixture, scores, labels, *given)
+        parts, anchor_loss = self._mixed_losses(mixture, scores, targets)
         weight = self.config.auxiliary_loss_weight
-        if targets is not None and weight:
-            others = self.auxiliary.losses(auxiliary or {}, targets, mixture)
-            parts |= {name: weight * part.to(labels.device) for name, part in others.items()}
+        if auxiliary_labels is not None and weight:
+            others = self.auxiliary.losses(auxiliary or {}, auxiliary_labels, mixture)
+            parts |= {name: weight * part.to(targets.labels.device) for name, part in others.items()}
         losses = {name: part.detach() for name, part in parts.items()}
         return {"loss": sum(parts.values()), "anchor_loss": anchor_loss, "losses": losses}
 
@@ -1310,27 +1345,23 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self,
         mixture: tuple[float, Tensor] | None,
         scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        labels: Tensor,
-        *given: Tensor | None,
+        targets: Targets,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """As `_weighted_losses`; of a mixture, against the labels of the one and of the other, in their shares."""
-        parts, anchor_loss = self._weighted_losses(scores, labels, *given)
+        parts, anchor_loss = self._weighted_losses(scores, targets)
         if mixture is None:
             return parts, anchor_loss
         share, order = mixture
-        other = (None if values is None else values[order] for values in given)
-        others, other_anchor_loss = self._weighted_losses(scores, labels[order], *other)
+        mixed = Targets(*(None if values is None else values[order] for values in targets))
+        others, other_anchor_loss = self._weighted_losses(scores, mixed)
         parts = {name: share * part + (1 - share) * others[name] for name, part in parts.items()}
         return parts, share * anchor_loss + (1 - share) * other_anchor_loss
 
     def _weighted_losses(
-        self,
-        scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        labels: Tensor,
-        teacher_logits: Tensor | None,
-        corpus_ids: Tensor | None,
+        self, scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], targets: Targets
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The parts of the loss times their weights; a part with weight 0 is not computed. And the anchor loss."""
+        labels, label_distribution, teacher_logits, corpus_ids = targets
         config = self.config
         logits, features, uncertainty, anchor_logits, anchor_distances = scores
         if config.distillation_loss_weight and teacher_logits is None:
@@ -1342,9 +1373,12 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         if config.class_counts is not None:
             class_weights = logits.new_tensor(class_balanced_weights(config.class_counts, config.class_balanced_beta))
         adjusted = adjusted_logits(logits, config.class_counts, config.logit_adjustment)
+        target = labels if label_distribution is None else label_distribution.float()
         parts = {
-            "cross_entropy": lambda: F.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing),
-            "focal": lambda: class_balanced_focal_loss(adjusted, labels, class_weights, config.focal_gamma),
+            "cross_entropy": lambda: F.cross_entropy(adjusted, target, label_smoothing=config.label_smoothing),
+            "focal": lambda: class_balanced_focal_loss(
+                adjusted, labels, class_weights, config.focal_gamma, label_distribution
+            ),
             "anchor": lambda: anchor_loss,
             "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
             "prototype": lambda: prototype_loss(self.prototypes(features).to(labels.device), labels),
@@ -1389,6 +1423,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
                 batch = {name: self._placed(value) for name, value in batch.items() if name != "auxiliary_labels"}
                 outputs["labels"].append(batch.pop("labels"))
+                batch.pop("label_distribution", None)
                 output = self(**batch, use_openmax=False)
                 for name in names:
                     outputs[name].append(output[name].float())

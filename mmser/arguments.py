@@ -213,6 +213,13 @@ class SourceArguments:
     language_column: str = field(default="language", metadata={"help": "Column with the language."})
     corpus_column: str = field(default="corpus", metadata={"help": "Column with the corpus."})
     sex_column: str = field(default="sex", metadata={"help": "Column with the speaker's sex."})
+    label_distribution_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Votes of annotators or shares of the classes, in place of one label: a column for each class "
+            "(its name, or class=column), or one column with a list of votes in each row."
+        },
+    )
     allow_speaker_overlap: bool = field(
         default=False,
         metadata={"help": "Accept speakers and clips that are in two splits. The scores will be too good."},
@@ -238,7 +245,7 @@ class SourceArguments:
         """The same as keyword arguments of `load_emotion_dataset`."""
         names = (
             *("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split"),
-            *("test_split", "allow_speaker_overlap", "on_bad_example", "columns"),
+            *("test_split", "label_distribution_columns", "allow_speaker_overlap", "on_bad_example", "columns"),
         )
         return {name: getattr(self, name) for name in names}
 

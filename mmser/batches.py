@@ -34,8 +34,9 @@ class MMSERDataCollator:
 
         Returns:
             The tensors of the processor (`input_values` or `input_features`, `attention_mask`, `input_ids`,
-            `text_attention_mask`), `labels` [B] int64, the ids of `EmotionDataset.add_ids` and, of examples with
-            targets, `auxiliary_labels`: by task, [B] int64 (classes) or float32 (numbers). For states: `audio_states`
+            `text_attention_mask`), `labels` [B] int64, the ids of `EmotionDataset.add_ids` and, of examples that have
+            them, `label_distribution` [B,C] and `auxiliary_labels`: by task, [B] int64 (classes) or float32
+            (numbers). For states: `audio_states`
             [B,Ta,layers,D] with `attention_mask` [B,Ta], `text_states` [B,L,D] with `text_attention_mask` [B,L],
             padded with zeros.
 
@@ -66,6 +67,8 @@ class MMSERDataCollator:
             batch["auxiliary_labels"] = {
                 task: torch.tensor([row[TARGETS][task] for row in rows]) for task in rows[0][TARGETS]
             }
+        if "label_distribution" in rows[0]:
+            batch["label_distribution"] = torch.from_numpy(np.stack([row["label_distribution"] for row in rows]))
         return batch
 
     @property

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from mmser.augmentation import augmentation_generator
 from mmser.bad_rows import skip_or_raise
 from mmser.batches import MASK_NAMES
-from mmser.examples import NUM_THREADS, EmotionDataset, map_in_threads
+from mmser.examples import NUM_THREADS, EmotionDataset, map_in_threads, targets_of
 from mmser.targets import COLUMN as TARGETS
 from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 
@@ -416,8 +416,8 @@ class CachedStatesDataset(EmotionDataset):
         self.augmented_copies = augmented_copies if is_random else 0
         self.columns = [kind for kind in MASK_NAMES if kind in dataset.dataset.column_names]
         self.stores = {kind: store for kind, store in cache.stores.items() if kind in self.columns}
-        self._labels = np.asarray(dataset.dataset["labels"], dtype=np.int64)
-        self._targets = list(dataset.dataset[TARGETS]) if TARGETS in dataset.dataset.column_names else None
+        names = [name for name in ("labels", "label_distribution", TARGETS) if name in dataset.dataset.column_names]
+        self._targets = [targets_of(row) for row in dataset.dataset.select_columns(names)]
         self._bad = np.zeros(len(self), dtype=bool)
         self._present = np.zeros((len(self), 2), dtype=bool)  # has audio, has text
 
@@ -438,9 +438,7 @@ class CachedStatesDataset(EmotionDataset):
         else:
             audio, text = self._present[index].tolist()
             has_audio, has_text = self.reader.draw_modalities(audio, text, rng)
-            example = {"labels": int(self._labels[index]), "length": 0}
-            if self._targets is not None:
-                example[TARGETS] = self._targets[index]
+            example = {**self._targets[index], "length": 0}
             if not has_audio and not has_text:
                 raise ValueError(f"{self.dataset[index]['row']} has neither audio nor text")
         for kind, is_seen in (("audio", has_audio), ("text", has_text)):

@@ -86,9 +86,9 @@ class ExampleReader:
         """Make the example of one row of `load_emotion_dataset`.
 
         Returns:
-            `labels` (int), `length` (samples, 0 without audio), `audio` ([T] float32 or None) if the data set has an
-            audio column, `text` (str or None) if it has a text column, and `auxiliary` (its targets by task) if it has
-            targets.
+            `labels` (int), `label_distribution` ([C] float32) and `auxiliary` (targets by task) if the data set has
+            them, `length` (samples, 0 without audio), `audio` ([T] float32 or None) if it has an audio column, and
+            `text` (str or None) if it has a text column.
 
         Raises:
             ValueError: naming the row, if its audio cannot be read or it has neither audio nor text.
@@ -97,9 +97,8 @@ class ExampleReader:
         audio = self._waveform(source, row["row"], rng) if source else None
         if audio is None and text is None:
             raise ValueError(f"{row['row']} has {self._missing}")
-        example = {"labels": int(row["labels"]), "length": 0 if audio is None else len(audio)}
-        values = (("audio", audio), ("text", text), (TARGETS, row.get(TARGETS)))
-        return {**example, **{name: value for name, value in values if name in row}}
+        example = {**targets_of(row), "length": 0 if audio is None else len(audio)}
+        return {**example, **{name: value for name, value in (("audio", audio), ("text", text)) if name in row}}
 
     @property
     def _missing(self) -> str:
@@ -170,6 +169,16 @@ class ExampleReader:
         with _naming(row["row"], source):
             samples = audio_length(_fetch(source), self.sampling_rate, name=_title(source))
         return samples if self.max_samples is None else min(samples, self.max_samples)
+
+
+def targets_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What is to be learned of a row: `labels` (int), `label_distribution` ([C] float32) of votes, and `auxiliary`."""
+    targets: dict[str, Any] = {"labels": int(row["labels"])}
+    if TARGETS in row:
+        targets[TARGETS] = row[TARGETS]
+    if row.get("label_distribution") is not None:
+        targets["label_distribution"] = np.asarray(row["label_distribution"], dtype=np.float32)
+    return targets
 
 
 def _audio_source(row: dict[str, Any]) -> str | bytes | None:
@@ -472,6 +481,8 @@ def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **r
 def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) -> list[int]:
     """Number of rows of each class, [num_labels]; unknown rows (-1) are not counted.
 
+    Rows with votes count for each class by their share of it; the sums are rounded.
+
     Raises:
         TypeError: for a stream, whose rows cannot be counted before they are read.
         ValueError: if a label is not below `num_labels`.
@@ -482,4 +493,6 @@ def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) ->
     labels = np.asarray(table["labels"], dtype=np.int64)
     if labels.size and labels.max() >= num_labels:
         raise ValueError(f"label {labels.max()} is out of range; allowed: 0 to {num_labels - 1}")
+    if "label_distribution" in table.column_names:
+        return np.rint(np.sum(table["label_distribution"], axis=0)).astype(int).tolist()
     return np.bincount(labels[labels >= 0], minlength=num_labels).tolist()

@@ -101,7 +101,7 @@ def _check_names(names: list[str]) -> list[str]:
 
 def _found_names(found: Found) -> list[str]:
     """The names of the classes that rows have."""
-    classes = {label: rows for label, rows in found.items() if not _is_none_of_the_classes(label)}
+    classes = {label: rows for label, rows in found.items() if not is_no_class(label)}
     numbers = [label for label in classes if _is_number(label)]
     if not classes:
         raise ValueError(f"no row has a label that is a class; found: {_list_labels(found) or 'nothing'}")
@@ -262,7 +262,7 @@ def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bo
     if is_missing(written):
         raise ValueError(f"{row} has no label")
     number = None if _have_numbers(names) else _as_id(written)
-    is_unknown = _is_none_of_the_classes(written)
+    is_unknown = is_no_class(written)
     if allow_unknown and (is_unknown or number is None):
         return UNKNOWN_LABEL
     if is_unknown:
@@ -289,7 +289,8 @@ def _written(label: Any) -> str:
     return "" if label is None else unicodedata.normalize("NFC", str(label).strip())
 
 
-def _is_none_of_the_classes(label: str) -> bool:
+def is_no_class(label: str) -> bool:
+    """Whether a label is written as those of open-set clips: -1, or "unknown"."""
     return _as_id(label) == UNKNOWN_LABEL or label.casefold() == "unknown"
 
 

@@ -5,8 +5,9 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -29,6 +30,7 @@ from mmser.sources import (
 from mmser.splits import divide_by_speaker
 from mmser.table_files import is_table
 from mmser.targets import COLUMN, Tasks, no_target, read_targets, target_features
+from mmser.votes import normalise_votes, read_votes, vote_columns
 
 
 def load_emotion_dataset(
@@ -43,6 +45,7 @@ def load_emotion_dataset(
     columns: DataColumns | None = None,
     extra_columns: Sequence[str] = (),
     auxiliary_tasks: Tasks | None = None,
+    label_distribution_columns: Sequence[str] | None = None,
     label_names: Sequence[str] | None = None,
     checkpoint_names: Sequence[str] | None = None,
     streaming: bool = False,
@@ -67,6 +70,8 @@ def load_emotion_dataset(
             as `corpus`, means that one.
         auxiliary_tasks: tasks beside the emotion, as in `MMSERConfig`: the targets of those of which the source has a
             column are read from it. An empty cell is no target.
+        label_distribution_columns: columns with votes or shares of the classes, see `mmser.votes`. Their majority is
+            the label of a row.
         label_names: class names in the order of their ids; default: those that the Hub data set declares, else the
             names in the rows (see `choose_label_names`).
         checkpoint_names: class names of the checkpoint that is trained further; kept if the data's are among them.
@@ -82,8 +87,8 @@ def load_emotion_dataset(
     Returns:
         The splits and the label names. Columns: `labels` (int), `row` (where the row is, for messages) and, if the
         source has them, `audio` (path, or `{"bytes", "path"}` from the Hub; not decoded), `text` (`""` = unknown),
-        `speaker`, `language`, `corpus`, `sex`, the `extra_columns`, and `auxiliary` (a dict by task: class ids or
-        -100, numbers or nan).
+        `speaker`, `language`, `corpus`, `sex`, the `extra_columns`, `label_distribution` (shares of the classes), and
+        `auxiliary` (a dict by task: class ids or -100, numbers or nan).
 
     Raises:
         ValueError: if the source, a column, a label or a row is not usable, or a speaker or a clip is in two splits.
@@ -93,13 +98,11 @@ def load_emotion_dataset(
     check_on_bad_example(on_bad_example)
     given = {"train": train_split, "validation": validation_split, "test": test_split}
     names = {split: (name,) if name else SPLIT_NAMES[split] for split, name in given.items()}
-    request = Request(columns or DataColumns(), extra_columns, names, auxiliary_tasks or {})
+    votes = vote_columns(label_distribution_columns)
+    request = Request(columns or DataColumns(), extra_columns, names, auxiliary_tasks or {}, votes=votes)
     if dataset_name is not None and streaming:
         return stream_hub(dataset_name, dataset_config_name, request, label_names, on_bad_example, checkpoint_names)
-    if dataset_name is not None:
-        records, audio, class_names = read_hub(dataset_name, dataset_config_name, request)
-    else:
-        records, audio, class_names = _read_files(data_dir, manifest, request), None, None
+    records, audio, class_names = _read_source(data_dir, manifest, dataset_name, dataset_config_name, request)
     if on_bad_example == "error":
         report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
     label_names = _choose_classes(records, label_names, class_names, checkpoint_names, for_training)
@@ -113,12 +116,6 @@ def load_emotion_dataset(
     return datasets.DatasetDict({split: table.select(indices) for split, indices in splits.items()}), label_names
 
 
-def _read_files(
-    data_dir: str | os.PathLike | None, manifest: str | os.PathLike | None, request: Request
-) -> list[Record]:
-    return read_table(Path(str(manifest)), request) if data_dir is None else read_folder(Path(data_dir), request)
-
-
 def _choose_classes(
     records: list[Record],
     given: Sequence[str] | None,
@@ -127,12 +124,48 @@ def _choose_classes(
     for_training: bool,
 ) -> list[str]:
     """Choose the class names (see `choose_label_names`), and check that each label has its class."""
-    found = gather_labels((record.label, record.row) for record in records)
-    training = gather_labels((record.label, record.row) for record in records if record.split == "train")
+    found = gather_labels(_labels_of(records))
+    training = gather_labels(_labels_of([record for record in records if record.split == "train"]))
     label_names = choose_label_names(given, class_names, found, checkpoint_names)
     is_found = given is None and not class_names
     check_labels(found, training or None, label_names, is_found, for_training, are_given=given is not None)
     return label_names
+
+
+def _read_source(
+    data_dir: Any, manifest: Any, dataset_name: str | None, config_name: str | None, request: Request
+) -> tuple[list[Record], datasets.Dataset | None, list[str] | None]:
+    """The records of the source that is given with their votes, its embedded audio, and the names that it declares."""
+    audio = class_names = None
+    if dataset_name is not None:
+        records, audio, class_names = read_hub(dataset_name, config_name, request)
+    elif data_dir is not None:
+        records = read_folder(Path(data_dir), request)
+    else:
+        records = read_table(Path(str(manifest)), request)
+    return records, audio, _read_all_votes(records, request) or class_names
+
+
+def _read_all_votes(records: list[Record], request: Request) -> list[str] | None:
+    """Read the votes of all records. Return the classes that have a column of their own, if there are such."""
+    if not request.votes:
+        return None
+    for record in records:
+        try:
+            record.votes = read_votes(record.cells, request.votes, record.row)
+        except ValueError as error:
+            request.problems.append(str(error))
+    classes = [name for name in request.votes.values() if name is not None]
+    return classes or None
+
+
+def _labels_of(records: Sequence[Record]) -> Iterator[tuple[Any, str]]:
+    """The labels that the rows have, each with its row: one, or all that got a vote."""
+    for record in records:
+        if not record.cells:
+            yield record.label, record.row
+        else:
+            yield from ((label, record.row) for label, number in (record.votes or {}).items() if number)
 
 
 def load_emotion_split(
@@ -207,8 +240,14 @@ def _check_records(
     """
     usable = []
     for index, record in enumerate(records):
+        if record.cells and record.votes is None:
+            continue  # reported when its votes were read
         try:
-            record.labels = label_id(record.label, label_names, record.row, allow_unknown)
+            if record.votes is not None:
+                shares = normalise_votes(record.votes, record.label, label_names, record.row)
+                record.label_distribution, record.labels = shares
+            else:
+                record.labels = label_id(record.label, label_names, record.row, allow_unknown)
             record.targets = read_targets(record.written_targets, tasks or {}, record.row)
             if record.audio and "://" not in record.audio and not os.path.exists(record.audio):
                 raise ValueError(f"{record.row}: audio file {record.audio} does not exist")
@@ -235,8 +274,11 @@ def _to_dataset(
     for name in records[0].extra:
         kept[name] = [record.extra[name] for record in records]
     kept["row"] = [record.row for record in records]
-    types = {**dict.fromkeys(kept, datasets.Value("string")), "labels": datasets.Value("int64")}
+    types: dict[str, Any] = {**dict.fromkeys(kept, datasets.Value("string")), "labels": datasets.Value("int64")}
     numbers: dict[str, list] = {"labels": [record.labels for record in records]}
+    if any(record.label_distribution for record in records):
+        types["label_distribution"] = datasets.List(datasets.Value("float64"))
+        numbers["label_distribution"] = [record.label_distribution for record in records]
     read = {task for record in records for task in record.targets}
     present = {task: no_target(kind) for task, kind in (tasks or {}).items() if task in read}
     if present:  # of several tables, some may lack a column

@@ -116,7 +116,7 @@ def describe_identity(
 
 def fingerprint_clips(split: datasets.Dataset | datasets.IterableDataset, arguments: DataArguments) -> str:
     """
-    The number of clips and a checksum of their labels, texts, speakers and audio, whatever their order and their path.
+    The number of clips and a checksum of their labels, votes, texts, speakers and audio, in any order and folder.
 
     Of a file its size and its middle count, which is cheap and notices clips that were made anew. A stream is not
     read: its name and the flags that choose its rows count.
@@ -124,8 +124,11 @@ def fingerprint_clips(split: datasets.Dataset | datasets.IterableDataset, argume
     if isinstance(split, datasets.IterableDataset):
         names = ("dataset_config_name", "train_split", "validation_split", "test_split", "columns")
         chosen = [getattr(arguments, name) for name in (*names, "max_train_samples", "max_eval_samples")]
+        if arguments.label_distribution_columns:
+            chosen.append(arguments.label_distribution_columns)
         return f"streamed from {Path(arguments.name).name}, {_checksum(chosen)}"
-    columns = [name for name in ("labels", *TEXT_COLUMNS, TARGETS) if name in split.column_names]
+    wanted = ("labels", "label_distribution", *TEXT_COLUMNS, TARGETS)
+    columns = [name for name in wanted if name in split.column_names]
 
     def fingerprint(index: int) -> str:
         row = split[index]

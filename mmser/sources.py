@@ -20,6 +20,7 @@ from mmser.bad_rows import skip_or_raise
 from mmser.labels import UNKNOWN_LABEL, choose_label_names, label_id
 from mmser.table_files import find_files, is_table, read_rows
 from mmser.targets import COLUMN, Tasks, no_target, read_targets
+from mmser.votes import FLAG, VoteColumns, Votes, normalise_votes, read_votes
 
 logger = logging.get_logger(__name__)
 
@@ -67,6 +68,7 @@ class Request:
     split_names: dict[str, tuple[str, ...]] | None = None  # what each split may be called; None: ignore the splits
     tasks: Tasks = field(default_factory=dict)  # whose targets are read where there is a column of their name
     needs_labels: bool = True  # False: a source without a label column has clips of an unknown class
+    votes: VoteColumns = field(default_factory=dict)  # see `vote_columns`; with them no label column is needed
     problems: list[str] = field(default_factory=list)  # messages about bad rows; the readers add to them
 
 
@@ -87,6 +89,9 @@ class Record:
     labels: int = UNKNOWN_LABEL
     written_targets: dict[str, Any] = field(default_factory=dict)  # by task, if the source has its column
     targets: dict[str, int | float] = field(default_factory=dict)  # what they mean; comes later, as `labels`
+    cells: dict[str, Any] = field(default_factory=dict)  # of the columns with votes, as they are written
+    votes: Votes | None = None  # what these say; None without such columns, and for a bad row
+    label_distribution: list[float] | None = None
 
 
 @dataclass
@@ -97,23 +102,38 @@ class Layout:
     extra: list[str]
     class_names: dict[str, list[str]] = field(default_factory=dict)  # column -> names of the ids in it
     targets: dict[str, str] = field(default_factory=dict)  # task -> its column
+    votes: VoteColumns = field(default_factory=dict)
 
     @property
     def columns(self) -> set[str]:
         """All columns that are read."""
-        return {*self.found.values(), *self.extra, *self.targets.values()}
+        return {*self.found.values(), *self.extra, *self.targets.values(), *self.votes}
 
     def record(self, raw: dict, row: str, split: str | None = None) -> Record:
         """Make a record of one row. An id becomes its name, as it means nothing outside its data set."""
-        ids = {column: raw.get(column) for column in self.class_names}
-        raw = {**raw, **{column: self.class_names[column][i] for column, i in ids.items() if i is not None and i >= 0}}
+        raw = {**raw, **{column: _named(raw.get(column), names) for column, names in self.class_names.items()}}
         label = raw.get(self.found["label"]) if "label" in self.found else UNKNOWN_LABEL
         extra = {name: _string(raw.get(name)) for name in self.extra}
         record = Record(row, split, label, raw.get(self.found.get("audio")) or "", extra)
         for name in TEXT_COLUMNS:
             setattr(record, name, _string(raw.get(self.found.get(name))))
         record.written_targets = {task: raw.get(column) for task, column in self.targets.items()}
+        record.cells = {column: raw.get(column) for column in self.votes}
         return record
+
+    def declared_names(self) -> list[str] | None:
+        """The names that the data set declares for its classes, if it does."""
+        if self.votes and None not in self.votes.values():
+            return [str(name) for name in self.votes.values()]
+        column = next(iter(self.votes), None) or self.found.get("label", "")
+        return self.class_names.get(column)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """The name of an id, or those of a list of ids; what is missing, and -1, stays."""
+    if isinstance(value, list):
+        return [_named(entry, names) for entry in value]
+    return value if value is None or value < 0 else names[value]
 
 
 def _string(value: Any) -> str:
@@ -145,7 +165,8 @@ def find_layout(available: Sequence[str], request: Request, source: object) -> L
         name = getattr(request.columns, role.name)
         is_default = name == role.default
         match = find_column(role.name, name, available)
-        is_needed = not is_default or role.name == "audio" or (role.name == "label" and request.needs_labels)
+        needs_label = role.name == "label" and request.needs_labels and not request.votes
+        is_needed = not is_default or role.name == "audio" or needs_label
         if match is not None:
             found[role.name] = match
         elif name and is_needed:
@@ -170,12 +191,17 @@ def find_layout(available: Sequence[str], request: Request, source: object) -> L
     missing = [name for name in extra if name not in available]
     if missing:
         raise ValueError(f"{source} has no column {', '.join(map(repr, missing))}; its columns are {list(available)}")
+    missing = [name for name in request.votes if name not in available]
+    if missing:
+        raise ValueError(
+            f"{source} has no column {', '.join(map(repr, missing))} ({FLAG}); its columns are {list(available)}"
+        )
     for name in extra:
         if name in ("audio", "text"):  # under these names, examples would be made of it
             raise ValueError(f"{source}: {name!r} cannot be an extra column, as --{name}_column is none")
     by_spelling = {_folded(column): column for column in reversed(available)}
     columns = {task: found.get(task) or by_spelling.get(_folded(task)) for task in request.tasks}
-    return Layout(found, extra, targets={task: column for task, column in columns.items() if column})
+    return Layout(found, extra, {}, {task: column for task, column in columns.items() if column}, request.votes)
 
 
 def _pick_splits(available: Iterable[str], request: Request, source: object) -> dict[str, str]:
@@ -354,7 +380,7 @@ def read_hub(
         for split, dataset in splits.items()
         for index, raw in enumerate(dataset.select_columns([other for other in features if other in wanted]))
     ]
-    return records, audio, layout.class_names.get(layout.found.get("label", ""))
+    return records, audio, layout.declared_names()
 
 
 def stream_hub(
@@ -384,8 +410,7 @@ def stream_hub(
                 stream = stream.cast_column(column, datasets.Audio(decode=False))
         available = stream.column_names or list(next(iter(stream)))  # it may not know them before its first row
         layout = _hub_layout(stream.features or {}, available, request, name)
-        declared = layout.class_names.get(layout.found.get("label", ""))
-        label_names = choose_label_names(label_names, declared, checkpoint_names=checkpoint_names)
+        label_names = choose_label_names(label_names, layout.declared_names(), checkpoint_names=checkpoint_names)
         options = {"layout": layout, "label_names": label_names, "on_bad_example": on_bad_example}
         options |= {"source": f"{name} {split_name}", "tasks": request.tasks}
         streams[split] = stream.map(_stream_row, with_indices=True, remove_columns=available, fn_kwargs=options)
@@ -402,7 +427,12 @@ def _stream_row(
         row[COLUMN] = {task: no_target(tasks[task]) for task in layout.targets}
     try:
         row |= {COLUMN: read_targets(record.written_targets, tasks, record.row)} if layout.targets else {}
-        row["labels"] = label_id(record.label, label_names, record.row)
+        if layout.votes:
+            row["label_distribution"] = None
+            votes = read_votes(record.cells, layout.votes, record.row)
+            row["label_distribution"], row["labels"] = normalise_votes(votes, record.label, label_names, record.row)
+        else:
+            row["labels"] = label_id(record.label, label_names, record.row)
     except ValueError as error:
         skip_or_raise(error, on_bad_example)
     return row
@@ -414,9 +444,10 @@ def _hub_layout(features: dict[str, Any], available: Sequence[str], request: Req
     if audio and request.columns.audio == DataColumns.audio:
         request = replace(request, columns=replace(request.columns, audio=audio[0]))
     layout = find_layout(available, request, source)
-    layout.class_names = {
-        name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
-    }
+    for name, feature in features.items():
+        classes = getattr(feature, "feature", feature)  # of a list, or the feature itself
+        if isinstance(classes, datasets.ClassLabel):
+            layout.class_names[name] = classes.names
     return layout
 
 

@@ -59,7 +59,7 @@ from openmax_mmser import OpenMaxFitError
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
-TARGET_NAMES = ("labels", "auxiliary_labels")  # of a batch: what the model learns from, and is no input
+TARGET_NAMES = ("labels", "label_distribution", "auxiliary_labels")  # of a batch: they are learned, and no input
 RIGHT_WITHOUT_TEXT = 0.9  # share of the answers right with the text: with 0.92 OpenMax gained by it, with 0.5 it lost
 
 
@@ -544,9 +544,11 @@ class MMSERTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As usual; while `predict_outputs` runs, labels pass by the model, so they may be -1 (no known class)."""
-        inputs, labels = {name: value for name, value in inputs.items() if name not in ID_NAMES}, None
+        inputs = {name: value for name, value in inputs.items() if name not in ID_NAMES}
+        labels = inputs.pop("labels") if self._is_predicting else None
         if self._is_predicting:
-            labels, _ = inputs.pop("labels"), inputs.pop("auxiliary_labels", None)
+            for name in TARGET_NAMES:
+                inputs.pop(name, None)
         loss, outputs, model_labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, outputs, model_labels if labels is None else labels
 
