@@ -39,14 +39,14 @@ def main(arguments: list[str] | None = None) -> dict:
     training_run.leave_out_unreadable(data, data_arguments, processor)
 
     model = model_loading.load_model(model_arguments, data.label_names, processor, data.auxiliary)
-    teacher = model_loading.load_teacher(model_arguments, data_arguments, model, processor)
+    teacher = model_loading.load_teacher(model_arguments, model, processor)
     identity = run_identity.describe_identity(
         data.splits, data.label_names, model, teacher, processor, model_arguments, data_arguments, training_arguments
     )
     run_identity.check_output_dir(training_arguments, identity, resumed.folder if resumed else None)
     model_loading.limit_tokens(processor, model)
 
-    examples = training_run.Examples(data_arguments, training_arguments, model, processor)
+    examples = training_run.Examples(data_arguments, training_arguments, model, processor, teacher)
     trainer = training_run.make_trainer(model, teacher, processor, data, examples, training_arguments)
     run_identity.claim_output_dir(training_arguments, identity)
     results = training_run.describe_run(trainer, data, model_arguments, data_arguments)

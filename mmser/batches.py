@@ -35,10 +35,9 @@ class MMSERDataCollator:
         Returns:
             The tensors of the processor (`input_values` or `input_features`, `attention_mask`, `input_ids`,
             `text_attention_mask`), `labels` [B] int64, the ids of `EmotionDataset.add_ids` and, of examples that have
-            them, `label_distribution` [B,C] and `auxiliary_labels`: by task, [B] int64 (classes) or float32
-            (numbers). For states: `audio_states`
-            [B,Ta,layers,D] with `attention_mask` [B,Ta], `text_states` [B,L,D] with `text_attention_mask` [B,L],
-            padded with zeros.
+            them, `label_distribution` and `teacher_logits` [B,C], and `auxiliary_labels`: by task, [B] int64 (classes)
+            or float32 (numbers). For states: `audio_states` [B,Ta,layers,D] with `attention_mask` [B,Ta],
+            `text_states` [B,L,D] with `text_attention_mask` [B,L], padded with zeros.
 
         Raises:
             ValueError: if no example is left.
@@ -60,15 +59,16 @@ class MMSERDataCollator:
         for kind, mask_name in MASK_NAMES.items():
             name = f"{kind}_states"
             if name in rows[0]:
-                batch[name], batch[mask_name] = _pad_states([row[name] for row in rows])
+                batch[name], batch[mask_name] = pad_states([row[name] for row in rows])
         for name in ("labels", *(name for name in ID_NAMES if name in rows[0])):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.long)
         if TARGETS in rows[0]:
             batch["auxiliary_labels"] = {
                 task: torch.tensor([row[TARGETS][task] for row in rows]) for task in rows[0][TARGETS]
             }
-        if "label_distribution" in rows[0]:
-            batch["label_distribution"] = torch.from_numpy(np.stack([row["label_distribution"] for row in rows]))
+        for name in ("label_distribution", "teacher_logits"):
+            if name in rows[0]:
+                batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
         return batch
 
     @property
@@ -98,7 +98,7 @@ class MMSERDataCollator:
         return batch
 
 
-def _pad_states(states: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_states(states: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoder states [T_i, ...] -> [B, T, ...] of the same dtype, zero after their end, and the mask [B, T] int64."""
     lengths = torch.tensor([len(row) for row in states])
     mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]

@@ -47,7 +47,7 @@ def _checksum(content: Any) -> str:
     return hashlib.blake2b(content, digest_size=20).hexdigest()
 
 
-def _hash(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
     """The checksum of values that JSON can write."""
     return _checksum(json.dumps(parts, sort_keys=True, default=str).encode())
 
@@ -114,13 +114,17 @@ class StateStore:
     def read(self, place: Place) -> np.ndarray:
         """A view [rows, *row_shape] of the file; nothing is read before it is looked at."""
         if place.rows == 0:
-            return np.empty((0, *self.row_shape), dtype=self.dtype)
+            return self.empty()
         if place.shard not in self._maps:
             with safe_open(self._path(self._names[place.shard]), "pt") as file:
                 states = file.get_tensor("states").numpy()
             states.flags.writeable = False
             self._maps[place.shard] = states
         return self._maps[place.shard][place.start : place.start + place.rows]
+
+    def empty(self) -> np.ndarray:
+        """The array of what is missing: no rows."""
+        return np.empty((0, *self.row_shape), dtype=self.dtype)
 
     def add(self, key: str, states: np.ndarray, samples: int, name: str) -> None:
         """Keep an array; it is on disk after `flush` at the latest. An error calls it `name`."""
@@ -193,7 +197,7 @@ class StateStore:
 
 
 @dataclass(frozen=True)
-class _Clip:
+class Clip:
     """The audio or text of row `index`, to be encoded: copy number `copy` of its augmented copies (None: as it is)."""
 
     key: str
@@ -240,7 +244,7 @@ class EncoderStateCache:
         self.autocast = autocast
         self.batch_seconds = batch_seconds
         frozen = self.model.frozen_encoders()
-        kinds = [kind for kind in MASK_NAMES if kind in frozen]
+        kinds = [kind for kind in MASK_NAMES if kind in frozen and kind in processor.modalities]
         if not kinds:
             raise ValueError("States can only be kept of encoders that are frozen: freeze one or both of them first.")
         row_shapes: dict[str, tuple[int, ...]] = {}
@@ -251,12 +255,12 @@ class EncoderStateCache:
         precision = [self.model.dtype, autocast, dtype]
         self.stores: dict[str, StateStore] = {}
         for kind in kinds:
-            encoder = _encoder_hash(getattr(self.model, f"{kind}_encoder"))
+            encoder = weights_hash(getattr(self.model, f"{kind}_encoder"))
             settings = processor.feature_extractor.to_dict() if kind == "audio" else _text_settings(processor)
-            name = _hash(FORMAT_VERSION, kind, encoder, row_shapes[kind], precision, settings)[:20]
+            name = hash_of(FORMAT_VERSION, kind, encoder, row_shapes[kind], precision, settings)[:20]
             self.stores[kind] = StateStore(Path(folder) / f"{kind}-{name}", row_shapes[kind], dtype, shard_bytes)
 
-    def fill(self, kind: str, clips: Sequence[_Clip], read: Callable[[_Clip], Any]) -> int:
+    def fill(self, kind: str, clips: Sequence[Clip], read: Callable[[Clip], Any]) -> int:
         """Encode clips and put them into the store; states that were computed stay there if this is interrupted.
 
         Args:
@@ -275,9 +279,9 @@ class EncoderStateCache:
         self.model.eval()
         try:
             with logging.tqdm(desc=f"Encoding {kind}", total=len(clips), leave=False) as progress:
-                for batch, contents in _read_ahead(_batches(clips, budget), read):
+                for batch, contents in read_ahead(in_batches(clips, budget), read):
                     pairs = [pair for pair in zip(batch, contents, strict=True) if pair[1] is not None]
-                    states = self._encode(kind, [content for _, content in pairs]) if pairs else []
+                    states = self.encode(kind, [content for _, content in pairs]) if pairs else []
                     if pairs and not done:
                         self._check_space(kind, states, [clip for clip, _ in pairs], clips)
                     for (clip, content), array in zip(pairs, states, strict=True):
@@ -289,7 +293,7 @@ class EncoderStateCache:
             self.model.train(was_training)
         return done
 
-    def _check_space(self, kind: str, states: list[np.ndarray], encoded: list[_Clip], clips: Sequence[_Clip]) -> None:
+    def _check_space(self, kind: str, states: list[np.ndarray], encoded: list[Clip], clips: Sequence[Clip]) -> None:
         """Before anything is written, say how large the states of all clips will be, by those of the first batch."""
         store = self.stores[kind]
         size = float(sum(array.size for array in states) * store.dtype.itemsize)
@@ -306,7 +310,7 @@ class EncoderStateCache:
             )
 
     @torch.no_grad()
-    def _encode(self, kind: str, contents: list) -> list[np.ndarray]:
+    def encode(self, kind: str, contents: list) -> list[np.ndarray]:
         """Waveforms or texts -> the states of each, without padding, float32."""
         if kind == "audio":
             rate = self.processor.feature_extractor.sampling_rate
@@ -322,9 +326,9 @@ class EncoderStateCache:
         return np.split(states[mask].float().cpu().numpy(), ends[:-1])
 
 
-def _batches(clips: Sequence[_Clip], budget: float) -> Iterator[list[_Clip]]:
+def in_batches(clips: Sequence[Clip], budget: float) -> Iterator[list[Clip]]:
     """Batches of similar length, the longest first; with padding, none but a single clip is larger than `budget`."""
-    batch: list[_Clip] = []
+    batch: list[Clip] = []
     for clip in sorted(clips, key=lambda clip: (-clip.length, clip.key)):
         if batch and (len(batch) + 1) * batch[0].length > budget:
             yield batch
@@ -334,7 +338,7 @@ def _batches(clips: Sequence[_Clip], budget: float) -> Iterator[list[_Clip]]:
         yield batch
 
 
-def _read_ahead(batches: Iterable[list[_Clip]], read: Callable[[_Clip], Any]) -> Iterator[tuple[list[_Clip], list]]:
+def read_ahead(batches: Iterable[list[Clip]], read: Callable[[Clip], Any]) -> Iterator[tuple[list[Clip], list]]:
     """Each batch with the contents of its clips; threads read the next ones meanwhile."""
     with ThreadPool(NUM_THREADS) as pool:
         waiting: deque = deque()
@@ -347,14 +351,14 @@ def _read_ahead(batches: Iterable[list[_Clip]], read: Callable[[_Clip], Any]) ->
             yield batch, result.get()
 
 
-def _encoder_hash(encoder: PreTrainedModel) -> str:
+def weights_hash(encoder: PreTrainedModel) -> str:
     """The hash of the configuration, and of the name, type, shape and content of every parameter and buffer."""
     digest = hashlib.blake2b(digest_size=20)
     config = {name: value for name, value in encoder.config.to_dict().items() if name != "_name_or_path"}
-    digest.update(_hash(type(encoder).__name__, config).encode())
+    digest.update(hash_of(type(encoder).__name__, config).encode())
     module: nn.Module = encoder
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(_hash(name, str(tensor.dtype), list(tensor.shape)).encode())
+        digest.update(hash_of(name, str(tensor.dtype), list(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -422,9 +426,9 @@ class CachedStatesDataset(EmotionDataset):
         self._present = np.zeros((len(self), 2), dtype=bool)  # has audio, has text
 
         start = time.perf_counter()
-        hashes = map_in_threads(self._hash_row, len(self), "hashing clips")
+        self.contents = map_in_threads(self._hash_row, len(self), "hashing clips")  # checksums by kind, or None
         self._places: dict[str, np.ndarray] = {}  # of each kind [copies, N, 4], see `Place`
-        reports = [self._encode_missing(kind, cache, [row[kind] for row in hashes]) for kind in self.stores]
+        reports = [self._encode_missing(kind, cache, [row[kind] for row in self.contents]) for kind in self.stores]
         self._skipped |= torch.from_numpy(self._bad)
         seconds = time.perf_counter() - start
         logger.info(f"Encoder states of {len(self)} clips: {'; '.join(reports)}; {seconds:.1f} s")
@@ -481,8 +485,8 @@ class CachedStatesDataset(EmotionDataset):
         if missing:
             rows = list(self.dataset["row"])
             lengths = self.lengths if kind == "audio" else [len(text or "") for text in self.dataset["text"]]
-            clips = [_Clip(key, rows[index], index, copy, lengths[index]) for key, (index, copy) in missing.items()]
-            num_encoded = cache.fill(kind, clips, self._read_audio if kind == "audio" else self._read_text)
+            clips = [Clip(key, rows[index], index, copy, lengths[index]) for key, (index, copy) in missing.items()]
+            num_encoded = cache.fill(kind, clips, lambda clip: self.read_content(kind, clip))
             places = store.find(wanted)
         found = [[places.get(key or "", Place()) for key in row] for row in keys]
         self._places[kind] = np.array(found, dtype=np.int64).reshape(len(keys), len(self), len(Place._fields))
@@ -497,9 +501,13 @@ class CachedStatesDataset(EmotionDataset):
         if copy is not None:
             draws_dropout = self.reader.use_text and bool(self._present[index].all())  # it is drawn first
             settings += [repr(self.reader.augmenter), self.seed, copy, index, draws_dropout]
-        return _hash(*settings)
+        return hash_of(*settings)
 
-    def _read_audio(self, clip: _Clip) -> np.ndarray | None:
+    def read_content(self, kind: str, clip: Clip) -> Any:
+        """The waveform or the text of a clip; None if its audio cannot be read, which is noted."""
+        return self._read_audio(clip) if kind == "audio" else self.dataset[clip.index]["text"]
+
+    def _read_audio(self, clip: Clip) -> np.ndarray | None:
         reader = replace(self.reader, training=False) if clip.copy is None else self.reader
         rng = augmentation_generator(self.seed, clip.copy or 0, clip.index)
         try:
@@ -507,9 +515,6 @@ class CachedStatesDataset(EmotionDataset):
         except ValueError as error:
             self._note_bad(clip.index, error)
             return None
-
-    def _read_text(self, clip: _Clip) -> str:
-        return self.dataset[clip.index]["text"]
 
     def _note_bad(self, index: int, error: ValueError) -> None:
         skip_or_raise(error, self.on_bad_example)

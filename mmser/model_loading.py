@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from auxiliary_mmser import AuxiliaryHead
 from configuration_mmser import MODALITIES, MMSERConfig, check_names
-from mmser.arguments import SPEC_AUGMENT, DataArguments, ModelArguments
+from mmser.arguments import SPEC_AUGMENT, ModelArguments
 from mmser.averaging import average_checkpoints
 from mmser.labels import match_label_names
 from mmser.lora import add_adapters
@@ -295,17 +295,12 @@ def encoder_name(arguments: ModelArguments, kind: str) -> str:
 
 
 def load_teacher(
-    arguments: ModelArguments,
-    data_arguments: DataArguments,
-    model: MMSERForAudioClassification,
-    processor: MMSERProcessor,
+    arguments: ModelArguments, model: MMSERForAudioClassification, processor: MMSERProcessor
 ) -> MMSERForAudioClassification | None:
     """The model to distil from, if there is one: with the labels and the inputs of `model`, which learns from it."""
     name = arguments.teacher_name_or_path
     if name is None:
         return None
-    if data_arguments.cache_encoder_states:
-        raise ValueError("--cache_encoder_states keeps states of this model's encoders: a teacher has its own.")
     register_auto_classes()
     with reading([Named("--teacher_name_or_path", name)]):
         teacher_processor = MMSERProcessor.from_pretrained(name)

@@ -59,7 +59,8 @@ from openmax_mmser import OpenMaxFitError
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
-TARGET_NAMES = ("labels", "label_distribution", "auxiliary_labels")  # of a batch: they are learned, and no input
+# Of a batch: what the model learns from, and is no input
+TARGET_NAMES = ("labels", "label_distribution", "auxiliary_labels", "teacher_logits")
 RIGHT_WITHOUT_TEXT = 0.9  # share of the answers right with the text: with 0.92 OpenMax gained by it, with 0.5 it lost
 
 

@@ -22,6 +22,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
+from mmser.distillation import DistilledDataset, TeacherLogits
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
 from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
@@ -254,6 +255,7 @@ class Examples:
         training_arguments: say the precision and the seed.
         model: whose frozen encoders fill the cache.
         processor: of the model.
+        teacher: whose logits are kept in the cache too.
     Raises:
         ValueError: a cache is asked for a stream, or without a frozen encoder.
     """
@@ -264,6 +266,7 @@ class Examples:
         training_arguments: MMSERTrainingArguments,
         model: MMSERForAudioClassification,
         processor: MMSERProcessor,
+        teacher: MMSERForAudioClassification | None = None,
     ):
         self.arguments, self.training_arguments = arguments, training_arguments
         self.dataset_class = EmotionIterableDataset if arguments.streaming else EmotionDataset
@@ -273,7 +276,7 @@ class Examples:
             "max_seconds": arguments.max_seconds,
             **reading_options(processor.modalities, processor.sampling_rate),
         }
-        self.cache = None
+        self.cache = self.teacher = None
         if arguments.cache_encoder_states is not None:
             if arguments.streaming:
                 raise ValueError("--cache_encoder_states reads the clips before training: it cannot with --streaming.")
@@ -281,6 +284,9 @@ class Examples:
             precision = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
             model.to(training_arguments.device)  # type: ignore[arg-type]  # the library's wrapper hides the signature
             self.cache = EncoderStateCache(arguments.cache_encoder_states, model, processor, autocast=precision)
+            if teacher is not None:
+                teacher.to(training_arguments.device)  # type: ignore[arg-type]
+                self.teacher = TeacherLogits(arguments.cache_encoder_states, teacher, processor, autocast=precision)
 
     def for_training(self, split):
         """Examples with augmentation and with modalities dropped."""
@@ -293,16 +299,22 @@ class Examples:
             audio_dropout=self.arguments.audio_dropout,
             **self.options,
         )
-        return self._cached(dataset, self.arguments.augmented_copies if self.arguments.augment else 0)
+        copies = self.arguments.augmented_copies if self.arguments.augment else 0
+        return self._cached(dataset, copies, with_teacher=True)
 
-    def for_evaluation(self, split, **modalities):
-        """Examples as the clips are; `use_audio=False` or `use_text=False` hides a modality."""
-        return self._cached(self.dataset_class(split, **{**self.options, **modalities}), 0)
+    def for_evaluation(self, split, with_teacher: bool = False, **modalities):
+        """
+        Examples as the clips are; `use_audio=False` or `use_text=False` hides a modality. `with_teacher`: for the
+        loss, in a run with a teacher.
+        """
+        return self._cached(self.dataset_class(split, **{**self.options, **modalities}), 0, with_teacher)
 
-    def _cached(self, dataset, copies: int):
+    def _cached(self, dataset, copies: int, with_teacher: bool):
         if self.cache is None:
             return dataset
         with self.training_arguments.main_process_first():
+            if with_teacher and self.teacher is not None:
+                return DistilledDataset(dataset, self.cache, copies, self.teacher)
             return CachedStatesDataset(dataset, self.cache, copies)
 
 
@@ -335,7 +347,7 @@ def make_trainer(
         args=arguments,
         teacher=teacher,
         train_dataset=train_dataset,
-        eval_dataset=None if held_out is None else examples.for_evaluation(held_out),
+        eval_dataset=None if held_out is None else examples.for_evaluation(held_out, with_teacher=True),
         data_collator=MMSERDataCollator(processor),
         processing_class=processor,
     )

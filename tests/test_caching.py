@@ -80,7 +80,7 @@ def logits(model, dataset, **loader):
 def count_encoded(monkeypatch, fail_after=None):
     """The clips that any encoder sees from now on, as a list of batch sizes; `fail_after` batches it breaks off."""
     seen = []
-    encode = EncoderStateCache._encode
+    encode = EncoderStateCache.encode
 
     def count(self, kind, contents):
         if len(seen) == fail_after:
@@ -88,7 +88,7 @@ def count_encoded(monkeypatch, fail_after=None):
         seen.append(len(contents))
         return encode(self, kind, contents)
 
-    monkeypatch.setattr(EncoderStateCache, "_encode", count)
+    monkeypatch.setattr(EncoderStateCache, "encode", count)
     return seen
 
 
@@ -503,14 +503,14 @@ def test_two_at_once(splits, tmp_path, monkeypatch):
 
 def test_batches_are_bounded_and_of_similar_length(splits, tmp_path, monkeypatch):
     lengths = []
-    encode = EncoderStateCache._encode
+    encode = EncoderStateCache.encode
 
     def record(self, kind, contents):
         if kind == "audio":
             lengths.append([len(content) for content in contents])
         return encode(self, kind, contents)
 
-    monkeypatch.setattr(EncoderStateCache, "_encode", record)
+    monkeypatch.setattr(EncoderStateCache, "encode", record)
     CachedStatesDataset(EmotionDataset(splits["train"]), make_cache(tmp_path, batch_seconds=1.5))
     assert all(len(batch) * max(batch) <= 1.5 * RATE for batch in lengths)
     together = [length for batch in lengths for length in batch]

@@ -341,7 +341,7 @@ def test_cached_states_give_the_scores_of_a_run_without_cache(run, finished, cor
     """Also a second run, which encodes nothing; for the whole model, the open set and each modality alone."""
     flags = {**continued(finished[0]), **FROZEN, "learning_rate": 1e-4, "max_steps": 4, "ood_dir": corpus / "ood"}
     expected = run("--no_augment", **flags)
-    plain_losses, encoded, encode = losses(tmp_path / "out"), [], EncoderStateCache._encode
+    plain_losses, encoded, encode = losses(tmp_path / "out"), [], EncoderStateCache.encode
     monkeypatch.setattr(
         EncoderStateCache,
         "_encode",
@@ -376,8 +376,9 @@ def test_what_cannot_be_cached_is_refused(run, corpus, checkpoint, tmp_path):
     cache = {"cache_encoder_states": tmp_path / "cache"}
     with pytest.raises(ValueError, match="States can only be kept of encoders that are frozen"):
         run(**cache)
-    with pytest.raises(ValueError, match="a teacher has its own"):
-        run(**cache, **FROZEN, teacher_name_or_path=checkpoint)
+    overrides = {**JOINT, "distillation_loss_weight": 0.5}
+    with pytest.raises(ValueError, match="the audio encoder must be frozen too: add --freeze_audio"):
+        run(**cache, freeze_text=True, teacher_name_or_path=checkpoint, config_overrides=overrides)
     for split in ("train", "validation"):
         write_table(tmp_path / "data" / f"{split}.csv", read_rows(corpus, split))
     with pytest.raises(ValueError, match="it cannot with --streaming"):
