@@ -10,6 +10,7 @@ import ast
 import configparser
 import contextlib
 import csv
+import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -43,6 +44,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from configuration_mmser import MMSERConfig
 from mmser.arguments import EVALUATION_ARGUMENTS, EXPORT_ARGUMENTS, TRAINING_ARGUMENTS, command_parser, parse_arguments
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import softmax
@@ -558,3 +560,25 @@ def test_what_is_said_about_installing():
     extras = re.findall(r"`(\w+)`", said)
     assert extras and set(extras) <= set(setup["options.extras_require"])
     assert re.search(r"Python ([\d.]+) or newer", PAGES["README.md"])[1] in setup["options"]["python_requires"]
+
+
+def test_every_flag_of_training_is_in_one_table_with_its_cost_and_gain():
+    page = PAGES["docs/train.md"].split("## Flags", 1)[1].split("\n## ", 1)[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")
+    ]
+    assert all(len(row) == 4 for row in rows)
+    listed = [flag for row in rows for flag in re.findall(r"`--(\w+)`", row[0])]
+    own = {field.name for group in TRAINING_ARGUMENTS for field in dataclasses.fields(group)}
+    aliases = {"epochs", "batch_size", "lr"}
+    assert own - set(listed) == set()
+    assert set(listed) - own == aliases
+    assert sorted(listed) == sorted({*own, *aliases})  # each once
+    for flag, *others in rows:
+        if "`" in flag:
+            assert all(others), flag
+    config = {field.name for field in dataclasses.fields(MMSERConfig)}
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert named and named <= config
+    losses = {name for name in config if name.endswith("_loss_weight")}
+    assert losses - named == {"auxiliary_loss_weight"}  # which is --auxiliary_weight
