@@ -1209,9 +1209,8 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             auxiliary_labels (`dict[str, torch.Tensor]` of shape `(batch_size,)`): targets of `auxiliary_tasks`, for
                 the loss: class ids or numbers; -100 and nan where a clip has none.
             corpus_ids (`torch.LongTensor` of shape `(batch_size,)`): for the contrastive part; -1: not known.
-            label_distribution (`torch.FloatTensor` of shape `(batch_size, num_labels)`): shares of the classes, which
-                sum to 1, such as annotators' votes: cross-entropy and focal loss are against them, the other parts
-                against `labels`. These are by default the class with the largest share.
+            label_distribution (`torch.FloatTensor` of shape `(batch_size, num_labels)`): of votes, shares that sum to
+                1: for cross-entropy and focal loss. The other parts take `labels`, by default the largest share.
         Returns: `MMSEROutput`.
         Raises:
             TypeError: an unknown keyword; the message suggests the nearest one.
@@ -1230,24 +1229,19 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        has_targets = labels is not None or label_distribution is not None
+        has_targets = any(target is not None for target in (labels, label_distribution, auxiliary_labels))
         mixture = self._draw_mixture(len(outputs.pooler_output)) if has_targets else None
         raw_logits, features = self.classifier(mix(outputs.pooler_output, mixture))
         device = raw_logits.device  # the parts of a large model may be on several
         raw_uncertainty = self.uncertainty(features).to(device)
         anchor_logits, anchor_distances = (values.to(device) for values in self.anchors(features))
-        logits, uncertainty = raw_logits, raw_uncertainty
-        if not self.training:  # the calibration on held-out clips is for use
-            logits = (raw_logits / self.temperature.to(device)).to(raw_logits.dtype)
-            uncertainty = self.uncertainty.calibrated(raw_uncertainty, logits)
+        logits, uncertainty = self._calibrated(raw_logits, raw_uncertainty)
         auxiliary = self.auxiliary(features)
         losses: dict[str, Any] = {}  # without labels none: a scalar breaks the batches of stock pipelines
         if has_targets:
             targets = self._targets(raw_logits, labels, label_distribution, teacher_logits, corpus_ids)
             scores = (raw_logits, features, raw_uncertainty, anchor_logits, anchor_distances)
             losses = self._losses(mixture, scores, targets, auxiliary, auxiliary_labels)
-        elif auxiliary_labels is not None:
-            raise ValueError("`auxiliary_labels` are for the loss: give `labels` too.")
         open_set = self._open_set(use_openmax, logits, outputs.pooler_output, anchor_distances)
         return MMSEROutput(
             **losses,
@@ -1300,8 +1294,17 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             raise ValueError(f"`labels` must be in [0, {num_labels - 1}], got {labels.tolist()}.")
         return labels.long()  # int32 is common in tables, and no loss of PyTorch takes it
 
+    def _calibrated(self, logits: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and uncertainty as they are in training; outside it, calibrated on held-out clips."""
+        if self.training:
+            return logits, uncertainty
+        logits = (logits / self.temperature.to(logits.device)).to(logits.dtype)
+        return logits, self.uncertainty.calibrated(uncertainty, logits)
+
     def _targets(self, logits: Tensor, labels: Any, shares: Any, *others: Tensor | None) -> Targets:
         """What the loss is against, checked and on the device of `logits`."""
+        if labels is None and shares is None:
+            raise ValueError("`auxiliary_labels` are for the loss: give `labels` too.")
         if shares is not None:
             shares = self._checked_distribution(shares, len(logits)).to(logits.device)
             labels = shares.argmax(dim=-1) if labels is None else labels

@@ -36,6 +36,10 @@ logger = logging.get_logger(__name__)
 
 VIEWS = ("both", "audio", "text")  # what a student may see of a clip, and its teacher with it
 SHARD_BYTES = 2**24
+NEEDS_FROZEN_AUDIO = (
+    "With --cache_encoder_states a teacher answers each clip once, so the audio encoder must be frozen too: add "
+    "--freeze_audio, or leave the cache out."
+)
 
 
 class View(NamedTuple):
@@ -43,7 +47,7 @@ class View(NamedTuple):
 
     audio: str | None
     text: str | None
-    index: int
+    number: int  # of the clip in its data set
     copy: int | None
 
     @property
@@ -107,7 +111,7 @@ class TeacherLogits:
         """Answer views that the store lacks, all of one copy of a clip at once: its encoders run once for them."""
         together: dict[tuple[int, int | None], list[View]] = defaultdict(list)
         for seen in missing:
-            together[seen.index, seen.copy].append(seen)
+            together[seen.number, seen.copy].append(seen)
         found = {
             kind: store.find({key for seen in missing if (key := getattr(seen, kind)) is not None})
             for kind, store in self.states.stores.items()
@@ -161,7 +165,7 @@ class TeacherLogits:
         inputs = {name: value.to(device) for name, value in inputs.items()}
         logits = self.teacher(**inputs, use_openmax=False).logits.float().cpu().numpy()
         for seen, row in zip(views, logits, strict=True):
-            self.store.add(seen.key, row[None], 0, f"clip {seen.index}")
+            self.store.add(seen.key, row[None], 0, f"clip {seen.number}")
 
     @staticmethod
     def _is_known(seen: View, kind: str, states: dict[str, dict[str, np.ndarray]]) -> bool:
@@ -186,10 +190,7 @@ class DistilledDataset(CachedStatesDataset):
     ):
         super().__init__(dataset, cache, augmented_copies)
         if self.reader.use_audio and "audio" in self.columns and "audio" not in self.stores:
-            raise ValueError(
-                "With --cache_encoder_states a teacher answers each clip once, so the audio encoder must be frozen "
-                "too: add --freeze_audio, or leave the cache out."
-            )
+            raise ValueError(NEEDS_FROZEN_AUDIO)
         self._logits = teacher.of(self)
 
     def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -214,11 +215,11 @@ class DistilledDataset(CachedStatesDataset):
                     continue
                 audio = self._key("audio", index, copy, content["audio"])
                 text = content["text"]
-                shown = {"both": (audio, text)} if audio and text else {}
+                shown: dict[str, tuple] = {"both": (audio, text)} if audio and text else {}
                 if audio and (not text or (reader.training and reader.text_dropout)):
                     shown["audio"] = audio, None
                 if text and (not audio or (reader.training and reader.audio_dropout)):
                     shown["text"] = None, text
-                for view, keys in shown.items():
-                    views[copy or 0, index, view] = View(*keys, index, copy)
+                for view, (own_audio, own_text) in shown.items():
+                    views[copy or 0, index, view] = View(own_audio, own_text, index, copy)
         return views

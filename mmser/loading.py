@@ -70,8 +70,7 @@ def load_emotion_dataset(
             as `corpus`, means that one.
         auxiliary_tasks: tasks beside the emotion, as in `MMSERConfig`: the targets of those of which the source has a
             column are read from it. An empty cell is no target.
-        label_distribution_columns: columns with votes or shares of the classes, see `mmser.votes`. Their majority is
-            the label of a row.
+        label_distribution_columns: columns with votes or shares of the classes, whose majority is the label of a row.
         label_names: class names in the order of their ids; default: those that the Hub data set declares, else the
             names in the rows (see `choose_label_names`).
         checkpoint_names: class names of the checkpoint that is trained further; kept if the data's are among them.

@@ -22,7 +22,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
-from mmser.distillation import DistilledDataset, TeacherLogits
+from mmser.distillation import NEEDS_FROZEN_AUDIO, DistilledDataset, TeacherLogits
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
 from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
@@ -280,6 +280,9 @@ class Examples:
         if arguments.cache_encoder_states is not None:
             if arguments.streaming:
                 raise ValueError("--cache_encoder_states reads the clips before training: it cannot with --streaming.")
+            backbone: Any = model.base_model
+            if teacher is not None and {"audio"} & {*processor.modalities} - backbone.frozen_encoders():
+                raise ValueError(NEEDS_FROZEN_AUDIO)
             bf16, fp16 = training_arguments.bf16, training_arguments.fp16
             precision = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
             model.to(training_arguments.device)  # type: ignore[arg-type]  # the library's wrapper hides the signature

@@ -344,7 +344,7 @@ def test_cached_states_give_the_scores_of_a_run_without_cache(run, finished, cor
     plain_losses, encoded, encode = losses(tmp_path / "out"), [], EncoderStateCache.encode
     monkeypatch.setattr(
         EncoderStateCache,
-        "_encode",
+        "encode",
         lambda self, kind, clips: (encoded.append(len(clips)), encode(self, kind, clips))[1],
     )
     for number_encoded in (32 + 8 + 16 + 6 + 4, 0):  # clips and sentences
@@ -710,9 +710,15 @@ def test_averaging_needs_a_first_checkpoint(run, checkpoint):
 
 
 def test_distillation_from_a_teacher(run, checkpoint, tmp_path):
+    """Live, and with its logits in the cache: the same losses."""
     overrides = {**JOINT, "distillation_loss_weight": 0.5}
-    run(config_overrides=overrides, teacher_name_or_path=checkpoint)
+    flags = {**FROZEN, "config_overrides": overrides, "teacher_name_or_path": checkpoint}
+    run("--no_augment", **flags)
+    live = losses(tmp_path / "out")
     assert all(line["loss_distillation"] > 0 for line in log_lines(tmp_path / "out"))
+    run("--no_augment", "--overwrite_output_dir", **flags, cache_encoder_states=tmp_path / "cache")
+    assert losses(tmp_path / "out") == pytest.approx(live, abs=2e-3)
+    assert [path.name for path in (tmp_path / "cache").glob("teacher-*/*.safetensors")]
 
 
 def test_a_teacher_of_other_labels_or_another_tokenizer_is_refused(run, checkpoint, tmp_path, monkeypatch):
