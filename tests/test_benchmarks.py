@@ -302,3 +302,25 @@ def test_a_wrong_situation_is_told(monkeypatch, capsys, tmp_path):
     assert text.count("WRONG") == 2 and "lacks ['name']" in text and "no_such_package is not installed" in text
     monkeypatch.setattr(compatibility.common, "SITUATIONS", rows[2:])
     assert compatibility.main(["--group", "files"]) == 0
+
+
+def test_both_fusions_are_trained_on_speech_and_spoken_text(monkeypatch):
+    from benchmarks import fusion
+
+    monkeypatch.setattr(fusion, "STEPS", 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def clips(size):
+        audio = [torch.randn(2 + i % 3, 2, 16, generator=generator).half() for i in range(size)]
+        return [fusion.Clip(audio[i], torch.randn(i % 3, 24, generator=generator), i % 4) for i in range(size)]
+
+    parts = {f"{part} {split}": clips(8) for part in ("speech", "spoken text") for split in fusion.SPLITS}
+    lines = fusion.measure(parts, seeds=1)
+    assert [(line["trained on"], line["fusion"]) for line in lines[:2]] == [
+        ("speech", "gated"),
+        ("speech", "transformer"),
+    ]
+    assert len(lines) == 6 and "spoken text test" in lines[-1] and "spoken text test" not in lines[0]
+    tables = fusion.make_tables(lines)
+    assert tables["fusion"].count("\n") == 5 and "transformer" in tables["fusion_cost"]
+    assert len(fusion.mean_of_frames(np.zeros((33, 2, 16)))) == 3
