@@ -50,7 +50,7 @@ class LoadsAdapters:
             OSError: the encoder of the adapters cannot be read.
             ValueError: it has other weights, or an encoder is named for a checkpoint that has its own.
         """
-        load: Any = super().from_pretrained  # type: ignore[misc]  # of the class beside this one
+        load = super().from_pretrained
         name = pretrained_model_name_or_path
         places = {kind: kwargs.pop(f"{kind}_name_or_path") for kind in MODALITIES if f"{kind}_name_or_path" in kwargs}
         hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}

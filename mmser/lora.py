@@ -71,7 +71,8 @@ def add_adapters(
     }
     for kind, encoder in adapted.items():
         encoder.requires_grad_(False)
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers[kind])
+        options: Any = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": layers[kind]}
+        config = peft.LoraConfig(**options)  # alpha may be a fraction, whatever its declared type
         peft.inject_adapter_in_model(config, encoder)
         logger.info(f"Adapters of rank {rank} in {len(layers[kind])} layers of the {kind} encoder.")
     for kind, name in named.items():

@@ -29,6 +29,7 @@ from transformers.utils import PushInProgress, logging
 
 from adapters_mmser import merged_weights
 from losses_mmser import check_finite_losses
+from mmser import sharding
 from mmser.adversarial import DomainHead, FreshGradients, StatePerturbation, reversal_strength
 from mmser.averaging import WeightAverage
 from mmser.batches import ID_NAMES, LengthGroupedSampler, MMSERDataCollator, evaluation_order
@@ -166,6 +167,7 @@ class MMSERTrainer(Trainer):
         self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._is_predicting = False
         self._is_saving_checkpoint = False
+        self._scalars: set[str] = set()  # parameters that FSDP wants in another shape
         self._set_epoch = _SetEpoch()
         self.add_callback(self._set_epoch)
         self.training_time = TrainingTime()
@@ -174,6 +176,8 @@ class MMSERTrainer(Trainer):
             self._set_epoch.targets.append(self.train_dataset)
         self._average: WeightAverage | None = None  # while training with `args.weight_averaging`
         self._check_whole_model()
+        if self.is_fsdp_enabled and model is not None:
+            self._scalars = sharding.make_shardable(self.accelerator.state.fsdp_plugin, model)
         self._adversary: StatePerturbation | None = None
         if self.args.adversarial != "none":
             backbone = self.accelerator.unwrap_model(self.model).base_model
@@ -189,7 +193,7 @@ class MMSERTrainer(Trainer):
             "adversarial_head": self.args.adversarial_head != "none",
         }
         names = [name for name, is_wanted in wanted.items() if is_wanted]
-        if names and (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.model_init is not None):
+        if names and (self._shares_weights_out or self.model_init is not None):
             raise ValueError(
                 f"`{names[0]}` needs whole weights on each process, of one model from the start: it does not go "
                 "with DeepSpeed, FSDP or `model_init`."
@@ -278,8 +282,24 @@ class MMSERTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config.used_modalities
 
     def _note_untrained_modalities(self) -> None:
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # there each process holds a part of the weights
-            self.accelerator.unwrap_model(self.model).note_untrained_modalities()
+        model = self.accelerator.unwrap_model(self.model)
+        if not self._shares_weights_out:
+            model.note_untrained_modalities()
+        elif self.accelerator.is_fsdp2:
+            sharding.note_untrained_modalities(model)
+
+    @property
+    def _shares_weights_out(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As usual; with FSDP what is for use is saved whole, whatever checkpoints on the way are."""
+        if self.is_fsdp_enabled and not self._is_saving_checkpoint:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        if self._shares_weights_out:
+            sharding.agree_on_modalities(self.accelerator.unwrap_model(self.model).config)
 
     def evaluation_loop(self, *args, **kwargs):
         if self.is_in_train:
@@ -485,11 +505,14 @@ class MMSERTrainer(Trainer):
         adapters; a model for use has them merged, if `config.lora` says so.
         """
         model = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None and self.is_fsdp_enabled:
+            state_dict = sharding.whole_weights(state_dict, self._scalars)
         adapters = getattr(model.config, "lora", None)
         if adapters is not None and adapters["save"] == "merged" and not self._is_saving_checkpoint:
             weights = model.state_dict() if state_dict is None else state_dict
             state_dict = merged_weights(weights, adapters["alpha"] / adapters["rank"])
-        super()._save(output_dir, state_dict)
+        with sharding.own_class(model):
+            super()._save(output_dir, state_dict)
         if self.processing_class is None:
             logger.warning_once(
                 "Checkpoints are saved without a processor, and pipelines cannot load them: give the trainer "
@@ -512,7 +535,7 @@ class MMSERTrainer(Trainer):
         for file in Path(checkpoint_folder).iterdir():
             # Those that are left out are for resuming only
             resuming_only = (WeightAverage.file_name, DomainHead.file_name)
-            if file.is_file() and file.suffix not in (".pt", ".pth") and file.name not in resuming_only:
+            if file.is_file() and file.suffix not in (".bin", ".pt", ".pth") and file.name not in resuming_only:
                 shutil.copy(file, args.output_dir)
         # The pickle may be there for a moment: `_save` lets the stock method write it first
         uploads: list[tuple[Any, str | None, list[str] | None]] = [

@@ -306,6 +306,34 @@ def test_offloaded_weights_are_there_when_they_are_read(kind, where, tmp_path):
         torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_map_of_its_own_keeps_the_answers_and_float32_where_it_is_needed(dtype, tmp_path):
+    """`device_map="auto"` with less memory than the model needs: the rest lies on the disk."""
+    model = tiny_model("whisper", classifier_num_layers=6)
+    fit_openmax_by_chance(model)
+    model.save_pretrained(tmp_path)
+    plain = MMSERForAudioClassification.from_pretrained(tmp_path, dtype=dtype)
+    size = sum(each.numel() * each.element_size() for each in plain.state_dict().values())
+    options = {"device_map": "auto", "max_memory": {"cpu": size // 2, "disk": 10 * size}}
+    laid_out = MMSERForAudioClassification.from_pretrained(
+        tmp_path, dtype=dtype, offload_folder=tmp_path / "offloaded", **options
+    )
+    assert set(laid_out.hf_device_map.values()) == {"cpu", "disk"}
+    expected, outputs = (each(**batch_for(model)) for each in (plain, laid_out))
+    for name in (*OUTPUTS, "is_unknown"):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=1e-6, msg=name)
+        assert outputs[name].dtype == expected[name].dtype
+    for name, buffer in plain.named_buffers():
+        if name.startswith(("openmax", "temperature", "uncertainty.error")):
+            assert buffer.dtype == torch.float32, name
+            placed = dict(laid_out.named_buffers())[name]
+            assert placed.dtype == torch.float32, name
+    whole = MMSERForAudioClassification.from_pretrained(tmp_path, dtype=dtype, device_map="auto")
+    assert whole.device.type != "meta"
+    torch.testing.assert_close(whole(**batch_for(model)).logits, expected.logits, rtol=0, atol=1e-6)
+
+
 def test_offloaded_models_can_be_fitted():
     model = tiny_model()
     batch = batch_for(model)

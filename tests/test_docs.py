@@ -444,7 +444,7 @@ def known_flags():
 
 
 def test_every_flag_is_one_of_the_command_lines():
-    own = {"--nproc_per_node"}  # of torchrun
+    own = {"--nproc_per_node", "--config_file"}  # of torchrun and of Accelerate
     for script in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("demo/*.py")):
         own |= set(re.findall(r'"(--\w+)"', script.read_text(encoding="utf-8")))
     for page, text in PAGES.items():

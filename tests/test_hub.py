@@ -35,20 +35,8 @@ from processing_mmser import MMSERProcessor
 
 ROOT = Path(__file__).parents[1]
 MODULES = [*sorted(path.stem for path in ROOT.glob("*.py")), "mmser"]
-CODE_FILES = tuple(
-    f"{name}_mmser.py"
-    for name in (
-        "audio",
-        "configuration",
-        "decoding",
-        "encoders",
-        "losses",
-        "modeling",
-        "openmax",
-        "pipeline",
-        "processing",
-    )
-)
+# All modules of the root whose names end so travel
+CODE_FILES = tuple(sorted(path.name for path in Path(__file__).parents[1].glob("*_mmser.py")))
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib")
 LABELS = ["bored", "calm", "tense"]  # not the default ones: a checkpoint must explain its own labels
 RECIPE = {
