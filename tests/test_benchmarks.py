@@ -81,7 +81,16 @@ def test_tables_go_between_their_markers(shared, tmp_path):
 
 
 def committed_tables():
-    from benchmarks import compatibility, head_depth, judged, open_set, prediction_sets, real_speech_tables, speed
+    from benchmarks import (
+        compatibility,
+        head_depth,
+        judged,
+        noise,
+        open_set,
+        prediction_sets,
+        real_speech_tables,
+        speed,
+    )
     from benchmarks.tables import read_results
 
     report, lines = read_results(RESULTS / "real_speech.json")
@@ -91,6 +100,7 @@ def committed_tables():
     tables |= compatibility.make_tables(read_results(RESULTS / "compatibility.json")[0])
     tables |= head_depth.make_tables(read_results(RESULTS / "head_depth.json")[1])
     tables |= prediction_sets.make_tables(*read_results(RESULTS / "prediction_sets.json"))
+    tables |= noise.make_tables(read_results(RESULTS / "noise.json")[1])
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
     return tables
