@@ -7,7 +7,7 @@ pooling is the real model, its losses and its optimiser. What the pooling attend
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,12 +48,14 @@ class Clips:
         states: of each clip, [T, layers, D]: its frames, or two frames that stand for it.
         labels: int64 [N]; -1 for what is none of the classes.
         corpora, speakers: N names; a speaker's name has that of the corpus in it.
+        targets: of tasks beside the emotion, [N] each, as `auxiliary_labels` of the model.
     """
 
     states: list[Tensor]
     labels: Tensor
     corpora: np.ndarray
     speakers: np.ndarray
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,7 +64,8 @@ class Clips:
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         states = [self.states[row] for row in rows]
-        return Clips(states, self.labels[torch.from_numpy(rows)], self.corpora[rows], self.speakers[rows])
+        targets = {task: values[torch.from_numpy(rows)] for task, values in self.targets.items()}
+        return Clips(states, self.labels[torch.from_numpy(rows)], self.corpora[rows], self.speakers[rows], targets)
 
     def layers(self, count: int | None) -> "Clips":
         """The states of the first `count` layers only; None keeps all."""
@@ -130,12 +133,14 @@ def build(clips: Clips, overrides: Mapping[str, Any]) -> MMSERForAudioClassifica
     return model
 
 
-def batch(clips: Clips, rows: Tensor) -> dict[str, Tensor]:
+def batch(clips: Clips, rows: Tensor) -> dict[str, Any]:
     states = [clips.states[row] for row in rows.tolist()]
     lengths = torch.tensor([len(own) for own in states])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     padded = nn.utils.rnn.pad_sequence(states, batch_first=True).float()
-    return {"audio_states": padded, "attention_mask": mask, "labels": clips.labels[rows]}
+    targets = {task: values[rows] for task, values in clips.targets.items()}
+    targets = {"auxiliary_labels": targets} if targets else {}
+    return {"audio_states": padded, "attention_mask": mask, "labels": clips.labels[rows], **targets}
 
 
 class Batches:
@@ -144,7 +149,7 @@ class Batches:
     def __init__(self, clips: Clips):
         self.clips = clips
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return (batch(self.clips, rows) for rows in torch.arange(len(self.clips)).split(BATCH_SIZE))
 
 
@@ -153,6 +158,7 @@ def train(clips: Clips, overrides: Mapping[str, Any] | None = None, seed: int = 
     torch.manual_seed(seed)
     model = build(clips, overrides or {})
     model.mmser.fit_standardization(Batches(clips))
+    model.auxiliary.fit_targets(clips.targets)
     groups = parameter_groups(model, LEARNING_RATE, LR_MULTIPLIERS, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, fused=True)
     per_epoch = max(1, len(clips) // BATCH_SIZE)
@@ -180,13 +186,14 @@ def _grouped_by_length(clips: Clips, order: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(model: MMSERForAudioClassification, clips: Clips) -> dict[str, np.ndarray]:
-    """What the model says of each clip: `logits`, `uncertainty`, `features`, `fused` and so on, [N, ...]."""
-    without_labels = ({**own, "labels": None} for own in Batches(clips))
+    """What the model says of each clip: `logits`, `uncertainty`, `auxiliary_<task>` and so on, [N, ...]."""
+    without_labels = ({**own, "labels": None, "auxiliary_labels": None} for own in Batches(clips))
     parts = [model(**own) for own in without_labels]
     names = ("logits", "uncertainty", "features", "fused", "anchor_distances", "rejection_score")
-    return {
-        name: torch.cat([part[name] for part in parts]).numpy() for name in names if parts[0].get(name) is not None
-    }
+    found = {name: [part[name] for part in parts] for name in names if parts[0].get(name) is not None}
+    for task in model.auxiliary.tasks:
+        found[f"auxiliary_{task}"] = [part.auxiliary[task] for part in parts]
+    return {name: torch.cat(values).numpy() for name, values in found.items()}
 
 
 def folds_by_speaker(clips: Clips, num_folds: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:

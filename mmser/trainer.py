@@ -764,7 +764,7 @@ def _fit_targets(model: MMSERForAudioClassification, dataset: EmotionDataset) ->
     if missing:
         logger.warning(
             f"The training set has no targets of {', '.join(missing)}, which the model will not learn: load it with "
-            "`auxiliary_tasks=model.config.auxiliary_tasks`, and see `derive_targets`."
+            "`auxiliary_tasks=model.config.auxiliary_tasks`, and see `derive_targets` of `mmser.targets`."
         )
 
 

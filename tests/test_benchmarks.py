@@ -82,6 +82,7 @@ def test_tables_go_between_their_markers(shared, tmp_path):
 
 def committed_tables():
     from benchmarks import (
+        auxiliary_tasks,
         compatibility,
         head_depth,
         judged,
@@ -101,6 +102,7 @@ def committed_tables():
     tables |= head_depth.make_tables(read_results(RESULTS / "head_depth.json")[1])
     tables |= prediction_sets.make_tables(*read_results(RESULTS / "prediction_sets.json"))
     tables |= noise.make_tables(read_results(RESULTS / "noise.json")[1])
+    tables |= auxiliary_tasks.make_tables(read_results(RESULTS / "auxiliary_tasks.json")[1])
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
     return tables
@@ -334,3 +336,25 @@ def test_both_fusions_are_trained_on_speech_and_spoken_text(monkeypatch):
     tables = fusion.make_tables(lines)
     assert tables["fusion"].count("\n") == 5 and "transformer" in tables["fusion_cost"]
     assert len(fusion.mean_of_frames(np.zeros((33, 2, 16)))) == 3
+
+
+# ---- auxiliary_tasks.py
+
+
+@pytest.mark.parametrize("frequency", [80, 120, 220, 350])
+def test_the_pitch_of_a_voice_is_its_fundamental_frequency(frequency):
+    from benchmarks.auxiliary_tasks import pitch_of
+
+    time = np.arange(16_000) / 16_000
+    voice = sum(np.sin(2 * np.pi * frequency * number * time) / number for number in range(1, 9))
+    assert pitch_of(voice, 16_000) == pytest.approx(12 * np.log2(frequency / 60), abs=0.3)
+    assert np.isnan(pitch_of(np.random.default_rng(0).normal(size=16_000), 16_000))
+
+
+def test_the_sex_of_a_speaker_is_that_of_its_code():
+    from auxiliary_mmser import NO_CLASS
+    from benchmarks.auxiliary_tasks import sex_of
+
+    codes = {"RAVDESS_02": 0, "RAVDESS_13": 1, "EMO-DB_09": 0, "EMO-DB_15": 1, "URDU_SF3": 0, "URDU_SM21": 1}
+    codes |= {"TESS_OAF": 0, "ASED_04": NO_CLASS}
+    assert {speaker: sex_of(speaker.split("_")[0], speaker) for speaker in codes} == codes
