@@ -8,7 +8,7 @@ D features.
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ def class_balanced_focal_loss(
     labels: Tensor,
     class_weights: Tensor | None = None,
     gamma: float = 2.0,
-    label_distribution: Tensor | None = None,
+    class_shares: Tensor | None = None,
 ) -> Tensor:
     """
     Mean over the batch of `-w_y (1 - p_y)^gamma log p_y`: the focal loss of Lin et al. 2017 (eq. 5) with softmax
@@ -84,18 +84,18 @@ def class_balanced_focal_loss(
         labels: int64 [B].
         class_weights: [C], or None for no weighting.
         gamma: focusing parameter; 0 gives the weighted cross-entropy.
-        label_distribution: shares [B, C] that sum to 1, in place of the labels.
+        class_shares: shares [B, C] that sum to 1, in place of the labels.
     """
     log_probability = F.log_softmax(logits.float(), dim=-1)
-    if label_distribution is None:
+    if class_shares is None:
         log_probability = log_probability.gather(1, labels[:, None])[:, 0]
     # Kept off 0, where a power below 1 has an infinite slope
     error = (-torch.expm1(log_probability)).clamp(min=1e-12)
     loss = -(error**gamma) * log_probability
     if class_weights is not None:
-        loss = loss * (class_weights.to(loss)[labels] if label_distribution is None else class_weights.to(loss))
-    if label_distribution is not None:
-        loss = (loss * label_distribution.float()).sum(dim=-1)
+        loss = loss * (class_weights.to(loss)[labels] if class_shares is None else class_weights.to(loss))
+    if class_shares is not None:
+        loss = (loss * class_shares.float()).sum(dim=-1)
     return loss.mean()
 
 
@@ -177,9 +177,9 @@ def supervised_contrastive_loss(
     """
     rows, size = ContrastiveRows(features, labels, corpora), len(labels)
     if others is not None:
-        rows = ContrastiveRows(
-            *(None if own is None else torch.cat([own, more]) for own, more in zip(rows, others, strict=True))
-        )
+        is_known = rows.corpora is not None and others.corpora is not None
+        names = torch.cat([cast(Tensor, rows.corpora), cast(Tensor, others.corpora)]) if is_known else None
+        rows = ContrastiveRows(torch.cat([features, others.features]), torch.cat([labels, others.labels]), names)
     normalised = F.normalize(rows.features.float(), dim=-1)
     itself = torch.eye(size, len(normalised), dtype=torch.bool, device=labels.device)
     with without_autocast(normalised):

@@ -1139,7 +1139,7 @@ class Targets(NamedTuple):
     """What the loss of a batch is against."""
 
     labels: Any  # class ids [B]
-    label_distribution: Any = None  # shares of the classes [B, C]
+    class_shares: Any = None  # shares of the classes [B, C]
     teacher_logits: Any = None  # [B, C]
     corpus_ids: Any = None  # [B]
 
@@ -1152,7 +1152,6 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     contrastive_pool: Callable[[ContrastiveRows], tuple[ContrastiveRows, ContrastiveRows | None]] | None = None
     _keep_in_fp32_modules_strict = (  # type: ignore[assignment]  # typed as a list
         *("openmax", "temperature", "log_temperature", "error_calibration", "prediction_sets"),
-        *("target_moments", "weight_scale"),
     )
     _keys_to_ignore_on_load_missing = (r"prediction_sets\.thresholds",)  # type: ignore[assignment]  # checkpoints of 0.1.0
 
@@ -1173,6 +1172,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         # Divides the logits outside training (Guo et al. 2017); 1 until it is fitted on held-out clips
         self.register_buffer("temperature", torch.ones((), dtype=torch.float32))
         self.prediction_sets = PredictionSets()  # not part of the forward pass: the pipeline asks for them
+        buffers = {name.rpartition(".")[2] for name, _ in self.named_buffers()}
+        of_some = [name for name in ("target_moments", "weight_scale") if name in buffers]
+        self._keep_in_fp32_modules_strict = (*type(self)._keep_in_fp32_modules_strict, *of_some)  # type: ignore[assignment]
         self.post_init()
 
     @can_return_tuple
@@ -1191,9 +1193,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         output_hidden_states: bool | Iterable[int] | None = None,
         output_attentions: bool | None = None,
         return_uncertainty: bool = True,
-        auxiliary_labels: dict[str, Tensor] | None = None,
+        auxiliary_targets: dict[str, Tensor] | None = None,
         corpus_ids: torch.LongTensor | None = None,
-        label_distribution: torch.FloatTensor | None = None,
+        class_shares: torch.FloatTensor | None = None,
         **kwargs,
     ) -> MMSEROutput:
         r"""
@@ -1206,10 +1208,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             teacher_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): for the distillation part.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
             return_uncertainty (`bool`): `False` leaves `uncertainty` out.
-            auxiliary_labels (`dict[str, torch.Tensor]` of shape `(batch_size,)`): targets of `auxiliary_tasks`, for
+            auxiliary_targets (`dict[str, torch.Tensor]` of shape `(batch_size,)`): targets of `auxiliary_tasks`, for
                 the loss: class ids or numbers; -100 and nan where a clip has none.
             corpus_ids (`torch.LongTensor` of shape `(batch_size,)`): for the contrastive part; -1: not known.
-            label_distribution (`torch.FloatTensor` of shape `(batch_size, num_labels)`): of votes, shares that sum to
+            class_shares (`torch.FloatTensor` of shape `(batch_size, num_labels)`): of votes, shares that sum to
                 1: for cross-entropy and focal loss. The other parts take `labels`, by default the largest share.
         Returns: `MMSEROutput`.
         Raises:
@@ -1229,7 +1231,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        has_targets = any(target is not None for target in (labels, label_distribution, auxiliary_labels))
+        has_targets = any(target is not None for target in (labels, class_shares, auxiliary_targets))
         mixture = self._draw_mixture(len(outputs.pooler_output)) if has_targets else None
         raw_logits, features = self.classifier(mix(outputs.pooler_output, mixture))
         device = raw_logits.device  # the parts of a large model may be on several
@@ -1239,10 +1241,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         auxiliary = self.auxiliary(features)
         losses: dict[str, Any] = {}  # without labels none: a scalar breaks the batches of stock pipelines
         if has_targets:
-            targets = self._targets(raw_logits, labels, label_distribution, teacher_logits, corpus_ids)
+            targets = self._targets(raw_logits, labels, class_shares, teacher_logits, corpus_ids)
             scores = (raw_logits, features, raw_uncertainty, anchor_logits, anchor_distances)
-            losses = self._losses(mixture, scores, targets, auxiliary, auxiliary_labels)
-        open_set = self._open_set(use_openmax, logits, outputs.pooler_output, anchor_distances)
+            losses = self._losses(mixture, scores, targets, auxiliary, auxiliary_targets)
+        open_set: dict[str, Any] = self._open_set(use_openmax, logits, outputs.pooler_output, anchor_distances)
         return MMSEROutput(
             **losses,
             logits=logits,
@@ -1258,7 +1260,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
 
     def _open_set(
         self, is_wanted: bool | None, logits: Tensor, fused: Tensor, anchor_distances: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """What OpenMax says of each clip; see `MMSEROutput`. Nothing if it is not wanted, or not fitted."""
         if not (is_wanted or (is_wanted is None and self.config.use_openmax and self.openmax.is_fitted)):
             return {}
@@ -1304,7 +1306,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     def _targets(self, logits: Tensor, labels: Any, shares: Any, *others: Tensor | None) -> Targets:
         """What the loss is against, checked and on the device of `logits`."""
         if labels is None and shares is None:
-            raise ValueError("`auxiliary_labels` are for the loss: give `labels` too.")
+            raise ValueError("`auxiliary_targets` are for the loss: give `labels` too.")
         if shares is not None:
             shares = self._checked_distribution(shares, len(logits)).to(logits.device)
             labels = shares.argmax(dim=-1) if labels is None else labels
@@ -1315,13 +1317,11 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         shape = (batch_size, self.config.num_labels)
         if not isinstance(shares, Tensor) or not shares.is_floating_point() or shares.shape != shape:
             got = f"{shares.dtype} of shape {tuple(shares.shape)}" if isinstance(shares, Tensor) else type(shares)
-            raise ValueError(f"`label_distribution` must be a float tensor of shape {shape}, got {got}.")
+            raise ValueError(f"`class_shares` must be a float tensor of shape {shape}, got {got}.")
         if shares.device.type == "cpu" and not torch.compiler.is_compiling():  # as in `_checked`
             sums = shares.float().sum(dim=-1)
             if not ((shares >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)):
-                raise ValueError(
-                    f"Each row of `label_distribution` must be shares that sum to 1, got {shares.tolist()}."
-                )
+                raise ValueError(f"Each row of `class_shares` must be shares that sum to 1, got {shares.tolist()}.")
         return shares
 
     def _draw_mixture(self, batch_size: int) -> tuple[float, Tensor] | None:
@@ -1333,13 +1333,13 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         return max(share, 1 - share), torch.randperm(batch_size)
 
     def _losses(
-        self, mixture: Any, scores: Any, targets: Targets, auxiliary: Any, auxiliary_labels: dict | None
+        self, mixture: Any, scores: Any, targets: Targets, auxiliary: Any, auxiliary_targets: dict | None
     ) -> dict[str, Any]:
         """`loss`, `anchor_loss` and `losses` of `MMSEROutput`."""
         parts, anchor_loss = self._mixed_losses(mixture, scores, targets)
         weight = self.config.auxiliary_loss_weight
-        if auxiliary_labels is not None and weight:
-            others = self.auxiliary.losses(auxiliary or {}, auxiliary_labels, mixture)
+        if auxiliary_targets is not None and weight:
+            others = self.auxiliary.losses(auxiliary or {}, auxiliary_targets, mixture)
             parts |= {name: weight * part.to(targets.labels.device) for name, part in others.items()}
         losses = {name: part.detach() for name, part in parts.items()}
         return {"loss": sum(parts.values()), "anchor_loss": anchor_loss, "losses": losses}
@@ -1364,7 +1364,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self, scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], targets: Targets
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The parts of the loss times their weights; a part with weight 0 is not computed. And the anchor loss."""
-        labels, label_distribution, teacher_logits, corpus_ids = targets
+        labels, class_shares, teacher_logits, corpus_ids = targets
         config = self.config
         logits, features, uncertainty, anchor_logits, anchor_distances = scores
         if config.distillation_loss_weight and teacher_logits is None:
@@ -1376,11 +1376,11 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         if config.class_counts is not None:
             class_weights = logits.new_tensor(class_balanced_weights(config.class_counts, config.class_balanced_beta))
         adjusted = adjusted_logits(logits, config.class_counts, config.logit_adjustment)
-        target = labels if label_distribution is None else label_distribution.float()
+        target = labels if class_shares is None else class_shares.float()
         parts = {
             "cross_entropy": lambda: F.cross_entropy(adjusted, target, label_smoothing=config.label_smoothing),
             "focal": lambda: class_balanced_focal_loss(
-                adjusted, labels, class_weights, config.focal_gamma, label_distribution
+                adjusted, labels, class_weights, config.focal_gamma, class_shares
             ),
             "anchor": lambda: anchor_loss,
             "uncertainty": lambda: uncertainty_loss(uncertainty, logits, labels, config.uncertainty_error_weight),
@@ -1424,9 +1424,9 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         self.note_untrained_modalities()
         try:
             for batch in logging.tqdm(dataloader, desc="Fitting OpenMax", leave=False):
-                batch = {name: self._placed(value) for name, value in batch.items() if name != "auxiliary_labels"}
+                batch = {name: self._placed(value) for name, value in batch.items() if name != "auxiliary_targets"}
                 outputs["labels"].append(batch.pop("labels"))
-                batch.pop("label_distribution", None)
+                batch.pop("class_shares", None)
                 output = self(**batch, use_openmax=False)
                 for name in names:
                     outputs[name].append(output[name].float())

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,9 @@ def measure(variant: str, seed: int, options: argparse.Namespace) -> Row:
             scores["weighted_f1"] = metrics["weighted_f1"]
         trainer.save_model(folder)
         size = (Path(folder) / "model.safetensors").stat().st_size / 1e6
-    trained = sum(each.numel() for each in model.base_model.audio_encoder.parameters() if each.requires_grad)
+    trained = sum(
+        each.numel() for each in cast(Any, model.base_model).audio_encoder.parameters() if each.requires_grad
+    )
     costs = dict(zip(COSTS, (trained, round(seconds, 1), round(peak, 3), round(size, 1)), strict=True))
     return {"variant": variant, "seed": seed, **scores, **costs}
 

@@ -167,7 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         encoded = encode(tables, options.audio_encoder, options.cache_dir)
         clips = {name: two_frames(own) for name, own in encoded.items()}
         jobs = [(setting, seed) for seed in range(options.seeds) for setting in SETTINGS]
-        lines = [row for job in logging.tqdm(jobs, desc="runs") for row in run(*job, clips, tables, options.weight)]
+        lines = [
+            row
+            for job in logging.tqdm(jobs, desc="runs")
+            for row in run(job[0], job[1], clips, tables, options.weight)
+        ]
         report = describe(lines, options.weight)
     publish(make_tables(lines), report, lines, options)
 

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def encode(
         for split in SPLITS:
             dataset = EmotionDataset(tables[split], sampling_rate=extractor.sampling_rate)
             examples = CachedStatesDataset(dataset, cache)
-            rows = (examples[i] for i in logging.tqdm(range(len(examples)), desc=f"{name} {split}"))
+            rows: Any = (examples[i] for i in logging.tqdm(range(len(examples)), desc=f"{name} {split}"))
             clips[f"{name} {split}"] = [
                 Clip(mean_of_frames(row["audio_states"]), torch.tensor(row["text_states"]), row["labels"])
                 for row in rows

@@ -16,7 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -140,7 +140,7 @@ def encode(options: argparse.Namespace) -> dict[str, Clips]:
         arrays[f"{name}/states"] = torch.stack(part.states).numpy()
         arrays[f"{name}/labels"] = part.labels.numpy()
         arrays |= {f"{name}/corpora": part.corpora, f"{name}/speakers": part.speakers}
-    np.savez(file, **arrays)
+    np.savez(file, **cast(Any, arrays))
     return clips
 
 

@@ -48,7 +48,7 @@ class Clips:
         states: of each clip, [T, layers, D]: its frames, or two frames that stand for it.
         labels: int64 [N]; -1 for what is none of the classes.
         corpora, speakers: N names; a speaker's name has that of the corpus in it.
-        targets: of tasks beside the emotion, [N] each, as `auxiliary_labels` of the model.
+        targets: of tasks beside the emotion, [N] each, as `auxiliary_targets` of the model.
     """
 
     states: list[Tensor]
@@ -138,8 +138,8 @@ def batch(clips: Clips, rows: Tensor) -> dict[str, Any]:
     lengths = torch.tensor([len(own) for own in states])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     padded = nn.utils.rnn.pad_sequence(states, batch_first=True).float()
-    targets = {task: values[rows] for task, values in clips.targets.items()}
-    targets = {"auxiliary_labels": targets} if targets else {}
+    targets: dict[str, Any] = {task: values[rows] for task, values in clips.targets.items()}
+    targets = {"auxiliary_targets": targets} if targets else {}
     return {"audio_states": padded, "attention_mask": mask, "labels": clips.labels[rows], **targets}
 
 
@@ -187,7 +187,7 @@ def _grouped_by_length(clips: Clips, order: Tensor) -> Tensor:
 @torch.no_grad()
 def predict(model: MMSERForAudioClassification, clips: Clips) -> dict[str, np.ndarray]:
     """What the model says of each clip: `logits`, `uncertainty`, `auxiliary_<task>` and so on, [N, ...]."""
-    without_labels = ({**own, "labels": None, "auxiliary_labels": None} for own in Batches(clips))
+    without_labels = ({**own, "labels": None, "auxiliary_targets": None} for own in Batches(clips))
     parts = [model(**own) for own in without_labels]
     names = ("logits", "uncertainty", "features", "fused", "anchor_distances", "rejection_score")
     found = {name: [part[name] for part in parts] for name in names if parts[0].get(name) is not None}

@@ -35,7 +35,7 @@ class MMSERDataCollator:
         Returns:
             The tensors of the processor (`input_values` or `input_features`, `attention_mask`, `input_ids`,
             `text_attention_mask`), `labels` [B] int64, the ids of `EmotionDataset.add_ids` and, of examples that have
-            them, `label_distribution` and `teacher_logits` [B,C], and `auxiliary_labels`: by task, [B] int64 (classes)
+            them, `class_shares` and `teacher_logits` [B,C], and `auxiliary_targets`: by task, [B] int64 (classes)
             or float32 (numbers). For states: `audio_states` [B,Ta,layers,D] with `attention_mask` [B,Ta],
             `text_states` [B,L,D] with `text_attention_mask` [B,L], padded with zeros.
 
@@ -63,10 +63,10 @@ class MMSERDataCollator:
         for name in ("labels", *(name for name in ID_NAMES if name in rows[0])):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.long)
         if TARGETS in rows[0]:
-            batch["auxiliary_labels"] = {
+            batch["auxiliary_targets"] = {
                 task: torch.tensor([row[TARGETS][task] for row in rows]) for task in rows[0][TARGETS]
             }
-        for name in ("label_distribution", "teacher_logits"):
+        for name in ("class_shares", "teacher_logits"):
             if name in rows[0]:
                 batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
         return batch

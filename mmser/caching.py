@@ -420,7 +420,7 @@ class CachedStatesDataset(EmotionDataset):
         self.augmented_copies = augmented_copies if is_random else 0
         self.columns = [kind for kind in MASK_NAMES if kind in dataset.dataset.column_names]
         self.stores = {kind: store for kind, store in cache.stores.items() if kind in self.columns}
-        names = [name for name in ("labels", "label_distribution", TARGETS) if name in dataset.dataset.column_names]
+        names = [name for name in ("labels", "class_shares", TARGETS) if name in dataset.dataset.column_names]
         self._targets = [targets_of(row) for row in dataset.dataset.select_columns(names)]
         self._bad = np.zeros(len(self), dtype=bool)
         self._present = np.zeros((len(self), 2), dtype=bool)  # has audio, has text

@@ -59,9 +59,10 @@ class ContrastivePool(TrainerCallback):
 
 
 def _joined(first: ContrastiveRows, second: ContrastiveRows) -> ContrastiveRows:
-    return ContrastiveRows(
-        *(None if a is None or b is None else torch.cat([a, b]) for a, b in zip(first, second, strict=True))
-    )
+    columns: list[Any] = [
+        None if a is None or b is None else torch.cat([a, b]) for a, b in zip(first, second, strict=True)
+    ]
+    return ContrastiveRows(*columns)
 
 
 def gather_rows(rows: ContrastiveRows) -> ContrastiveRows:
@@ -73,10 +74,8 @@ def gather_rows(rows: ContrastiveRows) -> ContrastiveRows:
     """
     sizes = _gather(torch.tensor([len(rows.labels)], device=rows.labels.device))
     lengths = [int(size) for size in sizes]
-    return ContrastiveRows(
-        _GatherRows.apply(rows.features, lengths),
-        *(None if column is None else torch.cat(_gather(column, lengths)) for column in rows[1:]),
-    )
+    columns: list[Any] = [None if column is None else torch.cat(_gather(column, lengths)) for column in rows[1:]]
+    return ContrastiveRows(_GatherRows.apply(rows.features, lengths), *columns)
 
 
 def _gather(rows: Tensor, lengths: list[int] | None = None) -> list[Tensor]:

@@ -86,7 +86,7 @@ class ExampleReader:
         """Make the example of one row of `load_emotion_dataset`.
 
         Returns:
-            `labels` (int), `label_distribution` ([C] float32) and `auxiliary` (targets by task) if the data set has
+            `labels` (int), `class_shares` ([C] float32) and `auxiliary` (targets by task) if the data set has
             them, `length` (samples, 0 without audio), `audio` ([T] float32 or None) if it has an audio column, and
             `text` (str or None) if it has a text column.
 
@@ -172,12 +172,12 @@ class ExampleReader:
 
 
 def targets_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What is to be learned of a row: `labels` (int), `label_distribution` ([C] float32) of votes, and `auxiliary`."""
+    """What is to be learned of a row: `labels` (int), `class_shares` ([C] float32) of votes, and `auxiliary`."""
     targets: dict[str, Any] = {"labels": int(row["labels"])}
     if TARGETS in row:
         targets[TARGETS] = row[TARGETS]
-    if row.get("label_distribution") is not None:
-        targets["label_distribution"] = np.asarray(row["label_distribution"], dtype=np.float32)
+    if row.get("class_shares") is not None:
+        targets["class_shares"] = np.asarray(row["class_shares"], dtype=np.float32)
     return targets
 
 
@@ -493,6 +493,6 @@ def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) ->
     labels = np.asarray(table["labels"], dtype=np.int64)
     if labels.size and labels.max() >= num_labels:
         raise ValueError(f"label {labels.max()} is out of range; allowed: 0 to {num_labels - 1}")
-    if "label_distribution" in table.column_names:
-        return np.rint(np.sum(table["label_distribution"], axis=0)).astype(int).tolist()
+    if "class_shares" in table.column_names:
+        return np.rint(np.sum(table["class_shares"], axis=0)).astype(int).tolist()
     return np.bincount(labels[labels >= 0], minlength=num_labels).tolist()

@@ -86,7 +86,7 @@ def load_emotion_dataset(
     Returns:
         The splits and the label names. Columns: `labels` (int), `row` (where the row is, for messages) and, if the
         source has them, `audio` (path, or `{"bytes", "path"}` from the Hub; not decoded), `text` (`""` = unknown),
-        `speaker`, `language`, `corpus`, `sex`, the `extra_columns`, `label_distribution` (shares of the classes), and
+        `speaker`, `language`, `corpus`, `sex`, the `extra_columns`, `class_shares` (shares of the classes), and
         `auxiliary` (a dict by task: class ids or -100, numbers or nan).
 
     Raises:
@@ -244,7 +244,7 @@ def _check_records(
         try:
             if record.votes is not None:
                 shares = normalise_votes(record.votes, record.label, label_names, record.row)
-                record.label_distribution, record.labels = shares
+                record.class_shares, record.labels = shares
             else:
                 record.labels = label_id(record.label, label_names, record.row, allow_unknown)
             record.targets = read_targets(record.written_targets, tasks or {}, record.row)
@@ -275,9 +275,9 @@ def _to_dataset(
     kept["row"] = [record.row for record in records]
     types: dict[str, Any] = {**dict.fromkeys(kept, datasets.Value("string")), "labels": datasets.Value("int64")}
     numbers: dict[str, list] = {"labels": [record.labels for record in records]}
-    if any(record.label_distribution for record in records):
-        types["label_distribution"] = datasets.List(datasets.Value("float64"))
-        numbers["label_distribution"] = [record.label_distribution for record in records]
+    if any(record.class_shares for record in records):
+        types["class_shares"] = datasets.List(datasets.Value("float64"))
+        numbers["class_shares"] = [record.class_shares for record in records]
     read = {task for record in records for task in record.targets}
     present = {task: no_target(kind) for task, kind in (tasks or {}).items() if task in read}
     if present:  # of several tables, some may lack a column

@@ -5,6 +5,7 @@
 """
 
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -51,7 +52,9 @@ def log_mel_statistics(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
 def _statistics(dataset: EmotionDataset) -> np.ndarray:
     rate = dataset.reader.sampling_rate
     return np.stack(
-        map_in_threads(lambda i: log_mel_statistics(dataset[i]["audio"], rate), len(dataset), "log-mel bands")
+        map_in_threads(
+            lambda i: log_mel_statistics(cast(Any, dataset[i])["audio"], rate), len(dataset), "log-mel bands"
+        )
     )
 
 
@@ -70,7 +73,7 @@ def log_mel_probe(train: EmotionDataset, evaluated: EmotionDataset) -> dict[str,
     """
     features, labels = _statistics(train), _labels(train)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    speakers = speakers_of(train) or list(range(len(labels)))
+    speakers = speakers_of(train) or [str(row) for row in range(len(labels))]
     if min(len(set(speakers)), np.unique(labels, return_counts=True)[1].min()) >= FOLDS:
         folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
         probe = GridSearchCV(probe, {"logisticregression__C": COSTS}, scoring="f1_weighted", cv=folds)

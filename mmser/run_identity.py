@@ -127,7 +127,7 @@ def fingerprint_clips(split: datasets.Dataset | datasets.IterableDataset, argume
         if arguments.label_distribution_columns:
             chosen.append(arguments.label_distribution_columns)
         return f"streamed from {Path(arguments.name).name}, {_checksum(chosen)}"
-    wanted = ("labels", "label_distribution", *TEXT_COLUMNS, TARGETS)
+    wanted = ("labels", "class_shares", *TEXT_COLUMNS, TARGETS)
     columns = [name for name in wanted if name in split.column_names]
 
     def fingerprint(index: int) -> str:

@@ -91,7 +91,7 @@ class Record:
     targets: dict[str, int | float] = field(default_factory=dict)  # what they mean; comes later, as `labels`
     cells: dict[str, Any] = field(default_factory=dict)  # of the columns with votes, as they are written
     votes: Votes | None = None  # what these say; None without such columns, and for a bad row
-    label_distribution: list[float] | None = None
+    class_shares: list[float] | None = None
 
 
 @dataclass
@@ -428,9 +428,9 @@ def _stream_row(
     try:
         row |= {COLUMN: read_targets(record.written_targets, tasks, record.row)} if layout.targets else {}
         if layout.votes:
-            row["label_distribution"] = None
+            row["class_shares"] = None
             votes = read_votes(record.cells, layout.votes, record.row)
-            row["label_distribution"], row["labels"] = normalise_votes(votes, record.label, label_names, record.row)
+            row["class_shares"], row["labels"] = normalise_votes(votes, record.label, label_names, record.row)
         else:
             row["labels"] = label_id(record.label, label_names, record.row)
     except ValueError as error:

@@ -27,7 +27,6 @@ from tiny_corpus import NAMES, tiny_model, write_corpus
 from torch import nn
 
 from mmser.adversarial import PROBE, DomainHead, StatePerturbation, reversal_strength
-from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.examples import EmotionDataset
 from mmser.training_arguments import MMSERTrainingArguments
@@ -456,4 +455,3 @@ def test_examples_say_where_they_are_from(splits):
     assert dataset.add_ids("corpus") == ["sine", "tone"] and len(NAMES) == 4
     ids = [dataset[index]["corpus_ids"] for index in range(len(dataset))]
     assert [["sine", "tone"][number] for number in ids] == list(splits["train"]["corpus"])
-    assert MMSERDataCollator  # the ids of a batch are tested with the trainer

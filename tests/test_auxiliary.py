@@ -39,7 +39,7 @@ from mmser.metrics import compute_regression_metrics, concordance_correlation
 from mmser.optimizer import parameter_groups
 from mmser.scores import describe_tasks
 from mmser.targets import derive_targets, read_target, split_targets
-from mmser.trainer import MMSERTrainer
+from mmser.trainer import TARGET_NAMES, MMSERTrainer
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
 from pipeline_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
@@ -206,7 +206,7 @@ def test_the_loss_of_the_model_is_the_sum_of_its_weighted_parts(kind, modalities
     batch = tiny_batch(random_model(kind), lengths, [3, 2, 4])
     batch = {name: value for name, value in batch.items() if any(name in INPUTS[each] for each in modalities)}
     labels, targets = torch.tensor([0, 1, 2]), with_targets(3)
-    output = model(**batch, labels=labels, auxiliary_labels=targets)
+    output = model(**batch, labels=labels, auxiliary_targets=targets)
     plain = model(**batch, labels=labels)
     sentiment = classification_loss(output.auxiliary["sentiment"], targets["sentiment"])
     arousal = regression_loss(output.auxiliary["arousal"], targets["arousal"])
@@ -225,17 +225,17 @@ def test_a_model_without_tasks_is_what_it_was():
         model(
             **tiny_batch(model, [900], [3]),
             labels=torch.tensor([0]),
-            auxiliary_labels={"sentiment": torch.tensor([0])},
+            auxiliary_targets={"sentiment": torch.tensor([0])},
         )
 
 
 def test_targets_without_labels_and_a_weight_of_zero():
     model = random_model(auxiliary_tasks=TASKS)
     batch = tiny_batch(model, [900, 800], [3, 2])
-    with pytest.raises(ValueError, match="`auxiliary_labels` are for the loss: give `labels` too"):
-        model(**batch, auxiliary_labels=with_targets(2))
+    with pytest.raises(ValueError, match="`auxiliary_targets` are for the loss: give `labels` too"):
+        model(**batch, auxiliary_targets=with_targets(2))
     model.config.auxiliary_loss_weight = 0
-    losses = model(**batch, labels=torch.tensor([0, 1]), auxiliary_labels=with_targets(2)).losses
+    losses = model(**batch, labels=torch.tensor([0, 1]), auxiliary_targets=with_targets(2)).losses
     assert not [name for name in losses if name.startswith("auxiliary")]
 
 
@@ -259,7 +259,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         batch = tiny_batch(model, [900, 800], [3, 2])
         model.zero_grad()
         torch.manual_seed(0)
-        model(**batch, labels=torch.tensor([0, 1]), auxiliary_labels=with_targets(2)).loss.backward()
+        model(**batch, labels=torch.tensor([0, 1]), auxiliary_targets=with_targets(2)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert any(name.startswith("auxiliary.sentiment_head") for name in gradients[0])
@@ -453,11 +453,11 @@ def test_examples_batches_and_cached_states_carry_the_targets(annotated, tmp_pat
     collate = MMSERDataCollator(tiny_processor())
     expected = split_targets(splits["test"])
     for examples in (plain, cached):
-        targets = collate([examples[index] for index in range(len(examples))])["auxiliary_labels"]
+        targets = collate([examples[index] for index in range(len(examples))])["auxiliary_targets"]
         assert [targets[name].dtype for name in ("sentiment", "arousal")] == [torch.int64, torch.float32]
         for name, values in expected.items():
             assert targets[name].tolist() == pytest.approx(values, nan_ok=True)
-    assert "auxiliary_labels" not in collate([EmotionDataset(load_emotion_dataset(manifest=annotated)[0]["test"])[0]])
+    assert "auxiliary_targets" not in collate([EmotionDataset(load_emotion_dataset(manifest=annotated)[0]["test"])[0]])
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -632,7 +632,7 @@ def test_the_trainer_gathers_the_answers_in_the_order_of_the_data(annotated, tmp
     for index in range(len(test)):
         with torch.no_grad():
             batch = collate([test[index]])
-            alone = model(**{name: value for name, value in batch.items() if "labels" not in name}).auxiliary
+            alone = model(**{name: value for name, value in batch.items() if name not in TARGET_NAMES}).auxiliary
         for task in TASKS:
             np.testing.assert_allclose(outputs[f"auxiliary_{task}"][index], alone[task][0], rtol=1e-4, atol=1e-4)
     assert trainer.predict(test).predictions.shape == (len(test), 4)  # the logits alone, as ever

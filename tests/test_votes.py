@@ -157,11 +157,11 @@ def test_votes_take_the_place_of_labels(corpus, tmp_path, form, columns):
     assert names == NAMES
     for split, table in data.items():
         assert table["labels"] == plain[split]["labels"]
-        shares = np.array(table["label_distribution"])
+        shares = np.array(table["class_shares"])
         own = np.array(table["labels"])
         assert (shares[np.arange(len(own)), own] == 0.75).all() and (shares.sum(axis=1) == 1).all()
         assert (shares[np.arange(len(own)), (own + 1) % 4] == 0.25).all()
-    assert "label_distribution" not in plain["train"].column_names
+    assert "class_shares" not in plain["train"].column_names
 
 
 def test_labels_reorder_the_shares(corpus, tmp_path):
@@ -170,9 +170,7 @@ def test_labels_reorder_the_shares(corpus, tmp_path):
     data, names = load_emotion_dataset(folder, label_distribution_columns=COLUMNS, label_names=order)
     plain, _ = load_emotion_dataset(folder, label_distribution_columns=COLUMNS)
     assert names == order
-    np.testing.assert_array_equal(
-        np.array(data["train"]["label_distribution"])[:, ::-1], plain["train"]["label_distribution"]
-    )
+    np.testing.assert_array_equal(np.array(data["train"]["class_shares"])[:, ::-1], plain["train"]["class_shares"])
     assert [order[label] for label in data["train"]["labels"]] == [NAMES[x] for x in plain["train"]["labels"]]
 
 
@@ -232,13 +230,13 @@ def test_hub_data_with_lists_of_class_ids(corpus, tmp_path):
     assert names == NAMES
     assert [NAMES[label] for label in data["train"]["labels"]] == [row["label"] for row in rows]
     second = [NAMES.index(declared[(label + 1) % 4]) for label in own]
-    shares = np.array(data["train"]["label_distribution"])
+    shares = np.array(data["train"]["class_shares"])
     np.testing.assert_allclose(shares[np.arange(len(rows)), second], 1 / 3)
 
     stream, _ = load_emotion_dataset(**options, columns=columns, label_names=NAMES, streaming=True)
     streamed = list(stream["train"])
     assert [row["labels"] for row in streamed] == data["train"]["labels"]
-    np.testing.assert_array_equal([row["label_distribution"] for row in streamed], shares)
+    np.testing.assert_array_equal([row["class_shares"] for row in streamed], shares)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -291,7 +289,7 @@ def test_the_loss_of_a_model_against_shares(smoothing):
     model = any_model(dropout=False, class_counts=counts, label_smoothing=smoothing)
     batch = tiny_batch(model, [3000, 2500, 3000, 1800], [5, 3, 6, 0])
     shares = torch.tensor([[0.5, 0.25, 0.25, 0], [0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4], [0, 0.5, 0.5, 0]])
-    outputs = model(**batch, label_distribution=shares)
+    outputs = model(**batch, class_shares=shares)
     log_p, q = log_softmax(outputs.logits.double().numpy(), axis=1), shares.double().numpy()
     smoothed = (1 - smoothing) * q + smoothing / 4
     assert outputs.losses["cross_entropy"].item() == pytest.approx(-(smoothed * log_p).sum(1).mean(), rel=1e-6)
@@ -302,7 +300,7 @@ def test_the_loss_of_a_model_against_shares(smoothing):
     majority = model(**batch, labels=torch.tensor([0, 3, 3, 1]))
     for name in ("anchor", "uncertainty", "prototype"):
         assert outputs.losses[name] == majority.losses[name]
-    given = model(**batch, labels=torch.tensor([0, 3, 3, 2]), label_distribution=shares)
+    given = model(**batch, labels=torch.tensor([0, 3, 3, 2]), class_shares=shares)
     assert given.losses["anchor"] != outputs.losses["anchor"]
     assert given.losses["cross_entropy"] == outputs.losses["cross_entropy"]
 
@@ -312,7 +310,7 @@ def test_a_mixture_of_clips_mixes_their_shares(monkeypatch):
     model = any_model(dropout=False, mixup_alpha=0.4, **OFF).train()
     monkeypatch.setattr(model, "_draw_mixture", lambda size: (0.7, torch.tensor([2, 0, 1])))
     shares = torch.tensor([[0.5, 0.25, 0.25, 0], [0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4]])
-    outputs = model(**tiny_batch(model, [3000, 2500, 3000], [5, 3, 6]), label_distribution=shares)
+    outputs = model(**tiny_batch(model, [3000, 2500, 3000], [5, 3, 6]), class_shares=shares)
     mixed = 0.9 * (0.7 * shares + 0.3 * shares[[2, 0, 1]]).double().numpy() + 0.025
     log_p = log_softmax(outputs.logits.double().numpy(), axis=1)
     assert outputs.losses["cross_entropy"].item() == pytest.approx(-(mixed * log_p).sum(1).mean(), rel=1e-6)
@@ -323,7 +321,7 @@ def test_one_hot_shares_are_labels():
     model = any_model(dropout=False, class_counts=[4, 3, 2, 1], supervised_contrastive_loss_weight=0.3)
     labels = torch.tensor([0, 3, 3, 1])
     batch = tiny_batch(model, [3000, 2500, 3000, 1800], [5, 3, 6, 0])
-    hard, soft = model(**batch, labels=labels), model(**batch, label_distribution=one_hot(labels))
+    hard, soft = model(**batch, labels=labels), model(**batch, class_shares=one_hot(labels))
     for name, part in hard.losses.items():
         assert soft.losses[name].item() == pytest.approx(part.item(), rel=1e-6), name
     assert soft.loss.item() == pytest.approx(hard.loss.item(), rel=1e-6)
@@ -337,11 +335,11 @@ def test_shares_that_are_none_are_refused(shares):
     batch = tiny_batch(model, [3000], [5])
     shares = torch.tensor(shares)
     if shares.shape[1] == 4 and shares.is_floating_point():
-        match = "Each row of `label_distribution` must be shares that sum to 1"
+        match = "Each row of `class_shares` must be shares that sum to 1"
     else:
-        match = r"`label_distribution` must be a float tensor of shape \(1, 4\)"
+        match = r"`class_shares` must be a float tensor of shape \(1, 4\)"
     with pytest.raises(ValueError, match=match):
-        model(**batch, label_distribution=shares)
+        model(**batch, class_shares=shares)
 
 
 # --- examples, the cache, runs ---------------------------------------------------------------------------------------
@@ -357,8 +355,8 @@ def test_examples_and_batches_carry_the_shares_also_from_the_cache(corpus, tmp_p
     collate = MMSERDataCollator(processor)
     batches = [collate([dataset[index] for index in range(4)]) for dataset in (plain, cached)]
     for batch in batches:
-        assert batch["label_distribution"].dtype == torch.float32
-        np.testing.assert_array_equal(batch["label_distribution"], data["validation"][:4]["label_distribution"])
+        assert batch["class_shares"].dtype == torch.float32
+        np.testing.assert_array_equal(batch["class_shares"], data["validation"][:4]["class_shares"])
     with torch.no_grad():
         losses = [model(**batch).loss.item() for batch in batches]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the states are kept in float16
