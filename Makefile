@@ -20,7 +20,7 @@ demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer $(DEMO)/non_speech
 	OMP_NUM_THREADS=1 $(BIN)/python train_hf.py $(RECIPE)
 	OMP_NUM_THREADS=1 $(BIN)/python eval_hf.py --checkpoint $(DEMO)/model --data_dir $(DEMO)/corpus \
 		--ood_dir $(DEMO)/corpus/ood $(DEMO)/non_speech --log_mel_probe --output_dir $(DEMO)/report
-	$(BIN)/python demo/classify.py $(DEMO)/model $(DEMO)/corpus
+	$(BIN)/python demo/classify.py $(DEMO)/model $(DEMO)/corpus --report $(DEMO)/report/report.json
 
 $(DEMO)/corpus: | $(VENV)/installed
 	$(BIN)/python demo/synthesize_corpus.py $@

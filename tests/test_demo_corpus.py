@@ -236,9 +236,9 @@ def test_an_unknown_clip_of_the_demo_is_called_unknown_first():
     classify = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(classify)
     best = {"label": "happy", "score": 0.998, "uncertainty": 0.0123, "is_unknown": True}
-    assert classify.describe(best) == "unknown (nearest of the classes: happy 1.00)"
-    assert classify.describe({**best, "is_unknown": False}) == "happy 1.00, uncertainty 0.01"
-    assert classify.describe({**best, "is_unknown": None}) == "happy 1.00, uncertainty 0.01"  # OpenMax is not fitted
+    assert classify.describe(best) == "unknown (nearest of the classes: happy 0.998)"
+    assert classify.describe({**best, "is_unknown": False}) == "happy 0.998, uncertainty 0.01"
+    assert classify.describe({**best, "is_unknown": None}) == "happy 0.998, uncertainty 0.01"  # OpenMax is not fitted
 
 
 @pytest.mark.parametrize(
