@@ -82,17 +82,19 @@ def test_tables_go_between_their_markers(shared, tmp_path):
 
 def committed_tables():
     from benchmarks import (
+        adapters,
         auxiliary_tasks,
         compatibility,
         head_depth,
         judged,
         noise,
         open_set,
+        parts,
         prediction_sets,
         real_speech_tables,
         speed,
     )
-    from benchmarks.tables import read_results
+    from benchmarks.tables import read_results, table
 
     report, lines = read_results(RESULTS / "real_speech.json")
     tables = real_speech_tables.make_tables(report, lines)
@@ -103,6 +105,9 @@ def committed_tables():
     tables |= prediction_sets.make_tables(*read_results(RESULTS / "prediction_sets.json"))
     tables |= noise.make_tables(read_results(RESULTS / "noise.json")[1])
     tables |= auxiliary_tasks.make_tables(read_results(RESULTS / "auxiliary_tasks.json")[1])
+    tables |= parts.make_tables(read_results(RESULTS / "parts.json")[1])
+    tables |= {"adapters": table(adapters.summarise(read_results(RESULTS / "adapters.json")[1]))}
+    tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
     return tables
