@@ -21,6 +21,7 @@ from transformers import AutoFeatureExtractor, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
+from mmser.batches import pad_states
 from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.examples import EmotionDataset
 from mmser.optimizer import parameter_groups
@@ -134,13 +135,10 @@ def build(clips: Clips, overrides: Mapping[str, Any]) -> MMSERForAudioClassifica
 
 
 def batch(clips: Clips, rows: Tensor) -> dict[str, Any]:
-    states = [clips.states[row] for row in rows.tolist()]
-    lengths = torch.tensor([len(own) for own in states])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    padded = nn.utils.rnn.pad_sequence(states, batch_first=True).float()
+    padded, mask = pad_states([clips.states[row].numpy() for row in rows.tolist()])
     targets: dict[str, Any] = {task: values[rows] for task, values in clips.targets.items()}
     targets = {"auxiliary_targets": targets} if targets else {}
-    return {"audio_states": padded, "attention_mask": mask, "labels": clips.labels[rows], **targets}
+    return {"audio_states": padded.float(), "attention_mask": mask, "labels": clips.labels[rows], **targets}
 
 
 class Batches:

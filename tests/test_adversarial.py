@@ -4,12 +4,7 @@ states standardised, the states that are given are those that enter the fusion."
 
 import copy
 import math
-import os
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +15,7 @@ from test_trainer import (
     load_splits,
     make_trainer,
     resumable,
+    run_two_processes,
     training_lines,
     training_losses,
 )
@@ -401,21 +397,7 @@ def run_variant(name, model, splits, folder, **arguments):
 def test_two_processes_train_as_one(splits, tmp_path):
     start = tiny_model(dropout=False)
     start.save_pretrained(tmp_path / "start")
-    corpus = Path(splits["train"][0]["audio"]).parents[1]
-    (tmp_path / "worker.py").write_text(WORKER)
-    here = Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = subprocess.run(
-        [sys.executable, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
-        env={**os.environ, **launched, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_two_processes(WORKER, splits, tmp_path)
     for name in VARIANTS:
         model = MMSERForAudioClassification.from_pretrained(tmp_path / "start")
         weights, losses = run_variant(name, model, splits, tmp_path / "one", per_device_train_batch_size=8)

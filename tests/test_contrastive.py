@@ -3,11 +3,6 @@
 over all that each of them is compared with."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +10,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import DETERMINISTIC, flat_parameters, load_splits, make_trainer, training_lines
+from test_trainer import (
+    DETERMINISTIC,
+    flat_parameters,
+    load_splits,
+    make_trainer,
+    run_two_processes,
+    training_lines,
+)
 from tiny import tiny_batch
 from tiny import tiny_model as wide_model
 from tiny_corpus import tiny_model, write_corpus
@@ -280,21 +282,7 @@ def gathered_gradient(own):
 def test_two_processes_are_one_with_the_whole_batch(splits, tmp_path):
     start = tiny_model(dropout=False, **CONTRASTIVE)
     start.save_pretrained(tmp_path / "start")
-    corpus = Path(splits["train"][0]["audio"]).parents[1]
-    (tmp_path / "worker.py").write_text(WORKER)
-    here = Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = subprocess.run(
-        [sys.executable, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
-        env={**os.environ, **launched, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_two_processes(WORKER, splits, tmp_path)
     model = MMSERForAudioClassification.from_pretrained(tmp_path / "start")
     weights, losses = run(model, splits, tmp_path / "one", 8)
     loss, gradient = gathered_gradient(slice(0, 8))

@@ -466,25 +466,33 @@ if other:
 """
 
 
-def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits, tmp_path):
-    start = tiny_model(dropout=False)
-    start.save_pretrained(tmp_path / "start")
+def run_two_processes(worker, splits, folder):
+    """Run a worker's code, which forks into two ranks, on the clips of `splits` and the model in `folder / "start"`.
+
+    The worker writes its results into `folder`.
+    """
     corpus = Path(splits["train"][0]["audio"]).parents[1]
-    (tmp_path / "worker.py").write_text(WORKER)
+    (folder / "worker.py").write_text(worker)
     here = Path(__file__).parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What torchrun sets, except for the ranks. The launcher only waits for its processes: the test does without it
+    # What torchrun sets, except for the ranks. The launcher only waits for its processes: the tests do without it
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = subprocess.run(
-        [sys.executable, tmp_path / "worker.py", corpus, tmp_path / "start", tmp_path],
+        [sys.executable, folder / "worker.py", corpus, folder / "start", folder],
         env={**os.environ, **launched, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert process.returncode == 0, process.stderr[-4000:]
+
+
+def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits, tmp_path):
+    start = tiny_model(dropout=False)
+    start.save_pretrained(tmp_path / "start")
+    run_two_processes(WORKER, splits, tmp_path)
     ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1)]
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = make_trainer(start, splits, tmp_path / "one", **DETERMINISTIC, **sizes, max_steps=5)
