@@ -36,6 +36,7 @@ from transformers.utils import logging
 from benchmarks.modalities import groups_of, score
 from mmser.examples import EmotionDataset
 from mmser.loading import load_emotion_dataset
+from mmser.training_arguments import processor_has_bf16
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
@@ -353,6 +354,7 @@ def whisper(data_dir: str, audio_encoder: str, seconds: float, seed: int) -> dic
     """Transformers' own classifier, with so many seconds of training."""
     splits, label_names = load_emotion_dataset(data_dir)
     train, validation, test = (EmotionDataset(splits[n], use_text=False) for n in ("train", "validation", "test"))
+    bf16 = torch.cuda.is_available() or processor_has_bf16()
     predictions, details = fine_tune_whisper(
         audio_encoder,
         train,
@@ -361,11 +363,11 @@ def whisper(data_dir: str, audio_encoder: str, seconds: float, seed: int) -> dic
         label_names,
         max_seconds_of_training=seconds,
         seed=seed,
-        bf16=True,
+        bf16=bf16,
         use_cpu=not torch.cuda.is_available(),  # else bf16 is refused there
         disable_tqdm=True,
     )
     columns = ("training_seconds", "validation_weighted_f1", "parameters", "trainable_parameters")
     scores = score("audio_only", predictions, splits["test"]["labels"], label_names, groups_of(splits["test"]))
     result = {name: details.pop(name) for name in columns}
-    return {**result, "scores": scores, "details": details, "dtype": "bfloat16 autocast"}
+    return {**result, "scores": scores, "details": details, "dtype": "bfloat16 autocast" if bf16 else "float32"}

@@ -25,6 +25,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, get_cosine_schedul
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.pooled_states import autocast_here
 from benchmarks.tables import Row, cell, difference, mean, parse_arguments, publish, read_results, table
 from configuration_mmser import MMSERConfig
 from mmser.caching import CachedStatesDataset, EncoderStateCache
@@ -63,7 +64,7 @@ def encode(
     model = MMSERForAudioClassification.from_backbones(audio_encoder, text_encoder, audio_num_hidden_layers=4)
     model.freeze_audio_encoder()
     model.freeze_text_encoder()
-    cache = EncoderStateCache(cache_dir, model, MMSERProcessor(extractor, tokenizer), autocast=torch.bfloat16)
+    cache = EncoderStateCache(cache_dir, model, MMSERProcessor(extractor, tokenizer), autocast=autocast_here())
     clips = {}
     for name, folder in folders.items():
         tables = load_emotion_dataset(folder)[0]
@@ -130,8 +131,9 @@ def train(clips: Sequence[Clip], fusion_type: str, seed: int) -> MMSERForAudioCl
     optimizer = torch.optim.AdamW(groups, fused=True)
     scheduler = get_cosine_schedule_with_warmup(optimizer, STEPS // 10, STEPS)
     model.train()
+    autocast = autocast_here()
     for _, batch in zip(range(STEPS), batches(clips), strict=False):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = model(**collate(batch, TEXT_DROPOUT)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -222,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "steps": STEPS,
                 "batch_size": BATCH_SIZE,
                 "text_dropout": TEXT_DROPOUT,
-                "autocast": "bfloat16",
+                "autocast": str(autocast_here()),
             },
             "threads": torch.get_num_threads(),
             "environment": environment(),

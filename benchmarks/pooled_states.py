@@ -26,6 +26,7 @@ from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.examples import EmotionDataset
 from mmser.optimizer import parameter_groups
 from mmser.splits import speaker_key
+from mmser.training_arguments import processor_has_bf16
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
@@ -96,13 +97,18 @@ def every_fourth_frame(clips: Clips) -> Clips:
     return replace(clips, states=[own[::4].clone() for own in clips.states])
 
 
+def autocast_here() -> torch.dtype | None:
+    """What the processor of this machine computes faster than float32."""
+    return torch.bfloat16 if processor_has_bf16() else None
+
+
 def encode(tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir: Path) -> dict[str, Clips]:
     """The clips of each table, with all their frames; these are computed once, and read from `cache_dir`."""
     extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
     processor = MMSERProcessor(extractor)
     model = MMSERForAudioClassification.from_backbones(audio_encoder, None)
     model.freeze_audio_encoder()
-    cache = EncoderStateCache(cache_dir, model, processor, autocast=torch.bfloat16)
+    cache = EncoderStateCache(cache_dir, model, processor, autocast=autocast_here())
     encoded = {}
     for name, split in tables.items():
         dataset = CachedStatesDataset(

@@ -50,7 +50,8 @@ class TrainingFlags:
     use_amp: bool = field(
         default=False,
         metadata={
-            "help": "Mixed precision: bf16 where the device has it, else fp16. `--bf16` and `--fp16` choose one."
+            "help": "Mixed precision: bf16 where the device has it, else fp16, on a processor else none. `--bf16` and "
+            "`--fp16` choose one."
         },
     )
     weight_averaging: float = field(

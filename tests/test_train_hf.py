@@ -182,7 +182,8 @@ def test_what_is_no_checkpoint_is_told_before_any_work(run, tmp_path, monkeypatc
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def test_short_spellings_of_the_flags():
+def test_short_spellings_of_the_flags(monkeypatch):
+    monkeypatch.setattr("mmser.training_arguments.processor_has_bf16", lambda: True)
     words = ["--data_dir", "d", "--save_dir", "s", "--epochs", "3", "--batch_size", "5", "--lr", "0.5"]
     words += ["--use_amp", "--no_augment", "--use_cpu"]
     _, data, training = parse_arguments(TRAINING_ARGUMENTS, words)
@@ -386,7 +387,8 @@ def test_what_cannot_be_cached_is_refused(run, corpus, checkpoint, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_recipe_runs_with_amp_frozen_encoders_and_supervised_contrast(run, tmp_path):
+def test_a_recipe_runs_with_amp_frozen_encoders_and_supervised_contrast(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("mmser.training_arguments.processor_has_bf16", lambda: True)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"freeze_audio": True, "freeze_text": True, "use_amp": True, "augment": False}))
     results = run(str(recipe), config_overrides={**JOINT, "supervised_contrastive_loss_weight": 0.1}, max_steps=3)

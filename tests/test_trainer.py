@@ -296,7 +296,8 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_part(splits, tmp_p
 
 
 @pytest.mark.parametrize("flag", ["bf16", "use_amp"])
-def test_mixed_precision_trains_on_the_processor(flag, splits, tmp_path):
+def test_mixed_precision_trains_on_the_processor(flag, splits, monkeypatch, tmp_path):
+    monkeypatch.setattr(training_arguments, "processor_has_bf16", lambda: True)
     trainer = make_trainer(tiny_model(), splits, tmp_path, learning_rate=1e-2, max_steps=3, **{flag: True})
     assert trainer.accelerator.mixed_precision == "bf16"
     seen = []
@@ -317,6 +318,7 @@ def test_mixed_precision_is_that_of_the_device_which_stays(accelerator, has_bf16
     """Any kind of accelerator: MPS and XPU are no CUDA, and are not left for the processor."""
     assert not torch.cuda.is_available()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(training_arguments, "processor_has_bf16", lambda: True)
     for module in (training_arguments, transformers.training_args):
         monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: accelerator and has_bf16)
     options = {"output_dir": str(tmp_path), "use_cpu": use_cpu}
@@ -334,6 +336,19 @@ def test_mixed_precision_is_that_of_the_device_which_stays(accelerator, has_bf16
             MMSERTrainingArguments(bf16=True, **options)
     else:
         assert MMSERTrainingArguments(bf16=True, **options).use_cpu is on_cpu
+
+
+def test_a_processor_without_bf16_trains_in_float32(monkeypatch, tmp_path, log):
+    """Emulated bf16 takes tens of times as long: `--use_amp` leaves it, and `--bf16`, which asks for it, is told."""
+    monkeypatch.setattr(training_arguments, "processor_has_bf16", lambda: False)
+    found = MMSERTrainingArguments(use_amp=True, output_dir=str(tmp_path), use_cpu=True)
+    assert not found.bf16 and not found.fp16 and "--use_amp: this processor has no bf16" in log.text
+    log.clear()
+    assert MMSERTrainingArguments(bf16=True, output_dir=str(tmp_path), use_cpu=True).bf16
+    assert "--bf16: this processor has no bf16" in log.text
+    monkeypatch.setattr(training_arguments, "processor_has_bf16", lambda: True)
+    log.clear()
+    assert MMSERTrainingArguments(use_amp=True, output_dir=str(tmp_path), use_cpu=True).bf16 and not log.text
 
 
 def test_frozen_encoders_do_not_move(splits, tmp_path):
