@@ -51,6 +51,7 @@ class Clips:
         labels: int64 [N]; -1 for what is none of the classes.
         corpora, speakers: N names; a speaker's name has that of the corpus in it.
         targets: of tasks beside the emotion, [N] each, as `auxiliary_targets` of the model.
+        shares: of the votes for each class, float32 [N, C], where the labels are the majority of votes.
     """
 
     states: list[Tensor]
@@ -58,6 +59,7 @@ class Clips:
     corpora: np.ndarray
     speakers: np.ndarray
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,7 +69,9 @@ class Clips:
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         states = [self.states[row] for row in rows]
         targets = {task: values[torch.from_numpy(rows)] for task, values in self.targets.items()}
-        return Clips(states, self.labels[torch.from_numpy(rows)], self.corpora[rows], self.speakers[rows], targets)
+        shares = None if self.shares is None else self.shares[torch.from_numpy(rows)]
+        labels = self.labels[torch.from_numpy(rows)]
+        return Clips(states, labels, self.corpora[rows], self.speakers[rows], targets, shares)
 
     def layers(self, count: int | None) -> "Clips":
         """The states of the first `count` layers only; None keeps all."""
@@ -129,10 +133,13 @@ def build(clips: Clips, overrides: Mapping[str, Any]) -> MMSERForAudioClassifica
     # The states are here already: the smallest encoder with such states stands for the one that made them
     encoder = {"model_type": "whisper", "d_model": size, "encoder_layers": num_layers - 1}
     encoder |= {"encoder_attention_heads": 1, "encoder_ffn_dim": 1}
+    counts = torch.bincount(clips.labels, minlength=NUM_LABELS)
+    if clips.shares is not None:
+        counts = clips.shares.sum(dim=0).round().long()
     config = MMSERConfig(
         audio_config=encoder,
         modalities=["audio"],
-        class_counts=torch.bincount(clips.labels, minlength=NUM_LABELS).tolist(),
+        class_counts=counts.tolist(),
         **{**FIELDS, **overrides},
     )
     model = MMSERForAudioClassification(config)
@@ -144,6 +151,8 @@ def batch(clips: Clips, rows: Tensor) -> dict[str, Any]:
     padded, mask = pad_states([clips.states[row].numpy() for row in rows.tolist()])
     targets: dict[str, Any] = {task: values[rows] for task, values in clips.targets.items()}
     targets = {"auxiliary_targets": targets} if targets else {}
+    if clips.shares is not None:
+        targets["class_shares"] = clips.shares[rows]
     return {"audio_states": padded.float(), "attention_mask": mask, "labels": clips.labels[rows], **targets}
 
 
@@ -191,7 +200,8 @@ def _grouped_by_length(clips: Clips, order: Tensor) -> Tensor:
 @torch.no_grad()
 def predict(model: MMSERForAudioClassification, clips: Clips) -> dict[str, np.ndarray]:
     """What the model says of each clip: `logits`, `uncertainty`, `auxiliary_<task>` and so on, [N, ...]."""
-    without_labels = ({**own, "labels": None, "auxiliary_targets": None} for own in Batches(clips))
+    without = dict.fromkeys(("labels", "auxiliary_targets", "class_shares"))
+    without_labels = ({**own, **without} for own in Batches(clips))
     parts = [model(**own) for own in without_labels]
     names = ("logits", "uncertainty", "features", "fused", "anchor_distances", "rejection_score")
     found = {name: [part[name] for part in parts] for name in names if parts[0].get(name) is not None}

@@ -363,3 +363,120 @@ def test_the_sex_of_a_speaker_is_that_of_its_code():
     codes = {"RAVDESS_02": 0, "RAVDESS_13": 1, "EMO-DB_09": 0, "EMO-DB_15": 1, "URDU_SF3": 0, "URDU_SM21": 1}
     codes |= {"TESS_OAF": 0, "ASED_04": NO_CLASS}
     assert {speaker: sex_of(speaker.split("_")[0], speaker) for speaker in codes} == codes
+
+
+# ---- soft_targets.py
+
+
+def test_raters_are_wrong_as_often_and_as_the_probe_is():
+    from benchmarks.soft_targets import RATERS, simulate_votes, wrong_answers
+
+    labels, answers = np.array([0, 0, 0, 0, 1, 1, 2, 3]), np.array([0, 1, 1, 2, 1, 0, 3, 0])
+    confusion = wrong_answers(answers, labels)
+    np.testing.assert_allclose(confusion, [[0, 2 / 3, 1 / 3, 0], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]])
+    with pytest.raises(ValueError, match="never wrong about a class"):
+        wrong_answers(np.arange(4), np.arange(4))
+    truth = np.repeat(np.arange(4), 1000)
+    votes = simulate_votes(truth, confusion, 0.3, seed=0)
+    assert votes.shape == (4000, RATERS) and np.mean(votes != truth[:, None]) == pytest.approx(0.3, abs=0.015)
+    of_first = votes[truth == 0]
+    assert np.mean(of_first[of_first != 0] == 1) == pytest.approx(2 / 3, abs=0.04)
+    assert (simulate_votes(truth, confusion, 0.3, seed=1) != votes).any()
+
+
+def test_votes_are_read_by_the_flag_and_shares_reach_the_model(corpus, monkeypatch):
+    from benchmarks import pooled_states, soft_targets
+    from mmser.loading import load_emotion_dataset
+
+    split = load_emotion_dataset(corpus, label_names=soft_targets.LABELS)[0]["train"]
+    truth = np.array(split["labels"])
+    votes = np.stack([truth, truth, truth, (truth + 1) % 4, (truth + 2) % 4], axis=1)
+    majority, shares = soft_targets.read_votes(split, votes)
+    assert majority.tolist() == truth.tolist()
+    expected = np.apply_along_axis(np.bincount, 1, votes, minlength=4) / 5
+    np.testing.assert_allclose(shares, expected, atol=1e-6)
+    states = [torch.randn(2, 2, 8) for _ in truth]
+    names = np.array(["a"] * len(truth))
+    clips = pooled_states.Clips(states, majority, names, names, shares=shares).take(truth < 3)
+    batch = pooled_states.batch(clips, torch.tensor([3, 0]))
+    assert torch.equal(batch["class_shares"], clips.shares[[3, 0]])
+    model = pooled_states.build(clips, {"classifier_num_layers": 0})
+    assert model.config.class_counts == np.rint(expected[truth < 3].sum(axis=0)).astype(int).tolist()
+    monkeypatch.setattr(pooled_states, "EPOCHS", 1)
+    monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, "classifier_num_layers": 0})
+    everyone = dict.fromkeys(("train", "validation", "test"), pooled_states.Clips(states, majority, names, names))
+    confusion = np.full((4, 4), 1 / 3) - np.eye(4) / 3
+    lines = soft_targets.measure(everyone, split, confusion, [0])
+    assert [line["learnt"] for line in lines] == [
+        soft_targets.TRUTH,
+        *2 * [soft_targets.MAJORITY, soft_targets.SHARES],
+    ]
+    assert lines[0]["right"] == 1 and lines[3]["right"] == lines[4]["right"] < 1
+    assert lines[3]["test_log_loss"] != lines[4]["test_log_loss"]
+    assert soft_targets.make_tables(lines)["soft_targets"].count("\n") == 6
+
+
+# ---- distillation.py
+
+
+@pytest.fixture
+def teacher_and_students(corpus, tmp_path):
+    """A trained teacher of both modalities, small recipes for its students, and the flags of the benchmark."""
+    from tiny_corpus import AUDIO, JOINT, TEXT, tiny_tokenizer
+    from transformers import BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    import train_hf
+
+    torch.manual_seed(0)
+    Wav2Vec2Model(Wav2Vec2Config(**{**AUDIO, "num_hidden_layers": 2})).save_pretrained(tmp_path / "audio")
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "audio")
+    BertModel(BertConfig(vocab_size=len(tiny_tokenizer()), **TEXT)).save_pretrained(tmp_path / "text")
+    tiny_tokenizer().save_pretrained(tmp_path / "text")
+    short = {"max_steps": 2, "dataloader_num_workers": 0, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    frozen = {**short, "freeze_audio": True, "freeze_text": True, "config_overrides": JOINT}
+    (tmp_path / "recipes").mkdir()
+    for name, recipe in (("all_parts", frozen), ("finetune", {**short, "freeze_text": True})):
+        (tmp_path / "recipes" / f"real_speech_{name}.json").write_text(json.dumps(recipe))
+    encoders = {f"{kind}_model_name_or_path": str(tmp_path / kind) for kind in ("audio", "text")}
+    recipe = {**frozen, **encoders, "data_dir": str(corpus), "output_dir": str(tmp_path / "teacher")}
+    (tmp_path / "teacher.json").write_text(json.dumps(recipe))
+    train_hf.main([str(tmp_path / "teacher.json")])
+    places = {"data_dir": corpus, "audio_encoder": tmp_path / "audio", "teacher": tmp_path / "teacher"}
+    places |= {"recipes": tmp_path / "recipes", "work_dir": tmp_path / "work", "output": tmp_path / "out.json"}
+    return [word for name, value in places.items() for word in (f"--{name}", str(value))]
+
+
+def test_students_differ_by_the_teacher_alone(shared, teacher_and_students, tmp_path, capsys):
+    from benchmarks import distillation
+
+    flags = [*teacher_and_students, "--seeds", "0", "--layers", "1", "--blocks", "1", "--threads", "1"]
+    assert distillation.main(flags) == 0
+    report, _ = shared.read_results(tmp_path / "out.json")
+    students = [row["row"] for row in report["rows"]]
+    assert len(students) == 4 and all(row["seeds"] == [0] for row in report["rows"])
+    results = json.loads((tmp_path / "teacher" / "eval_results.json").read_text())
+    assert report["teacher"]["test_weighted_f1"] == results["test"]["model"]["weighted_f1"]
+    recipes = {
+        path.parts[-3]: json.loads(path.read_text())
+        for path in (tmp_path / "work").glob("distillation/*/*/recipe.json")
+    }
+    for encoder in distillation.ENCODERS:
+        alone, taught = (recipes[f"{encoder}_encoder_labels_{rest}"] for rest in ("alone", "and_teacher"))
+        assert alone["config_overrides"].pop("distillation_loss_weight") == 0
+        assert taught["config_overrides"].pop("distillation_loss_weight") == 1
+        assert taught.pop("teacher_name_or_path") == str(tmp_path / "teacher")
+        for recipe in (alone, taught):
+            del recipe["output_dir"]
+            assert ("cache_encoder_states" in recipe) == (encoder == "frozen")
+            start = recipe.pop("model_name_or_path", None)
+            assert (start is None) == (encoder == "frozen")
+        assert alone == taught
+    assert list((tmp_path / "work" / "states").glob("teacher-*/*.safetensors"))  # its answers are kept
+    shown = capsys.readouterr().out
+    assert shown.count("| frozen encoder, ") == shown.count("| tuned encoder, ") == 2
+    assert distillation.main(["--from_results", "--output", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out in shown
+    results["data"]["clips"]["test"] += 1
+    (tmp_path / "teacher" / "eval_results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="--teacher was judged on"):
+        distillation.main(flags)
