@@ -2,9 +2,10 @@
 """What int8 in PyTorch and pruned encoders cost and gain: size, speed and weighted F1 of one checkpoint.
 
     python benchmarks/smaller.py --checkpoint runs/mine --data_dir my_data --test_clips 200
-    python benchmarks/smaller.py --checkpoint runs/mine --data_dir my_data --onnx runs/onnx_int8
+    python benchmarks/smaller.py --checkpoint runs/mine --data_dir my_data --onnx runs/onnx_int8 --also runs/pruned_40
 
-Nothing is trained and nothing chosen by scores: training clips decide what is pruned. Every test clip, drawn at
+`--also` names checkpoints that `export_hf.py --prune 0.4 --recovery_epochs 1` made of the same one. Nothing else is
+trained and nothing chosen by scores: training clips decide what is pruned. Every test clip, drawn at
 random, goes through all variants in turn, alone; speed is the processor time of the main thread, and ratios are
 medians of the ratios of each clip. Writes `benchmarks/results/smaller.json`.
 """
@@ -62,6 +63,10 @@ def build_variants(arguments: argparse.Namespace, calibration: list[dict[str, An
             print(prune(model, calibration, share), flush=True)
         variants[f"{share:.0%}", FLOAT32] = model.eval()
         variants[f"{share:.0%}", INT8] = quantize_dynamic(copy.deepcopy(model))
+    for folder in arguments.also:
+        model = MMSERForAudioClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        variants[folder.name, FLOAT32] = model
+        variants[folder.name, INT8] = quantize_dynamic(copy.deepcopy(model))
     if arguments.onnx:
         session = MMSEROnnxForAudioClassification.from_pretrained(arguments.onnx, providers=["CPUExecutionProvider"])
         variants["0%", ONNX] = session
@@ -117,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--checkpoint", help="an MMSER checkpoint in float32")
     parser.add_argument("--data_dir", help="with train/ and test/")
     parser.add_argument("--onnx", help="the same checkpoint, exported by `--dtype int8`")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="checkpoints that were made of it")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.2, 0.4])
     parser.add_argument("--calibration_clips", type=int, default=200)
     parser.add_argument("--test_clips", type=int, help="drawn at random; default: all")

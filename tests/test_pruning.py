@@ -311,9 +311,12 @@ def test_removing_layers_keeps_their_order():
 
 def test_the_benchmark_compares_the_variants_on_the_same_clips(folder, tmp_path):
     flags = ["--checkpoint", folder / "checkpoint", "--data_dir", folder / "corpus", "--output", tmp_path / "r.json"]
+    flags += ["--also", folder / "checkpoint"]
     report = smaller.main([str(flag) for flag in [*flags, "--shares", "0", "0.5", "--test_clips", "5"]])
     names = [(row["pruned"], row["weights"]) for row in report["rows"]]
-    assert names == [(share, weights) for share in ("0%", "50%") for weights in (smaller.FLOAT32, smaller.INT8)]
+    shown = ("0%", "50%", "checkpoint")
+    assert names == [(share, weights) for share in shown for weights in (smaller.FLOAT32, smaller.INT8)]
+    assert report["rows"][4] | {"times as fast": 1.0} == report["rows"][0] | {"pruned": "checkpoint"}
     assert report["settings"]["test_clips"] == 5 and report["rows"][0]["same answer"] == "100%"
     assert report["rows"][0]["times as fast"] == 1.0
     assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(report))
