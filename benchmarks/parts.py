@@ -150,7 +150,9 @@ def few_shot(clips: Mapping[str, Clips], seed: int) -> Measured:
     """Prototypes and the contrastive loss: a corpus never heard, of which 10 clips a class are known."""
     found: Measured = []
     variants = {name: WITHOUT[name] for name in (ALL, "no prototypes")}
-    variants["with contrastive loss"] = {"supervised_contrastive_loss_weight": 0.1}
+    contrastive = {"supervised_contrastive_loss_weight": 0.1}
+    variants["with contrastive loss"] = contrastive
+    variants["the same, negatives of one corpus"] = {**contrastive, "contrastive_other_corpus_weight": 0.0}
     for variant, overrides in variants.items():
         model = train(clips["train"], overrides, seed)
         for corpus in np.unique(clips["new"].corpora):

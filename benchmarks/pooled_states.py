@@ -40,6 +40,7 @@ FIELDS = {
 LEARNING_RATE, WEIGHT_DECAY, LR_MULTIPLIERS = 7e-4, 1.0, {"layer_weights": 60.0}
 BATCH_SIZE, EPOCHS = 64, 15
 NUM_LABELS = 4
+SMALL_NETWORK_STEPS = 1500
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def batch(clips: Clips, rows: Tensor) -> dict[str, Any]:
     targets = {"auxiliary_targets": targets} if targets else {}
     if clips.shares is not None:
         targets["class_shares"] = clips.shares[rows]
+    _, corpora = np.unique(clips.corpora[rows.numpy()], return_inverse=True)
+    targets["corpus_ids"] = torch.from_numpy(corpora)
     return {"audio_states": padded.float(), "attention_mask": mask, "labels": clips.labels[rows], **targets}
 
 
@@ -238,12 +241,14 @@ def train_small_network(clips: Clips, seed: int = 0) -> Callable[[Clips], np.nda
     head = nn.Sequential(nn.Linear(inputs.shape[2], 256), nn.ReLU(), nn.Dropout(0.4), nn.Linear(256, NUM_LABELS))
     groups: list[dict[str, Any]] = [{"params": head.parameters()}, {"params": [layer_weights], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [1e-3, 1e-2], total_steps=1500, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [1e-3, 1e-2], total_steps=SMALL_NETWORK_STEPS, pct_start=0.1
+    )
 
     def forward(statistics: Tensor) -> Tensor:
         return head((F.softmax(layer_weights, 0)[:, None] * (statistics - mean) / scale).sum(dim=1))
 
-    for _ in range(1500):
+    for _ in range(SMALL_NETWORK_STEPS):
         rows = torch.randint(len(clips), (32,))
         F.cross_entropy(forward(inputs[rows]), clips.labels[rows], label_smoothing=0.1).backward()
         optimizer.step()
