@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of all commands, and how they are parsed: flags after an optional JSON recipe."""
 
-import dataclasses
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,29 +189,59 @@ NEW_MODEL = (
 SPEC_AUGMENT = ("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")
 
 
+def _several(text: str) -> dict[str, Any]:
+    """What a flag takes that has one value, which stays a plain string, or several."""
+    return {"nargs": "+", "help": text}
+
+
+PLACES = ("data_dir", "manifest", "dataset_name")
+ONE_OR_EACH = (
+    *("train_split", "validation_split", "test_split", "audio_column", "label_column", "text_column"),
+    *("speaker_column", "language_column", "corpus_column", "sex_column"),
+)
+
+
 @dataclass
 class SourceArguments:
-    """Where the clips come from. Give one of data_dir, manifest and dataset_name."""
+    """
+    Where the clips come from. Give data_dir, manifest or dataset_name, with one source or several; names of splits and
+    columns are for all of them, or one for each.
+    """
 
-    data_dir: str | None = field(
+    data_dir: list[str] | str | None = field(
+        default=None,
+        metadata=_several(
+            "Folders with train/, validation/, test/, each with metadata.csv, or with folders of classes; or tables."
+        ),
+    )
+    manifest: list[str] | str | None = field(
+        default=None, metadata=_several("One CSV or JSONL file that lists all clips.")
+    )
+    dataset_name: list[str] | str | None = field(default=None, metadata=_several("Name of a data set on the Hub."))
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    label_map: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with train/, validation/, test/, each with metadata.csv, or with folders of classes."
+            "help": "Table with the columns corpus (or *), label and target: one of our labels, `other` for clips of "
+            "none of them, or nothing to leave clips out."
         },
     )
-    manifest: str | None = field(default=None, metadata={"help": "One CSV or JSONL file that lists all clips."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_split: str | None = field(default=None, metadata={"help": "Name of the training split in the source."})
-    validation_split: str | None = field(default=None, metadata={"help": "Name of the validation split."})
-    test_split: str | None = field(default=None, metadata={"help": "Name of the test split."})
-    audio_column: str = field(default="file_name", metadata={"help": "Column with the audio file."})
-    label_column: str = field(default="label", metadata={"help": "Column with the label, a name or an id."})
-    text_column: str = field(default="transcription", metadata={"help": "Column with the transcript."})
-    speaker_column: str = field(default="speaker", metadata={"help": "Column with the speaker."})
-    language_column: str = field(default="language", metadata={"help": "Column with the language."})
-    corpus_column: str = field(default="corpus", metadata={"help": "Column with the corpus."})
-    sex_column: str = field(default="sex", metadata={"help": "Column with the speaker's sex."})
+    train_split: list[str] | str | None = field(
+        default=None, metadata=_several("Name of the training split in the source.")
+    )
+    validation_split: list[str] | str | None = field(default=None, metadata=_several("Name of the validation split."))
+    test_split: list[str] | str | None = field(default=None, metadata=_several("Name of the test split."))
+    audio_column: list[str] | str | None = field(default="file_name", metadata=_several("Column with the audio file."))
+    label_column: list[str] | str | None = field(
+        default="label", metadata=_several("Column with the label, a name or an id.")
+    )
+    text_column: list[str] | str | None = field(
+        default="transcription", metadata=_several("Column with the transcript.")
+    )
+    speaker_column: list[str] | str | None = field(default="speaker", metadata=_several("Column with the speaker."))
+    language_column: list[str] | str | None = field(default="language", metadata=_several("Column with the language."))
+    corpus_column: list[str] | str | None = field(default="corpus", metadata=_several("Column with the corpus."))
+    sex_column: list[str] | str | None = field(default="sex", metadata=_several("Column with the speaker's sex."))
     label_distribution_columns: list[str] | None = field(
         default=None,
         metadata={
@@ -232,13 +261,35 @@ class SourceArguments:
         default=None, metadata={"help": "Evaluate each split on that many clips, drawn at random."}
     )
 
+    def __post_init__(self):
+        for name in (*PLACES, *ONE_OR_EACH):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(self, name, value[0])
+
     @property
-    def columns(self) -> "DataColumns":
+    def columns(self) -> "DataColumns | list[DataColumns]":
+        """Of all sources, or of each if one of them has names of its own."""
         from mmser.sources import DataColumns
 
-        names = [column.name for column in dataclasses.fields(DataColumns)]
-        given = {name: getattr(self, f"{name}_column") for name in names}
-        return DataColumns(**{name: None if column.lower() == "none" else column for name, column in given.items()})
+        given = {column.name: _as_list(getattr(self, f"{column.name}_column")) for column in fields(DataColumns)}
+        number = max(map(len, given.values()))
+        for role, names in given.items():
+            if len(names) not in (1, number):
+                raise ValueError(f"--{role}_column: give one name, or one for each source; got {' '.join(names)}.")
+        each = [
+            DataColumns(**{role: _column(names[index % len(names)]) for role, names in given.items()})
+            for index in range(number)
+        ]
+        return each if number > 1 else each[0]
+
+    @property
+    def common_columns(self) -> "DataColumns":
+        """For clips that are in none of the sources: the names given once, and the usual ones of other columns."""
+        from mmser.sources import DataColumns
+
+        given = {column.name: getattr(self, f"{column.name}_column") for column in fields(DataColumns)}
+        return DataColumns(**{role: _column(name) for role, name in given.items() if isinstance(name, str)})
 
     @property
     def source(self) -> dict:
@@ -246,18 +297,39 @@ class SourceArguments:
         names = (
             *("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split"),
             *("test_split", "label_distribution_columns", "allow_speaker_overlap", "on_bad_example", "columns"),
+            "label_map",
         )
         return {name: getattr(self, name) for name in names}
 
     @property
+    def places(self) -> list[str]:
+        """Where all sources are."""
+        return [place for kind in PLACES for place in _as_list(getattr(self, kind))]
+
+    @property
     def on_the_hub(self) -> list[Named]:
-        """The data set on the Hub, for `mmser.names.reading`, if one is named."""
-        return [Named("--dataset_name", self.dataset_name, is_dataset=True)] if self.dataset_name else []
+        """The data sets on the Hub, for `mmser.names.reading`, as far as any are named."""
+        return [Named("--dataset_name", name, is_dataset=True) for name in _as_list(self.dataset_name)]
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether all clips are of one data set on the Hub."""
+        return self.dataset_name is not None and len(self.places) == 1
 
     @property
     def name(self) -> str:
-        """What the source is called; empty if none was given."""
-        return self.data_dir or self.manifest or self.dataset_name or ""
+        """What the source is called, or all of them together; empty if none was given."""
+        if len(self.places) > 1:
+            return " + ".join(Path(place).resolve().name for place in self.places)
+        return next(iter(self.places), "")
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _column(name: str) -> str | None:
+    return None if name.lower() == "none" else name
 
 
 @dataclass
@@ -316,6 +388,7 @@ class DataArguments(SourceArguments):
     audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("auxiliary_tasks", "auxiliary_label_maps"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, parse_json(getattr(self, name), f"--{name}"))

@@ -24,6 +24,7 @@ from mmser.names import Named, reading
 from mmser.report import Measured, reproducible
 from mmser.results import describe_data, environment
 from mmser.scores import audio_alone, evaluate_augmentation, predict_clips, predict_rows
+from mmser.sources import OTHER
 from mmser.targets import derive_targets, split_targets
 from mmser.trainer import MMSERTrainer
 from mmser.training_arguments import MMSERTrainingArguments
@@ -67,6 +68,7 @@ def load_clips(
         )
     if tasks and config is not None:
         splits, _ = derive_targets(splits, label_names, tasks, config.auxiliary_label_maps, has_default=False)
+    other = splits.pop(OTHER, None)
     if arguments.split is None and list(splits) == ["train"]:  # not divided into splits
         splits = {ALL: splits["train"]}
     split = arguments.split or next(name for name in (*SPLITS, ALL) if name in splits)
@@ -94,6 +96,9 @@ def load_clips(
     if arguments.log_mel_probe:
         check_log_mel_probe(splits[split], train, source.name)
     unknown = load_unknown(arguments.ood_dir or [], source, label_names)
+    if OTHER in unknown and other is not None:
+        raise ValueError(f"--ood_dir: the name {OTHER!r} is that of the clips which --label_map takes out; rename it.")
+    unknown |= {} if other is None else {OTHER: other}
     return Clips(
         split=split,
         evaluated=draw_clips(splits[split], source.max_eval_samples, arguments.seed),
@@ -127,7 +132,7 @@ def load_unknown(folders: list[str], source: SourceArguments, label_names: list[
         if name in tables or name == "mean":  # the report has a row of that name
             raise ValueError(f"--ood_dir {path}: the name {name!r} is taken in the report; rename the folder.")
         table = load_emotion_split(
-            path, columns=source.columns, label_names=label_names, on_bad_example=source.on_bad_example
+            path, columns=source.common_columns, label_names=label_names, on_bad_example=source.on_bad_example
         )
         rows = [index for index, label in enumerate(table["labels"]) if label < 0]
         if not rows:
@@ -304,7 +309,7 @@ def describe_evaluation(
     return {
         "model_name": Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint,
         "data": {
-            **describe_data(source.name, tables, is_hub=source.dataset_name is not None),
+            **describe_data(source.name, tables, is_hub=source.is_hub),
             "languages": describe_data(source.name, {clips.split: clips.evaluated})["languages"],
         },
         "split": clips.split,

@@ -32,7 +32,7 @@ def gather_labels(labelled_rows: Iterable[tuple[Any, str]]) -> Found:
     for label, row in labelled_rows:
         if isinstance(label, list | tuple | dict):
             raise ValueError(f"{row}: a label is one name or number, got {label!r:.60}")
-        if not is_missing(written := _written(label)):
+        if not is_missing(written := written_label(label)):
             found.setdefault(written, []).append(row)
     return found
 
@@ -87,7 +87,7 @@ def match_label_names(names: Sequence[str], others: Sequence[str]) -> list[int |
 
 def _warn_of_other_declared_names(class_names: Sequence[str] | None, names: Sequence[str]) -> None:
     """Say before a stream is read which of the classes that it declares are none of the chosen ones."""
-    others = [name for name in class_names or () if _key(name) not in _keys(tuple(names))]
+    others = [name for name in class_names or () if label_key(name) not in _keys(tuple(names))]
     if others:
         logger.warning(f"The data set also has the classes {', '.join(others)}, which are none of {', '.join(names)}")
 
@@ -134,7 +134,7 @@ def _refuse_two_spellings(found: Found) -> None:
     """Refuse labels that differ in case or spaces alone; of the default names each spelling is known."""
     spellings: dict[str, list[str]] = {}
     for label in found:
-        spellings.setdefault(_key(label), []).append(label)
+        spellings.setdefault(label_key(label), []).append(label)
     for key, labels in spellings.items():
         if len(labels) > 1 and key not in DEFAULT_LABELS:
             raise ValueError(
@@ -144,14 +144,14 @@ def _refuse_two_spellings(found: Found) -> None:
 
 
 def _are_default(names: Iterable[str]) -> bool:
-    return {_key(name) for name in names} <= set(DEFAULT_LABELS)
+    return {label_key(name) for name in names} <= set(DEFAULT_LABELS)
 
 
 def _default_order(names: Iterable[str]) -> list[str]:
     """The default names among these names in their order and spelling, then the others, sorted."""
     names = set(names)
-    keys = {_key(name) for name in names}
-    others = sorted(name for name in names if _key(name) not in DEFAULT_LABELS)
+    keys = {label_key(name) for name in names}
+    others = sorted(name for name in names if label_key(name) not in DEFAULT_LABELS)
     return [name for name in DEFAULT_LABELS if name in keys] + others
 
 
@@ -254,11 +254,11 @@ def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bo
     Raises:
         ValueError: naming the row and what is allowed.
     """
-    written = _written(label)
+    written = written_label(label)
     names = tuple(label_names)
     keys = _keys(names)
-    if _key(written) in keys:
-        return keys.index(_key(written))
+    if label_key(written) in keys:
+        return keys.index(label_key(written))
     if is_missing(written):
         raise ValueError(f"{row} has no label")
     number = None if _have_numbers(names) else _as_id(written)
@@ -285,7 +285,7 @@ def is_missing(written: str) -> bool:
     return written.casefold() in ("", "nan")
 
 
-def _written(label: Any) -> str:
+def written_label(label: Any) -> str:
     return "" if label is None else unicodedata.normalize("NFC", str(label).strip())
 
 
@@ -294,7 +294,7 @@ def is_no_class(label: str) -> bool:
     return _as_id(label) == UNKNOWN_LABEL or label.casefold() == "unknown"
 
 
-def _key(name: str) -> str:
+def label_key(name: str) -> str:
     """What two spellings of a label have in common: case, spaces and zeros do not count."""
     number = _as_id(name)
     return " ".join(unicodedata.normalize("NFC", name).casefold().split()) if number is None else str(number)
@@ -302,7 +302,7 @@ def _key(name: str) -> str:
 
 @lru_cache(maxsize=16)
 def _keys(label_names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(_key(name) for name in label_names)
+    return tuple(label_key(name) for name in label_names)
 
 
 @lru_cache(maxsize=16)

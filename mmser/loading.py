@@ -6,24 +6,35 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+from transformers.utils import logging
 
 from configuration_mmser import DEFAULT_LABELS
 from mmser.bad_rows import check_on_bad_example, report_problems
+from mmser.corpora import (
+    Source,
+    agree_on_labels,
+    choose_unknown,
+    find_sources,
+    read_sources,
+    refuse_other_labels,
+    table_of_corpora,
+)
+from mmser.label_map import LabelMap, read_label_map
 from mmser.labels import check_labels, choose_label_names, gather_labels, label_id
 from mmser.sources import (
-    SPLIT_NAMES,
+    LEFT_OUT,
+    OTHER,
     TEXT_COLUMNS,
     DataColumns,
     Record,
     Request,
     find_metadata,
     read_class_folders,
-    read_folder,
-    read_hub,
     read_table,
     stream_hub,
 )
@@ -32,20 +43,25 @@ from mmser.table_files import is_table
 from mmser.targets import COLUMN, Tasks, no_target, read_targets, target_features
 from mmser.votes import normalise_votes, read_votes, vote_columns
 
+logger = logging.get_logger(__name__)
+Places = str | os.PathLike | Sequence[str | os.PathLike] | None  # of sources: one, or several
+Names = str | Sequence[str] | None  # one for all sources, or one for each
+
 
 def load_emotion_dataset(
-    data_dir: str | os.PathLike | None = None,
-    manifest: str | os.PathLike | None = None,
-    dataset_name: str | None = None,
+    data_dir: Places = None,
+    manifest: Places = None,
+    dataset_name: Names = None,
     dataset_config_name: str | None = None,
     *,
-    train_split: str | None = None,
-    validation_split: str | None = None,
-    test_split: str | None = None,
-    columns: DataColumns | None = None,
+    train_split: Names = None,
+    validation_split: Names = None,
+    test_split: Names = None,
+    columns: DataColumns | Sequence[DataColumns] | None = None,
     extra_columns: Sequence[str] = (),
     auxiliary_tasks: Tasks | None = None,
     label_distribution_columns: Sequence[str] | None = None,
+    label_map: str | os.PathLike | None = None,
     label_names: Sequence[str] | None = None,
     checkpoint_names: Sequence[str] | None = None,
     streaming: bool = False,
@@ -56,27 +72,28 @@ def load_emotion_dataset(
     on_bad_example: str = "error",
     for_training: bool = True,
 ) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, list[str]]:
-    """Load the training, validation and test data from one of three kinds of source, and check every row.
+    """Load the training, validation and test data from one source or several, and check every row.
 
     Args:
         data_dir: folder with `<split>/metadata.csv` (or `.tsv`, `.jsonl`), `<split>.csv`, or one `metadata.csv` at
-            the top with an optional `split` column. Audio paths are relative to the file that lists them. Without
-            any such table: `<split>/<class>/<clip>`, or `<class>/<clip>`.
+            the top with an optional `split` column; or a table as for `manifest`. Audio paths are relative to the
+            file that lists them. Without any such table: `<split>/<class>/<clip>`, or `<class>/<clip>`.
         manifest: one CSV, TSV or JSONL file with an optional `split` column.
         dataset_name, dataset_config_name: data set on the Hub (or a folder that `datasets.load_dataset` reads).
         train_split, validation_split, test_split: names of the splits in the source; default: their usual names.
-        columns: names of the columns.
+        columns: names of the columns. Of several sources (in the order of the arguments above) these and the names of
+            splits are the same, or a list with one for each.
         extra_columns: more columns to keep, as strings under their own names. The name of one of our own columns, such
             as `corpus`, means that one.
         auxiliary_tasks: tasks beside the emotion, as in `MMSERConfig`: the targets of those of which the source has a
             column are read from it. An empty cell is no target.
         label_distribution_columns: columns with votes or shares of the classes, whose majority is the label of a row.
-        label_names: class names in the order of their ids; default: those that the Hub data set declares, else the
-            names in the rows (see `choose_label_names`).
+        label_map: table with the columns corpus, label and target: see `LabelMap`.
+        label_names: class names in the order of their ids; default: see `choose_label_names`.
         checkpoint_names: class names of the checkpoint that is trained further; kept if the data's are among them.
         streaming: read the Hub data set while training. Nothing is split or checked across rows then.
-        validation_fraction, test_fraction: shares, of the speakers, to hold out of the training data where the source
-            has no validation split; one for test only if it has no test split either.
+        validation_fraction, test_fraction: shares of the speakers (with several sources: of each corpus) to hold out
+            of the training data where no source has a validation split; one for test only if none has that either.
         seed: seed of the division.
         allow_speaker_overlap: accept a speaker or the same audio in two splits, or a random division of data without
             speakers.
@@ -84,65 +101,117 @@ def load_emotion_dataset(
         for_training: False: messages speak of the evaluation of a model, whose `label_names` are given.
 
     Returns:
-        The splits and the label names. Columns: `labels` (int), `row` (where the row is, for messages) and, if the
+        The splits and the label names; with a label map that makes clips `other`, also a split `other`, of clips of
+        none of the classes (label -1). Columns: `labels` (int), `row` (where the row is, for messages) and, if the
         source has them, `audio` (path, or `{"bytes", "path"}` from the Hub; not decoded), `text` (`""` = unknown),
         `speaker`, `language`, `corpus`, `sex`, the `extra_columns`, `class_shares` (shares of the classes), and
         `auxiliary` (a dict by task: class ids or -100, numbers or nan).
 
     Raises:
-        ValueError: if the source, a column, a label or a row is not usable, or a speaker or a clip is in two splits.
+        ValueError: if a source, a column, a label or a row is not usable, or a speaker or a clip is in two splits.
     """
-    fractions = {"test": test_fraction, "validation": validation_fraction}
-    _check_arguments({"data_dir": data_dir, "manifest": manifest, "dataset_name": dataset_name}, fractions, streaming)
-    check_on_bad_example(on_bad_example)
+    _check_arguments(validation_fraction, test_fraction, on_bad_example, label_map, label_distribution_columns)
     given = {"train": train_split, "validation": validation_split, "test": test_split}
-    names = {split: (name,) if name else SPLIT_NAMES[split] for split, name in given.items()}
+    places = {"data_dir": data_dir, "manifest": manifest, "dataset_name": dataset_name}
+    sources = find_sources(places, dataset_config_name, columns, given)
     votes = vote_columns(label_distribution_columns)
-    request = Request(columns or DataColumns(), extra_columns, names, auxiliary_tasks or {}, votes=votes)
-    if dataset_name is not None and streaming:
-        return stream_hub(dataset_name, dataset_config_name, request, label_names, on_bad_example, checkpoint_names)
-    records, audio, class_names = _read_source(data_dir, manifest, dataset_name, dataset_config_name, request)
-    if on_bad_example == "error":
-        report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
-    label_names = _choose_classes(records, label_names, class_names, checkpoint_names, for_training)
-    usable = _check_records(records, label_names, request.problems, is_embedded=audio is not None, tasks=request.tasks)
+    request = Request(sources[0].columns, extra_columns, sources[0].split_names, auxiliary_tasks or {}, votes=votes)
+    if streaming:
+        _check_stream(sources, label_map)
+        name, config = sources[0].location, sources[0].config_name
+        return stream_hub(name, config, request, label_names, on_bad_example, checkpoint_names)
+    joined = _join_sources(sources, request, label_map, on_bad_example)
+    label_names = _choose_classes(joined, label_names, checkpoint_names, for_training)
+    usable = _check_records(joined.records, label_names, request.problems, tasks=request.tasks)
     report_problems(request.problems, on_bad_example)
-    splits = divide_by_speaker(records, usable, fractions, seed, allow_speaker_overlap, audio)
-    empty = [split for split, indices in splits.items() if not indices]
-    if empty or not splits:
-        raise ValueError(f"no usable row is left in {data_dir or manifest or dataset_name} {' '.join(empty)}")
-    table = _to_dataset(records, extra_columns, audio, request.tasks)
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    splits = _divide(joined, usable, label_names, fractions, seed, allow_speaker_overlap)
+    table = _to_dataset(joined.records, extra_columns, joined.audio, request.tasks)
     return datasets.DatasetDict({split: table.select(indices) for split, indices in splits.items()}), label_names
 
 
+@dataclass
+class _Joined:
+    """All records of all sources, and what is known of them together."""
+
+    sources: list[Source]
+    records: list[Record]
+    audio: datasets.Dataset | None  # a row for each record, if a source embeds it
+    class_names: list[str] | None  # that the data declare
+    label_map: LabelMap | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is one source, whose labels are taken as they are."""
+        return len(self.sources) == 1 and self.label_map is None
+
+    @property
+    def known(self) -> list[Record]:
+        """Those that are to have a class."""
+        return [record for record in self.records if not record.role]
+
+
+def _join_sources(
+    sources: list[Source], request: Request, label_map: str | os.PathLike | None, on_bad_example: str
+) -> _Joined:
+    """Read all sources, with their votes, and map their labels."""
+    mapping = None if label_map is None else read_label_map(label_map)  # first: reading may take long
+    records, audio, class_names = read_sources(sources, request)
+    class_names = _read_all_votes(records, request) or class_names
+    if on_bad_example == "error":
+        report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
+    if mapping is not None:
+        mapping.apply(records)
+        class_names = None  # some may have got other names
+    return _Joined(sources, records, audio, class_names, mapping)
+
+
 def _choose_classes(
-    records: list[Record],
-    given: Sequence[str] | None,
-    class_names: Sequence[str] | None,
-    checkpoint_names: Sequence[str] | None,
-    for_training: bool,
+    joined: _Joined, given: Sequence[str] | None, checkpoint_names: Sequence[str] | None, for_training: bool
 ) -> list[str]:
     """Choose the class names (see `choose_label_names`), and check that each label has its class."""
+    records = joined.known
+    if not records:
+        raise ValueError(f"the label map leaves no clip of a class in {_named(joined.sources)}")
+    agree_on_labels(records, given)
     found = gather_labels(_labels_of(records))
     training = gather_labels(_labels_of([record for record in records if record.split == "train"]))
-    label_names = choose_label_names(given, class_names, found, checkpoint_names)
-    is_found = given is None and not class_names
+    label_names = choose_label_names(given, joined.class_names, found, checkpoint_names)
+    if joined.label_map is not None:
+        joined.label_map.check_targets(label_names)
+    if not joined.is_plain:
+        refuse_other_labels(records, label_names)
+    is_found = given is None and not joined.class_names
     check_labels(found, training or None, label_names, is_found, for_training, are_given=given is not None)
     return label_names
 
 
-def _read_source(
-    data_dir: Any, manifest: Any, dataset_name: str | None, config_name: str | None, request: Request
-) -> tuple[list[Record], datasets.Dataset | None, list[str] | None]:
-    """The records of the source that is given with their votes, its embedded audio, and the names that it declares."""
-    audio = class_names = None
-    if dataset_name is not None:
-        records, audio, class_names = read_hub(dataset_name, config_name, request)
-    elif data_dir is not None:
-        records = read_folder(Path(data_dir), request)
-    else:
-        records = read_table(Path(str(manifest)), request)
-    return records, audio, _read_all_votes(records, request) or class_names
+def _divide(
+    joined: _Joined,
+    usable: Sequence[int],
+    label_names: Sequence[str],
+    fractions: dict[str, float],
+    seed: int,
+    allow_speaker_overlap: bool,
+) -> dict[str, list[int]]:
+    """Split -> indices of its clips (see `divide_by_speaker`); `other` -> clips of none of the classes, if any."""
+    records = joined.records
+    known = [index for index in usable if not records[index].role]
+    unknown = [index for index in usable if records[index].role == OTHER]
+    by_corpus = len(joined.sources) > 1
+    splits = divide_by_speaker(records, known, fractions, seed, allow_speaker_overlap, joined.audio, by_corpus)
+    empty = [split for split, indices in splits.items() if not indices]
+    if empty or not splits:
+        raise ValueError(f"no usable row is left in {_named(joined.sources)} {' '.join(empty)}")
+    if not joined.is_plain:
+        logger.info(f"Clips:\n{table_of_corpora(records, splits, unknown, label_names)}")
+    if unknown:
+        splits[OTHER] = choose_unknown(records, unknown, splits.get("train", []))
+    return splits
+
+
+def _named(sources: Sequence[Source]) -> str:
+    return ", ".join(source.location for source in sources)
 
 
 def _read_all_votes(records: list[Record], request: Request) -> list[str] | None:
@@ -208,19 +277,24 @@ def load_emotion_split(
     return _to_dataset(records, extra_columns).select(usable)
 
 
-def _check_arguments(sources: dict[str, object], fractions: dict[str, float], streaming: bool) -> None:
-    if sum(source is not None for source in sources.values()) != 1:
-        raise ValueError(
-            "give exactly one source of data: data_dir (--data_dir), manifest (--manifest) or dataset_name "
-            f"(--dataset_name); got {', '.join(f'{name}={value!r}' for name, value in sources.items())}"
-        )
-    if min(fractions.values()) < 0 or not sum(fractions.values()) < 1:
+def _check_arguments(
+    validation_fraction: float, test_fraction: float, on_bad_example: str, label_map: Any, votes: Any
+) -> None:
+    check_on_bad_example(on_bad_example)
+    if min(validation_fraction, test_fraction) < 0 or not validation_fraction + test_fraction < 1:
         raise ValueError(
             "validation_fraction and test_fraction must be >= 0 and sum to less than 1, got "
-            f"{fractions['validation']} and {fractions['test']}"
+            f"{validation_fraction} and {test_fraction}"
         )
-    if streaming and sources["dataset_name"] is None:
-        raise ValueError("streaming reads a Hub data set: give dataset_name (--dataset_name), or no --streaming")
+    if label_map is not None and votes is not None:
+        raise ValueError("label_map (--label_map) is for one label a row, and not for label_distribution_columns")
+
+
+def _check_stream(sources: Sequence[Source], label_map: Any) -> None:
+    if len(sources) > 1 or sources[0].kind != "dataset_name":
+        raise ValueError("streaming reads one Hub data set: give one dataset_name (--dataset_name), or no --streaming")
+    if label_map is not None:
+        raise ValueError("label_map (--label_map) needs all rows before training: leave out --streaming")
 
 
 def _check_records(
@@ -228,29 +302,26 @@ def _check_records(
     label_names: Sequence[str],
     problems: list[str],
     allow_unknown: bool = False,
-    is_embedded: bool = False,
     tasks: Tasks | None = None,
 ) -> list[int]:
     """
     Give every record the id of its label, and its targets. Return the indices of the usable ones; the rest goes to
-    `problems`.
-
-    Embedded audio (in a table beside the records) is there for all of them.
+    `problems`, and what a label map leaves out nowhere.
     """
     usable = []
     for index, record in enumerate(records):
-        if record.cells and record.votes is None:
-            continue  # reported when its votes were read
+        if record.role == LEFT_OUT or (record.cells and record.votes is None):
+            continue  # the second was reported when its votes were read
         try:
             if record.votes is not None:
                 shares = normalise_votes(record.votes, record.label, label_names, record.row)
                 record.class_shares, record.labels = shares
             else:
-                record.labels = label_id(record.label, label_names, record.row, allow_unknown)
+                record.labels = label_id(record.label, label_names, record.row, allow_unknown or record.role == OTHER)
             record.targets = read_targets(record.written_targets, tasks or {}, record.row)
             if record.audio and "://" not in record.audio and not os.path.exists(record.audio):
                 raise ValueError(f"{record.row}: audio file {record.audio} does not exist")
-            if not (record.audio or record.text or is_embedded):
+            if not (record.audio or record.text or record.is_embedded):
                 raise ValueError(f"{record.row} has neither audio nor text")
         except ValueError as error:
             problems.append(str(error))
@@ -266,7 +337,9 @@ def _to_dataset(
     tasks: Tasks | None = None,
 ) -> datasets.Dataset:
     """All records as one table, without those of our own columns that are empty everywhere and were not asked for."""
-    values = {name: [getattr(record, name) for record in records] for name in ("audio", *TEXT_COLUMNS)}
+    values = {name: [getattr(record, name) for record in records] for name in TEXT_COLUMNS}
+    if audio is None:
+        values = {"audio": [record.audio for record in records], **values}
     kept = {
         name: column for name, column in values.items() if any(column) or (name in extra_columns and name != "audio")
     }

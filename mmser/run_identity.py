@@ -109,7 +109,7 @@ def describe_identity(
     settings = {name: getattr(training_arguments, name) for name in TRAINING_SETTINGS}
     settings |= {name: getattr(data_arguments, name) for name in DATA_SETTINGS}
     names = {f"{kind} encoder": encoder_name(model_arguments, kind) for kind in ("audio", "text")}
-    data = describe_data(data_arguments.name, splits, is_hub=data_arguments.dataset_name is not None)
+    data = describe_data(data_arguments.name, splits, is_hub=data_arguments.is_hub)
     entries = {"fixed": fixed, "names": names, "settings": settings, "data": data}
     return json.loads(json.dumps(entries, default=str))  # as it is read back: no tuples, no keys but strings
 

@@ -29,6 +29,7 @@ AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64"),
     *(".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".mka", ".mkv"),
 )
+OTHER, LEFT_OUT = "other", "left out"  # what a label map may make of a clip, other than one of a class
 TEXT_COLUMNS = ("text", "speaker", "language", "corpus", "sex")  # our own columns that hold strings
 ALTERNATIVE_COLUMNS = {  # other usual names, looked for where a default name is missing
     "audio": ("audio", "path", "file"),
@@ -92,6 +93,10 @@ class Record:
     cells: dict[str, Any] = field(default_factory=dict)  # of the columns with votes, as they are written
     votes: Votes | None = None  # what these say; None without such columns, and for a bad row
     class_shares: list[float] | None = None
+    source: str = ""  # the name of the source, for messages and label maps
+    role: str = ""  # `OTHER` or `LEFT_OUT` by a label map
+    is_mapped: bool = False  # whether a label map said what becomes of its label
+    is_embedded: bool = False  # whether its audio is in a table beside the records
 
 
 @dataclass
@@ -380,6 +385,8 @@ def read_hub(
         for split, dataset in splits.items()
         for index, raw in enumerate(dataset.select_columns([other for other in features if other in wanted]))
     ]
+    for record in records:
+        record.is_embedded = audio is not None
     return records, audio, layout.declared_names()
 
 

@@ -28,6 +28,7 @@ def divide_by_speaker(
     seed: int,
     allow_overlap: bool,
     audio: datasets.Dataset | None = None,
+    by_corpus: bool = False,
 ) -> dict[str, list[int]]:
     """Divide records into splits: those of the source, and those that it lacks, held out of its training data.
 
@@ -38,6 +39,8 @@ def divide_by_speaker(
         seed: seed of the draws.
         allow_overlap: accept a speaker or a clip in two splits, and a random division of data without speakers.
         audio: embedded audio of the records, if there is such.
+        by_corpus: hold out of each corpus by itself, so that each is in every split. One with too few speakers for
+            that stays in the training data.
 
     Returns:
         Split -> indices of its usable records; a split of the source that has no usable record is empty.
@@ -46,14 +49,19 @@ def divide_by_speaker(
         ValueError: if a speaker or a clip is in two splits, or a split must be held out and there are too few
             speakers.
     """
-    named = {record.split for record in records}
+    named = {record.split for record in records if not record.role}
     splits: dict[str, list[int]] = {split: [] for split in SPLIT_NAMES if split in named}
     for index in usable:
         splits[str(records[index].split)].append(index)
     _check_overlap(records, splits, allow_overlap)
     if "validation" not in splits and splits.get("train"):
         missing = {split: share for split, share in fractions.items() if split not in splits and share > 0}
-        splits.update(_hold_out(records, splits["train"], missing, seed, allow_overlap))
+        parts, splits["train"] = [splits["train"]], []
+        if by_corpus and missing:
+            parts, splits["train"] = _corpora_to_divide(records, parts[0], len(missing))
+        for part in parts:
+            for split, indices in _hold_out(records, part, missing, seed, allow_overlap).items():
+                splits[split] = sorted([*splits.get(split, []), *indices]) if by_corpus else indices
     _check_copies(records, audio, splits, allow_overlap)
     return {split: splits[split] for split in SPLIT_NAMES if split in splits}
 
@@ -132,6 +140,27 @@ def _refuse_leak(message: str, what: str, allow: bool) -> None:
             "one split, or pass --allow_speaker_overlap"
         )
     logger.warning(f"{message}. Allowed by --allow_speaker_overlap; the scores will be too good for new {what}s.")
+
+
+def _corpora_to_divide(
+    records: Sequence[Record], training: Sequence[int], num_missing: int
+) -> tuple[list[list[int]], list[int]]:
+    """The indices of each corpus with speakers enough to hold out, and all others, which stay in training. If no
+    corpus has enough, all of them are one."""
+    corpora: dict[str, list[int]] = {}
+    for index in training:
+        corpora.setdefault(speaker_key("", records[index].corpus), []).append(index)
+    parts: list[list[int]] = []
+    whole: list[list[int]] = []
+    for own in corpora.values():
+        speakers = {speaker_key(records[index].speaker, None) for index in own} - {""}
+        (parts if len(speakers) > num_missing else whole).append(own)
+    if not parts:
+        return [list(training)], []
+    if whole:
+        names = _listed([records[own[0]].corpus for own in whole])
+        logger.warning(f"Too few speakers are known to hold some of them out of {names}: all of these clips train.")
+    return parts, [index for own in whole for index in own]
 
 
 def _hold_out(

@@ -48,6 +48,7 @@ from mmser.scores import (
     predict_clips,
     predict_rows,
 )
+from mmser.sources import OTHER
 from mmser.tables import format_table, strict_json
 from mmser.targets import check_targets, derive_targets, split_targets
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
@@ -116,14 +117,14 @@ class TrainingData:
     Args:
         splits: "train" and, as far as there are any, "validation" and "test".
         label_names: in the order of the class ids.
-        unknown: clips that are none of the classes, if there are any.
+        unknown: tables of clips that are none of the classes.
         skipped_clips: how many could not be read and were left out; 0 for a stream, which is not tried beforehand.
         auxiliary: fields of the configuration that say which tasks are learnt beside the emotion.
     """
 
     splits: dict[str, datasets.Dataset | datasets.IterableDataset]
     label_names: list[str]
-    unknown: datasets.Dataset | None = None
+    unknown: list[datasets.Dataset] = field(default_factory=list)
     skipped_clips: int = 0
     auxiliary: dict[str, Any] = field(default_factory=dict)
 
@@ -169,6 +170,7 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
             test_fraction=arguments.test_fraction,
             seed=seed,
         )
+    other = splits.pop(OTHER, None)
     if "train" not in splits:
         raise ValueError(
             f"{arguments.name} has no training split that can be read: it has {', '.join(splits)}. Give it "
@@ -182,13 +184,10 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
     limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
     data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)
     data.auxiliary = auxiliary
+    data.unknown = [] if other is None else [other]
     if arguments.ood_dir:
-        data.unknown = load_emotion_split(
-            arguments.ood_dir,
-            columns=arguments.columns,
-            label_names=label_names,
-            on_bad_example=arguments.on_bad_example,
-        )
+        options: Any = {"columns": arguments.common_columns, "on_bad_example": arguments.on_bad_example}
+        data.unknown.append(load_emotion_split(arguments.ood_dir, label_names=label_names, **options))
     if arguments.streaming:
         # A stream comes in stored order, which often is by class
         data.splits["train"] = data.splits["train"].shuffle(seed=seed, buffer_size=STREAM_BUFFER)
@@ -235,8 +234,7 @@ def leave_out_unreadable(data: TrainingData, arguments: DataArguments, processor
         name: drop_unreadable(split, arguments.on_bad_example, **options) for name, split in data.splits.items()
     }
     data.skipped_clips = num_clips - sum(map(len, data.splits.values()))
-    if data.unknown is not None:
-        data.unknown = drop_unreadable(data.unknown, arguments.on_bad_example, **options)
+    data.unknown = [drop_unreadable(table, arguments.on_bad_example, **options) for table in data.unknown]
 
 
 def some_clips(split, number: int):
@@ -413,8 +411,9 @@ def evaluate(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> d
             if tasks := trainer.model.config.auxiliary_tasks:
                 described = describe_tasks(known, split_targets(split), tasks)
                 results["auxiliary"] = {**results.get("auxiliary", {}), name: described}
-    if data.unknown is not None and known is not None:
-        outputs = predict_clips(trainer, examples.for_evaluation(data.unknown), data.unknown["row"])
+    if data.unknown and known is not None:
+        tables = [predict_clips(trainer, examples.for_evaluation(table), table["row"]) for table in data.unknown]
+        outputs = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
         temperature = trainer.model.temperature.item()
         sets = evaluate_open_set(known, {"unknown": outputs}, trainer.train_outputs, temperature)
         results["open_set"] = sets["unknown"]
@@ -430,7 +429,7 @@ def describe_run(
         "label_names": data.label_names,
         "encoders": {kind: encoder_name(model_arguments, kind) for kind in ("audio", "text")},
         "parameters": parameter_table(trainer.model),
-        "data": describe_data(data_arguments.name, data.splits, is_hub=data_arguments.dataset_name is not None),
+        "data": describe_data(data_arguments.name, data.splits, is_hub=data_arguments.is_hub),
         "license": model_arguments.license,
     }
 

@@ -32,7 +32,18 @@ import soundfile
 import transformers
 from hub_server import HubServer, Repository
 from tiny import fit_openmax_by_chance, random_predictions
-from tiny_corpus import AUDIO, JOINT, NAMES, TEXT, WHISPER, tiny_processor, tiny_tokenizer, write_corpus, write_table
+from tiny_corpus import (
+    AUDIO,
+    JOINT,
+    NAMES,
+    TEXT,
+    WHISPER,
+    read_rows,
+    tiny_processor,
+    tiny_tokenizer,
+    write_corpus,
+    write_table,
+)
 from transformers import (
     BertConfig,
     BertForPreTraining,
@@ -70,7 +81,7 @@ SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf")
 # Names in backquotes that are neither ours nor of Transformers
 OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre"}
 YOURS = re.compile(
-    r"(runs|my_data|clip|doubtful|meeting|demo_output|states|train|validation|test|user|mmser-small)\b"
+    r"(runs|my_data|more_data|clip|doubtful|meeting|demo_output|states|train|validation|test|user|mmser-small)\b"
 )  # a reader's own paths
 
 
@@ -182,6 +193,12 @@ def run_program(name, arguments):
 # ------------------------------------------------------------------------------------------------- what it starts from
 
 
+def blocks_with(start):
+    """The only block of all pages that starts like this."""
+    (text,) = [text for page in PAGES for _, _, text in blocks(page) if text.startswith(start)]
+    return text
+
+
 def serve_encoders(hub, folder):
     """Put stand-ins for the encoders on the Hub: pretraining checkpoints, so that their heads must be ignored."""
     codevectors = {"num_codevectors_per_group": 4, "codevector_dim": 8, "proj_codevector_dim": 8}
@@ -224,6 +241,12 @@ def fill_start(folder, corpus):
     for name, seconds in (("clip.wav", 0.5), ("doubtful.wav", 0.4), ("meeting.flac", 9.785875)):
         soundfile.write(folder / name, 0.3 * np.sin(np.arange(round(16000 * seconds)) / 10), 16000)
     (folder / "my_data").symlink_to(corpus)
+    for split in ("train", "validation", "test"):  # another corpus: other names of the labels, none of the corpus
+        other = {"happy": "joy", "sad": "fear"}
+        rows = [{**row, "label": other.get(row["label"], row["label"])} for row in read_rows(corpus, split)]
+        rows = [{name: cell for name, cell in row.items() if name not in ("corpus", "split")} for row in rows]
+        write_table(folder / "more_data" / f"{split}.csv", rows)
+    (folder / "labels.csv").write_text(blocks_with("corpus,label,target"), encoding="utf-8")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     audio = WhisperConfig(**{**WHISPER, "max_source_positions": 1500})  # the fewest layers, so that the export is fast
     text = BertConfig(vocab_size=len(tiny_tokenizer()), **TEXT)

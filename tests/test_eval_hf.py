@@ -428,7 +428,7 @@ def test_errors_come_before_the_model_runs(run, corpus, checkpoint, tmp_path, mo
     error_of(r"other is not an MMSER checkpoint: it has model type 'wav2vec2'", checkpoint=other)
     (other / "config.json").write_text('{"model_type": "mmser-onnx"}')
     error_of("other is an export.*: give --checkpoint the checkpoint that it was made from", checkpoint=other)
-    error_of("give exactly one source of data", data_dir=None)
+    error_of("give a source of data", data_dir=None)
     error_of("has no validation split .--split.; it has: train", data_dir=corpus / "test", split="validation")
     error_of("has no validation split .--calibration_split.; it has: all", data_dir=corpus / "test", calibrate=True)
     error_of("both are the validation split", calibrate=True, split="validation")
