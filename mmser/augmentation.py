@@ -7,9 +7,12 @@ import numpy as np
 import soxr
 
 
-def augmentation_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random generator of one example in one epoch: the same in any batch, worker or process."""
-    return np.random.default_rng([seed, epoch, index])
+def augmentation_generator(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.Generator:
+    """
+    The random generator of one example in one epoch: the same in any batch, worker or process. `repeat` counts how
+    often the example has come before in this epoch.
+    """
+    return np.random.default_rng([seed, epoch, index, *([repeat] if repeat else [])])
 
 
 def change_speed(waveform: np.ndarray, factor: float) -> np.ndarray:

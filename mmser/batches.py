@@ -10,6 +10,7 @@ import torch
 from transformers import BatchFeature
 
 from audio_mmser import MIN_SECONDS
+from mmser.sampling import TemperatureSampler, number_repeats
 from mmser.targets import COLUMN as TARGETS
 from processing_mmser import MMSERProcessor
 
@@ -120,13 +121,22 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         lengths: [N] samples of each clip.
         seed: with the epoch it decides the order, also of a resumed run.
         pool: batches that are sorted together.
+        drawn: draws the clips of an epoch, of which some may come again and others not at all; None: each once.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, pool: int = 8):
+    def __init__(
+        self,
+        batch_size: int,
+        lengths: list[int],
+        seed: int,
+        pool: int = 8,
+        drawn: TemperatureSampler | None = None,
+    ):
         self.batch_size = batch_size
         self.lengths = torch.tensor(lengths)
         self.seed = seed
         self.pool = pool
+        self.drawn = drawn
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -135,15 +145,20 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self), generator=generator)
+        if self.drawn is not None:
+            order = torch.from_numpy(self.drawn.draw())
         whole, rest = [], []
         for members in order.split(self.pool * self.batch_size):
             batches = members[self.lengths[members].argsort(descending=True)].split(self.batch_size)
             for index in torch.randperm(len(batches), generator=generator).tolist():
                 (whole if len(batches[index]) == self.batch_size else rest).append(batches[index])
-        return iter(torch.cat(whole + rest).tolist())  # the short batch last, or it would shift all after it
+        # The short batch last, or it would shift all after it
+        return iter(number_repeats(torch.cat(whole + rest).tolist()))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if self.drawn is not None:
+            self.drawn.set_epoch(epoch)
 
 
 def evaluation_order(dataset) -> list[int] | None:

@@ -392,7 +392,8 @@ class CachedStatesDataset(EmotionDataset):
 
     Modalities are dropped on reading, as in the data set given. Augmentation and random crops are made beforehand:
     copy c is the clip as the data set given has it in epoch c, and epoch e reads copy `e % augmented_copies`. With as
-    many copies as epochs, training is the same as without a cache.
+    many copies as epochs, training is the same as without a cache. A clip that comes again in an epoch reads the next
+    copy each time.
 
     Args:
         dataset: examples for training or evaluation. It is not changed.
@@ -433,7 +434,7 @@ class CachedStatesDataset(EmotionDataset):
         seconds = time.perf_counter() - start
         logger.info(f"Encoder states of {len(self)} clips: {'; '.join(reports)}; {seconds:.1f} s")
 
-    def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    def _example(self, index: int, rng: np.random.Generator, turn: int) -> dict[str, Any]:
         if self._bad[index]:
             raise ValueError(f"{self.dataset[index]['row']} could not be encoded")
         if "audio" in self.columns and "audio" not in self.stores:
@@ -447,7 +448,7 @@ class CachedStatesDataset(EmotionDataset):
                 raise ValueError(f"{self.dataset[index]['row']} has neither audio nor text")
         for kind, is_seen in (("audio", has_audio), ("text", has_text)):
             if kind in self.stores:
-                copy = int(self._epoch) % len(self._places[kind])
+                copy = turn % len(self._places[kind])
                 place = Place(*self._places[kind][copy, index].tolist()) if is_seen else Place()
                 example[f"{kind}_states"] = self.stores[kind].read(place)
                 example["length"] = max(example["length"], place.samples)

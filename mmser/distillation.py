@@ -193,11 +193,11 @@ class DistilledDataset(CachedStatesDataset):
             raise ValueError(NEEDS_FROZEN_AUDIO)
         self._logits = teacher.of(self)
 
-    def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        example = super()._example(index, rng)
+    def _example(self, index: int, rng: np.random.Generator, turn: int) -> dict[str, Any]:
+        example = super()._example(index, rng, turn)
         has_audio, has_text = (self._shows(example, kind) for kind in MASK_NAMES)
         view = VIEWS.index("both" if has_audio and has_text else "audio" if has_audio else "text")
-        return {**example, "teacher_logits": self._logits[int(self._epoch) % len(self._logits), index, view]}
+        return {**example, "teacher_logits": self._logits[turn % len(self._logits), index, view]}
 
     @staticmethod
     def _shows(example: dict[str, Any], kind: str) -> bool:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -237,6 +237,13 @@ def map_in_threads(function: Callable[[int], Any], number: int, description: str
         return list(logging.tqdm(results, description, number, disable=number <= MANY_ROWS))
 
 
+class Repeat(NamedTuple):
+    """In the place of an index: a clip that an epoch draws again, and how often it came before."""
+
+    clip: int
+    number: int
+
+
 class _SeededExamples:
     """The base of data sets with random access and of streams: an epoch that all workers see, a count of bad rows."""
 
@@ -307,27 +314,34 @@ class EmotionDataset(_SeededExamples, torch.utils.data.Dataset):
         self._ids[f"{column}_ids"] = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
         return names
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """The example (see `ExampleReader`) at `index`, or None if it is bad and `on_bad_example` is "skip"."""
-        index = range(len(self))[index]
+    def __getitem__(self, index: int | Repeat) -> dict[str, Any] | None:
+        """
+        The example (see `ExampleReader`) at `index`, or None if it is bad and `on_bad_example` is "skip". A `Repeat`
+        is augmented in another way than the clip itself.
+        """
+        index, number = index if isinstance(index, Repeat) else (index, 0)
+        index, epoch = range(len(self))[index], int(self._epoch)
         try:
-            example = self._example(index, augmentation_generator(self.seed, int(self._epoch), index))
+            rng = augmentation_generator(self.seed, epoch, index, number)
+            example = self._example(index, rng, epoch + number)
         except ValueError as error:
             skip_or_raise(error, self.on_bad_example)
             self._skipped[index] = True
             return None
         return example | {name: int(ids[index]) for name, ids in self._ids.items()} if self._ids else example
 
-    def _example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    def _example(self, index: int, rng: np.random.Generator, turn: int) -> dict[str, Any]:
+        """The example of a row. `turn` says which of several copies made beforehand it is to be."""
         return self.reader(self.dataset[index], rng)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int | Repeat]) -> list[dict[str, Any]]:
         """The good examples among `indices`; if none is good, the next good one, so that no batch is empty."""
         examples = [example for example in map(self.__getitem__, indices) if example is not None]
         for step in range(1, len(self)):
             if examples:
                 break
-            example = self[(indices[-1] + step) % len(self)]
+            last = indices[-1].clip if isinstance(indices[-1], Repeat) else indices[-1]
+            example = self[(last + step) % len(self)]
             examples = [] if example is None else [example]
         if not examples:
             raise ValueError(f"none of the {len(self)} examples can be read")
@@ -478,10 +492,13 @@ def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **r
     return dataset.select(np.flatnonzero(is_readable))
 
 
-def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) -> list[int]:
+def class_counts(
+    dataset: datasets.Dataset | EmotionDataset, num_labels: int, draws: np.ndarray | None = None
+) -> list[int]:
     """Number of rows of each class, [num_labels]; unknown rows (-1) are not counted.
 
-    Rows with votes count for each class by their share of it; the sums are rounded.
+    Rows with votes count for each class by their share of it; the sums are rounded. With `draws` ([N], how often an
+    epoch takes each row on average) what is drawn is counted, but 1 at least for a class that has a row.
 
     Raises:
         TypeError: for a stream, whose rows cannot be counted before they are read.
@@ -493,6 +510,10 @@ def class_counts(dataset: datasets.Dataset | EmotionDataset, num_labels: int) ->
     labels = np.asarray(table["labels"], dtype=np.int64)
     if labels.size and labels.max() >= num_labels:
         raise ValueError(f"label {labels.max()} is out of range; allowed: 0 to {num_labels - 1}")
-    if "class_shares" in table.column_names:
-        return np.rint(np.sum(table["class_shares"], axis=0)).astype(int).tolist()
-    return np.bincount(labels[labels >= 0], minlength=num_labels).tolist()
+    shares = np.asarray(table["class_shares"]) if "class_shares" in table.column_names else None
+    if shares is None:
+        shares = (labels[:, None] == np.arange(num_labels)).astype(np.float64)
+    counts = np.rint(shares.sum(axis=0))
+    if draws is not None:
+        counts = np.maximum(np.rint(draws @ shares), counts > 0)
+    return counts.astype(int).tolist()

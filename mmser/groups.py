@@ -20,6 +20,8 @@ from mmser.metrics import bootstrap_classification, compute_classification_metri
 from mmser.splits import speaker_key
 
 GROUPS = ("corpus", "language", "sex")
+MEAN_OVER_CORPORA = "mean_over_corpora_weighted_f1"
+MEAN_METRICS = ("weighted_f1", "unweighted_average_recall")
 FEW_CLIPS = 30  # the metrics of a group with fewer clips say little
 
 
@@ -37,6 +39,12 @@ def split_groups(
         for name in names
         if name in split.column_names
     }
+
+
+def corpora_of(dataset: Any) -> list[str]:
+    """The corpus of each clip that an `EmotionDataset` has, as `split_groups` says; empty where none is known."""
+    table = getattr(dataset, "dataset", None)
+    return split_groups(table, ["corpus"]).get("corpus", []) if isinstance(table, datasets.Dataset) else []
 
 
 def speakers_of(dataset: Any) -> list[str] | None:
@@ -121,6 +129,39 @@ def grouped_metrics(
             values["rejected"] = float(is_unknown[rows].mean())
         report[group] = values
     return report
+
+
+def compute_corpus_metrics(
+    predictions: Any, references: Any, corpora: Sequence[str], label_names: Sequence[str]
+) -> dict[str, float]:
+    """
+    The metrics of each corpus under flat names, for the log of a training.
+
+    Args:
+        predictions, references, label_names: as of `grouped_metrics`.
+        corpora: the corpus of each clip, N names.
+    Returns: `corpus_<name>_weighted_f1`, `_unweighted_average_recall` and `_count` for each corpus, and
+        `mean_over_corpora_weighted_f1`, in which a small corpus counts as much as a large one; empty for one corpus.
+    """
+    names = np.array(corpora)
+    metrics: dict[str, float] = {}
+    if len(set(corpora)) < 2:
+        return metrics
+    for corpus in np.unique(names).tolist():
+        rows = names == corpus
+        own = compute_classification_metrics(predictions[rows], references[rows], label_names)
+        metrics |= {f"corpus_{corpus}_{name}": own[name] for name in MEAN_METRICS}
+        metrics[f"corpus_{corpus}_count"] = int(rows.sum())
+    scores = [metrics[f"corpus_{corpus}_weighted_f1"] for corpus in set(corpora)]
+    return {**metrics, MEAN_OVER_CORPORA: float(np.mean(scores))}
+
+
+def with_mean(groups: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Mapping[str, Any]]:
+    """Groups for a table; to two or more corpora a line is added with the means of `MEAN_METRICS` over them."""
+    if name != "corpus" or len(groups) < 2:
+        return dict(groups)
+    means = {metric: float(np.mean([own[metric] for own in groups.values()])) for metric in MEAN_METRICS}
+    return {**groups, "mean over corpora": means}
 
 
 def group_gap(

@@ -18,7 +18,7 @@ import numpy as np
 
 from conformal_mmser import PredictionSets
 from mmser.calibration import area_under_risk_coverage, error_rate_interval
-from mmser.groups import FEW_CLIPS, group_gap
+from mmser.groups import FEW_CLIPS, group_gap, with_mean
 from mmser.metrics import softmax
 from mmser.plots import (
     plot_confusion_matrix,
@@ -324,7 +324,7 @@ def _table(entries: Iterable[tuple[Any, Mapping[str, Any]]], title: str, scores:
     wide = {score for score in columns if any(f"{score}_interval" in values for _, values in entries)}
     rows = []
     for name, values in entries:
-        cells = {score: _with_interval(values, score) if score in wide else values[score] for score in columns}
+        cells = {score: _with_interval(values, score) if score in wide else values.get(score) for score in columns}
         rows.append({title: name, **{columns[score]: cell for score, cell in cells.items()}})
     return format_table(rows, [title, *columns.values()])
 
@@ -374,7 +374,9 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Any]:
         "open_set": _table(unknown, "set", ["score", "auroc", "fpr_at_95_tpr", "oscr"]),
         "rejection": _table(_rejection_shares(rejection), "clips", ["share"]) if rejection else "",
         "answers": _answers(rejection, report["label_names"]) if rejection else "",
-        "groups": {name: _table(model[f"by_{name}"].items(), name, per_group) for name in report["gaps"]},
+        "groups": {
+            name: _table(with_mean(model[f"by_{name}"], name).items(), name, per_group) for name in report["gaps"]
+        },
         "augmentation": _table(passes, "passes", per_pass),
         "tasks": _table(task_scores[0], "task", ["clips", f1, recall, "accuracy", "majority_f1"]),
         "tasks_of_numbers": _table(

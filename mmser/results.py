@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 
-from mmser.groups import GROUPS
+from mmser.groups import GROUPS, with_mean
 from mmser.tables import format_table
 from mmser.training_flags import MIN_STEPS
 
@@ -185,7 +185,7 @@ def format_results(results: Mapping[str, Any]) -> dict[str, str]:
         "summary": format_table(summary, ["split", "row", "clips", *scores]),
         "classes": by_name("row", classes, names),
         "confusion": format_table(confusion, [corner, *names]),
-        **{group: by_name(group, model.get(f"by_{group}", {}), per_group) for group in GROUPS},
+        **{group: by_name(group, with_mean(model.get(f"by_{group}", {}), group), per_group) for group in GROUPS},
         **task_tables(results.get("auxiliary", {})),
         "open_set": by_name("score", results.get("open_set", {}), ["clips", "auroc", "fpr_at_95_tpr", "oscr"]),
         "parameters": format_table(results["parameters"], ["part", "parameters", "trainable"]),

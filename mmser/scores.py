@@ -30,7 +30,7 @@ from mmser.calibration import (
 )
 from mmser.checks import check_positive_integer, to_numpy
 from mmser.examples import EmotionDataset, TestTimeAugmentation
-from mmser.groups import grouped_metrics
+from mmser.groups import MEAN_OVER_CORPORA, grouped_metrics, with_mean
 from mmser.metrics import (
     bootstrap_classification,
     bootstrap_interval,
@@ -228,8 +228,8 @@ def describe_predictions(
         label_names: C names, in the order of the class ids.
         groups: name of a grouping (`"corpus"`) -> the group of each clip, N names.
         num_samples: resamples for the intervals.
-    Returns: closed-set metrics, calibration, how well the uncertainty finds errors, the confusion matrix, and
-        `by_<grouping>`.
+    Returns: closed-set metrics, calibration, how well the uncertainty finds errors, the confusion matrix,
+        `by_<grouping>` and, of two or more corpora, `mean_over_corpora_weighted_f1`.
     """
     logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
     predictions, probabilities = logits.argmax(axis=1), softmax(logits)
@@ -246,6 +246,9 @@ def describe_predictions(
         result[f"by_{name}"] = grouped_metrics(
             predictions, labels, values, label_names, probabilities, outputs.get("is_unknown"), num_samples
         )
+    corpora = with_mean(result.get("by_corpus", {}), "corpus")
+    if "mean over corpora" in corpora:
+        result[MEAN_OVER_CORPORA] = corpora["mean over corpora"]["weighted_f1"]
     return result
 
 

@@ -47,12 +47,13 @@ from mmser.calibration import (
 )
 from mmser.contrastive import ContrastivePool
 from mmser.examples import EmotionDataset, class_counts
-from mmser.groups import speakers_of
+from mmser.groups import MEAN_OVER_CORPORA, compute_corpus_metrics, corpora_of, speakers_of
 from mmser.metrics import build_compute_metrics, softmax
 from mmser.model_card import CARD_NAME, sign_card
 from mmser.model_loading import check_teacher, label_names_of
 from mmser.optimizer import parameter_groups
 from mmser.results import write_atomically
+from mmser.sampling import TemperatureSampler, expected_draws, number_groups
 from mmser.targets import split_targets
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
@@ -151,8 +152,11 @@ class MMSERTrainer(Trainer):
             if teacher is not None:
                 check_teacher(model.config, teacher.config, kwargs.get("processing_class"), teacher_processor)
             kwargs.setdefault("compute_metrics", build_compute_metrics(label_names_of(model.config)))
+            draws = None
+            if kwargs.get("train_dataset") is not None:
+                draws = expected_draws(getattr(kwargs["train_dataset"], "dataset", None), args.sampling_temperature)
             if isinstance(kwargs.get("train_dataset"), EmotionDataset):
-                counts = class_counts(kwargs["train_dataset"], model.config.num_labels)
+                counts = class_counts(kwargs["train_dataset"], model.config.num_labels, draws)
                 if model.config.class_counts is None:
                     model.config.class_counts = counts
                 elif list(model.config.class_counts) != counts:
@@ -186,6 +190,7 @@ class MMSERTrainer(Trainer):
             self._adversary = StatePerturbation(backbone, self.args.adversarial, self.args.adversarial_epsilon)
         self._domain_head: Any = None  # `DomainHead`, wrapped or not
         self._number_domains()
+        self._check_best_metric()
 
     def _check_whole_model(self) -> None:
         """Refuse what is done to the weights of one model that is whole on each process, where there is none."""
@@ -305,11 +310,43 @@ class MMSERTrainer(Trainer):
         if self._shares_weights_out:
             sharding.agree_on_modalities(self.accelerator.unwrap_model(self.model).config)
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As usual; the metrics have those of each corpus too, where the clips are of two or more."""
         if self.is_in_train:
             self._note_untrained_modalities()
         with self._with_average():
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self.compute_metrics is not None and output.predictions is not None and not self._is_predicting:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            own = self._corpus_metrics(dataloader.dataset, output.predictions, output.label_ids)
+            output.metrics.update({f"{prefix}_{name}": value for name, value in own.items()})
+        return output
+
+    def _corpus_metrics(self, dataset, predictions, references) -> dict[str, float]:
+        """`compute_corpus_metrics` of an evaluation, whose clips come in the order of `_evaluation_order`."""
+        corpora = corpora_of(dataset)
+        if len(set(corpora)) < 2 or not self.args.eval_do_concat_batches:
+            return {}
+        skipped, order = dataset.skipped, self._evaluation_order(dataset) or range(len(dataset))
+        seen = [corpora[index] for index in order if not skipped[index]]
+        logits = predictions[0] if isinstance(predictions, tuple) else predictions
+        if len(logits) != len(seen):
+            logger.warning_once(f"{len(seen)} clips but {len(logits)} answers: there are no metrics by corpus.")
+            return {}
+        names = label_names_of(self.accelerator.unwrap_model(self.model).config)
+        return compute_corpus_metrics(logits.argmax(axis=-1), references, seen, names)
+
+    def _check_best_metric(self) -> None:
+        """Refuse a mean over corpora to choose the checkpoint by, where there are none: not after an epoch's work."""
+        wanted = str(self.args.metric_for_best_model).removeprefix("eval_")
+        is_used = self.args.load_best_model_at_end or self.args.save_strategy == "best"
+        if wanted == MEAN_OVER_CORPORA and is_used and isinstance(self.eval_dataset, EmotionDataset):
+            corpora = set(corpora_of(self.eval_dataset))
+            if len(corpora) < 2:
+                raise ValueError(
+                    f"`metric_for_best_model` {wanted} needs validation clips of two corpora or more; these are of "
+                    f"{', '.join(sorted(corpora)) or 'none that is named'}."
+                )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._is_saving_checkpoint = True
@@ -451,17 +488,24 @@ class MMSERTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         """
         Group clips of similar length without reading them twice: their lengths come from the file headers. A data set
-        that has no `lengths` is shuffled.
+        that has no `lengths` is shuffled. All processes have the same order, of which each takes its share.
         """
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        drawn = None
+        if self.args.sampling_temperature is not None:
+            table = getattr(dataset, "dataset", None)
+            weights = cast(np.ndarray, expected_draws(table, self.args.sampling_temperature))
+            drawn = TemperatureSampler(number_groups(table), weights, seed)
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
+            if drawn is not None:
+                self._set_epoch.targets.append(drawn)
+            return super()._get_train_sampler(train_dataset) if drawn is None else drawn
         if not hasattr(dataset, "lengths"):
             return RandomSampler(dataset) if has_length(dataset) else None
         # All that one step of the optimiser sees, so that it does not matter by how many processes it is seen
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = LengthGroupedSampler(batch_size, dataset.lengths, seed)
+        sampler = LengthGroupedSampler(batch_size, dataset.lengths, seed, drawn=drawn)
         self._set_epoch.targets.append(sampler)
         return sampler
 

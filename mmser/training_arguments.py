@@ -63,6 +63,7 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         if not 0 <= self.weight_averaging < 1:
             raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
         self._check_adversaries()
+        self._check_sampling()
         on_cpu = self.use_cpu or not has_accelerator()
         is_slow = on_cpu and not processor_has_bf16()
         if self.use_amp and not (self.bf16 or self.fp16):
@@ -83,6 +84,18 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+
+    def _check_sampling(self) -> None:
+        temperature, strategy = self.sampling_temperature, str(self.train_sampling_strategy)
+        if temperature is None:
+            return
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"`sampling_temperature` must be a number greater than 0, got {temperature}.")
+        if strategy not in ("group_by_length", "random"):
+            raise ValueError(
+                f"`sampling_temperature` draws clips at random, which `train_sampling_strategy` {strategy} does not: "
+                "choose group_by_length or random."
+            )
 
     def _check_adversaries(self) -> None:
         for name in ("adversarial", "adversarial_head"):

@@ -106,6 +106,13 @@ class TrainingFlags:
         default="group_by_length",
         metadata={"help": "group_by_length (clips of similar length in a batch, less padding), random or sequential."},
     )
+    sampling_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw the training clips by temperature over the classes of each corpus: 1 takes each once, a "
+            "large number makes all classes of all corpora equally frequent. Default: each once."
+        },
+    )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode and augment."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: clips are raw audio."})

@@ -40,6 +40,7 @@ from mmser.results import (
     write_atomically,
 )
 from mmser.run_identity import holds_run
+from mmser.sampling import describe_draws, expected_draws
 from mmser.scores import (
     audio_alone,
     describe_rows,
@@ -334,9 +335,14 @@ def make_trainer(
 ) -> MMSERTrainer:
     """The trainer, with class counts for class balancing; a run without validation clips has no best checkpoint."""
     if isinstance(data.splits["train"], datasets.Dataset):
-        counts = class_counts(data.splits["train"], len(data.label_names))
+        draws = expected_draws(data.splits["train"], arguments.sampling_temperature)
+        counts = class_counts(data.splits["train"], len(data.label_names), draws)
         model.config.class_counts = counts
-        logger.info(f"Training clips per class: {dict(zip(data.label_names, counts, strict=True))}")
+        what = "Training clips" if draws is None else "Draws of an epoch"
+        logger.info(f"{what} per class: {dict(zip(data.label_names, counts, strict=True))}")
+        if draws is not None:
+            rows = describe_draws(data.splits["train"], draws, data.label_names)
+            logger.info(f"Sampling:\n{format_table(rows, list(rows[0]))}")
     parameters = format_table(parameter_table(model), ["part", "parameters", "trainable"])
     logger.info(f"Parameters:\n{parameters}")
     train_dataset = examples.for_training(data.splits["train"])

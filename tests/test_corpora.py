@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of several sources in one command: how they are joined, label maps, and what is refused before any work."""
+"""Tests of several sources in one command: how they are joined, label maps, what is refused, scores."""
 
 import csv
+import json
 import logging as python_logging
 from collections import Counter
 
@@ -9,10 +10,18 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from tiny_corpus import write_table
+from sklearn.metrics import f1_score, recall_score
+from test_trainer import make_trainer
+from tiny_corpus import parse_strict_json, read_rows, tiny_flags, tiny_model, write_table
+from tiny_corpus import write_corpus as write_sines
 from transformers.utils import logging
 
+import eval_hf
+import train_hf
+from mmser import report
+from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.examples import EmotionDataset
+from mmser.groups import MEAN_OVER_CORPORA, compute_corpus_metrics, with_mean
 from mmser.label_map import read_label_map
 from mmser.loading import load_emotion_dataset
 from mmser.sources import DataColumns
@@ -384,3 +393,126 @@ def test_a_map_is_written_as_spreadsheets_do(tmp_path):
         writer = csv.writer(file, delimiter=";")
         writer.writerows([["Target", " Label ", "CORPUS"], ["sad", " trauer ", "emo"]])
     assert read_label_map(tmp_path / "map.csv").targets == {("emo", "trauer"): "sad"}
+
+
+# --- scores by corpus ------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_over_corpora_counts_each_corpus_once():
+    rng = np.random.default_rng(0)
+    corpora = np.repeat(["a", "b b", "c"], [200, 20, 5])
+    references, predictions = rng.integers(0, 4, 225), rng.integers(0, 4, 225)
+    predictions[:200] = references[:200]
+    metrics = compute_corpus_metrics(predictions, references, corpora.tolist(), NAMES)
+    scores = []
+    for corpus, count in (("a", 200), ("b b", 20), ("c", 5)):
+        own = references[corpora == corpus], predictions[corpora == corpus]
+        scores.append(f1_score(*own, average="weighted", zero_division=0))
+        assert metrics[f"corpus_{corpus}_weighted_f1"] == pytest.approx(scores[-1])
+        present = np.unique(own[0])
+        recall = recall_score(*own, labels=present, average="macro", zero_division=0)
+        assert metrics[f"corpus_{corpus}_unweighted_average_recall"] == pytest.approx(recall)
+        assert metrics[f"corpus_{corpus}_count"] == count
+    assert metrics[MEAN_OVER_CORPORA] == pytest.approx(np.mean(scores)) and len(metrics) == 10
+    assert compute_corpus_metrics(predictions, references, ["a"] * 225, NAMES) == {}
+    lines = {"a": {"weighted_f1": 1.0, "unweighted_average_recall": 0.5}}
+    assert with_mean(lines, "corpus") == lines == with_mean(lines, "language")
+    more = with_mean({**lines, "b": {"weighted_f1": 0.5, "unweighted_average_recall": 0.0}}, "corpus")
+    assert more["mean over corpora"] == {"weighted_f1": 0.75, "unweighted_average_recall": 0.25}
+
+
+@pytest.fixture(scope="module")
+def sines(tmp_path_factory):
+    """Two folders: the tiny corpus without its column `corpus`, and another with labels of its own and fear."""
+    folder = tmp_path_factory.mktemp("sines")
+    write_sines(folder / "one", validation=(7,))
+    write_sines(folder / "two", train=(9, 10), validation=(8,))
+    other = {"happy": "joy", "sad": "fear"}
+    for name in ("one", "two"):
+        for split in ("train", "validation", "test"):
+            rows = read_rows(folder / name, split)
+            if name == "two":
+                rows = [{**row, "label": other.get(row["label"], row["label"])} for row in rows]
+                for row in rows:  # the two tiny corpora are the same sounds: here they are not
+                    sound, rate = soundfile.read(row["file_name"])
+                    soundfile.write(row["file_name"], 0.5 * sound, rate)
+            rows = [{key: cell for key, cell in row.items() if key not in ("corpus", "split")} for row in rows]
+            write_table(folder / name / split / "metadata.csv", rows)
+    write_map(folder / "map.csv", ("two", "joy", "happy"), ("two", "fear", "other"))
+    return folder
+
+
+def test_an_evaluation_scores_each_corpus_on_its_own_clips(sines, tmp_path):
+    """In the order of the evaluation, from long to short, each answer still belongs to its corpus."""
+    data, _ = load_emotion_dataset([sines / "one", sines / "two"], label_map=sines / "map.csv")
+    trainer = make_trainer(tiny_model(), data, tmp_path, per_device_eval_batch_size=3)
+    table = data["train"]
+    outputs = trainer.predict_outputs(EmotionDataset(table))
+    metrics = trainer.evaluate(EmotionDataset(table))
+    corpora, predictions = np.array(table["corpus"]), outputs["logits"].argmax(axis=1)
+    for corpus in ("one", "two"):
+        own = np.array(table["labels"])[corpora == corpus], predictions[corpora == corpus]
+        assert metrics[f"eval_corpus_{corpus}_weighted_f1"] == pytest.approx(f1_score(*own, average="weighted"))
+        assert metrics[f"eval_corpus_{corpus}_count"] == len(own[0])
+    alone = table.select(np.flatnonzero(corpora == "one"))
+    assert not [name for name in trainer.evaluate(EmotionDataset(alone)) if "corpus" in name or "corpora" in name]
+    arguments = {"metric_for_best_model": MEAN_OVER_CORPORA, "load_best_model_at_end": True, "save_strategy": "steps"}
+    with pytest.raises(ValueError, match="needs validation clips of two corpora or more; these are of one"):
+        make_trainer(
+            tiny_model(), {**data, "validation": alone}, tmp_path, eval_strategy="steps", eval_steps=500, **arguments
+        )
+
+
+def test_a_run_on_two_corpora(sines, tokenizer, tmp_path, monkeypatch, log):
+    recipe = tmp_path / "recipe.json"
+    content = {"data_dir": [str(sines / "one"), str(sines / "two")], "label_map": str(sines / "map.csv")}
+    recipe.write_text(json.dumps(content))
+    flags = {
+        "data_dir": None,
+        "max_steps": 6,
+        "sampling_temperature": 3,
+        "metric_for_best_model": MEAN_OVER_CORPORA,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 3,
+        "ood_dir": sines / "one" / "ood",
+    }
+    results = train_hf.main([str(recipe), *tiny_flags(None, tmp_path / "out", tokenizer, **flags)])
+    assert results["data"]["name"] == "one + two"
+    assert results["data"]["clips"] == {"train": 68, "validation": 28, "test": 28}
+    model = results["test"]["model"]
+    assert {name: own["count"] for name, own in model["by_corpus"].items()} == {"one": 16, "two": 12}
+    scores = [own["weighted_f1"] for own in model["by_corpus"].values()]
+    assert model[MEAN_OVER_CORPORA] == pytest.approx(np.mean(scores))
+    # The test clips, those of --ood_dir, and fear by the speakers that are not trained on
+    assert results["open_set"]["max_softmax"]["clips"] == 28 + 6 + 8
+    state = parse_strict_json((tmp_path / "out" / "trainer_state.json").read_text())
+    found = [line[f"eval_{MEAN_OVER_CORPORA}"] for line in state["log_history"] if "eval_loss" in line]
+    assert len(found) == 2 and state["best_metric"] == max(found)
+    best = results["validation"]["model"][MEAN_OVER_CORPORA]
+    assert best == pytest.approx(max(found))
+    assert "mean over corpora" in (tmp_path / "out" / "README.md").read_text()
+    assert "Sampling:" in log.text and "Draws of an epoch per class" in log.text
+
+    monkeypatch.setattr(report, "draw", lambda *arguments: {})
+    monkeypatch.setattr(report, "write_report", lambda judged, plots, folder: folder)
+    words = ["--checkpoint", tmp_path / "out", "--data_dir", sines / "one", sines / "two", "--use_cpu"]
+    words += ["--label_map", sines / "map.csv", "--ood_dir", sines / "one" / "ood", "--bootstrap_samples", "5"]
+    judged = eval_hf.main([*map(str, words), "--dataloader_num_workers", "0", "--output_dir", str(tmp_path / "eval")])
+    assert judged["rows"]["model"][MEAN_OVER_CORPORA] == pytest.approx(model[MEAN_OVER_CORPORA])
+    assert judged["unknown_clips"] == {"ood": 6, "other": 8}
+    assert "| mean over corpora " in report._tables(judged)["groups"]["corpus"]
+
+
+def test_flags_with_one_value_stay_plain_and_with_several_are_lists():
+    words = ["--data_dir", "a", "b", "--label_column", "label", "feeling", "--text_column", "none", "--use_cpu"]
+    data = parse_arguments(TRAINING_ARGUMENTS, words)[1]
+    assert data.data_dir == ["a", "b"] and data.text_column == "none" and data.name == "a + b"
+    assert [(columns.label, columns.text) for columns in data.columns] == [("label", None), ("feeling", None)]
+    assert (data.common_columns.label, data.common_columns.text) == ("label", None)
+    data = parse_arguments(TRAINING_ARGUMENTS, ["--data_dir", "a", "--use_cpu"])[1]
+    assert (data.data_dir, data.name, data.columns) == ("a", "a", DataColumns())
+    words = ["--label_column", "a", "b", "--text_column", "a", "b", "c", "--use_cpu"]
+    with pytest.raises(ValueError, match="--label_column: give one name, or one for each source; got a b"):
+        parse_arguments(TRAINING_ARGUMENTS, words)[1].columns  # noqa: B018
