@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to batches: which clips share a batch, and how they are padded."""
+"""Examples to batches: which clips share a batch, how they are padded, and how much each batch counts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import find_batch_size, slice_tensors
 from transformers import BatchFeature
 
 from audio_mmser import MIN_SECONDS
@@ -16,6 +17,7 @@ from processing_mmser import MMSERProcessor
 
 MASK_NAMES = {"audio": "attention_mask", "text": "text_attention_mask"}
 ID_NAMES = ("corpus_ids", "speaker_ids")  # of `EmotionDataset.add_ids`
+WEIGHT_NAME = "batch_weight"  # of a batch of training: what its loss is multiplied by
 
 
 @dataclass
@@ -166,3 +168,47 @@ def evaluation_order(dataset) -> list[int] | None:
     if not hasattr(dataset, "lengths"):
         return None
     return np.argsort(-np.asarray(dataset.lengths), kind="stable").tolist()
+
+
+def is_filled_up(accelerator: Any) -> bool:
+    """
+    Whether the present batch has clips that are not its own, on some process: so that all have as many, Accelerate
+    fills up the last batch of a data set with its first clips.
+    """
+    state = accelerator.gradient_state
+    return accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+
+
+def count_own_clips(batch: Any, accelerator: Any) -> int:
+    """How many clips of a batch are its own, the first ones; of a batch that is filled up maybe none."""
+    size = find_batch_size(batch)
+    if not is_filled_up(accelerator):
+        return size
+    # The clips of all processes, in their order, are first those that remained
+    return min(max(accelerator.gradient_state.remainder - accelerator.process_index * size, 0), size)
+
+
+def first_clips(batch: Any, number: int) -> Any:
+    """A batch of its first clips; of one at least, as nothing can be computed without any."""
+    return batch if number == find_batch_size(batch) else slice_tensors(batch, slice(0, max(number, 1)))
+
+
+def weigh_batches(batches: list[Any], accelerator: Any) -> None:
+    """
+    Make all clips of a step of the optimiser count alike, by however many batches and processes they are seen.
+
+    The trainer takes the mean over the batches and processes, in which a short last batch would count as much as a
+    whole one, and what it is filled up with a second time. All processes must call this.
+
+    Args:
+        batches: what this process sees in the step. Each gets its weight under `WEIGHT_NAME`, and the last one loses
+            the clips that are not its own. If these are all, its weight is 0.
+        accelerator: the `Accelerator` of the trainer.
+    """
+    if not batches:
+        return
+    sizes = [*map(find_batch_size, batches[:-1]), count_own_clips(batches[-1], accelerator)]
+    batches[-1] = first_clips(batches[-1], sizes[-1])
+    total = accelerator.reduce(torch.tensor(float(sum(sizes)), device=accelerator.device), "sum").item()
+    for batch, size in zip(batches, sizes, strict=True):
+        batch[WEIGHT_NAME] = size * len(batches) * accelerator.num_processes / total

@@ -32,11 +32,13 @@ class ContrastivePool(TrainerCallback):
         self.num_earlier = num_earlier
         self._earlier: ContrastiveRows | None = None
         self._present: ContrastiveRows | None = None
+        self.is_spare = False  # whether the clips of this process count for nothing at present
 
     def __call__(self, rows: ContrastiveRows) -> tuple[ContrastiveRows, ContrastiveRows | None]:
         """The clips of a batch -> those of all processes (own ones with gradients), and the earlier ones."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            rows = gather_rows(rows)
+            own = [None if column is None else column[:0] for column in rows] if self.is_spare else rows
+            rows = gather_rows(ContrastiveRows(*own))
         if self._present is None:  # what an adversary makes of the batch later is not what is to be remembered
             self._present = ContrastiveRows(F.normalize(rows.features.detach().float(), dim=-1), *rows[1:])
         return rows, self._earlier
@@ -67,10 +69,11 @@ def _joined(first: ContrastiveRows, second: ContrastiveRows) -> ContrastiveRows:
 
 def gather_rows(rows: ContrastiveRows) -> ContrastiveRows:
     """
-    The clips of all processes in the order of their ranks; every process must call it, with at least one clip.
+    The clips of all processes in the order of their ranks; every process must call it, one of them with a clip.
 
-    The gradient of a process's own features is multiplied by the number of processes, whose mean DDP takes: so a loss
-    over the gathered clips, which each process computes as a whole, has the gradient that it has on one process.
+    The gradient of a process's own features is divided by the share of the clips that they are. The trainer multiplies
+    the loss of a process by this share and sums the gradients of all: so a loss over the gathered clips, which each
+    process computes as a whole, has the gradient that it has on one process.
     """
     sizes = _gather(torch.tensor([len(rows.labels)], device=rows.labels.device))
     lengths = [int(size) for size in sizes]
@@ -91,9 +94,9 @@ def _gather(rows: Tensor, lengths: list[int] | None = None) -> list[Tensor]:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, lengths: list[int]) -> Tensor:
-        ctx.start, ctx.size = sum(lengths[: dist.get_rank()]), len(features)
+        ctx.start, ctx.size, ctx.total = sum(lengths[: dist.get_rank()]), len(features), sum(lengths)
         return torch.cat(_gather(features, lengths))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.start : ctx.start + ctx.size] * dist.get_world_size(), None
+        return gradient[ctx.start : ctx.start + ctx.size] * (ctx.total / max(ctx.size, 1)), None

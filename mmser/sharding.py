@@ -48,6 +48,20 @@ def whole_weights(weights: dict[str, torch.Tensor], scalars: set[str]) -> dict[s
     return {name: weight.reshape(()) if name in scalars else weight for name, weight in whole.items()}
 
 
+def check_resumable(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Refuse checkpoints that nobody could go on from.
+
+    Raises:
+        ValueError: an optimiser that keeps nothing of a parameter, which PyTorch cannot load where FSDP2 is.
+    """
+    if isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups):
+        raise ValueError(
+            "PyTorch cannot resume an `sgd` without momentum under FSDP: give `--optim_args momentum=0.9`, another "
+            "`--optim`, or `--save_strategy no`."
+        )
+
+
 @contextlib.contextmanager
 def own_class(model: nn.Module) -> Iterator[None]:
     """FSDP gives a model another class, in a module of PyTorch: what is saved is named after its own."""

@@ -32,7 +32,17 @@ from losses_mmser import check_finite_losses
 from mmser import sharding
 from mmser.adversarial import DomainHead, FreshGradients, StatePerturbation, reversal_strength
 from mmser.averaging import WeightAverage
-from mmser.batches import ID_NAMES, LengthGroupedSampler, MMSERDataCollator, evaluation_order
+from mmser.batches import (
+    ID_NAMES,
+    WEIGHT_NAME,
+    LengthGroupedSampler,
+    MMSERDataCollator,
+    count_own_clips,
+    evaluation_order,
+    first_clips,
+    is_filled_up,
+    weigh_batches,
+)
 from mmser.calibration import (
     ONE_MINUS_MAX,
     describe_fit,
@@ -62,7 +72,7 @@ from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
 # Of a batch: what the model learns from, and is no input
-TARGET_NAMES = ("labels", "class_shares", "auxiliary_targets", "teacher_logits")
+TARGET_NAMES = ("labels", "class_shares", "auxiliary_targets", "teacher_logits", WEIGHT_NAME)
 # Share of the answers right with the text. With 0.92 (real speech) OpenMax gained by it; with 0.90 (the demo) it no
 # longer rejected other emotions: 16 % in place of 98 %
 RIGHT_WITHOUT_TEXT = 0.91
@@ -174,6 +184,7 @@ class MMSERTrainer(Trainer):
         self._is_predicting = False
         self._is_saving_checkpoint = False
         self._scalars: set[str] = set()  # parameters that FSDP wants in another shape
+        self._pool: ContrastivePool | None = None  # while training with a contrastive loss
         self._set_epoch = _SetEpoch()
         self.add_callback(self._set_epoch)
         self.training_time = TrainingTime()
@@ -259,14 +270,13 @@ class MMSERTrainer(Trainer):
                 )
             yield
             return
-        pool = ContrastivePool(args.contrastive_memory)
-        model.contrastive_pool = pool
+        pool = model.contrastive_pool = self._pool = ContrastivePool(args.contrastive_memory)
         self.add_callback(pool)
         try:
             yield
         finally:
             self.remove_callback(pool)
-            model.contrastive_pool = None
+            model.contrastive_pool = self._pool = None
 
     def _train_averaged(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model).to(self.args.device)
@@ -428,7 +438,16 @@ class MMSERTrainer(Trainer):
                 self.get_optimizer_cls_and_kwargs(self.args, model)
             )
             self.optimizer = optimizer_class(groups, **optimizer_kwargs)
+            if self.is_fsdp_enabled and self.args.save_strategy != "no":
+                sharding.check_resumable(self.optimizer)
         return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As usual; each clip of a step counts once, and as much as any other. A loss of the user's own sees to it."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.compute_loss_func is None:
+            weigh_batches(batches, self.accelerator)
+        return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As usual; with `args.adversarial` two passes, see `StatePerturbation`."""
@@ -438,7 +457,7 @@ class MMSERTrainer(Trainer):
         step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
 
         def predict() -> torch.Tensor:  # with labels too: all that is drawn at random is drawn as in the other passes
-            own = {name: value for name, value in inputs.items() if name != "speaker_ids"}
+            own = {name: value for name, value in inputs.items() if name not in ("speaker_ids", WEIGHT_NAME)}
             with self.compute_loss_context_manager():
                 return self.accelerator.unwrap_model(model)(**own).logits
 
@@ -455,8 +474,10 @@ class MMSERTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; its parts are kept for the log, and a part that is not finite is an error naming it."""
         domains = {name: inputs[name] for name in ID_NAMES if name in inputs}
-        if "speaker_ids" in domains:
-            inputs = {name: value for name, value in inputs.items() if name != "speaker_ids"}
+        weight = inputs.get(WEIGHT_NAME, 1.0)
+        inputs = {name: value for name, value in inputs.items() if name not in ("speaker_ids", WEIGHT_NAME)}
+        if self._pool is not None:
+            self._pool.is_spare = weight == 0
         inputs = self._with_teacher_logits(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         parts = outputs.get("losses") or {"loss": loss.detach()}  # a `compute_loss_func` makes a loss without parts
@@ -473,7 +494,8 @@ class MMSERTrainer(Trainer):
         check_finite_losses(parts)
         if model.training and "losses" in outputs:
             for name, value in parts.items():
-                self._loss_parts[name].append(value)
+                self._loss_parts[name].append(weight * value)
+        loss = weight * loss
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -622,6 +644,9 @@ class MMSERTrainer(Trainer):
             for name in TARGET_NAMES:
                 inputs.pop(name, None)
         loss, outputs, model_labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and is_filled_up(self.accelerator):  # the outputs are told apart later, a mean cannot be
+            own = first_clips(inputs, count_own_clips(inputs, self.accelerator))
+            loss = super().prediction_step(model, own, True)[0]
         return loss, outputs, model_labels if labels is None else labels
 
     def predict_outputs(self, dataset) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from test_trainer import (
     make_trainer,
     run_two_processes,
     training_lines,
+    with_training_clips,
 )
 from tiny import tiny_batch
 from tiny import tiny_model as wide_model
@@ -254,7 +255,7 @@ if other:
 def run(model, splits, folder, batch_size):
     trainer = make_trainer(
         model,
-        splits,
+        with_training_clips(splits, 18),  # the last two of an epoch are a step, in which one process has none
         folder,
         **DETERMINISTIC,
         per_device_train_batch_size=batch_size,
@@ -267,12 +268,15 @@ def run(model, splits, folder, batch_size):
 
 
 def gathered_gradient(own):
-    """The loss of eight clips, and its gradient to the weights that make their features, averaged as DDP does."""
+    """
+    The loss of eight clips, and its gradient to the weights that make their features: averaged as DDP does, of losses
+    that are weighed as the trainer does.
+    """
     features, labels, corpora = (torch.as_tensor(column) for column in clips(3, 8))
     weights = torch.eye(6, requires_grad=True)
     rows, _ = ContrastivePool()(ContrastiveRows(features[own] @ weights, labels[own], corpora[own]))
     loss = supervised_contrastive_loss(*rows[:2], corpora=rows.corpora, other_corpus_weight=0.2)
-    loss.backward()
+    (loss * 2 * len(labels[own]) / 8 if torch.distributed.is_initialized() else loss).backward()
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(weights.grad)
         weights.grad /= 2

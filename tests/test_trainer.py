@@ -424,8 +424,13 @@ DETERMINISTIC = {
 }
 
 
+def with_training_clips(splits, number):
+    return {**splits, "train": splits["train"].select(range(number))}
+
+
 def test_two_accumulated_batches_of_four_are_one_batch_of_eight(splits, tmp_path):
     start = tiny_model(dropout=False, class_counts=[10, 5, 5, 1])
+    splits = with_training_clips(splits, 14)  # the second step has a batch of four and one of two
     results = []
     for batch_size, accumulated in ((8, 1), (4, 2)):
         model = MMSERForAudioClassification(start.config)
@@ -447,13 +452,14 @@ import time
 import numpy as np
 import torch
 from test_trainer import (
-    DETERMINISTIC, flat_parameters, load_splits, make_trainer, resumable, training_lines, training_losses
+    DETERMINISTIC, flat_parameters, load_splits, make_trainer, resumable, training_lines, training_losses,
+    with_training_clips
 )
 from mmser.examples import EmotionDataset
 from modeling_mmser import MMSERForAudioClassification
 
 corpus, start, folder = sys.argv[1:]
-splits = load_splits(corpus)
+splits = with_training_clips(load_splits(corpus), 26)  # of the last two of an epoch, one process has none
 other = os.fork()  # both processes share what was imported; nothing has computed yet
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
 model = MMSERForAudioClassification.from_pretrained(start)
@@ -481,10 +487,10 @@ if other:
 """
 
 
-def run_two_processes(worker, splits, folder):
+def run_two_processes(worker, splits, folder, **environment):
     """Run a worker's code, which forks into two ranks, on the clips of `splits` and the model in `folder / "start"`.
 
-    The worker writes its results into `folder`.
+    The worker writes its results into `folder`; `environment` is what a launcher would set besides.
     """
     corpus = Path(splits["train"][0]["audio"]).parents[1]
     (folder / "worker.py").write_text(worker)
@@ -496,7 +502,7 @@ def run_two_processes(worker, splits, folder):
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = subprocess.run(
         [sys.executable, folder / "worker.py", corpus, folder / "start", folder],
-        env={**os.environ, **launched, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        env={**os.environ, **launched, **environment, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -508,6 +514,7 @@ def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits
     start = tiny_model(dropout=False)
     start.save_pretrained(tmp_path / "start")
     run_two_processes(WORKER, splits, tmp_path)
+    splits = with_training_clips(splits, 26)
     ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1)]
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = make_trainer(start, splits, tmp_path / "one", **DETERMINISTIC, **sizes, max_steps=5)
