@@ -445,6 +445,11 @@ class MMSERTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As usual; each clip of a step counts once, and as much as any other. A loss of the user's own sees to it."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        loader = self.accelerator.gradient_state.active_dataloader
+        if loader is not None and loader.remainder < 0 and has_length(self.train_dataset):
+            # Accelerate does not know it in the epoch within which a run goes on
+            size = self._train_batch_size * self.args.world_size
+            loader.remainder = 0 if self.args.dataloader_drop_last else len(self.train_dataset) % size
         if self.compute_loss_func is None:
             weigh_batches(batches, self.accelerator)
         return batches, num_items_in_batch
