@@ -209,6 +209,8 @@ def weigh_batches(batches: list[Any], accelerator: Any) -> None:
         return
     sizes = [*map(find_batch_size, batches[:-1]), count_own_clips(batches[-1], accelerator)]
     batches[-1] = first_clips(batches[-1], sizes[-1])
-    total = accelerator.reduce(torch.tensor(float(sum(sizes)), device=accelerator.device), "sum").item()
+    total = float(sum(sizes))
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum").item()
     for batch, size in zip(batches, sizes, strict=True):
         batch[WEIGHT_NAME] = size * len(batches) * accelerator.num_processes / total
