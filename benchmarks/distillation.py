@@ -86,7 +86,7 @@ def make_tables(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -
     for name in (name_of(encoder, learns_from) for encoder in ENCODERS for learns_from in (ALONE, TAUGHT)):
         if results.seeds(name) == "-":
             continue
-        parameters, seconds = results.run(name, "parameters") or 0.0, results.seconds_of_training(name) or 0.0
+        parameters = results.run(name, "parameters") or 0.0
         row: Tree = {"model": name, "parameters": millions(parameters)}
         row["of the teacher's"] = f"{parameters / teacher['parameters']:.1%}"
         for split, score in scores.items():
@@ -94,7 +94,7 @@ def make_tables(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -
             row[split] = cell(own)
             row[f"{split}: to the teacher"] = difference(own, dict.fromkeys(own, score))
             row[f"{split}: by the teacher"] = difference(own, plain) if name.endswith(TAUGHT) else ""
-        shown.append({**row, "seconds of training": f"{seconds:.0f}", "seeds": results.seeds(name)})
+        shown.append({**row, "seeds": results.seeds(name)})
     columns = dict.fromkeys(column for row in (*shown[1:], shown[0]) for column in row)  # a student has all of them
     return {"distillation": table([{column: row.get(column, "") for column in columns} for row in shown])}
 

@@ -85,6 +85,7 @@ def committed_tables():
         adapters,
         auxiliary_tasks,
         compatibility,
+        distillation,
         head_depth,
         judged,
         noise,
@@ -106,6 +107,7 @@ def committed_tables():
     tables |= noise.make_tables(read_results(RESULTS / "noise.json")[1])
     tables |= auxiliary_tasks.make_tables(read_results(RESULTS / "auxiliary_tasks.json")[1])
     tables |= parts.make_tables(read_results(RESULTS / "parts.json")[1])
+    tables |= distillation.make_tables(*read_results(RESULTS / "distillation.json"))
     tables |= {"adapters": table(adapters.summarise(read_results(RESULTS / "adapters.json")[1]))}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
