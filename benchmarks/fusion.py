@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "steps": STEPS,
                 "batch_size": BATCH_SIZE,
                 "text_dropout": TEXT_DROPOUT,
-                "autocast": str(autocast_here()),
+                "dtype": str(autocast_here() or torch.float32).removeprefix("torch."),
             },
             "threads": torch.get_num_threads(),
             "environment": environment(),

@@ -33,7 +33,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_hf
 from benchmarks import baselines
 from benchmarks.modalities import METRICS, Lines, autocast_of, examine_checkpoint, groups_of, score
-from benchmarks.real_speech_tables import ALONE, BEST, FROZEN, HEARD, RUN_COLUMNS, TABLES, TUNED, make_tables
+from benchmarks.real_speech_tables import (
+    ALL_ALONE,
+    ALL_HEARD,
+    ALL_TUNED,
+    ALONE,
+    BEST,
+    FROZEN,
+    HEARD,
+    RUN_COLUMNS,
+    TABLES,
+    TUNED,
+    make_tables,
+)
 from benchmarks.tables import ROOT, parse_arguments, publish, read_results, table
 from mmser.export import export_checkpoint
 from mmser.loading import load_emotion_dataset
@@ -46,6 +58,8 @@ Tree = dict[str, Any]
 RECIPE = "real_speech.json"  # all that comes after frozen encoders; the parts are taken away from it
 PUBLISHED = "real_speech_published.json"  # the published design, nothing of which is left to a default
 STAGES = STAGE_1, STAGE_2, STAGE_3 = tuple(f"real_speech_{name}.json" for name in ("audio", "finetune", "fuse"))
+ALL_PARTS = "real_speech_all_parts.json"  # in place of the first
+RECIPES = RECIPE, PUBLISHED, *STAGES, ALL_PARTS
 SEED_STEP = 10  # between the seeds of checkpoints that are averaged
 DATA_SEED = 42  # one choice of augmented clips for all seeds, so that cached encoder states are reused
 
@@ -105,6 +119,9 @@ STUDY = [
     Row(TUNED, "study", STAGE_2, starts_from=HEARD, keep=True, note="the same with the audio encoder"),
     Row(ALONE, "study", STAGE_3, starts_from=TUNED, note="the third stage: text joins the tuned encoder"),
     Row(BEST, "study", STAGE_3, starts_from=TUNED, averages=3, keep=True, note="from the mean of three seeds"),
+    Row(ALL_HEARD, "study", ALL_PARTS, keep=True, note="the whole head in place of the plain one"),
+    Row(ALL_TUNED, "study", STAGE_2, starts_from=ALL_HEARD, keep=True),
+    Row(ALL_ALONE, "study", STAGE_3, starts_from=ALL_TUNED),
 ]
 _PARTS: dict[str, Tree] = {
     "last layer only": config(use_weighted_layer_sum=False),
@@ -215,9 +232,7 @@ class Study:
         """The recipe of a row with its changes."""
         path = self.options.recipes / str(row.recipe)
         if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist: --recipes must be a folder with {', '.join((RECIPE, PUBLISHED, *STAGES))}"
-            )
+            raise ValueError(f"{path} does not exist: --recipes must be a folder with {', '.join(RECIPES)}")
         # Said here: the default goes by the number of clips, which a row may change
         settings = {"num_train_epochs": 15, **json.loads(path.read_text(encoding="utf-8"))}
         for name, value in row.changes.items():
@@ -452,9 +467,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_encoder", help="Hub name or folder")
     parser.add_argument("--spoken_text_dir", help="of benchmarks/speak_text.py; without it those rows are left out")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/real_speech"), help="for runs and encoder states")
-    parser.add_argument(
-        "--recipes", type=Path, default=ROOT / "recipes", help=f"has {', '.join((RECIPE, PUBLISHED, *STAGES))}"
-    )
+    parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help=f"has {', '.join(RECIPES)}")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="rows with a name like one of these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

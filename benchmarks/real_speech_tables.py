@@ -11,6 +11,7 @@ from benchmarks.tables import BySeed, Row, cell, difference, mean, table
 TABLES = ("study", "parts", "text", "generalisation", "compact")
 FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, second stage"
 ALONE, BEST = "MMSER, tuned once", "MMSER"
+ALL_HEARD, ALL_TUNED, ALL_ALONE = (f"every part on, {name}" for name in ("first stage", "second stage", "tuned once"))
 # What a run has besides scores; in the CSV file it stands on the run's first line
 RUN_COLUMNS = ("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes")
 
@@ -65,12 +66,13 @@ def study_table(results: Results) -> str:
     rows = []
     for name in results.names("study"):
         seconds = results.seconds_of_training(name)
-        heard_no_text = name in (HEARD, TUNED)
+        heard_no_text = name in (HEARD, TUNED, ALL_HEARD, ALL_TUNED)
         rows.append(
             {
                 "model": name,
                 **results.two("" if heard_no_text else name, "model"),
-                **results.two(name, "audio_only", "audio alone: "),
+                # A model that was never trained with text ignores it: its own scores are those of audio alone
+                **results.two(name, "audio_only" if results.of(name, "audio_only") else "model", "audio alone: "),
                 "parameters": millions(results.run(name, "parameters")),
                 "seconds of training": "-" if seconds is None else f"{seconds:.0f}",
                 "seeds": results.seeds(name),

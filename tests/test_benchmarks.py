@@ -86,6 +86,7 @@ def committed_tables():
         auxiliary_tasks,
         compatibility,
         distillation,
+        fusion,
         head_depth,
         judged,
         noise,
@@ -106,6 +107,7 @@ def committed_tables():
     tables |= prediction_sets.make_tables(*read_results(RESULTS / "prediction_sets.json"))
     tables |= noise.make_tables(read_results(RESULTS / "noise.json")[1])
     tables |= auxiliary_tasks.make_tables(read_results(RESULTS / "auxiliary_tasks.json")[1])
+    tables |= fusion.make_tables(read_results(RESULTS / "fusion.json")[1])
     tables |= parts.make_tables(read_results(RESULTS / "parts.json")[1])
     tables |= distillation.make_tables(*read_results(RESULTS / "distillation.json"))
     tables |= {"adapters": table(adapters.summarise(read_results(RESULTS / "adapters.json")[1]))}

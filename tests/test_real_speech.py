@@ -48,7 +48,7 @@ def given(tmp_path_factory, script):
     BertModel(BertConfig(vocab_size=len(tiny_tokenizer()), **TEXT)).save_pretrained(folder / "text")
     tiny_tokenizer().save_pretrained(folder / "text")
     (folder / "recipes").mkdir()
-    for name in (script.RECIPE, script.PUBLISHED, *script.STAGES):
+    for name in script.RECIPES:
         recipe = STAGE_2 if name == script.STAGE_2 else STAGE_1
         (folder / "recipes" / name).write_text(json.dumps(recipe))
     return folder
