@@ -31,9 +31,9 @@ def clips():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, **SMALL_PARTS})
-    monkeypatch.setattr(pooled_states, "EPOCHS", 20)
+    monkeypatch.setattr(pooled_states, "EPOCHS", 30)
     monkeypatch.setattr(pooled_states, "BATCH_SIZE", 16)
-    monkeypatch.setattr(pooled_states, "SMALL_NETWORK_STEPS", 200)
+    monkeypatch.setattr(pooled_states, "SMALL_NETWORK_STEPS", 400)
 
 
 def test_two_frames_have_the_mean_and_the_deviation_of_all(clips):
