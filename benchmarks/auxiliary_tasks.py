@@ -22,7 +22,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from audio_mmser import load_audio
 from auxiliary_mmser import NO_CLASS
-from benchmarks.pooled_states import BATCH_SIZE, EPOCHS, Clips, encode, predict, train, two_frames
+from benchmarks.pooled_states import BATCH_SIZE, EPOCHS, Clips, add_flags, encode_as_two_frames, predict, train
 from benchmarks.tables import Row, cell, difference, parse_arguments, publish, read_results, table
 from configuration_mmser import DEFAULT_LABELS
 from mmser.examples import map_in_threads
@@ -153,10 +153,7 @@ def make_tables(lines: Sequence[Row]) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path)
-    parser.add_argument("--audio_encoder", default="openai/whisper-base")
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/parts_states"))
-    parser.add_argument("--seeds", type=int, default=3)
+    add_flags(parser)
     parser.add_argument("--weight", type=float, default=0.3)
     options = parse_arguments(parser, "auxiliary_tasks", arguments, required=["data_dir"])
     if options.from_results:
@@ -164,8 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
         tables = load(options.data_dir)
-        encoded = encode(tables, options.audio_encoder, options.cache_dir)
-        clips = {name: two_frames(own) for name, own in encoded.items()}
+        clips = encode_as_two_frames(tables, options.audio_encoder, options.cache_dir)
         jobs = [(setting, seed) for seed in range(options.seeds) for setting in SETTINGS]
         lines = [
             row

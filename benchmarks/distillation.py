@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.real_speech import STAGE_2, Row, Run, Study, Tree, collect
+from benchmarks.real_speech import STAGE_2, Row, Run, Study, Tree, collect, exit_status
 from benchmarks.real_speech_tables import Results, millions
 from benchmarks.tables import ROOT, BySeed, cell, difference, parse_arguments, publish, read_results, table
 from mmser.loading import load_emotion_dataset
@@ -135,9 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = {"settings": settings, "teacher": teacher, **report}
     lines = [line for line in lines if line["group"] == "all"]
     publish(make_tables(report, lines), report, lines, options)
-    if failed:
-        print("\nNot all runs could be done:\n" + "\n".join(failed), file=sys.stderr)
-    return 1 if failed else 0
+    return exit_status(failed)
 
 
 if __name__ == "__main__":

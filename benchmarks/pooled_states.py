@@ -6,6 +6,7 @@ statistics pooling finds the mean and the deviation that it finds in the clip it
 pooling is the real model, its losses and its optimiser. What the pooling attends to within a clip cannot be seen here.
 """
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,6 +127,21 @@ def encode(tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir
             [torch.from_numpy(own) for own in states], torch.tensor(split["labels"]), corpora, np.array(speakers)
         )
     return encoded
+
+
+def encode_as_two_frames(
+    tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir: Path
+) -> dict[str, Clips]:
+    """The clips of each table, with two frames that stand for all."""
+    return {name: two_frames(own) for name, own in encode(tables, audio_encoder, cache_dir).items()}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark is told of one data set, its encoder and the seeds."""
+    parser.add_argument("--data_dir", type=Path)
+    parser.add_argument("--audio_encoder", default="openai/whisper-base")
+    parser.add_argument("--cache_dir", type=Path, default=Path("runs/parts_states"))
+    parser.add_argument("--seeds", type=int, default=3)
 
 
 def build(clips: Clips, overrides: Mapping[str, Any]) -> MMSERForAudioClassification:

@@ -325,6 +325,13 @@ class Study:
         return [f"{name}: {reason}" for name, reason in failed.items()]
 
 
+def exit_status(failed: Sequence[str]) -> int:
+    """Tell of the runs that failed, as `Study.execute` returns them: 1 if there are any."""
+    if failed:
+        print("\nNot all runs could be done:\n" + "\n".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
 def slug(name: str) -> str:
     """A name as part of a path."""
     return re.sub(r"\W+", "_", name.lower()).strip("_")
@@ -490,7 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [row for row in rows if any(fnmatch.fnmatchcase(row.name, glob) for glob in options.rows)]
     if not chosen:
         raise ValueError(f"--rows {' '.join(options.rows)} fits no row of {', '.join(options.tables)}; see --list")
-    failed = []
+    failed: list[str] = []
     if not (options.list or options.report_only):
         failed = study.execute(study.plan(row.name for row in chosen))
     report, lines = collect(study)
@@ -500,9 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(columns))
         return 0
     publish(make_tables(report, lines), report, lines, options)
-    if failed:
-        print("\nNot all runs could be done:\n" + "\n".join(failed), file=sys.stderr)
-    return 1 if failed else 0
+    return exit_status(failed)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pooled_states import BATCH_SIZE, EPOCHS, Clips, encode, predict, train, two_frames
+from benchmarks.pooled_states import BATCH_SIZE, EPOCHS, Clips, add_flags, encode_as_two_frames, predict, train
 from benchmarks.tables import Row, cell, difference, parse_arguments, publish, read_results, table, write_csv
 from configuration_mmser import DEFAULT_LABELS
 from mmser.examples import EmotionDataset
@@ -134,10 +134,7 @@ def make_tables(lines: Sequence[Row]) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path)
-    parser.add_argument("--audio_encoder", default="openai/whisper-base")
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/parts_states"))
-    parser.add_argument("--seeds", type=int, default=3)
+    add_flags(parser)
     options = parse_arguments(parser, "soft_targets", arguments, required=["data_dir"])
     if options.from_results:
         report, lines = read_results(options.output)
@@ -147,8 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_set, held_out = (EmotionDataset(tables[name], use_text=False) for name in ("train", "validation"))
         probe = log_mel_probe(train_set, held_out)
         confusion = wrong_answers(probe["predictions"], probe["labels"])
-        encoded = encode(tables, options.audio_encoder, options.cache_dir)
-        clips = {name: two_frames(own) for name, own in encoded.items()}
+        clips = encode_as_two_frames(tables, options.audio_encoder, options.cache_dir)
         seeds = range(options.seeds)
         lines = measure(clips, tables["train"], confusion, seeds)
         settings = {"seeds": list(seeds), "raters": RATERS, "epochs": EPOCHS, "batch_size": BATCH_SIZE}
