@@ -7,7 +7,7 @@ pooling is the real model, its losses and its optimiser. What the pooling attend
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -232,8 +232,15 @@ def predict(model: MMSERForAudioClassification, clips: Clips) -> dict[str, np.nd
 def folds_by_speaker(clips: Clips, num_folds: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows to train on and rows held out, with the corpora and classes spread evenly, and no speaker in both."""
     strata = [f"{corpus} {label}" for corpus, label in zip(clips.corpora, clips.labels.tolist(), strict=True)]
+    return stratified_folds(strata, clips.speakers, num_folds)
+
+
+def stratified_folds(
+    strata: Sequence[str], groups: Sequence[str], num_folds: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to train on and rows held out, with the strata spread evenly, and no group in both."""
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0)
-    return list(splitter.split(strata, strata, clips.speakers))
+    return list(splitter.split(strata, strata, groups))
 
 
 def folds_by_corpus(clips: Clips) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +33,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_hf
 from benchmarks import baselines
 from benchmarks.modalities import METRICS, Lines, autocast_of, examine_checkpoint, groups_of, score
+from benchmarks.pooled_states import stratified_folds
 from benchmarks.real_speech_tables import (
     ALL_ALONE,
     ALL_HEARD,
+    ALL_ON,
     ALL_TUNED,
     ALONE,
     BEST,
+    FOLD_STAGES,
     FROZEN,
     HEARD,
+    PLAIN_HEAD,
     RUN_COLUMNS,
     TABLES,
     TUNED,
@@ -50,6 +54,7 @@ from benchmarks.tables import ROOT, parse_arguments, publish, read_results, tabl
 from mmser.export import export_checkpoint
 from mmser.loading import load_emotion_dataset
 from mmser.results import RESULTS_NAME, environment
+from mmser.splits import speaker_key
 from mmser.tables import strict_json
 from processing_mmser import MMSERPipeline
 
@@ -102,6 +107,7 @@ def config(**fields: Any) -> Tree:
 
 # Augmented copies depend on a clip's place in its data set, so each fold would need its own encoder states
 PLAIN: Tree = {"augment": False}
+SPEAKER_FOLDS = 2
 
 STUDY = [
     Row("majority", "study", function="majority", once=True, note="the largest class of the training"),
@@ -153,6 +159,21 @@ COMPACT = [
 ]
 
 
+def _speaker_fold_rows() -> Iterator[Row]:
+    """Both heads, each with both stages, on each fold of the speakers: what `recipes/` are chosen by."""
+    for head, first in ((PLAIN_HEAD, STAGE_1), (ALL_ON, ALL_PARTS)):
+        for number in range(1, SPEAKER_FOLDS + 1):
+            fold: Tree = {"data": "fold", "leaves_out": {"speakers": f"{number} of {SPEAKER_FOLDS}"}}
+            names = [f"{head}, {stage}, fold {number}" for stage in FOLD_STAGES]
+            changes = {**PLAIN, "validation_fraction": 0.1}  # for the calibration, which changes no answer
+            yield Row(names[0], "folds", first, changes=changes, keep=True, **fold)
+            changes = {"validation_fraction": 0.1}
+            yield Row(names[1], "folds", STAGE_2, changes=changes, starts_from=names[0], **fold)
+
+
+FOLDS = list(_speaker_fold_rows())
+
+
 def fold_rows(data_dir: str) -> list[Row]:
     """A row for each corpus and language with test clips that is left out; one for both if they are the same clips."""
     splits, _ = read_splits(data_dir)
@@ -177,6 +198,16 @@ def read_splits(data_dir: str) -> tuple[dict[str, list[Tree]], list[str]]:
     splits, label_names = load_emotion_dataset(data_dir)
     empty = dict.fromkeys(("corpus", "language", "speaker", "text"), "")
     return {name: [{**empty, **clip} for clip in split.to_list()] for name, split in splits.items()}, label_names
+
+
+def hold_out_speakers(splits: Mapping[str, Sequence[Tree]], value: str) -> dict[str, list[Tree]]:
+    """One fold ("1 of 2") of the speakers of training and validation to test on, and the others to train on."""
+    number, count = map(int, value.split(" of "))
+    clips = [*splits["train"], *splits["validation"]]
+    strata = [f"{clip['corpus']} {clip['labels']}" for clip in clips]
+    speakers = [speaker_key(clip["speaker"], clip["corpus"]) for clip in clips]
+    heard, new = stratified_folds(strata, speakers, count)[number - 1]
+    return {"train": [clips[row] for row in heard], "test": [clips[row] for row in new]}
 
 
 def hold_out(splits: Mapping[str, Sequence[Tree]], column: str, value: str) -> dict[str, list[Tree]]:
@@ -209,7 +240,7 @@ class Study:
     def __init__(self, options: argparse.Namespace, rows: Sequence[Row] | None = None):
         self.options = options
         if rows is None:
-            rows = [*STUDY, *PARTS, *TEXT, *fold_rows(options.data_dir), *COMPACT]
+            rows = [*STUDY, *FOLDS, *PARTS, *TEXT, *fold_rows(options.data_dir), *COMPACT]
             if options.spoken_text_dir is None:
                 rows = [row for row in rows if row.data not in ("spoken", "mix")]
         self.rows = {row.name: row for row in rows}
@@ -272,7 +303,8 @@ class Study:
             return write_listing(self.options.work_dir / "mix", both, label_names)
         column, value = next(iter(row.leaves_out.items()))  # a second one names the same clips
         folder = self.options.work_dir / "folds" / slug(f"{column} {value}")
-        return write_listing(folder, hold_out(splits, column, value), label_names)
+        fold = hold_out_speakers(splits, value) if column == "speakers" else hold_out(splits, column, value)
+        return write_listing(folder, fold, label_names)
 
     def fingerprint(self, row: Row) -> str:
         """A hash of everything chosen for a row, and for the rows that it needs. Folders count by their last name."""

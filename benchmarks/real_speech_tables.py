@@ -8,10 +8,12 @@ from typing import Any
 from benchmarks.modalities import EXAMINED
 from benchmarks.tables import BySeed, Row, cell, difference, mean, table
 
-TABLES = ("study", "parts", "text", "generalisation", "compact")
+TABLES = ("study", "folds", "parts", "text", "generalisation", "compact")
 FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, second stage"
 ALONE, BEST = "MMSER, tuned once", "MMSER"
-ALL_HEARD, ALL_TUNED, ALL_ALONE = (f"every part on, {name}" for name in ("first stage", "second stage", "tuned once"))
+PLAIN_HEAD, ALL_ON = "plain head", "every part on"
+FOLD_STAGES = "first stage", "second stage"
+ALL_HEARD, ALL_TUNED, ALL_ALONE = (f"{ALL_ON}, {name}" for name in (*FOLD_STAGES, "tuned once"))
 # What a run has besides scores; in the CSV file it stands on the run's first line
 RUN_COLUMNS = ("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes")
 
@@ -91,6 +93,23 @@ def study_table(results: Results) -> str:
     return "\n\n".join(tables)
 
 
+def folds_table(results: Results) -> str:
+    """A row for each head and stage: the weighted F1 of each fold of the speakers, and the mean of the folds."""
+    rows = []
+    for stage in FOLD_STAGES:
+        means: dict[str, BySeed] = {}
+        for head in (PLAIN_HEAD, ALL_ON):
+            prefix = f"{head}, {stage}, "
+            names = [name for name in results.names("folds") if name.startswith(prefix)]
+            folds = {name.removeprefix(prefix): results.of(name, "model") for name in names}
+            finished = set.intersection(*(set(scores) for scores in folds.values()))
+            means[head] = {seed: sum(own[seed] for own in folds.values()) / len(folds) for seed in finished}
+            row = {"model": prefix.removesuffix(", "), **{fold: cell(scores) for fold, scores in folds.items()}}
+            change = difference(means[head], means[PLAIN_HEAD]) if head != PLAIN_HEAD else ""
+            rows.append({**row, "mean of folds": cell(means[head]), "difference": change, "seeds": len(finished)})
+    return table(rows)
+
+
 def compared(results: Results, name: str, base: str) -> Row:
     """Scores of a row, and what they differ by from those of another."""
     row: Row = {}
@@ -153,6 +172,7 @@ def compact_table(results: Results) -> str:
 
 MAKERS: dict[str, Callable[[Results], str]] = {
     "study": study_table,
+    "folds": folds_table,
     "parts": parts_table,
     "text": text_table,
     "generalisation": generalisation_table,
