@@ -130,6 +130,8 @@ def leave_process_group() -> None:
     counts as failed (https://github.com/pytorch/pytorch/issues/190489). The threads end with the group, and the group
     with the last model that was wrapped for it: hence the collection.
     """
+    if "torch" not in sys.modules:  # then there is no group, and a quick command does not wait for the import
+        return
     import torch
 
     gc.collect()

@@ -4,11 +4,11 @@
 import json
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -61,6 +61,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, (np.generic, torch.Tensor)):
+    torch = sys.modules.get("torch")  # not imported here: a table of words does not wait for it
+    if isinstance(value, np.generic) or (torch is not None and isinstance(value, torch.Tensor)):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -76,7 +76,8 @@ SHORTER = {
     "export_hf.py": "",
     "demo/synthesize_non_speech.py": "--clips_per_kind 2",
 }
-NOT_RUN = ("make", "pip", "python -m pytest")  # what they run is this very suite, or takes the network
+# What they run is this very suite, or takes the network or a corpus; `test_corpus_command.py` has miniatures of these
+NOT_RUN = ("make", "pip", "python -m pytest", "python -m mmser.corpus_command")
 SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf")
 # Names in backquotes that are neither ours nor of Transformers
 OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre"}
@@ -417,7 +418,8 @@ def test_every_shell_command_is_known():
         if words[0] == "make":
             assert words[1:] and set(words[1:]) <= set(targets), words
         else:
-            scripts = [word for word in words if word.endswith(".py")]
+            modules = [f"{word.replace('.', '/')}.py" for word in words if word.startswith("mmser.")]
+            scripts = [word for word in words if word.endswith(".py")] + modules
             assert scripts and all((ROOT / script).is_file() for script in scripts), words
 
 
@@ -468,7 +470,7 @@ def known_flags():
 
 def test_every_flag_is_one_of_the_command_lines():
     own = {"--nproc_per_node", "--config_file"}  # of torchrun and of Accelerate
-    for script in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("demo/*.py")):
+    for script in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("mmser/*_command.py")):
         own |= set(re.findall(r'"(--\w+)"', script.read_text(encoding="utf-8")))
     for page, text in PAGES.items():
         flags = set(re.findall(r"(?<![\w-])--\w+", text))
