@@ -651,11 +651,47 @@ class MMSERPipeline(Pipeline):
         self, index: int, item, chunking, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> dict[str, list]:
         """A recording of any length -> its chunks, with times and scores, and their mean over time."""
+        whole = {**postprocess_params, "top_k": None}  # labels that come last in one chunk may be first in the mean
+        name = f"input {index}"
+        chunks = list(
+            self._classify_chunks(name, item, chunking, batch_size, preprocess_params, forward_params, whole)
+        )
+        top_k = postprocess_params.get("top_k")
+        return {
+            "scores": mean_over_time(chunks)[:top_k],
+            "chunks": [{**chunk, "scores": chunk["scores"][:top_k]} for chunk in chunks],
+        }
+
+    def iterate_chunks(self, recording, batch_size: int = 1, **options) -> Iterator[dict[str, Any]]:
+        """
+        What `classifier(recording, chunk_length_s=...)` gives under `chunks`, one by one as they are classified.
+
+        Args:
+            recording, batch_size, options: as of a call; `chunk_length_s` is needed. The labels of all chunks, with
+                [`mean_over_time`], give the `scores` of a call.
+
+        Returns:
+            Iterator over `{"timestamp": (start, end), "scores": list}`.
+
+        Raises:
+            As a call does; what is wrong with the recording shows when it is reached.
+        """
+        preprocess, _, postprocess = self._sanitize_parameters(**options)
+        chunking, preprocess = self._chunking({**self._preprocess_params, **preprocess})
+        if chunking is None:
+            raise ValueError("`chunk_length_s` is needed: it says how long a chunk is")
+        params = preprocess, self._forward_params, {**self._postprocess_params, **postprocess}
+        return self._classify_chunks("recording", recording, chunking, batch_size, *params)
+
+    def _classify_chunks(
+        self, title: str, item, chunking, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ) -> Iterator[dict[str, Any]]:
+        """The chunks of a recording, which errors call `title`, with times and scores."""
         rate = self.processor.feature_extractor.sampling_rate
         times = []
 
         def clips():
-            with _errors_named(f"input {index}"):
+            with _errors_named(title):
                 audio, words, own_rate, name = _unpack(item, ("chunks",))
                 if audio is None:
                     raise ValueError("a recording is needed: there are no chunks of text alone")
@@ -666,22 +702,15 @@ class MMSERPipeline(Pipeline):
                     end = chunk.first + len(chunk.samples)
                     text = text_of_chunk(words, chunk.first / rate, end / rate)
                     yield (
-                        f"input {index} at {times[-1][0]:.2f} s",
+                        f"{title} at {times[-1][0]:.2f} s",
                         {"raw": chunk.samples, "sampling_rate": rate, "text": text},
                     )
                 if not times:
                     raise ValueError(f"{name}: empty, it holds no samples")
 
-        whole = {**postprocess_params, "top_k": None}  # labels that come last in one chunk may be first in the mean
-        scores = list(self._classify_clips(clips(), 0, batch_size, preprocess_params, forward_params, whole))
-        top_k = postprocess_params.get("top_k")
-        shares = np.diff(times)[:, 0] / times[-1][1]
-        return {
-            "scores": _mean_scores(scores, shares)[:top_k],
-            "chunks": [
-                {"timestamp": time, "scores": labels[:top_k]} for time, labels in zip(times, scores, strict=True)
-            ],
-        }
+        scores = self._classify_clips(clips(), 0, batch_size, preprocess_params, forward_params, postprocess_params)
+        for number, labels in enumerate(scores):
+            yield {"timestamp": times[number], "scores": labels}
 
     def _forward(self, input_tensors, **forward_parameters):
         inputs = BatchFeature(input_tensors, tensor_type="pt").to(self.device, dtype=self.dtype)
@@ -836,8 +865,20 @@ def _check_words(words) -> list[dict]:
     return words or []
 
 
-def _mean_scores(results: list[list[dict]], shares: np.ndarray) -> list[dict]:
-    """Mean of the labels' scores, and of what else is told of each chunk, weighted by `shares`, which sum to 1."""
+def mean_over_time(chunks: Sequence[dict[str, Any]]) -> list[dict]:
+    """
+    Mean of the labels' scores, and of what else is told of each chunk.
+
+    Args:
+        chunks: at least one `{"timestamp": (start, end), "scores": list}` as a call with `chunk_length_s` gives them,
+            with all labels. Each counts by its time.
+
+    Returns:
+        `list` of a dict for each label, best first. `is_unknown` is True if most of the time is.
+    """
+    results = [chunk["scores"] for chunk in chunks]
+    lengths = np.array([end - start for start, end in (chunk["timestamp"] for chunk in chunks)])
+    shares = lengths / lengths.sum()
     own = ("label", "score", "prediction_set")  # a set has its coverage over clips, and a recording is none
     extras = {name: value for name, value in results[0][0].items() if name not in own}
     tasks = extras.pop("auxiliary", None)
@@ -884,6 +925,7 @@ __all__ = [
     "MMSEROnnxForAudioClassification",
     "MMSEROnnxOutput",
     "MMSERPipeline",
+    "mean_over_time",
     "split_into_chunks",
     "text_of_chunk",
 ]

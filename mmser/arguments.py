@@ -23,6 +23,16 @@ OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
 class ModelArguments:
     """Which model to start from."""
 
+    _argument_group_name = "Model"
+    _essentials = {  # noqa: RUF012 (no field: what `train_hf.py --help` shows, the flags that most runs need)
+        "Data": ("data_dir", "dataset_name", "label_map", "label_column", "text_column", "max_seconds"),
+        "Model": (
+            *("audio_model_name_or_path", "text_model_name_or_path", "model_name_or_path"),
+            *("freeze_audio", "freeze_text", "cache_encoder_states"),
+        ),
+        "Training": ("output_dir", "overwrite_output_dir", "epochs", "batch_size", "lr", "use_amp", "push_to_hub"),
+    }
+
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "MMSER checkpoint (Hub name or folder) to go on from, instead of two encoders."},
@@ -208,6 +218,8 @@ class SourceArguments:
     columns are for all of them, or one for each.
     """
 
+    _argument_group_name = "Data"
+
     data_dir: list[str] | str | None = field(
         default=None,
         metadata=_several(
@@ -336,6 +348,8 @@ def _column(name: str) -> str | None:
 class DataArguments(SourceArguments):
     """Which data to train and evaluate on."""
 
+    _argument_group_name = "Data"
+
     streaming: bool = field(default=False, metadata={"help": "Read the Hub data set while training; set --max_steps."})
     ood_dir: str | None = field(
         default=None, metadata={"help": "Folder of clips that are none of the classes, for the open-set check."}
@@ -409,6 +423,14 @@ def _same_flag(name: str, *aliases: str):
 @dataclass
 class EvaluationArguments:
     """What to judge, and how."""
+
+    _argument_group_name = "Evaluation"
+    _essentials = {  # noqa: RUF012
+        "What to evaluate": (
+            *("checkpoint", "data_dir", "dataset_name", "split", "ood_dir", "label_column", "text_column"),
+        ),
+        "How": ("output_dir", "calibrate", "tta", "group_by", "batch_size", "use_cpu"),
+    }
 
     model_name_or_path: str = field(metadata={"aliases": ["--checkpoint"], "help": CHECKPOINT_HELP})
     output_dir: str | None = field(
@@ -484,6 +506,12 @@ class EvaluationArguments:
 @dataclass
 class ExportArguments:
     """What to export, and how."""
+
+    _argument_group_name = "Export"
+    _essentials = {  # noqa: RUF012
+        "What to export": ("checkpoint", "output_dir", "overwrite_output_dir", "format", "dtype"),
+        "Make it smaller": ("vocabulary_text", "languages", "prune", "prune_layers", "recovery_epochs", "data_dir"),
+    }
 
     model_name_or_path: str = field(metadata={"aliases": ["--checkpoint"], "help": CHECKPOINT_HELP})
     output_dir: str = field(metadata={"aliases": ["--save_dir"], "help": "Folder to write."})
@@ -565,7 +593,8 @@ OPTIONAL_VALUES = ("tta",)
 def command_parser(kinds: Sequence[Any], description: str | None = None) -> FlagParser:
     """A parser that knows all flags of a command, for `--help` and for wrong flags: it imports no torch."""
     shown = [with_trainer_flags(kind) if kind is TrainingFlags else kind for kind in kinds]
-    return FlagParser(shown, description, NEGATIVE_HELP, OPTIONAL_VALUES)
+    about = {name: getattr(kinds[0], f"_{name}") for name in ("essentials", "usage") if hasattr(kinds[0], f"_{name}")}
+    return FlagParser(shown, description, NEGATIVE_HELP, OPTIONAL_VALUES, **about)
 
 
 def parse_arguments(kinds: Sequence[Any], arguments: Sequence[str], description: str | None = None) -> tuple:

@@ -58,11 +58,12 @@ def set_up_logging(arguments: "TrainingArguments") -> None:
 def run_command(main: Callable[[], Any]) -> None:
     """
     Run `main` as a program: a user's mistake ends in one sentence and exit code 2, with `--debug` in a traceback.
+    A number that `main` returns is the exit code.
 
     What looks like a fault of the program itself ends in a traceback in any case, see `mistake`.
     """
     try:
-        main()
+        result = main()
         leave_process_group()
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -77,6 +78,8 @@ def run_command(main: Callable[[], Any]) -> None:
             time.sleep(RANK_DELAY)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    if isinstance(result, int) and result:
+        sys.exit(result)
 
 
 def mistake(error: Exception) -> str | None:

@@ -88,7 +88,7 @@ def _read_map(pairs: list[str]) -> dict[str, str]:
 
 
 def command() -> None:
-    """`python -m mmser.corpus_command`."""
+    """The command alone, without those beside it: `python -m mmser.corpus_command`."""
     run_command(lambda: main(sys.argv[1:]))
 
 

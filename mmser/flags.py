@@ -3,29 +3,37 @@
 
 import argparse
 import ast
+import copy
 import dataclasses
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-EPILOG = "A mistake ends in one sentence and exit code 2; with --debug it ends in a traceback."
+EPILOG = "A mistake ends in one sentence and exit code 2, with --debug in a traceback."
+POSITIONAL = "positional"  # in the metadata of a field: its values stand on the command line without a flag
 
 
 class FlagParser(HfArgumentParser):
     """
     A parser of dataclasses whose `--no_...` flags have a help text of their own, and which knows the nearest flag.
 
+    `--help` shows the essential flags, and `--help_all` all of them, in a group for each dataclass that has a
+    `_argument_group_name`.
+
     Args:
-        kinds: the dataclasses whose fields are the flags.
+        kinds: the dataclasses whose fields are the flags. A field with `POSITIONAL` in its metadata has no flag.
         description: what `--help` says of the command; its lines stay as they are.
         negative_help: help texts of `--no_...` flags, by the name of the field.
         optional_values: names of the fields whose flag may stand without a value. It then gives an empty list.
+        essentials: the flags that `--help` shows, without their dashes, by the title of their group. All by default.
+        usage: what follows the name of the command.
     """
 
     def __init__(
@@ -34,15 +42,24 @@ class FlagParser(HfArgumentParser):
         description: str | None = None,
         negative_help: dict[str, str] | None = None,
         optional_values: Iterable[str] = (),
+        essentials: Mapping[str, Sequence[str]] | None = None,
+        usage: str = "[recipe.json] [flags]",
     ):
+        self._essentials = essentials or {}
+        self._shows_all = not essentials
+        self._is_intermixing = False
         super().__init__(
             kinds,
-            usage="%(prog)s [recipe.json] [flags]",  # the list of all flags in front of their list is of no help
+            prog=Path(sys.argv[0]).name,
+            usage=f"%(prog)s {usage}",  # the list of all flags in front of their list is of no help
             description=description,
             epilog=EPILOG,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,  # a misspelt flag is no abbreviation
+            add_help=False,
         )
+        self.add_argument("-h", "--help", action="help", help="Show the flags that most runs need.")
+        self.add_argument("--help_all", action=_HelpAll, help="Show all flags.")
         for action in self._actions:
             if action.const is False:
                 action.help = (negative_help or {}).get(action.dest, f"Switch --{action.dest} off.")
@@ -50,9 +67,44 @@ class FlagParser(HfArgumentParser):
             if action.dest in optional_values:
                 action.nargs = "*"
 
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        if POSITIONAL in field.metadata:
+            parser.add_argument(field.name, nargs="*", default=[], help=field.metadata["help"])
+        else:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As always; flags may also stand between values that have none."""
+        if self._is_intermixing or not self._get_positional_actions():
+            return super().parse_known_args(args, namespace)
+        self._is_intermixing = True  # the method below calls this one
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixing = False
+
+    def format_help(self) -> str:
+        if self._shows_all:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        positional = self._get_positional_actions()
+        for title, names in {"": [], **self._essentials}.items():
+            formatter.start_section(title or None)
+            formatter.add_arguments([_spelt(self._option_string_actions[f"--{name}"], name) for name in names])
+            formatter.add_arguments([] if title else positional)
+            formatter.end_section()
+        formatter.add_text(f"--help_all shows all {self._count_flags()} flags.\n{self.epilog}")
+        return formatter.format_help()
+
+    def _count_flags(self) -> int:
+        return len({action.dest for action in self._get_optional_actions()} - {"help", "help_all"})
+
     def error(self, message: str) -> Any:
         """Without the list of all flags, in which argparse drowns what is wrong."""
-        self.exit(2, f"{self.prog}: error: {message}. --help shows all flags.\n")
+        self.exit(2, f"{self.prog}: error: {message}. --help_all shows all flags.\n")
 
     def check(self, words: Sequence[str]) -> None:
         """Raise ValueError, with the nearest flag, if a word is no flag and no value of one. Answers `--help`."""
@@ -85,11 +137,61 @@ class FlagParser(HfArgumentParser):
 
 def _hint(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else "--help shows all flags."
+    return f"did you mean {near[0]}?" if near else "--help_all shows all flags."
+
+
+class _HelpAll(argparse.Action):
+    """`--help_all`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, dest=dest, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser._shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def _spelt(action: argparse.Action, name: str) -> argparse.Action:
+    """The flag with this one of its spellings."""
+    action = copy.copy(action)
+    action.option_strings = [f"--{name}"]
+    return action
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown, and the examples in the description keep their lines."""
+    """
+    Defaults are shown where they say something, and the examples in the description keep their lines. Each flag is
+    there in one way to write dashes, with a short name of its value: `--output_dir DIR`.
+    """
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        spellings = [option for option in action.option_strings if "-" not in option[2:]]
+        return f"{', '.join(spellings)} {self._value_name(action)}".rstrip()
+
+    def _value_name(self, action: argparse.Action) -> str:
+        if action.nargs in (0, "?"):  # a switch, which need not be given "true"
+            return ""
+        if action.choices is not None:
+            return f"{{{','.join(map(str, action.choices))}}}"
+        if action.type is string_to_bool:
+            return "{true,false}"
+        name = str(action.metavar or action.dest.rsplit("_", 1)[-1].upper())
+        return f"{name} ..." if action.nargs in ("+", "*") else name
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default: Any = action.default
+        is_nothing = default is None or default is False or default == []
+        if is_nothing or default is argparse.SUPPRESS or "default:" in (action.help or "").lower():
+            return action.help
+        if default is True:
+            return f"{action.help} (default: on)"
+        return super()._get_help_string(action)
 
 
 def split_debug(words: Sequence[str]) -> tuple[list[str], bool]:

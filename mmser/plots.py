@@ -6,6 +6,7 @@ Ito (2008), which people with any common form of colour blindness can tell apart
 repeat what the colours say, for grey print.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from mmser.calibration import expected_calibration_error, reliability_bins, risk
 from mmser.checks import check_floats, check_label_names
 from mmser.groups import FEW_CLIPS
 from mmser.open_set import auroc, fpr_at_95_tpr, oscr, oscr_curve, roc_curve
+from mmser.timed_files import clock
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (3, 1)))
+HATCHES = ("", "///", "...", "\\\\\\", "---", "+++", "ooo")
 GREY, PALE = "#666666", "#CCCCCC"
 # A grey dotted line that a curve is compared with
 REFERENCE = {"color": GREY, "linestyle": ":", "linewidth": 1}
@@ -266,3 +269,72 @@ def plot_group_bars(
     axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1), xticks=np.linspace(0, 1, 6))
     axes.tick_params(axis="y", length=0)
     return _save(figure, path)
+
+
+def plot_timeline(
+    times: Any,
+    scores: Any,
+    label_names: Sequence[str],
+    answers: Sequence[str],
+    path: str | Path,
+    speakers: Sequence[str] = (),
+    title: str = "",
+) -> Path:
+    """A recording over time: the scores as stacked bars, the answers as a strip above; for each speaker, if known.
+
+    Args:
+        times: [S, 2], start and end of each segment in seconds.
+        scores: [S, C] in [0, 1].
+        label_names: of the C classes.
+        answers: of each segment one of the classes; any other name stands for none of them.
+        path: of the picture.
+        speakers: of each segment.
+        title: of the picture.
+    """
+    names = check_label_names(label_names)
+    spans = check_floats(times, "times", num_dimensions=2)
+    heights = check_floats(scores, "scores", num_dimensions=2)
+    who = np.array(list(speakers) or [""] * len(spans))
+    if not len(spans) == len(heights) == len(answers) == len(who):
+        raise ValueError("`times`, `scores`, `answers` and `speakers` must have a row for each segment.")
+    rows = list(dict.fromkeys(who.tolist()))
+    figure = _new_figure(9.0, 1.3 + 1.5 * len(rows))
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    styles = [
+        {"facecolor": COLOURS[index % len(COLOURS)], "edgecolor": "white", "linewidth": 0, "hatch": hatch}
+        for index, hatch in zip(range(len(names)), itertools.cycle(HATCHES), strict=False)
+    ]
+    rejected = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0, "hatch": "xxxxx"}
+    for axes, row in zip(panels, rows, strict=True):
+        own = who == row
+        starts, widths = spans[own, 0], spans[own, 1] - spans[own, 0]
+        floor = np.zeros(len(starts))
+        for index, style in enumerate(styles):
+            axes.bar(starts, heights[own, index], widths, bottom=floor, align="edge", **style)
+            floor += heights[own, index]
+        said = [answer for answer, is_own in zip(answers, own, strict=True) if is_own]
+        for start, width, answer in zip(starts, widths, said, strict=True):
+            style = styles[names.index(answer)] if answer in names else rejected
+            axes.bar(start, 0.2, width, 1.08, align="edge", **style)
+        _label(axes, "", "", row or "score")
+        axes.set(xlim=(0, spans[:, 1].max()), ylim=(0, 1.3), yticks=[0, 0.5, 1, 1.18])
+        axes.set_yticklabels(["0", ".5", "1", "answer"])
+        axes.spines["left"].set_bounds(0, 1)
+        axes.tick_params(axis="y", length=0)
+    panels[-1].set_xlabel("time (minutes:seconds)" if spans.max() < 3600 else "time (hours:minutes:seconds)")
+    panels[-1].xaxis.set_major_locator(_time_ticks(spans.max()))
+    panels[-1].xaxis.set_major_formatter(lambda value, _: clock(value))
+    panels[0].set_title(title, loc="left", fontweight="bold")
+    for name, style in zip(names, styles, strict=True):
+        panels[0].bar(0, 0, 0, **style, label=name)
+    if any(answer not in names for answer in answers):
+        panels[0].bar(0, 0, 0, **rejected, label="none of these")
+    return _save(figure, path, legend_columns=len(names) + 1)
+
+
+def _time_ticks(end: float) -> Any:
+    """Ticks at times that people count in: at most eleven."""
+    from matplotlib.ticker import MultipleLocator
+
+    steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
+    return MultipleLocator(next((step for step in steps if end / step <= 10), 3600 * math.ceil(end / 36_000)))

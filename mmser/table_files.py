@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of CSV, TSV and JSONL files, and the files that they name, as spreadsheets and other systems write them too.
 
-`read_rows` finds the delimiter and the encoding, `find_files` the files.
+`read_rows` finds the delimiter and the encoding (`read_text`), `find_files` the files.
 """
 
 import codecs
@@ -46,7 +46,7 @@ def read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dic
         raise ValueError(f"{path} is not a manifest: expected a file ending in {', '.join(TABLE_SUFFIXES)}")
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    file = io.StringIO(_decode(path.read_bytes(), name), newline="")
+    file = io.StringIO(read_text(path, name), newline="")
     rows = []
     for number, row in _json_rows(file) if path.suffix.lower() == ".jsonl" else _csv_rows(file, name):
         if isinstance(row, dict):
@@ -58,7 +58,9 @@ def read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dic
     return rows
 
 
-def _decode(content: bytes, name: str) -> str:
+def read_text(path: Path, name: str) -> str:
+    """The text of a file in UTF-8 or, with a byte order mark, UTF-16; ValueError, about `name`, for any other."""
+    content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         logger.info(f"{name} is in UTF-16")
         return content.decode("utf-16")

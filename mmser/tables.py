@@ -5,6 +5,7 @@ import json
 import math
 import numbers
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,18 +29,24 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
     for column in columns:
         values = [row.get(column) for row in rows]
         cells = [_format_cell(value) for value in (column, *values)]
-        width = max(3, *map(len, cells))
+        width = max(3, *map(_columns, cells))
         given = [value for value in values if value is not None]
+        blanks = [" " * (width - _columns(cell)) for cell in cells]
         if given and all(map(_is_number, given)):
-            padded, rule = [cell.rjust(width) for cell in cells], "-" * (width - 1) + ":"
+            padded, rule = [blank + cell for cell, blank in zip(cells, blanks, strict=True)], "-" * (width - 1) + ":"
         else:
-            padded, rule = [cell.ljust(width) for cell in cells], "-" * width
+            padded, rule = [cell + blank for cell, blank in zip(cells, blanks, strict=True)], "-" * width
         table.append([padded[0], rule, *padded[1:]])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*table, strict=True))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _columns(text: str) -> int:
+    """How many columns of a console a text takes: Chinese and Japanese characters are two wide."""
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
 
 
 def _format_cell(value: Any) -> str:
@@ -53,6 +60,11 @@ def _format_cell(value: Any) -> str:
 def strict_json(value: Any) -> str:
     """JSON text of numbers, names, lists and mappings. A number that is not finite (an undefined score) is null."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def json_line(value: Any) -> str:
+    """The same on one line, as JSONL has it."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

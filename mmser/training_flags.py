@@ -14,6 +14,8 @@ MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS = 10, 150, 880
 class TrainingFlags:
     """The flags of training that are ours or whose default is; `MMSERTrainingArguments` adds those of the Trainer."""
 
+    _argument_group_name = "Training; the flags of Transformers' Trainer come last"
+
     output_dir: str = field(
         default="runs/mmser",
         metadata={"aliases": ["--save_dir"], "help": "Folder for the checkpoints and the results."},

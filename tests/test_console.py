@@ -2,6 +2,7 @@
 """Tests of mmser.flags and mmser.console: flags that are wrong, help, and how a command ends when it cannot work."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,16 @@ from mmser.arguments import (
     parse_arguments,
 )
 from mmser.flags import FlagParser, split_debug
+from mmser.prediction_arguments import PREDICTION_ARGUMENTS
 from mmser.training_arguments import MMSERTrainingArguments
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train_hf": TRAINING_ARGUMENTS, "eval_hf": EVALUATION_ARGUMENTS, "export_hf": EXPORT_ARGUMENTS}
+COMMANDS = {
+    "train_hf": TRAINING_ARGUMENTS,
+    "eval_hf": EVALUATION_ARGUMENTS,
+    "export_hf": EXPORT_ARGUMENTS,
+    "predict_hf": PREDICTION_ARGUMENTS,
+}
 WITHOUT_TORCH = """
 import sys
 import {command}
@@ -64,7 +71,8 @@ def test_the_quick_parser_has_the_flags_of_the_real_one():
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(("words", "said"), [(["--help"], "usage: "), (["--pleas"], "Unknown flag --pleas")])
 def test_help_and_wrong_flags_do_not_wait_for_torch(command, words, said):
-    required = [] if command == "train_hf" else ["--checkpoint", "x", "--output_dir", "y"]
+    needs = command in ("eval_hf", "export_hf")
+    required = ["--checkpoint", "x", "--output_dir", "y"] if needs else []
     code = WITHOUT_TORCH.format(command=command, words=[*required, *words])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert said in done.stdout and done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
@@ -75,7 +83,7 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(command, words, said):
     [
         ("--learning_rat", "Unknown flag --learning_rat: did you mean --learning_rate?"),
         ("--chekpoint=x", "Unknown flag --chekpoint: did you mean --checkpoint?"),
-        ("--xyzzy", "Unknown flag --xyzzy: --help shows all flags."),
+        ("--xyzzy", "Unknown flag --xyzzy: --help_all shows all flags."),
         ("data", "Unknown argument data: "),
     ],
 )
@@ -92,6 +100,42 @@ def test_a_wrong_value_is_one_line(capsys):
     shown = capsys.readouterr().err
     assert ended.value.code == 2
     assert shown.count("\n") == 1 and "error: argument" in shown and "invalid float value: 'fast'" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_essentials_and_help_all_everything(command, monkeypatch, capsys):
+    """Two screens of 30 lines and 80 columns, but for the examples."""
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = command_parser(COMMANDS[command], "What it does.")
+    flags = {flag for flag in parser._option_string_actions if "-" not in flag[2:] and flag != "-h"}
+    short = parser.format_help()
+    assert short.count("\n") <= 60 and max(map(len, short.splitlines())) <= 80
+    shown = set(re.findall(r"^  (--\w+)", short, re.MULTILINE))
+    assert shown < flags and "--help_all shows all " in short
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help_all"])
+    assert ended.value.code == 0
+    every = capsys.readouterr().out
+    assert set(re.findall(r"(?<![\w-])--\w+", every)) >= flags
+    assert "(default: None)" not in every and not re.search(r"--\w+-\w", every.split("options:")[-1])
+    number = int(re.search(r"shows all (\d+) flags", short)[1])
+    assert number == len({parser._option_string_actions[flag].dest for flag in flags} - {"help", "help_all"})
+
+
+def test_defaults_are_told_where_they_say_something():
+    text = command_parser(TRAINING_ARGUMENTS).format_help()
+    assert "--batch_size SIZE" in text and "(default: 16)" in text and "--use_amp  " in text
+    parser = command_parser(EXPORT_ARGUMENTS)
+    parser._shows_all = True
+    text = " ".join(parser.format_help().split())
+    assert "of each encoder to remove. Needs data. (default: 0.0)" in text and "if they differ. (default: on)" in text
+    assert "{float32,float16,int8}" in text
+
+
+def test_a_number_that_a_command_returns_is_its_exit_code(monkeypatch, capsys):
+    assert end_of(lambda: 1, monkeypatch, capsys) == (1, "")
+    for result in (0, None, {"loss": 1}):
+        console.run_command(lambda result=result: result)
 
 
 def test_every_no_flag_says_what_it_does():
@@ -240,8 +284,8 @@ def test_other_processes_let_the_first_speak(monkeypatch, capsys):
 def test_the_programs_end_with_a_sentence(command, tmp_path):
     """As a user calls them; `main` called from Python raises, as all other tests of the commands see."""
     flags = ["--checkpoint", str(tmp_path / "gone")] if command != "train_hf" else ["--use_cpu"]
-    flags += ["--output_dir", str(tmp_path / "out")]
-    if command != "export_hf":
+    flags += ["--output_dir", str(tmp_path / "out")] if command != "predict_hf" else ["clip.wav"]
+    if command in ("train_hf", "eval_hf"):
         flags += ["--data_dir", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, ROOT / f"{command}.py", *flags],

@@ -56,9 +56,11 @@ from transformers import (
 )
 
 from configuration_mmser import MMSERConfig
+from mmser import cli
 from mmser.arguments import EVALUATION_ARGUMENTS, EXPORT_ARGUMENTS, TRAINING_ARGUMENTS, command_parser, parse_arguments
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import softmax
+from mmser.prediction_arguments import PREDICTION_ARGUMENTS
 from modeling_mmser import MMSERForAudioClassification
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +68,12 @@ README = ROOT / "README.md"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*sorted(ROOT.glob("docs/*.md")), README]
 }
-COMMANDS = {"train_hf": TRAINING_ARGUMENTS, "eval_hf": EVALUATION_ARGUMENTS, "export_hf": EXPORT_ARGUMENTS}
+COMMANDS = {
+    "train_hf": TRAINING_ARGUMENTS,
+    "eval_hf": EVALUATION_ARGUMENTS,
+    "export_hf": EXPORT_ARGUMENTS,
+    "predict_hf": PREDICTION_ARGUMENTS,
+}
 SHORTER = {
     # Each page finds a finished model without checkpoints in `runs/mine`
     "train_hf.py": "--overwrite_output_dir --max_steps 2 --save_strategy no --eval_strategy no "
@@ -77,8 +84,8 @@ SHORTER = {
     "demo/synthesize_non_speech.py": "--clips_per_kind 2",
 }
 # What they run is this very suite, or takes the network or a corpus; `test_corpus_command.py` has miniatures of these
-NOT_RUN = ("make", "pip", "python -m pytest", "python -m mmser.corpus_command")
-SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf")
+NOT_RUN = ("make", "pip", "python -m pytest", "mmser corpus")
+SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf", "mmser")
 # Names in backquotes that are neither ours nor of Transformers
 OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre"}
 YOURS = re.compile(
@@ -165,6 +172,9 @@ def run_command(words, done, place):
     """Run a command in this process; one that another page has already run leaves the same folder again."""
     if " ".join(words).startswith(NOT_RUN):
         return
+    if words[0] == "mmser":
+        cli.main(words[1:])
+        return
     program = next(index for index, word in enumerate(words) if word.endswith(".py"))  # after python or a launcher
     name, arguments = words[program], words[program + 1 :]
     key = shlex.join(words[program:])
@@ -241,6 +251,9 @@ def fill_start(folder, corpus):
     folder.mkdir()
     for name, seconds in (("clip.wav", 0.5), ("doubtful.wav", 0.4), ("meeting.flac", 9.785875)):
         soundfile.write(folder / name, 0.3 * np.sin(np.arange(round(16000 * seconds)) / 10), 16000)
+    (folder / "meeting.srt").write_text("1\n00:00:00,000 --> 00:00:02,000\nwhat a joy\n", encoding="utf-8")
+    turns = ("0.0 4.5 <NA> <NA> anna", "4.0 5.5 <NA> <NA> ben")
+    (folder / "meeting.rttm").write_text("".join(f"SPEAKER meeting 1 {turn} <NA> <NA>\n" for turn in turns))
     (folder / "my_data").symlink_to(corpus)
     for split in ("train", "validation", "test"):  # another corpus: other names of the labels, none of the corpus
         other = {"happy": "joy", "sad": "fear"}
@@ -402,6 +415,21 @@ def test_the_export_commands_leave_what_the_page_says(story):
     assert (short / "model.safetensors").is_file() and not list(short.glob("*.onnx"))
 
 
+def test_the_prediction_commands_leave_what_the_page_says(story):
+    folder = story.folder / "use"
+    with open(folder / "answers.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and {row["answer"] for row in rows} <= {*NAMES, "unknown"}
+    assert all(row["text"] and not row["error"] for row in rows)
+    columns = [*rows[0], "start", "end", "speaker"]
+    said = PAGES["docs/use.md"].split("The columns are", 1)[1].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", said)) - {"unknown"}
+    assert named == {name for name in columns if not name.startswith("score_")}
+    (meeting,) = json.loads((folder / "meeting.json").read_text(encoding="utf-8"))
+    assert {segment["speaker"] for segment in meeting["segments"]} == {"anna", "ben"}
+    assert (folder / "meeting.png").stat().st_size > 10_000 and (folder / "segments.csv").is_file()
+
+
 def test_what_was_pushed_is_whole_and_everything_went_through_the_hub(story):
     files = story.hub.files("user/name")
     assert {"config.json", "model.safetensors", "processor_config.json", "modeling_mmser.py"} <= files.keys()
@@ -417,9 +445,10 @@ def test_every_shell_command_is_known():
     for words in found:
         if words[0] == "make":
             assert words[1:] and set(words[1:]) <= set(targets), words
+        elif words[0] == "mmser":
+            assert words[1] in cli.COMMANDS, words
         else:
-            modules = [f"{word.replace('.', '/')}.py" for word in words if word.startswith("mmser.")]
-            scripts = [word for word in words if word.endswith(".py")] + modules
+            scripts = [word for word in words if word.endswith(".py")]
             assert scripts and all((ROOT / script).is_file() for script in scripts), words
 
 
@@ -483,6 +512,7 @@ def test_arguments_in_the_prose_are_parsed(monkeypatch):
         "train_hf": [],
         "eval_hf": ["--checkpoint", "x"],
         "export_hf": ["--checkpoint", "x", "--output_dir", "y"],
+        "predict_hf": ["clip.wav", "--checkpoint", "x"],
     }
     parsers = {name: command_parser(kinds) for name, kinds in COMMANDS.items()}
     parsed = 0

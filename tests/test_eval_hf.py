@@ -465,7 +465,7 @@ def test_a_model_that_gives_nan_is_an_error(run, corpus, checkpoint, tmp_path):
 
 def test_help_and_shared_flags(capsys):
     with pytest.raises(SystemExit) as finished:
-        eval_hf.main(["--help"])
+        eval_hf.main(["--help_all"])
     assert finished.value.code == 0
     shown = capsys.readouterr().out
     for flag in ("--checkpoint", "--ood_dir", "--calibrate", "--tta", "--group_by", "--save_dir", "--sex_column"):

@@ -23,6 +23,7 @@ from tiny_corpus import NAMES, tiny_model, tiny_processor
 from transformers import pipeline
 
 import export_hf
+import predict_hf
 from mmser.arguments import ExportArguments, parse_arguments
 from mmser.export import (
     Comparison,
@@ -446,3 +447,20 @@ def test_a_pytorch_checkpoint_is_not_taken_for_an_export(tmp_path):
     tiny_model().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is a PyTorch checkpoint.*pipeline\(\"audio-classification\", model="):
         MMSERPipeline.from_onnx(tmp_path)
+
+
+def test_the_command_classifies_with_an_export(export, tmp_path, capsys):
+    """As with the checkpoint, to the tolerance of the export."""
+    soundfile.write(tmp_path / "clip.wav", np.sin(np.arange(8000) / 10), 16000)
+    scores = []
+    for checkpoint in (export.checkpoint, export.folder):
+        words = [tmp_path / "clip.wav", "--text", "what a joy", "--checkpoint", checkpoint, "--format", "jsonl"]
+        assert predict_hf.main([*map(str, words), "--device", "cpu"]) == 0
+        row = json.loads(capsys.readouterr().out)
+        scores.append([row[name] for name in row if name.startswith("score_")])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(ValueError, match="onnxruntime is installed here without CUDAExecutionProvider"):
+            predict_hf.main([*map(str, words), "--device", "cuda"])
+    with pytest.raises(ValueError, match="an exported model runs on cpu or cuda"):
+        predict_hf.main([*map(str, words), "--device", "mps"])

@@ -23,6 +23,7 @@ from mmser.plots import (
     plot_reliability,
     plot_risk_coverage,
     plot_score_histograms,
+    plot_timeline,
 )
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -187,3 +188,28 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install \.\[report\]"):
         plot_confusion_matrix([[1]], ["a"], tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_recording_is_drawn_over_time(tmp_path, drawn):
+    """Each bar is as high as a score and as wide as its segment; above them is the answer."""
+    times = [(0, 4), (4, 6), (3, 7.5)]
+    scores = np.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.25] * 4])
+    speakers = ["anna", "anna", "ben"]
+    plot_timeline(times, scores, LABEL_NAMES, ["angry", "neutral", "unknown"], tmp_path / "x.png", speakers, "talk")
+    (figure,) = drawn
+    for axes, own in zip(figure.axes, ([0, 1], [2]), strict=True):
+        bars = [bar for bar in axes.patches if bar.get_width()]
+        stacked, answers = bars[: 4 * len(own)], bars[4 * len(own) :]
+        assert [bar.get_height() for bar in stacked] == pytest.approx(scores[own].T.ravel().tolist())
+        assert [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in answers] == [times[index] for index in own]
+        assert min(bar.get_y() for bar in answers) > 1
+        for index, answer in zip(own, answers, strict=True):
+            label = ["angry", "neutral", None][index]
+            same = [bar for bar in stacked if bar.get_facecolor() == answer.get_facecolor()]
+            assert len(same) == (len(own) if label else 0)
+    said = texts(figure)
+    assert all(name in said for name in (*LABEL_NAMES, "none of these", "anna", "ben", "talk", "minutes:seconds"))
+    plot_timeline([(0, 3700)], [[0.5, 0.5]], ["a", "b"], ["a"], tmp_path / "y.png")
+    assert "hours" in texts(drawn[-1]) and "1:00:00" in texts(drawn[-1]) and "none of these" not in texts(drawn[-1])
+    with pytest.raises(ValueError, match="a row for each segment"):
+        plot_timeline(times, scores, LABEL_NAMES, ["angry"], tmp_path / "z.png")

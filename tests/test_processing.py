@@ -33,7 +33,7 @@ from transformers.utils import ModelOutput
 
 import audio_mmser
 from audio_mmser import load_audio, stream_audio
-from pipeline_mmser import split_into_chunks, text_of_chunk
+from pipeline_mmser import mean_over_time, split_into_chunks, text_of_chunk
 from processing_mmser import MMSERPipeline, MMSERProcessor, pad_and_stack
 
 RATE = 16000
@@ -824,6 +824,21 @@ class TestRecordings:
         classifier.model.openmax_fitted = True
         scores = classifier(recording, chunk_length_s=1, return_uncertainty=True)["scores"]
         assert isinstance(scores[0]["is_unknown"], bool)
+
+    def test_chunks_come_as_they_are_classified(self, classifier):
+        samples = noise(3 * RATE)
+        recording = {"raw": samples, "sampling_rate": RATE}
+        whole = classifier(recording, chunk_length_s=1.2, batch_size=2, return_uncertainty=True)
+        options = {"batch_size": 2, "chunk_length_s": 1.2, "return_uncertainty": True}
+        chunks = list(classifier.iterate_chunks(recording, **options))
+        assert chunks == whole["chunks"] and len(chunks) == 4
+        assert mean_over_time(chunks) == whole["scores"]
+        with pytest.raises(ValueError, match="`chunk_length_s` is needed"):
+            classifier.iterate_chunks(recording)
+        with pytest.raises(ValueError, match="together less than"):  # at once, not when the first is taken
+            classifier.iterate_chunks(recording, chunk_length_s=1, stride_length_s=1)
+        with pytest.raises(FileNotFoundError, match=r"recording: .*there is no such file"):
+            next(classifier.iterate_chunks("gone.wav", chunk_length_s=1))
 
     def test_lists_and_construction(self, classifier, processor):
         options = {"chunk_length_s": 1, "stride_length_s": 0.1}

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PredictionArguments`: the flags of `mmser predict`, checked without an import of torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmser.arguments import DataArguments
+from mmser.flags import POSITIONAL
+from mmser.names import CONFIG, checkpoint_folder
+
+LONG_SECONDS = 30.0  # what training crops clips to by default, and what a Whisper encoder hears
+CHUNK_SECONDS = 6.0  # clips of emotional speech last 2 to 6 s
+BATCH_SIZE = 8
+ENDINGS = {  # of --output: the format
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".srt": "srt",
+    ".rttm": "rttm",
+    ".txt": "audacity",
+}
+TIMED_FORMATS = ("srt", "rttm", "audacity")  # they hold segments
+ONE_RECORDING = ("srt", "audacity")  # they have no room for the name of a recording
+CHECKPOINT_IN_THE_BOX = Path(__file__).parents[1] / "checkpoints" / "mmser-small"
+
+
+def default_checkpoint() -> str | None:
+    """The checkpoint that comes with MMSER; None where there is none."""
+    return str(CHECKPOINT_IN_THE_BOX) if (CHECKPOINT_IN_THE_BOX / CONFIG).is_file() else None
+
+
+def _column(role: str):
+    """The flag of a column, as training has it, for one table."""
+    flag = DataArguments.__dataclass_fields__[f"{role}_column"]
+    return field(default=flag.default, metadata={"help": f"{flag.metadata['help'][:-1]}, in --transcripts."})
+
+
+@dataclass
+class PredictionArguments:
+    """What to classify, and what to do with the answers."""
+
+    _usage = "FILE|FOLDER ... [flags]"
+    _essentials = {  # noqa: RUF012 (no field)
+        "What to classify": ("checkpoint", "text", "transcripts"),
+        "Long recordings": ("segments", "speakers", "plot"),
+        "Results": ("output", "format", "overwrite", "top_k"),
+        "How": ("batch_size", "device"),
+    }
+
+    inputs: list[str] = field(
+        default_factory=list,
+        metadata={POSITIONAL: True, "help": "Audio files, folders with such files, patterns (*.wav), or addresses."},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--checkpoint"],
+            "help": "MMSER checkpoint: folder, Hub name, or a folder that `mmser export` wrote.",
+        },
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "What is said in the one clip; without a clip, the words alone."}
+    )
+    transcripts: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "What is said: a table (.csv, .tsv, .jsonl) of file names and texts, or subtitles (.srt) of one "
+            "recording.",
+        },
+    )
+    audio_column: str = _column("audio")
+    text_column: str = _column("text")
+    segments: bool = field(
+        default=False,
+        metadata={
+            "help": f"Give the answers of each segment; so it is done for one recording above {LONG_SECONDS:g} s."
+        },
+    )
+    segments_above: float = field(
+        default=LONG_SECONDS,
+        metadata={
+            "metavar": "SECONDS",
+            "help": "Cut recordings longer than this into segments; a whole is their mean over time.",
+        },
+    )
+    speakers: str | None = field(
+        default=None,
+        metadata={"metavar": "FILE", "help": "Speaker turns (.rttm): a segment is a turn, or a piece of a long one."},
+    )
+    chunk_length_s: float = field(
+        default=CHUNK_SECONDS,
+        metadata={"metavar": "SECONDS", "help": "How much of a recording the model hears at a time."},
+    )
+    stride_length_s: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "SECONDS",
+            "help": "How much of that, on each side, belongs to the neighbours. Default: a sixth.",
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"metavar": "FILE", "help": f"File to write; its ending is the format: {', '.join(ENDINGS)}."},
+    )
+    format: str | None = field(
+        default=None,
+        metadata={
+            "choices": list(ENDINGS.values()),
+            "help": "Format of --output, whatever its ending; without --output, of what is printed.",
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace --output and --plot where they exist."})
+    plot: str | None = field(
+        default=None,
+        metadata={"metavar": "FILE", "help": "Picture (.png) of one recording over time; needs the extra `report`."},
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Classes to show on the screen, the best ones; files hold all."}
+    )
+    batch_size: int = field(default=BATCH_SIZE, metadata={"help": "Clips or segments at a time."})
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, cuda:1, mps ... Default: the GPU, if there is one."}
+    )
+
+    def __post_init__(self):
+        for name in ("segments_above", "chunk_length_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is a time in seconds, more than 0, got {getattr(self, name)}.")
+        for name in ("batch_size", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.inputs and not self.text:
+            raise ValueError("There is nothing to classify: name audio files or folders, or give --text.")
+        self._check_texts()
+        self._check_outputs()
+        self.model_name_or_path = self.model_name_or_path or default_checkpoint()
+        if self.model_name_or_path is None:
+            raise ValueError(
+                "--checkpoint is needed: name the folder of an MMSER checkpoint (`mmser train` makes one), its name "
+                "on the Hub, or a folder that `mmser export` wrote."
+            )
+        self.model_name_or_path = checkpoint_folder(self.model_name_or_path, "--checkpoint")
+
+    @property
+    def subtitles(self) -> str | None:
+        """The file of --transcripts if its texts have times."""
+        return self.transcripts if Path(self.transcripts or "").suffix.lower() == ".srt" else None
+
+    @property
+    def by_segment(self) -> bool:
+        """Whether segments are asked for, of inputs of any length."""
+        asked = self.segments or self.speakers or self.subtitles or self.plot or self.format in TIMED_FORMATS
+        return bool(asked)
+
+    @property
+    def needs_one_recording(self) -> str | None:
+        """The flag that makes no sense with several recordings, if one is given."""
+        if self.text is not None:
+            return "--text"
+        if self.format in ONE_RECORDING:
+            return f"The format {self.format}"
+        return "--plot" if self.plot else "--transcripts with subtitles" if self.subtitles else None
+
+    def _check_texts(self) -> None:
+        if self.text is not None and self.transcripts is not None:
+            raise ValueError("--text and --transcripts both say what is said: give one of them.")
+        for name in ("transcripts", "speakers"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_file():
+                raise FileNotFoundError(f"--{name} {getattr(self, name)} does not exist.")
+        if self.transcripts and not self.inputs:
+            raise ValueError("--transcripts says what is said in audio files: name these too.")
+
+    def _check_outputs(self) -> None:
+        ending = Path(self.output or "").suffix.lower()
+        if self.output and self.format is None:
+            if ending not in ENDINGS:
+                raise ValueError(f"--output {self.output}: the ending must be one of {', '.join(ENDINGS)}.")
+            self.format = ENDINGS[ending]
+        if self.format == "parquet" and not self.output:
+            raise ValueError("--format parquet is no text: name a file with --output.")
+        if self.plot and Path(self.plot).suffix.lower() != ".png":
+            raise ValueError(f"--plot {self.plot}: the picture is a PNG file, so its name must end in .png.")
+        for name in ("output", "plot"):
+            path = Path(getattr(self, name) or "")
+            if path.is_dir() and getattr(self, name):
+                raise ValueError(f"--{name} {path} is a folder: name a file.")
+            if path.is_file() and not self.overwrite:
+                raise ValueError(f"--{name} {path} exists: choose another name, or add --overwrite.")
+        if self.by_segment and not self.inputs:
+            raise ValueError("Segments are those of a recording: name one.")
+        texts = "--text" if self.text is not None else f"--transcripts {self.transcripts}" if self.transcripts else ""
+        if self.by_segment and texts and not self.subtitles:
+            raise ValueError(
+                f"{texts} has no times, so nothing says which words belong to which segment: give subtitles "
+                "(--transcripts words.srt)."
+            )
+
+
+PREDICTION_ARGUMENTS = (PredictionArguments,)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# dependencies = [
+#     "accelerate", "datasets", "matplotlib", "pyarrow", "scipy", "soundfile", "soxr", "torch", "transformers>=5.23",
+# ]
+# ///
+"""Classify recordings: one clip, folders of clips, or a long recording over time.
+
+mmser predict clip.wav --checkpoint runs/mine --text "What a day!"
+mmser predict recordings --checkpoint runs/mine --output answers.csv
+mmser predict meeting.flac --checkpoint runs/mine --output meeting.srt --plot meeting.png
+
+Exit code 0: all is classified. 1: some files could not be read; they are listed. 2: wrong usage.
+"""
+
+import sys
+
+from mmser.arguments import parse_arguments
+from mmser.console import run_command
+from mmser.prediction_arguments import PREDICTION_ARGUMENTS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Classify as the flags say, and print or write the answers. Returns the exit code: 1 if some files are bad."""
+    command = sys.argv[1:] if arguments is None else arguments
+    (options,) = parse_arguments(PREDICTION_ARGUMENTS, command, __doc__)
+
+    # Late: `--help` and a wrong flag do not wait for torch
+    from mmser import prediction_files, prediction_run, prediction_screen
+
+    prediction_files.check_outputs(options)
+    job = prediction_run.find_job(options)
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr)
+    classifier = prediction_run.load_classifier(options.model_name_or_path, options.device)
+    predictions = prediction_run.classify(classifier, job, options)
+
+    written = prediction_files.write(predictions, classifier.labels, job.by_segment, options)
+    if options.format is None or options.output:
+        prediction_screen.print_answers(predictions, job.by_segment, options, written)
+    return prediction_screen.print_failures(predictions)
+
+
+def command() -> None:
+    """`predict_hf.py` as a program; `mmser predict` does the same."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()
