@@ -2,7 +2,7 @@
 """Clips as they sound elsewhere: other people talking, pink noise, a room. All of it is made from a seed, without
 other data than clips of the training.
 
-1. `pink_noise`, `babble`, `room_response`, `reverberate`: what happens to a waveform
+1. `pink_noise`, `babble`: what happens to a waveform, beside the room of `mmser/augmentation.py`
 2. `CONDITIONS`: their names in the tables
 3. `choose_clips`, `write_noisy_split`: the clips that are measured, as a folder for each condition
 """
@@ -15,17 +15,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import soundfile
-from scipy.signal import fftconvolve
 
 from audio_mmser import load_audio
-from mmser.augmentation import augmentation_generator
+from mmser.augmentation import augmentation_generator, reverberate, room_response
 
 RATE = 16_000
 VOICES = 6  # that talk at the same time in babble
 SNRS = (20, 10, 5, 0)  # dB
-DECAY_SECONDS = 0.6  # until a room is 60 dB quieter: a living room or an office
-EARLY_SECONDS = (0.005, 0.05)  # between the sound itself and the first reflections, and the last that are heard apart
-NUM_EARLY = 8
 
 
 def pink_noise(num_samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -44,28 +40,6 @@ def babble(voices: Sequence[np.ndarray], num_samples: int, rng: np.random.Genera
         start = rng.integers(len(voice))
         mixed += np.resize(np.roll(_unit_power(voice), -start), num_samples)
     return _unit_power(mixed)
-
-
-def room_response(rng: np.random.Generator) -> np.ndarray:
-    """
-    [T] float64 impulse response of a room: the sound itself (1 at time 0), early reflections, and a tail of noise that
-    falls by 60 dB in `DECAY_SECONDS`. What comes after the sound has as much energy as the sound.
-    """
-    time = np.arange(round(DECAY_SECONDS * RATE)) / RATE
-    decay = 10 ** (-3 * time / DECAY_SECONDS)
-    first, last = (round(seconds * RATE) for seconds in EARLY_SECONDS)
-    response = np.where(time > EARLY_SECONDS[0], rng.standard_normal(len(time)), 0) * decay
-    places = rng.integers(first, last, NUM_EARLY)
-    response[places] += rng.choice([-1, 1], NUM_EARLY) * rng.uniform(3, 10, NUM_EARLY) * decay[places]
-    response /= np.sqrt(np.square(response).sum())
-    response[0] = 1
-    return response
-
-
-def reverberate(waveform: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """The clip [T] in a room, as loud and as long as before."""
-    wet = fftconvolve(waveform, response)[: len(waveform)]
-    return wet * np.sqrt(_power(waveform) / max(_power(wet), 1e-20))
 
 
 def mix(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:

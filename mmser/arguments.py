@@ -385,9 +385,13 @@ class DataArguments(SourceArguments):
             "before training; 0: leave them as they are."
         },
     )
-    augment: bool = field(default=True, metadata={"help": "Speed and noise augmentation in training."})
-    augment_noise: bool = field(
-        default=True, metadata={"help": "Noise too; without it, augmentation changes the speed alone."}
+    augment: bool = field(default=True, metadata={"help": "Augment the clips in training, by --augmentations."})
+    augmentations: list[str] = field(
+        default_factory=lambda: ["speed", "noise"],
+        metadata={
+            "help": "What happens to a training clip, each with probability 0.5: speed, room (reverberation), noise, "
+            "equalizer (other microphones), level, codec (telephone, GSM, Opus, MP3)."
+        },
     )
     cache_encoder_states: str | None = field(
         default=None,
@@ -403,6 +407,10 @@ class DataArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        from mmser.augmentation import EFFECTS  # here: `--help` does not wait for scipy
+
+        if unknown := [name for name in self.augmentations if name not in EFFECTS]:
+            raise ValueError(f"--augmentations {' '.join(unknown)}: unknown. There are {', '.join(EFFECTS)}.")
         for name in ("auxiliary_tasks", "auxiliary_label_maps"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, parse_json(getattr(self, name), f"--{name}"))
@@ -583,7 +591,6 @@ EVALUATION_ARGUMENTS = (EvaluationArguments, SourceArguments)
 EXPORT_ARGUMENTS = (ExportArguments, DataArguments)
 NEGATIVE_HELP = {
     "augment": "Train on the clips as they are.",
-    "augment_noise": "Augment by speed alone.",
     "check": "Write the export without comparing it with PyTorch.",
     "load_best_model_at_end": "Keep the weights of the last step.",
 }

@@ -49,7 +49,7 @@ TRAINING_SETTINGS = (
     *("adversarial", "adversarial_epsilon", "adversarial_weight", "adversarial_head_weight", "contrastive_memory"),
     "sampling_temperature",
 )
-DATA_SETTINGS = ("augment", "augment_noise", "augmented_copies", "text_dropout", "audio_dropout", "max_seconds")
+DATA_SETTINGS = ("augment", "augmentations", "augmented_copies", "text_dropout", "audio_dropout", "max_seconds")
 # What a run writes into its folder, besides its checkpoints and the code, which every save replaces
 WRITTEN_FILES = (
     *("model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json"),

@@ -292,7 +292,8 @@ class Examples:
 
     def for_training(self, split):
         """Examples with augmentation and with modalities dropped."""
-        augmenter = Augmenter() if self.arguments.augment_noise else Augmenter(snr_db_range=None)
+        effects, sampling_rate = tuple(self.arguments.augmentations), self.options["sampling_rate"]
+        augmenter = Augmenter(effects=effects, sampling_rate=sampling_rate)
         dataset = self.dataset_class(
             split,
             training=True,

@@ -9,15 +9,12 @@ from tiny_corpus import NAMES, write_corpus
 
 from benchmarks.noisy_speech import (
     CONDITIONS,
-    DECAY_SECONDS,
     RATE,
     SNRS,
     babble,
     choose_clips,
     mix,
     pink_noise,
-    reverberate,
-    room_response,
     write_noisy_split,
 )
 from mmser.loading import load_emotion_dataset, load_emotion_split
@@ -45,21 +42,6 @@ def test_pink_noise_falls_by_three_decibels_an_octave(rng):
     own = (frequencies > 100) & (frequencies < 6000)
     slope = np.polyfit(np.log2(frequencies[own]), decibels(power[own]), 1)[0]
     assert slope == pytest.approx(-3.01, abs=0.1)
-
-
-def test_a_room_decays_by_sixty_decibels_and_leaves_the_loudness(rng):
-    responses = np.stack([room_response(np.random.default_rng(seed)) for seed in range(50)])
-    assert (responses[:, 0] == 1).all() and (responses[:, 1:40] == 0).all()
-    tail = np.square(responses[:, round(0.06 * RATE) :]).mean(axis=0).reshape(-1, 432).mean(axis=1)
-    time = 0.06 + 432 / RATE * (np.arange(len(tail)) + 0.5)
-    slope = np.polyfit(time, decibels(tail), 1)[0]
-    assert slope * DECAY_SECONDS == pytest.approx(-60, abs=1)
-    np.testing.assert_allclose(np.square(responses).sum(axis=1), 2, rtol=1e-6)
-    clip = 0.1 * rng.standard_normal(RATE)
-    wet = reverberate(clip, responses[0])
-    assert len(wet) == len(clip) and np.mean(wet**2) == pytest.approx(np.mean(clip**2))
-    slow = np.convolve(clip, responses[0])[: len(clip)]
-    assert np.corrcoef(slow, wet)[0, 1] == pytest.approx(1, abs=1e-9)
 
 
 def test_a_split_in_noise_has_the_same_clips_and_is_written_once(tmp_path):

@@ -32,6 +32,7 @@ from transformers import WhisperConfig, WhisperModel, pipeline
 import train_hf
 from mmser import model_loading, training_run
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
+from mmser.augmentation import Augmenter
 from mmser.caching import EncoderStateCache
 from mmser.examples import EmotionDataset
 from mmser.model_loading import check_spec_augment, load_model
@@ -415,14 +416,14 @@ def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, m
     monkeypatch.setattr("mmser.training_run.EmotionDataset", remember)
     run(max_steps=1, text_dropout=0.3, audio_dropout=0.2, max_seconds=0.3, seed=7)
     training = [kwargs for kwargs in made if kwargs.get("training")]
-    assert len(training) == 1 and training[0]["augmenter"].snr_db_range is not None
+    assert len(training) == 1 and training[0]["augmenter"] == Augmenter(effects=("speed", "noise"))
     assert (training[0]["text_dropout"], training[0]["audio_dropout"]) == (0.3, 0.2)
     assert all(kwargs["max_seconds"] == 0.3 and kwargs["seed"] == 7 for kwargs in made)
     assert all("augmenter" not in kwargs for kwargs in made if not kwargs.get("training"))
     made.clear()
-    run("--overwrite_output_dir", "--no_augment_noise", max_steps=1)
-    augmenter = next(kwargs["augmenter"] for kwargs in made if kwargs.get("training"))
-    assert augmenter.snr_db_range is None and augmenter.speed_range == (0.9, 1.1)
+    run("--overwrite_output_dir", "--augmentations", "speed", "level", max_steps=1)
+    augmenters = [kwargs["augmenter"] for kwargs in made if kwargs.get("training")]
+    assert augmenters == [Augmenter(effects=("speed", "level"))]
     made.clear()
     run("--overwrite_output_dir", "--no_augment", max_steps=1)
     assert [kwargs["augmenter"] for kwargs in made if kwargs.get("training")] == [None]
