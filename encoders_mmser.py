@@ -441,11 +441,11 @@ def set_num_heads(attention: Any, num_heads: int) -> None:
         attention.all_head_size = num_heads * attention.attention_head_size
 
 
-def keep_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """A copy of an audio encoder's configuration that has the first `num_layers` of its layers."""
+def keep_layers(config: PreTrainedConfig, kind: str, num_layers: int) -> PreTrainedConfig:
+    """A copy of the configuration of an encoder ("audio" or "text") that has the first `num_layers` of its layers."""
     available = config.num_hidden_layers
     if not 1 <= num_layers <= available:
-        raise ValueError(f"`audio_num_hidden_layers` must be from 1 to {available}, got {num_layers}.")
+        raise ValueError(f"`{kind}_num_hidden_layers` must be from 1 to {available}, got {num_layers}.")
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_layers
     return config

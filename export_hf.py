@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> "ExportReport":
         dtype=options.dtype,
         languages=options.languages,
         texts=None if options.vocabulary_text is None else read_texts(options.vocabulary_text),
+        vocabulary_size=options.vocabulary_size,
         change=change,
         check=options.check,
         tolerance=options.tolerance,

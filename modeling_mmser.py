@@ -523,6 +523,7 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
         text_name_or_path: str | PreTrainedConfig | None,
         hub_kwargs: dict | None = None,
         audio_num_hidden_layers: int | None = None,
+        text_num_hidden_layers: int | None = None,
         **config_overrides,
     ):
         """
@@ -532,8 +533,8 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
             audio_name_or_path, text_name_or_path: Hub name or folder of each encoder. A config object instead starts
                 that encoder at random. With None for one of them the model has only the other.
             hub_kwargs: `revision`, `token`, `cache_dir`... handed to both `from_pretrained` calls.
-            audio_num_hidden_layers: keep only that many of the audio encoder's layers, the first ones. The last ones
-                of an encoder trained to transcribe tell words, not how they are said.
+            audio_num_hidden_layers, text_num_hidden_layers: keep only that many of an encoder's layers, the first
+                ones. The last ones of an audio encoder trained to transcribe tell words, not how they are said.
             config_overrides: fields of `MMSERConfig`, e.g. `num_labels=7` or `classifier_num_layers=5`.
         Returns: the model in float32 and eval mode.
         Raises:
@@ -550,7 +551,9 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
             for source in (audio_name_or_path, text_name_or_path)
         )
         if audio_num_hidden_layers is not None and audio_config is not None:
-            audio_config = keep_layers(audio_config, audio_num_hidden_layers)
+            audio_config = keep_layers(audio_config, "audio", audio_num_hidden_layers)
+        if text_num_hidden_layers is not None and text_config is not None:
+            text_config = keep_layers(text_config, "text", text_num_hidden_layers)
         encoders = {"audio": audio_config, "text": text_config}
         config_overrides["modalities"] = [modality for modality in MODALITIES if encoders[modality] is not None]
         config = MMSERConfig(audio_config=audio_config, text_config=text_config, **config_overrides)

@@ -70,6 +70,9 @@ class ModelArguments:
     audio_num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Keep only that many layers of the pretrained audio encoder, the first ones."}
     )
+    text_num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Keep only that many layers of the pretrained text encoder, the first ones."}
+    )
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": "JSON: fields of MMSERConfig, e.g. '{\"classifier_num_layers\": 5}'."}
     )
@@ -138,12 +141,14 @@ class ModelArguments:
                 self._check_without(kind)
             if getattr(self, f"{kind}_config_overrides") and not getattr(self, f"random_{kind}_encoder"):
                 raise ValueError(f"--{kind}_config_overrides changes the architecture: add --random_{kind}_encoder.")
+            if getattr(self, f"{kind}_num_hidden_layers") is not None and (
+                self.model_name_or_path or getattr(self, f"random_{kind}_encoder")
+            ):
+                raise ValueError(
+                    f"--{kind}_num_hidden_layers cuts a pretrained {kind} encoder: give it when starting from one."
+                )
         if self.average_with and self.model_name_or_path is None:
             raise ValueError("--average_with needs a first checkpoint: add --model_name_or_path.")
-        if self.audio_num_hidden_layers is not None and (self.model_name_or_path or self.random_audio_encoder):
-            raise ValueError(
-                "--audio_num_hidden_layers cuts a pretrained audio encoder: give it when starting from one."
-            )
         moot = [name for name in NEW_MODEL if getattr(self, name)] if self.model_name_or_path else []
         if moot:
             raise ValueError(
@@ -172,8 +177,8 @@ class ModelArguments:
 
     def _check_without(self, kind: str) -> None:
         """Refuse flags that need the encoder `kind`, "audio" or "text", which there is none of."""
-        about = [f"random_{kind}_encoder", f"{kind}_config_overrides", f"freeze_{kind}"]
-        about += ["tokenizer_name"] if kind == "text" else ["audio_num_hidden_layers", "freeze_feature_encoder"]
+        about = [f"random_{kind}_encoder", f"{kind}_config_overrides", f"{kind}_num_hidden_layers", f"freeze_{kind}"]
+        about += ["tokenizer_name"] if kind == "text" else ["freeze_feature_encoder"]
         about += SPEC_AUGMENT if kind == "audio" else ()
         useless = [name for name in about if getattr(self, name) not in (None, False, {})]
         flag = f"--{kind}_model_name_or_path none"
@@ -545,6 +550,10 @@ class ExportArguments:
             "found as in training data), and single characters for all other words."
         },
     )
+    vocabulary_size: int | None = field(
+        default=None,
+        metadata={"help": "Of the tokens of --vocabulary_text, keep that many: special ones, then the most frequent."},
+    )
     prune: float = field(
         default=0.0,
         metadata={
@@ -580,6 +589,8 @@ class ExportArguments:
         for name in ("prune", "prune_layers"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} is a share, from 0 to below 1, got {getattr(self, name)}.")
+        if self.vocabulary_size is not None and self.vocabulary_text is None:
+            raise ValueError("--vocabulary_size chooses among the tokens of texts: add --vocabulary_text.")
         if self.calibration_clips < 1 or self.recovery_epochs < 0:
             raise ValueError("--calibration_clips must be at least 1, and --recovery_epochs 0 or more.")
         if self.recovery_epochs and not (self.prune or self.prune_layers):

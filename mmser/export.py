@@ -403,6 +403,7 @@ def export_checkpoint(
     dtype: str = "float32",
     languages: Sequence[str] | None = None,
     texts: Iterable[str] | None = None,
+    vocabulary_size: int | None = None,
     change: Callable[[MMSERForAudioClassification, MMSERProcessor], str] | None = None,
     check: bool = True,
     tolerance: float | None = None,
@@ -417,7 +418,7 @@ def export_checkpoint(
         output_dir: folder to write. It appears at the end, when everything in it is written and checked.
         formats: "onnx" (for onnxruntime), "safetensors" (for PyTorch), or both.
         dtype: "float32", "float16" (for GPUs) or "int8" (for processors).
-        languages, texts: trim the vocabulary to them, see `choose_tokens`.
+        languages, texts, vocabulary_size: trim the vocabulary to them, see `choose_tokens`.
         change: called with the model and its processor before anything is written: it changes the model in place,
             and returns what it did in words. `mmser.pruning_run.pruner` makes one.
         check: compare with PyTorch.
@@ -443,7 +444,7 @@ def export_checkpoint(
     if change is not None:
         report.changed = change(model, processor)
     if languages or texts is not None:
-        processor, report.trimmed = trim_vocabulary(model, processor, texts, languages)
+        processor, report.trimmed = trim_vocabulary(model, processor, texts, languages, vocabulary_size)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
         folder, scratch = Path(temporary) / "export", Path(temporary) / "scratch"
@@ -490,7 +491,17 @@ def _in_dtype(model: MMSERForAudioClassification, scratch: Path, dtype: str) -> 
 
 def _write_safetensors(model, processor, folder: Path, scratch: Path, dtype: str):
     """Write a PyTorch checkpoint; return it loaded again, to compute in float32."""
-    _in_dtype(model, scratch, dtype).save_pretrained(folder)
+    converted = _in_dtype(model, scratch, dtype)
+    # What is not in int8 is stored in float16, as in ONNX files, and computed in float32; vectors and scales stay
+    small = (
+        {
+            name: value.half() if value.is_floating_point() and value.ndim > 1 else value
+            for name, value in converted.state_dict().items()
+        }
+        if dtype == "int8"
+        else None
+    )
+    converted.save_pretrained(folder, state_dict=small)
     processor.save_pretrained(folder)
     return MMSERForAudioClassification.from_pretrained(folder, dtype=torch.float32)
 

@@ -264,6 +264,7 @@ def _from_encoders(arguments: ModelArguments, labels: dict, processor: MMSERProc
         sources["audio"],
         sources["text"],
         audio_num_hidden_layers=arguments.audio_num_hidden_layers,
+        text_num_hidden_layers=arguments.text_num_hidden_layers,
         **labels,
         **overrides,
     )

@@ -9,9 +9,10 @@ import json
 import os
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,12 @@ def _read_text_column(path: Path) -> Iterator[str]:
         yield str(row.get(column) or "").strip()
 
 
-def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequence[str] | None = None) -> list[int]:
+def choose_tokens(
+    tokenizer,
+    texts: Iterable[str] | None = None,
+    languages: Sequence[str] | None = None,
+    size: int | None = None,
+) -> list[int]:
     """
     The ids of the tokens to keep, ascending.
 
@@ -142,9 +148,14 @@ def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequ
         tokenizer: a fast tokenizer with a WordPiece or Unigram model.
         texts: examples of the texts that the model will read.
         languages: ISO 639-1 codes.
+        size: keep so many tokens of the texts, of which a character may then be none: special ones, and those that
+            are most frequent in the texts. A character is as frequent as it is written, in whatever token.
     Raises:
-        ValueError: neither languages nor a text, an unknown language, or another kind of tokenizer.
+        ValueError: neither languages nor a text, an unknown language, a size without texts or below the number of
+            special tokens, or another kind of tokenizer.
     """
+    if size is not None and texts is None:
+        raise ValueError("`size` chooses among the tokens of texts: give texts (--vocabulary_text)")
     if texts is None and not languages:
         raise ValueError("Give languages, texts or both to choose tokens by; got neither")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -159,20 +170,27 @@ def choose_tokens(tokenizer, texts: Iterable[str] | None = None, languages: Sequ
     if texts is None:
         kept |= {index for index, piece in enumerate(pieces) if is_written_in(piece, scripts)}
         return sorted(kept)
-    characters: set[str] = set()
+    if size is not None and size < len(kept):
+        raise ValueError(f"`size` must be at least {len(kept)}, the number of special tokens, got {size}")
+    tokens: Counter[int] = Counter()
+    characters: Counter[str] = Counter()
     normalizer = tokenizer.backend_tokenizer.normalizer
     texts = iter(texts)
     while batch := list(islice(texts, 1000)):
-        kept.update(*tokenizer(batch, verbose=False)["input_ids"])
-        characters.update(*(normalizer.normalize_str(text) if normalizer else text for text in batch))
+        tokens.update(chain.from_iterable(tokenizer(batch, verbose=False)["input_ids"]))
+        characters.update(chain.from_iterable(normalizer.normalize_str(t) if normalizer else t for t in batch))
     if not characters:
         raise ValueError("The texts to choose tokens by are empty: give at least a single text")
-    kept |= {
+    single = [
         index
         for index, piece in enumerate(pieces)
         if len(piece) == 1 and (piece in characters or is_written_in(piece, scripts))
-    }
-    return sorted(kept)
+    ]
+    if size is None:
+        return sorted(kept.union(tokens, single))
+    frequency = tokens | Counter({index: characters[pieces[index]] for index in single})
+    others = sorted({*tokens, *single} - kept, key=lambda index: (-frequency[index], index))
+    return sorted(kept.union(others[: size - len(kept)]))
 
 
 def _pieces(description: dict) -> list[str]:
@@ -240,6 +258,7 @@ def trim_vocabulary(
     processor: MMSERProcessor,
     texts: Iterable[str] | None = None,
     languages: Sequence[str] | None = None,
+    size: int | None = None,
 ) -> tuple[MMSERProcessor, Trimmed]:
     """
     Trim the text encoder's table of tokens in place. The kept rows do not change: texts of kept tokens give the same
@@ -247,14 +266,14 @@ def trim_vocabulary(
 
     Args:
         model, processor: of one checkpoint.
-        texts, languages: see `choose_tokens`.
+        texts, languages, size: see `choose_tokens`.
     Returns: the processor of the smaller model, and the sizes before and after.
     Raises:
         ValueError: as of `choose_tokens` and `trim_tokenizer`, or a table that is smaller than the vocabulary.
     """
     if "text" not in processor.modalities:
         raise ValueError("The model has no text encoder: there is no vocabulary to trim")
-    kept = choose_tokens(processor.tokenizer, texts, languages)
+    kept = choose_tokens(processor.tokenizer, texts, languages, size)
     before = model.num_parameters()
     embeddings: Any = model.get_input_embeddings()
     tokens_before = len(embeddings.weight)

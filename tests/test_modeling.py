@@ -1374,6 +1374,21 @@ def test_from_backbones_keeps_the_first_layers(folders, tmp_path, kind):
             MMSERModel.from_backbones(*sources, audio_num_hidden_layers=number, **small_parts())
 
 
+@torch.no_grad()
+def test_from_backbones_keeps_the_first_layers_of_the_text(folders, tmp_path):
+    stock = AutoModel.from_pretrained(folders / "bert", add_pooling_layer=False).eval()
+    text = {"input_ids": torch.tensor([[2, 5, 6, 7]]), "text_attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    expected = stock(text["input_ids"], output_hidden_states=True).hidden_states[1]
+    sources = str(folders / "wav2vec2"), str(folders / "bert")
+    MMSERModel.from_backbones(*sources, text_num_hidden_layers=1, **small_parts()).save_pretrained(tmp_path)
+    cut = MMSERModel.from_pretrained(tmp_path)
+    assert cut.config.text_config.num_hidden_layers == len(cut.text_encoder.encoder.layer) == 1
+    torch.testing.assert_close(cut.encode(**text)["text_states"], expected, rtol=1e-5, atol=2e-5)
+    available = len(stock.encoder.layer)
+    with pytest.raises(ValueError, match=f"`text_num_hidden_layers` must be from 1 to {available}, got 9"):
+        MMSERModel.from_backbones(*sources, text_num_hidden_layers=9, **small_parts())
+
+
 def test_from_backbones_refuses_an_unknown_field(folders):
     with pytest.raises(TypeError, match="`clasifier_dropout` is no field of MMSERConfig: did you mean `classifier_dr"):
         MMSERForAudioClassification.from_backbones(folders / "wav2vec2", folders / "bert", clasifier_dropout=0.5)

@@ -192,7 +192,8 @@ def test_an_export_is_used_like_a_checkpoint(checkpoint, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     model = MMSERForAudioClassification.from_pretrained(checkpoint / "float32")
-    for own, tolerance in ((model, 0.03), (quantize_dynamic(model), 1e-5)):  # the second changes the first
+    # the second changes the first; the file has the matrices of the head in float16
+    for own, tolerance in ((model, 0.03), (quantize_dynamic(model), 2e-3)):
         classifier = MMSERPipeline(own, processor=tiny_processor(True), device="cpu")
         for clip, given in zip(classifier([str(tmp_path / "clip.wav"), {"text": "what a joy"}]), results, strict=True):
             scores = {entry["label"]: entry["score"] for entry in given}

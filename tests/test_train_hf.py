@@ -279,9 +279,10 @@ def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corp
         assert torch.equal(weight, encoder.encoder.state_dict()[name]), name
     for norm in (model.mmser.state_norm, model.mmser.fusion.audio_norm, model.mmser.fusion.text_norm):
         assert norm.mean.any() and (norm.scale != 1).any()  # standardised, as every pretrained encoder
-    for flag in (["--model_name_or_path", "somewhere"], ["--random_audio_encoder"]):
-        with pytest.raises(ValueError, match="--audio_num_hidden_layers cuts a pretrained audio encoder"):
-            parse_arguments(TRAINING_ARGUMENTS, ["--audio_num_hidden_layers", "2", "--use_cpu", *flag])
+    for kind in ("audio", "text"):
+        for flag in (["--model_name_or_path", "somewhere"], [f"--random_{kind}_encoder"]):
+            with pytest.raises(ValueError, match=f"--{kind}_num_hidden_layers cuts a pretrained {kind} encoder"):
+                parse_arguments(TRAINING_ARGUMENTS, [f"--{kind}_num_hidden_layers", "2", "--use_cpu", *flag])
 
 
 def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(corpus, tokenizer, tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ With a WordPiece tokenizer like that of multilingual BERT and a Unigram tokenize
 
 import copy
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -98,6 +100,33 @@ def test_languages_alone_keep_whole_scripts(tokenizer):
     trimmed = trim_tokenizer(tokenizer, kept)
     assert as_before(tokenizer, trimmed, kept, ["the tables, 42", "Der Tisch ist da!", "joy", "xyz", "thetables"])
     assert is_unknown(trimmed, "и") and not is_unknown(tokenizer, "и")
+
+
+def test_a_size_keeps_the_most_frequent_tokens(tokenizer):
+    texts = [TEXTS[0]] * 5 + list(TEXTS)
+    whole = choose_tokens(tokenizer, texts)
+    with pytest.raises(ValueError, match="number of special tokens") as error:
+        choose_tokens(tokenizer, texts, size=1)
+    special = set(choose_tokens(tokenizer, texts, size=int(re.findall(r"least (\d+)", str(error.value))[0])))
+    assert choose_tokens(tokenizer, texts, size=len(whole) + 9) == whole
+    for size in (len(special) + 3, len(whole) // 2):
+        kept = choose_tokens(tokenizer, texts, size=size)
+        assert len(kept) == size and special <= set(kept) < set(whole)
+        counted = Counter(index for ids in tokenizer(texts)["input_ids"] for index in ids)
+        letters = Counter("".join(texts).lower())  # the least that a character can count for
+        left_out = max(counted[index] for index in set(whole) - set(kept))
+        for index in set(kept) - special:
+            piece = tokenizer.convert_ids_to_tokens(index).removeprefix("##").removeprefix("▁")
+            assert max(counted[index], letters[piece.lower()]) >= left_out, piece
+        trimmed = trim_tokenizer(tokenizer, kept)
+        assert len(trimmed) == size and trimmed(texts)["input_ids"]
+
+
+def test_a_size_needs_texts_and_room_for_special_tokens(tokenizer):
+    with pytest.raises(ValueError, match="give texts"):
+        choose_tokens(tokenizer, languages=["en"], size=100)
+    with pytest.raises(ValueError, match=r"at least \d+, the number of special tokens, got 1"):
+        choose_tokens(tokenizer, TEXTS, size=1)
 
 
 def test_it_survives_saving(tokenizer, tmp_path):
