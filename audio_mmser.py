@@ -86,7 +86,7 @@ def load_audio(
             f"{name}: `sampling_rate` is required with an array of samples: the same numbers at another rate are "
             "another sound, and the array does not carry its rate"
         )
-    _check_rate(sampling_rate, name)
+    check_rate(sampling_rate, name)
     _check_samples(samples, name)
     if samples.size and sampling_rate != target_sampling_rate:
         samples = soxr.resample(samples, sampling_rate, target_sampling_rate, quality="HQ")
@@ -122,7 +122,7 @@ def stream_audio(
     name, resampler, done = _file_name(audio, name), None, 0
     with _opened(audio, name) as (content, source):
         for rate, decoded in decode(content, source, name):
-            _check_rate(rate, name)
+            check_rate(rate, name)
             if rate != target_sampling_rate and resampler is None:
                 resampler = soxr.ResampleStream(rate, target_sampling_rate, 1, dtype="float32", quality="HQ")
             _check_samples(decoded, name, done)
@@ -248,7 +248,8 @@ def _check_samples(samples: np.ndarray, name: str, start: int = 0) -> None:
         )
 
 
-def _check_rate(sampling_rate: Any, name: str) -> None:
+def check_rate(sampling_rate: Any, name: str) -> None:
+    """Refuse what is no sampling rate in Hz; `name` is what it is the rate of."""
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, numbers.Real):
         raise TypeError(f"{name}: `sampling_rate` must be a number in Hz, got {sampling_rate!r}")
     if not MIN_SAMPLING_RATE <= float(sampling_rate) <= MAX_SAMPLING_RATE:

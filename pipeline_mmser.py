@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MMSERPipeline`: anything to labelled scores, with a PyTorch model or an exported one.
 
-Read in this order: `MMSEROnnxForAudioClassification` (an exported model, run by onnxruntime), `split_into_chunks` (a
-long recording in pieces), `MMSERPipeline`, `AudioClassificationTask` (which of them `pipeline` makes). The pipeline is
+Read in this order: `MMSEROnnxForAudioClassification` (an exported model, run by onnxruntime), `Chunker` (a long
+recording in pieces), `MMSERPipeline`, `AudioClassificationTask` (which of them `pipeline` makes). The pipeline is
 handed its processor: this file does not import it.
 """
 
@@ -317,31 +317,87 @@ class Chunk:
     first: int
 
 
-def split_into_chunks(blocks: Iterable[np.ndarray], length: int, left: int, right: int) -> Iterator[Chunk]:
+class Chunker:
     """
-    Cut a stream into overlapping chunks, holding little more than one chunk and one block.
+    Cuts samples that come bit by bit into overlapping chunks, and holds little more than two chunks.
 
     Args:
-        blocks: samples of shape (time,), in order, of any lengths.
         length (`int`, samples): length of each chunk. The last one reaches back to have it too; only a recording
             shorter than that is shorter.
         left, right (`int`, samples): context on each side of a chunk's piece, less at the ends of the recording.
     """
-    step = length - left - right
-    first, done = 0, 0
-    buffer, previous = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.float32)
+
+    def __init__(self, length: int, left: int, right: int):
+        self._length, self._right, self._step = length, right, length - left - right
+        self._first, self._done = 0, 0
+        self._buffer, self._previous = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.float32)
+
+    def push(self, samples: np.ndarray) -> list[Chunk]:
+        """The chunks that are whole with the next samples, of shape (time,)."""
+        buffer, start, chunks = np.concatenate([self._buffer, samples]), 0, []
+        while len(buffer) - start > self._length:  # so that this chunk is not the last
+            stop = self._first + self._length - self._right
+            chunks.append(Chunk(buffer[start : start + self._length], self._done, stop, self._first))
+            self._first, self._done, start = self._first + self._step, stop, start + self._step
+        if start:  # copies, which do not keep the memory of what is done
+            self._previous, buffer = buffer[start - self._step : start].copy(), buffer[start:].copy()
+        self._buffer = buffer
+        return chunks
+
+    def flush(self) -> Chunk | None:
+        """The last chunk; None if there were no samples."""
+        end = self._first + len(self._buffer)
+        if not end:
+            return None
+        missing = min(self._length - len(self._buffer), len(self._previous))
+        samples = np.concatenate([self._previous[len(self._previous) - missing :], self._buffer])
+        return Chunk(samples, self._done, end, self._first - missing)
+
+
+def split_into_chunks(blocks: Iterable[np.ndarray], length: int, left: int, right: int) -> Iterator[Chunk]:
+    """
+    Cut a stream into overlapping chunks, holding little more than two chunks and one block.
+
+    Args:
+        blocks: samples of shape (time,), in order, of any lengths.
+        length, left, right (`int`, samples): as of [`Chunker`].
+    """
+    chunker = Chunker(length, left, right)
     for block in blocks:
-        buffer = np.concatenate([buffer, block])
-        while len(buffer) > length:  # so that this chunk is not the last
-            stop = first + length - right
-            yield Chunk(buffer[:length], done, stop, first)
-            previous, buffer = buffer[:step], buffer[step:]
-            first, done = first + step, stop
-    end = first + len(buffer)
-    if end:
-        missing = min(length - len(buffer), len(previous))
-        buffer = np.concatenate([previous[len(previous) - missing :], buffer])
-        yield Chunk(buffer, done, end, first - missing)
+        yield from chunker.push(block)
+    last = chunker.flush()
+    if last is not None:
+        yield last
+
+
+def chunk_sizes(extractor: Any, seconds: Any, stride: Any) -> tuple[int, int, int]:
+    """
+    What the options of the pipeline for long recordings mean.
+
+    Args:
+        extractor: feature extractor of the model.
+        seconds (`float`): `chunk_length_s`.
+        stride (`float`, pair or None, seconds): `stride_length_s`.
+
+    Returns:
+        Samples of a chunk, of its left and of its right context.
+
+    Raises:
+        ValueError: times that make no chunks.
+    """
+    limit = extractor.n_samples / extractor.sampling_rate if hasattr(extractor, "n_samples") else 3600.0
+    if not isinstance(seconds, (int, float)) or not MIN_SECONDS <= seconds <= limit:
+        raise ValueError(f"`chunk_length_s` must be a number from {MIN_SECONDS} to {limit:g} s, got {seconds!r}")
+    strides = seconds / 6 if stride is None else stride
+    strides = list(strides) if isinstance(strides, (list, tuple)) else [strides] * 2
+    is_number = all(isinstance(value, (int, float)) for value in strides)
+    if len(strides) != 2 or not (is_number and min(strides) >= 0 and sum(strides) < seconds):
+        raise ValueError(
+            f"`stride_length_s` is one number or a left and a right one, from 0 up and together less than "
+            f"`chunk_length_s` ({seconds}), got {stride!r}"
+        )
+    length, left, right = (round(value * extractor.sampling_rate) for value in (seconds, *strides))
+    return length, min(left, length - 1), min(right, length - 1 - left)
 
 
 def text_of_chunk(words: Sequence[dict], start: float, stop: float) -> str | None:
@@ -633,19 +689,7 @@ class MMSERPipeline(Pipeline):
         extractor = self.processor.feature_extractor
         if extractor is None:
             raise ValueError("`chunk_length_s` is for audio, and this model has no audio encoder")
-        limit = extractor.n_samples / extractor.sampling_rate if hasattr(extractor, "n_samples") else 3600.0
-        if not isinstance(seconds, (int, float)) or not MIN_SECONDS <= seconds <= limit:
-            raise ValueError(f"`chunk_length_s` must be a number from {MIN_SECONDS} to {limit:g} s, got {seconds!r}")
-        strides = seconds / 6 if stride is None else stride
-        strides = list(strides) if isinstance(strides, (list, tuple)) else [strides] * 2
-        is_number = all(isinstance(value, (int, float)) for value in strides)
-        if len(strides) != 2 or not (is_number and min(strides) >= 0 and sum(strides) < seconds):
-            raise ValueError(
-                f"`stride_length_s` is one number or a left and a right one, from 0 up and together less than "
-                f"`chunk_length_s` ({seconds}), got {stride!r}"
-            )
-        length, left, right = (round(value * extractor.sampling_rate) for value in (seconds, *strides))
-        return (length, min(left, length - 1), min(right, length - 1 - left)), options
+        return chunk_sizes(extractor, seconds, stride), options
 
     def _classify_recording(
         self, index: int, item, chunking, batch_size: int, preprocess_params, forward_params, postprocess_params
@@ -921,10 +965,12 @@ def _download(url: str) -> bytes:
 __all__ = [
     "AudioClassificationTask",
     "Chunk",
+    "Chunker",
     "MMSEROnnxConfig",
     "MMSEROnnxForAudioClassification",
     "MMSEROnnxOutput",
     "MMSERPipeline",
+    "chunk_sizes",
     "mean_over_time",
     "split_into_chunks",
     "text_of_chunk",

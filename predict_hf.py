@@ -4,11 +4,12 @@
 #     "accelerate", "datasets", "matplotlib", "pyarrow", "scipy", "soundfile", "soxr", "torch", "transformers>=5.23",
 # ]
 # ///
-"""Classify recordings: one clip, folders of clips, or a long recording over time.
+"""Classify recordings: one clip, folders of clips, a long recording over time, or the microphone.
 
 mmser predict clip.wav --checkpoint runs/mine --text "What a day!"
 mmser predict recordings --checkpoint runs/mine --output answers.csv
 mmser predict meeting.flac --checkpoint runs/mine --output meeting.srt --plot meeting.png
+mmser predict --live --checkpoint runs/mine
 
 Exit code 0: all is classified. 1: some files could not be read; they are listed. 2: wrong usage.
 """
@@ -26,8 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     (options,) = parse_arguments(PREDICTION_ARGUMENTS, command, __doc__)
 
     # Late: `--help` and a wrong flag do not wait for torch
-    from mmser import prediction_files, prediction_run, prediction_screen
+    from mmser import microphone, prediction_files, prediction_run, prediction_screen
 
+    if options.live:
+        return microphone.print_live(
+            options.model_name_or_path, options.device, options.chunk_length_s, options.stride_length_s
+        )
     prediction_files.check_outputs(options)
     job = prediction_run.find_job(options)
     for note in job.notes:

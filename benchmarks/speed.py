@@ -40,6 +40,7 @@ from mmser.export import export_checkpoint
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import compute_classification_metrics
 from mmser.results import environment
+from mmser.stream import MMSERStream, StreamEvent
 from mmser.trainer import MMSERTrainer
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
@@ -501,8 +502,44 @@ def classify_recording(arguments: argparse.Namespace, folder: Path, path: str) -
     }
 
 
+def live(arguments: argparse.Namespace) -> list[Row]:
+    """A stream in pushes of 0.1 s, and one of silence. On a CPU the times are those of the processor."""
+    classifier = (
+        load_classifier(arguments.checkpoint, arguments)
+        if arguments.checkpoint
+        else classifier_of(build_model(OURS, arguments), build_processor(), arguments)
+    )
+    rows = [listen(classifier, seconds, False, arguments) for seconds in (2.0, 4.0, 8.0)]
+    return [*rows, listen(classifier, 4.0, True, arguments)]
+
+
+def listen(classifier: MMSERPipeline, chunk: float, is_silence: bool, arguments: argparse.Namespace) -> Row:
+    """Push until `--repeats` pieces of a chunk have come, after one that is not counted."""
+    clock = time.process_time if arguments.device.type == "cpu" else time.perf_counter
+    stream = MMSERStream(classifier, sampling_rate=RATE, chunk_length_s=chunk, skip_silence=is_silence)
+    samples = 1e-4 * np.random.default_rng(0).standard_normal(RATE // 10).astype(np.float32)
+    events: list[StreamEvent] = []
+    seconds, pushes = [], []
+    while len(events) <= arguments.repeats:
+        start = clock()
+        new = stream.push(samples)
+        if events:
+            pushes.append(clock() - start)
+            seconds += pushes[-1:] if new else []
+        events += new
+    return {
+        "chunk, s": chunk,
+        "what is heard": "silence" if is_silence else "all is classified",
+        "piece, s": events[-1].end - events[-1].start,
+        "context behind it, s": chunk / 6,
+        "ms per event": 1000 * float(np.median(seconds)),
+        "ms per second of audio": 1000 * sum(pushes) / (len(pushes) / 10),
+    }
+
+
 SECTIONS = {
-    section.__name__: section for section in (forward, lengths, memory, cache, evaluation, duration, export, stream)
+    section.__name__: section
+    for section in (forward, lengths, memory, cache, evaluation, duration, export, stream, live)
 }
 
 
@@ -536,7 +573,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--batch_sizes", type=int, nargs="+", help="of section forward, which is then kept beside that of all sizes"
     )
     parser.add_argument("--data_dir", help="data set whose test split gives clips (lengths) and scores (export)")
-    parser.add_argument("--checkpoint", help="trained MMSER for the sections lengths, export and stream")
+    parser.add_argument("--checkpoint", help="trained MMSER for the sections lengths, export, stream and live")
     return parse_arguments(parser, "speed", arguments)
 
 
@@ -551,7 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = {"size": parsed.size, "repeats": parsed.repeats, **environment(parsed.device)}
         if parsed.data_dir and section in ("lengths", "export"):
             setting["data"] = Path(parsed.data_dir).name
-        if section in ("export", "stream"):
+        if section in ("export", "stream", "live"):
             setting["model"] = "a trained checkpoint" if parsed.checkpoint else "random weights"
         name = forward_name if section == "forward" else section
         report[name] = {"setting": setting, "rows": SECTIONS[section](parsed)}

@@ -28,6 +28,8 @@ _MODULES = {
     "load_emotion_dataset": "mmser.loading",
     "load_emotion_split": "mmser.loading",
     "prune": "mmser.pruning",
+    "MMSERStream": "mmser.stream",
+    "StreamEvent": "mmser.stream",
 }
 
 __all__ = list(_MODULES)

@@ -42,7 +42,7 @@ class PredictionArguments:
 
     _usage = "FILE|FOLDER ... [flags]"
     _essentials = {  # noqa: RUF012 (no field)
-        "What to classify": ("checkpoint", "text", "transcripts"),
+        "What to classify": ("checkpoint", "text", "transcripts", "live"),
         "Long recordings": ("segments", "speakers", "plot"),
         "Results": ("output", "format", "overwrite", "top_k"),
         "How": ("batch_size", "device"),
@@ -69,6 +69,10 @@ class PredictionArguments:
             "help": "What is said: a table (.csv, .tsv, .jsonl) of file names and texts, or subtitles (.srt) of one "
             "recording.",
         },
+    )
+    live: bool = field(
+        default=False,
+        metadata={"help": "Listen to the microphone until Ctrl-C, a line for each segment; needs the extra `live`."},
     )
     audio_column: str = _column("audio")
     text_column: str = _column("text")
@@ -131,7 +135,9 @@ class PredictionArguments:
         for name in ("batch_size", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.inputs and not self.text:
+        if self.live:
+            self._check_live()
+        elif not self.inputs and not self.text:
             raise ValueError("There is nothing to classify: name audio files or folders, or give --text.")
         self._check_texts()
         self._check_outputs()
@@ -162,6 +168,13 @@ class PredictionArguments:
         if self.format in ONE_RECORDING:
             return f"The format {self.format}"
         return "--plot" if self.plot else "--transcripts with subtitles" if self.subtitles else None
+
+    def _check_live(self) -> None:
+        flags = ("inputs", "text", "transcripts", "segments", "speakers", "output", "format", "plot", "top_k")
+        for name in flags:
+            if getattr(self, name):
+                what = "an input" if name == "inputs" else f"--{name}"
+                raise ValueError(f"--live listens to the microphone and prints what it hears: leave out {what}.")
 
     def _check_texts(self) -> None:
         if self.text is not None and self.transcripts is not None:

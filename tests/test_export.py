@@ -36,6 +36,7 @@ from mmser.export import (
 )
 from mmser.metrics import softmax
 from mmser.quantization import quantize_onnx
+from mmser.stream import MMSERStream
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
 
@@ -210,6 +211,20 @@ def test_the_pipeline_is_the_same(export, tmp_path):
     with pytest.raises(TypeError, match="`no_such_option` is no option of the pipeline"):
         exported(inputs[0], no_such_option=1)
     assert "MMSEROnnxForAudioClassification" in repr(exported)
+
+
+def test_a_stream_takes_an_exported_model(export):
+    pipelines = (
+        MMSERPipeline(export.model, processor=export.processor, device="cpu"),
+        MMSERPipeline.from_onnx(export.folder),
+    )
+    events = []
+    for classifier in pipelines:
+        stream = MMSERStream(classifier, sampling_rate=16000, chunk_length_s=1)
+        events.append([event for block in clips(0.9, 0.9, seed=2) for event in stream.push(block)] + stream.flush())
+    for event, other in zip(*events, strict=True):
+        assert event.scores and event.scores == pytest.approx(other.scores, abs=1e-4)
+        assert (event.start, event.end, event.is_unknown) == (other.start, other.end, other.is_unknown)
 
 
 @pytest.mark.parametrize("export", ["whisper"], indirect=True)

@@ -53,7 +53,7 @@ def test_floor_and_ours_are_of_the_same_encoders(script):
         assert {name: shape for name, shape in shapes[0].items() if not name.startswith("pooler")} == shapes[1]
 
 
-@pytest.mark.parametrize("section", ["forward", "lengths", "cache"])
+@pytest.mark.parametrize("section", ["forward", "lengths", "cache", "live"])
 def test_sections(script, section, tmp_path, capsys):
     output = tmp_path / "speed.json"
     output.write_text('{"cache": {"rows": [{"before": 1}]}, "other": {"rows": [{"before": 1}]}}')
@@ -72,6 +72,10 @@ def test_sections(script, section, tmp_path, capsys):
     elif section == "lengths":
         assert [row["clips"] for row in rows] == [16, 16, 16]
         assert max(row["largest difference of a score"] for row in rows) < 1e-5
+    elif section == "live":
+        assert [row["chunk, s"] for row in rows] == [2, 4, 8, 4]
+        assert [row["piece, s"] for row in rows] == pytest.approx([4 / 3, 8 / 3, 16 / 3, 8 / 3], abs=1e-3)
+        assert all(row["ms per event"] > 2 * rows[3]["ms per event"] > 0 for row in rows[:3])
     else:
         assert rows[0]["cached epoch, s"] > 0 and rows[0]["clips"] > 0
     assert f"## speed:{name.replace(', ', '_').replace(' ', '_')}" in capsys.readouterr().out
