@@ -236,7 +236,7 @@ def folds_by_speaker(clips: Clips, num_folds: int = 3) -> list[tuple[np.ndarray,
 
 
 def stratified_folds(
-    strata: Sequence[str], groups: Sequence[str], num_folds: int
+    strata: Sequence[str], groups: Sequence[str] | np.ndarray, num_folds: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows to train on and rows held out, with the strata spread evenly, and no group in both."""
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0)

@@ -20,7 +20,8 @@ from mmser.tables import format_table, strict_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("docs/results.md", "README.md", "model_card.md"))
+SMALL_CARD = "checkpoints/mmser-small/README.md"
+DOCUMENTS = tuple(ROOT / name for name in ("docs/results.md", "README.md", "model_card.md", SMALL_CARD))
 
 Row = dict[str, Any]
 BySeed = Mapping[Any, float]  # seed -> value

@@ -26,8 +26,8 @@ Recognise emotions in speech: neutral, happy, sad, angry, or your own labels.
 
 {chr(10).join(f"  {name:<9} {job}" for name, (_, job) in COMMANDS.items())}
 
-  mmser predict clip.wav --checkpoint runs/mine
-  mmser predict recordings --checkpoint runs/mine --output answers.csv
+  mmser predict clip.wav
+  mmser predict recordings --output answers.csv
   mmser train --data_dir my_data --output_dir runs/mine
 
 `mmser COMMAND --help` shows the flags of a command; also: `mmser --version`.

@@ -22,12 +22,13 @@ ENDINGS = {  # of --output: the format
 }
 TIMED_FORMATS = ("srt", "rttm", "audacity")  # they hold segments
 ONE_RECORDING = ("srt", "audacity")  # they have no room for the name of a recording
-CHECKPOINT_IN_THE_BOX = Path(__file__).parents[1] / "checkpoints" / "mmser-small"
+# In a clone the folder lies beside the package, in an installation within it
+BOXES = tuple(folder / "checkpoints" / "mmser-small" for folder in Path(__file__).parents[:2])
 
 
 def default_checkpoint() -> str | None:
     """The checkpoint that comes with MMSER; None where there is none."""
-    return str(CHECKPOINT_IN_THE_BOX) if (CHECKPOINT_IN_THE_BOX / CONFIG).is_file() else None
+    return next((str(folder) for folder in BOXES if (folder / CONFIG).is_file()), None)
 
 
 def _column(role: str):

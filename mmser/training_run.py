@@ -292,8 +292,8 @@ class Examples:
 
     def for_training(self, split):
         """Examples with augmentation and with modalities dropped."""
-        effects, sampling_rate = tuple(self.arguments.augmentations), self.options["sampling_rate"]
-        augmenter = Augmenter(effects=effects, sampling_rate=sampling_rate)
+        rate = self.options.get("sampling_rate", Augmenter.sampling_rate)  # a model of text alone has none
+        augmenter = Augmenter(effects=tuple(self.arguments.augmentations), sampling_rate=rate)
         dataset = self.dataset_class(
             split,
             training=True,

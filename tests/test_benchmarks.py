@@ -94,6 +94,7 @@ def committed_tables():
         parts,
         prediction_sets,
         real_speech_tables,
+        small_model,
         speed,
     )
     from benchmarks.tables import read_results, table
@@ -110,6 +111,7 @@ def committed_tables():
     tables |= fusion.make_tables(read_results(RESULTS / "fusion.json")[1])
     tables |= parts.make_tables(read_results(RESULTS / "parts.json")[1])
     tables |= distillation.make_tables(*read_results(RESULTS / "distillation.json"))
+    tables |= small_model.make_tables(read_results(RESULTS / "small_model.json")[1])
     tables |= {"adapters": table(adapters.summarise(read_results(RESULTS / "adapters.json")[1]))}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:

@@ -261,7 +261,8 @@ def fill_start(folder, corpus):
         rows = [{name: cell for name, cell in row.items() if name not in ("corpus", "split")} for row in rows]
         write_table(folder / "more_data" / f"{split}.csv", rows)
     (folder / "labels.csv").write_text(block_that_starts("corpus,label,target"), encoding="utf-8")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "checkpoints"):
+        (folder / name).symlink_to(ROOT / name)
     audio = WhisperConfig(**{**WHISPER, "max_source_positions": 1500})  # the fewest layers, so that the export is fast
     text = BertConfig(vocab_size=len(tiny_tokenizer()), **TEXT)
     tasks = {"sentiment": ["negative", "neutral", "positive"], "arousal": "regression"}

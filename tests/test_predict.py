@@ -470,7 +470,7 @@ def test_wrong_usage_is_a_sentence_before_any_work(predict, words, said):
 
 
 def test_without_a_checkpoint_the_sentence_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(prediction_arguments, "CHECKPOINT_IN_THE_BOX", tmp_path)
+    monkeypatch.setattr(prediction_arguments, "BOXES", (tmp_path / "installed", tmp_path))
     with pytest.raises(ValueError, match=r"--checkpoint is needed: name the folder .*`mmser train` makes one"):
         parse_arguments(PREDICTION_ARGUMENTS, ["clip.wav"])
     (tmp_path / "config.json").write_text("{}")

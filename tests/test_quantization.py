@@ -14,6 +14,7 @@ from tiny import AUDIO_CONFIGS, alone, tiny_batch, tiny_model
 from tiny_corpus import tiny_flags, tiny_processor, write_corpus
 from tiny_corpus import tiny_model as tiny_corpus_model
 
+import quantization_mmser
 import train_hf
 from mmser.export import export_checkpoint
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
@@ -57,8 +58,16 @@ def layer():
     return layer, weight, bias
 
 
-def test_the_product_is_that_of_whole_numbers(layer):
+@pytest.fixture(params=[True, False], ids=["products of int8", "no products of int8"])
+def processor(request, monkeypatch):
+    """Both kinds of processors, on any."""
+    monkeypatch.setattr(quantization_mmser, "processor_multiplies_int8", lambda: request.param)
+    return request.param
+
+
+def test_the_product_is_that_of_whole_numbers(layer, monkeypatch):
     """Each output is sum_k q_k w_k times both scales, with q and w rounded one by one."""
+    monkeypatch.setattr(quantization_mmser, "processor_multiplies_int8", lambda: True)
     layer, weight, bias = layer
     inputs = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(1))
     inputs[0, 1] = 0
@@ -71,6 +80,15 @@ def test_the_product_is_that_of_whole_numbers(layer):
             assert outputs[index][unit].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
     exact = F.linear(inputs.double(), weight.double(), bias.double())
     assert 1e-4 < (outputs - exact).norm() / exact.norm() < 0.02
+
+
+def test_where_there_are_no_such_products_the_weights_are_converted_back(layer, monkeypatch):
+    monkeypatch.setattr(quantization_mmser, "processor_multiplies_int8", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)  # not called
+    layer, _, bias = layer
+    inputs = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(1))
+    expected = F.linear(inputs, layer.weight * layer.weight_scale[:, None], bias)
+    torch.testing.assert_close(layer(inputs), expected)
 
 
 def test_on_other_devices_the_weights_are_converted_back(layer, monkeypatch):
@@ -99,7 +117,7 @@ def test_a_table_has_a_scale_for_each_row():
 
 @pytest.mark.parametrize("kind", AUDIO_CONFIGS)
 @torch.no_grad()
-def test_a_model_in_int8_is_close_and_saved_as_it_is(kind, tmp_path):
+def test_a_model_in_int8_is_close_and_saved_as_it_is(kind, tmp_path, processor):
     model = tiny_model(kind)
     batch = batch_of(model, kind)
     expected = model(**batch).logits.softmax(-1)
@@ -120,7 +138,7 @@ def test_a_model_in_int8_is_close_and_saved_as_it_is(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", AUDIO_CONFIGS)
 @torch.no_grad()
-def test_a_clip_alone_is_the_clip_in_a_padded_batch(kind):
+def test_a_clip_alone_is_the_clip_in_a_padded_batch(kind, processor):
     """Up to a state that lies at the border between two numbers, which padding can move by 1e-7."""
     model = quantize_dynamic(tiny_model(kind))
     batch = batch_of(model, kind)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters (LoRA, Hu et al. 2022) in the encoders: their weights in a file, and joined with what they adapt.
+
+A checkpoint with adapters holds the low-rank matrices of each encoder and all of MMSER after the encoders; its
+configuration names the encoders. Loading joins them to plain weights, W + B A alpha / rank: the model computes as
+without adapters, and needs no PEFT. Training them is in `mmser/lora.py`.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+try:
+    from .configuration_mmser import MODALITIES, MMSERConfig
+    from .encoders_mmser import build_encoder, load_encoder
+except ImportError:
+    if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
+        raise
+    from configuration_mmser import MODALITIES, MMSERConfig
+    from encoders_mmser import build_encoder, load_encoder
+
+WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "variant")
+# As PEFT names the parts of a linear layer: its own weights, and the matrices of the adapter "default"
+BASE, DOWN, UP = ".base_layer.", ".lora_A.", ".lora_B."
+
+
+class LoadsAdapters:
+    """What `MMSERPreTrainedModel` has beside Transformers' own loading."""
+
+    config: MMSERConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        As always. A checkpoint that holds adapters in place of its encoders is joined with them: the model computes as
+        without adapters, and its `config.lora` is None.
+
+        Args:
+            audio_name_or_path, text_name_or_path: where the encoder of such adapters is, if not where it was.
+        Raises:
+            OSError: the encoder of the adapters cannot be read.
+            ValueError: it has other weights, or an encoder is named for a checkpoint that has its own.
+        """
+        load = super().from_pretrained
+        name = pretrained_model_name_or_path
+        places = {kind: kwargs.pop(f"{kind}_name_or_path") for kind in MODALITIES if f"{kind}_name_or_path" in kwargs}
+        hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        own: Any = config
+        if not isinstance(config, PreTrainedConfig) and name is not None:
+            content, _ = MMSERConfig.get_config_dict(name if config is None else config, **hub_kwargs)
+            own = MMSERConfig.from_dict(content) if content.get("lora") else None
+        if name is None or getattr(own, "lora", None) is None:
+            if places:
+                raise ValueError(f"{name} has encoders of its own: leave out {', '.join(map(str, places.values()))}.")
+            return load(name, *model_args, config=config, **kwargs)
+        weights = whole_weights(str(name), own, places, cls.from_pretrained, hub_kwargs)
+        result = load(None, *model_args, config=config or name, state_dict=weights, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model.config.lora = None
+        model.config.name_or_path = model.name_or_path = str(name)
+        return result
+
+
+def weights_to_save(model: Any, weights: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict | None]:
+    """
+    What a checkpoint of a model with adapters holds: its weights without those that encoders started with, and its
+    `config.lora`. Of `merged_weights` it holds all, and is one of a model without adapters.
+    """
+    weights = model.state_dict() if weights is None else weights
+    if not any(DOWN in name for name in weights):
+        return weights, None
+    left_out = tuple(f"{kind}_encoder." for kind in model.config.lora["bases"])
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if DOWN in name or UP in name or not name.removeprefix("mmser.").startswith(left_out)
+    }, model.config.lora
+
+
+def merged_weights(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """
+    Join adapters with what they adapt: W + scale * B A, in float64, as the names of a model without adapters have it.
+
+    Args:
+        weights: of a model, by name; the linear layers of the adapters as PEFT names them, or by their own names.
+        scale: alpha / rank.
+    """
+    merged = {
+        name.replace(BASE, "."): weight for name, weight in weights.items() if DOWN not in name and UP not in name
+    }
+    for name, down in weights.items():
+        if DOWN in name:
+            up, own = weights[name.replace(DOWN, UP)], f"{name.split(DOWN)[0]}.weight"
+            change = scale * (up.double() @ down.double())
+            merged[own] = (merged[own].double() + change.to(merged[own].device)).to(merged[own].dtype)
+    return merged
+
+
+def fingerprint_weights(module: nn.Module, leave_out: str | None = None) -> str:
+    """
+    A checksum of the names and shapes of all matrices, and of some numbers of each: two trainings never agree in them.
+
+    Vectors are left out: some of those that a pretrained encoder lacks start at random. So are adapters.
+
+    Args:
+        module: whose parameters are looked at.
+        leave_out: parameters with this in their name are not.
+    """
+    digest = hashlib.blake2b(digest_size=10)
+    for name, parameter in sorted((name.replace(BASE, "."), each) for name, each in module.named_parameters()):
+        is_adapter = DOWN in name or UP in name
+        if parameter.ndim < 2 or is_adapter or (leave_out is not None and leave_out in name):
+            continue
+        values = parameter.detach().reshape(-1)
+        count = min(len(values), WEIGHT_SAMPLES)
+        places = torch.arange(count, device=values.device) * (len(values) - 1) // max(1, count - 1)
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(values[places].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def whole_weights(
+    name_or_path: str,
+    config: MMSERConfig,
+    encoder_names: dict[str, str],
+    load_model: Callable[..., Any],
+    hub_kwargs: dict[str, Any],
+) -> dict[str, Tensor]:
+    """
+    The weights of a checkpoint with adapters, joined with those of the encoders that it was trained on.
+
+    Args:
+        name_or_path: of the checkpoint.
+        config: its configuration.
+        encoder_names: "audio" and "text" -> where that encoder is now; by default where it was.
+        load_model: loads an MMSER checkpoint, for adapters that were trained on one.
+        hub_kwargs: `revision`, `token`, `cache_dir`... as for `from_pretrained`.
+    Raises:
+        OSError: the checkpoint has no weights, or an encoder is not where it was.
+        ValueError: an encoder has other weights than the one that was adapted.
+    """
+    hub_kwargs = dict(hub_kwargs)
+    variant = hub_kwargs.pop("variant", None)
+    file = cached_file(name_or_path, f"model.{variant}.safetensors" if variant else "model.safetensors", **hub_kwargs)
+    weights = load_file(str(file))
+    adapters: Any = config.lora
+    for name in ("revision", "subfolder"):  # of this checkpoint
+        hub_kwargs.pop(name, None)
+    prefix = "mmser." if any(name.startswith("mmser.") for name in weights) else ""
+    for kind, base in adapters["bases"].items():
+        source = encoder_names.get(kind, base["name"])
+        encoder = _read_encoder(kind, config, source, load_model, hub_kwargs)
+        if fingerprint_weights(encoder) != base["fingerprint"]:
+            raise ValueError(
+                f"{name_or_path} holds adapters for the {kind} encoder of {base['name']}, but {source} has other "
+                f"weights. Give the right one as `{kind}_name_or_path`."
+            )
+        weights |= {f"{prefix}{kind}_encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+    return merged_weights(weights, adapters["alpha"] / adapters["rank"])
+
+
+def _read_encoder(
+    kind: str, config: MMSERConfig, source: str, load_model: Callable[..., Any], hub_kwargs: dict[str, Any]
+) -> nn.Module:
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(source, **hub_kwargs)
+        if content.get("model_type") == MMSERConfig.model_type:
+            model = load_model(source, dtype=torch.float32, **hub_kwargs)
+            return getattr(model.base_model, f"{kind}_encoder")
+        encoder_config = copy.deepcopy(getattr(config, f"{kind}_config"))
+        encoder_config.dtype = torch.float32
+        encoder = build_encoder(kind, encoder_config)
+        load_encoder(encoder, source, **hub_kwargs)
+    except OSError as error:
+        where = "is no folder here" if Path(source).is_absolute() else "cannot be read"
+        raise OSError(
+            f"These are adapters for the {kind} encoder of {source}, which {where}. Say where it is: "
+            f"`from_pretrained(..., {kind}_name_or_path=...)`."
+        ) from error
+    return encoder

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any file, bytes, array or stream to mono float32 samples at one sampling rate.
+
+Read `load_audio` (a whole clip) first, then `stream_audio` (a long recording, a block at a time) and `audio_length`.
+`pad_and_stack` makes one array of several clips. Files are decoded in `decoding_mmser`.
+"""
+
+import contextlib
+import io
+import mmap
+import numbers
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from transformers.utils import logging
+
+try:
+    from .decoding_mmser import Content, count_samples, decode
+except ImportError:
+    if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
+        raise
+    from decoding_mmser import Content, count_samples, decode
+
+logger = logging.get_logger(__name__)
+MIN_SECONDS = 0.025  # 400 samples at 16 kHz: the receptive field of one wav2vec2 frame, and one Whisper STFT window
+MIN_SAMPLING_RATE = 1000  # Hz; below this the caller has most likely given kHz
+MAX_SAMPLING_RATE = 10_000_000  # Hz; above it a header is broken, and resampling would take seconds
+LOUD = 10.0  # floats lie in [-1, 1]; samples of 16 bits that were only cast reach some thousands
+INTEGER_FORMATS = {  # dtype: (zero level, full scale)
+    "int8": (0, 2**7),
+    "int16": (0, 2**15),
+    "int32": (0, 2**31),
+    "uint8": (128, 2**7),
+    "uint16": (2**15, 2**15),
+}
+AUDIO_KEYS = ("raw", "array", "bytes", "path", "file", "audio")  # what a dict may hold, in this order
+_warned: set[str] = set()
+
+
+def warn_once(topic: str, message: str) -> None:
+    """Log `message` unless something was already logged on `topic`: one cut clip is news, ten thousand are noise."""
+    if topic not in _warned:
+        _warned.add(topic)
+        logger.warning(message)
+
+
+def load_audio(
+    audio, sampling_rate: int | None = None, target_sampling_rate: int = 16000, name: str = "audio"
+) -> np.ndarray:
+    """Bring one clip of any kind to mono float32 at one sampling rate.
+
+    Args:
+        audio (`str`, `os.PathLike`, `bytes`, `np.ndarray`, `torch.Tensor` or list of numbers): a file, the content of
+            a file, or samples of shape (time,), (channels, time) or (time, channels); channels are the smaller axis.
+            int16, int32, int8, uint16 and uint8 samples are scaled to [-1, 1), floating samples are kept; channels are
+            averaged. Also a dict with one of these under `raw`, `array`, `bytes`, `path`, `file` or `audio`, and
+            perhaps `sampling_rate`; a pair (sampling rate, samples), as Gradio gives it; a decoder of torchcodec, as
+            `datasets` gives it, or its samples.
+        sampling_rate (`int`, Hz): rate of `audio`; required for samples, ignored for what carries its own: files,
+            dicts with a rate, pairs and decoders.
+        target_sampling_rate (`int`, Hz): rate of the result.
+        name (`str`): what error messages call this clip.
+
+    Returns:
+        `np.ndarray` of shape (time,), float32, contiguous.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: empty, NaN or infinite samples; a file that is unreadable or cut short; samples without a rate or
+            of a dtype or shape that has no clear meaning.
+        TypeError: `audio` is none of the above.
+    """
+    audio, sampling_rate = unwrap_audio(audio, sampling_rate, name)
+    if _is_file(audio):
+        name = _file_name(audio, name)
+        samples, sampling_rate = _decode_whole(audio, name)
+    else:
+        samples = _samples_to_mono(audio, name)
+    if sampling_rate is None:
+        raise ValueError(
+            f"{name}: `sampling_rate` is required with an array of samples: the same numbers at another rate are "
+            "another sound, and the array does not carry its rate"
+        )
+    check_rate(sampling_rate, name)
+    _check_samples(samples, name)
+    if samples.size and sampling_rate != target_sampling_rate:
+        samples = soxr.resample(samples, sampling_rate, target_sampling_rate, quality="HQ")
+    if samples.size == 0:
+        raise ValueError(f"{name}: empty, it holds no samples at {target_sampling_rate} Hz")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def stream_audio(
+    audio,
+    sampling_rate: int | None = None,
+    target_sampling_rate: int = 16000,
+    name: str = "audio",
+    block_seconds: float = 10.0,
+) -> Iterator[np.ndarray]:
+    """
+    [`load_audio`] a block at a time: a file of any length is never held in memory.
+
+    Args:
+        audio, sampling_rate, target_sampling_rate, name: as in [`load_audio`].
+        block_seconds (`float`): the most that comes at once.
+
+    Yields:
+        `np.ndarray` of shape (time,), float32; joined, they are what [`load_audio`] returns.
+
+    Raises:
+        As [`load_audio`]; NaN samples, or that a FLAC or MP3 file is cut short, show only when they are reached.
+    """
+    audio, sampling_rate = unwrap_audio(audio, sampling_rate, name)
+    if not _is_file(audio):
+        yield load_audio(audio, sampling_rate, target_sampling_rate, name=name)
+        return
+    name, resampler, done = _file_name(audio, name), None, 0
+    with _opened(audio, name) as (content, source):
+        for rate, decoded in decode(content, source, name):
+            check_rate(rate, name)
+            if rate != target_sampling_rate and resampler is None:
+                resampler = soxr.ResampleStream(rate, target_sampling_rate, 1, dtype="float32", quality="HQ")
+            _check_samples(decoded, name, done)
+            done += len(decoded)
+            size = max(1, round(block_seconds * rate))
+            for samples in (decoded[start : start + size] for start in range(0, len(decoded), size)):
+                yield samples if resampler is None else resampler.resample_chunk(samples)
+        if not done:
+            raise ValueError(f"{name}: empty, the file holds no samples")
+        if resampler is not None:
+            yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+
+
+def audio_length(audio, target_sampling_rate: int = 16000, name: str = "audio") -> int:
+    """
+    How many samples [`load_audio`] gives for a file: by its header if that can be believed, else by decoding it.
+
+    Args:
+        audio (`str`, `os.PathLike` or `bytes`): a file, or the content of a file.
+        target_sampling_rate, name: as in [`load_audio`].
+
+    Raises:
+        As [`load_audio`], but for what shows only when the samples are reached.
+    """
+    name = _file_name(audio, name)
+    with _opened(audio, name) as (content, source):
+        samples, rate = count_samples(content, source, name)
+    return int(samples * target_sampling_rate / rate + 0.5)  # as the resampler rounds
+
+
+def unwrap_audio(audio, sampling_rate: int | None = None, name: str = "audio") -> tuple[Any, Any]:
+    """
+    What carries its own rate -> (a file or samples, their sampling rate); anything else as it is.
+
+    Args:
+        audio, sampling_rate, name: as in [`load_audio`].
+    """
+    if hasattr(audio, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` gives
+        try:
+            audio = audio.get_all_samples()
+        except RuntimeError as error:  # its own kind of error
+            raise ValueError(f"{name}: cannot be decoded by torchcodec ({error})") from error
+    if isinstance(audio, dict):
+        held = next((audio[key] for key in AUDIO_KEYS if audio.get(key) is not None), None)
+        if held is None:
+            raise ValueError(f"{name}: a dict needs one of {list(AUDIO_KEYS)}, got {list(audio)}")
+        return unwrap_audio(held, audio.get("sampling_rate") or sampling_rate, name)
+    if _is_pair(audio):
+        return audio[1], audio[0]
+    if hasattr(audio, "sample_rate"):  # torchcodec's AudioSamples
+        return audio.data, audio.sample_rate
+    return audio, sampling_rate
+
+
+def has_own_rate(audio) -> bool:
+    """Whether this is one clip that [`unwrap_audio`] takes out of what it comes in."""
+    return (
+        isinstance(audio, dict)
+        or hasattr(audio, "get_all_samples")
+        or hasattr(audio, "sample_rate")
+        or _is_pair(audio)
+    )
+
+
+def _is_pair(audio) -> bool:
+    """Whether this is (sampling rate, samples) of one clip, as Gradio's microphone gives it."""
+    if not isinstance(audio, (tuple, list)) or len(audio) != 2:
+        return False
+    return (
+        isinstance(audio[0], numbers.Real) and isinstance(audio[1], (np.ndarray, torch.Tensor)) and audio[1].ndim > 0
+    )
+
+
+def _is_file(audio) -> bool:
+    return isinstance(audio, (str, os.PathLike, bytes, bytearray))
+
+
+def _file_name(audio, name: str) -> str:
+    return name if isinstance(audio, (bytes, bytearray)) else f"{name} '{os.fspath(audio)}'"
+
+
+@contextlib.contextmanager
+def _opened(audio, name: str) -> Iterator[tuple[Content, Any]]:
+    """(content, source) of a file, as `decode` takes them; a file on the disk is mapped, not read."""
+    if isinstance(audio, (bytes, bytearray)):
+        yield bytes(audio), io.BytesIO(audio)
+        return
+    path = _check_is_file(Path(audio), name)
+    if not path.stat().st_size:  # a pipe, or an empty file
+        piped = path.read_bytes()
+        yield piped, io.BytesIO(piped)
+        return
+    # The source is neither the path nor the file: their extension would count
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content, file.fileno()
+
+
+def _decode_whole(audio, name: str) -> tuple[np.ndarray, int]:
+    """A file, or its content -> (mono float32 samples, sampling rate in Hz)."""
+    if not isinstance(audio, (bytes, bytearray)):
+        audio = _check_is_file(Path(audio), name).read_bytes()
+    decoded = list(decode(bytes(audio), io.BytesIO(audio), name))
+    if not decoded:
+        raise ValueError(f"{name}: empty, the file holds no samples")
+    return np.concatenate([samples for _, samples in decoded]), decoded[0][0]
+
+
+def _check_samples(samples: np.ndarray, name: str, start: int = 0) -> None:
+    """Refuse NaN and infinite samples (time,), of which `start` is the first; tell of those far outside [-1, 1]."""
+    if not samples.size:
+        return
+    peak = max(float(samples.max()), -float(samples.min()))
+    if not np.isfinite(peak):
+        bad = np.flatnonzero(~np.isfinite(samples))
+        raise ValueError(
+            f"{name}: {bad.size} of {samples.size} samples are NaN or infinite, the first at {start + bad[0]}"
+        )
+    if peak > LOUD:
+        warn_once(
+            "loud",
+            f"{name}: samples reach {peak:.0f}, but floating samples lie in [-1, 1]; give 16-bit samples as int16, or "
+            "divide them by 32768. They are used as they are. Further clips like this are not reported.",
+        )
+
+
+def check_rate(sampling_rate: Any, name: str) -> None:
+    """Refuse what is no sampling rate in Hz; `name` is what it is the rate of."""
+    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, numbers.Real):
+        raise TypeError(f"{name}: `sampling_rate` must be a number in Hz, got {sampling_rate!r}")
+    if not MIN_SAMPLING_RATE <= float(sampling_rate) <= MAX_SAMPLING_RATE:
+        raise ValueError(
+            f"{name}: `sampling_rate` is in Hz, at least {MIN_SAMPLING_RATE} and at most {MAX_SAMPLING_RATE}, got "
+            f"{sampling_rate}"
+        )
+
+
+def _check_is_file(path: Path, name: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: there is no such file")
+    if path.is_dir():
+        raise ValueError(f"{name}: this is a folder, not an audio file")
+    return path
+
+
+def _samples_to_mono(audio, name: str) -> np.ndarray:
+    """Samples of any allowed dtype and layout -> float32 of shape (time,)."""
+    if isinstance(audio, torch.Tensor):
+        audio = audio.detach().cpu()
+        audio = audio.float() if audio.is_floating_point() else audio  # NumPy has no bfloat16
+    elif not isinstance(audio, (np.ndarray, list, tuple)):
+        raise TypeError(
+            f"{name}: expected a path, the bytes of a file, or an array, tensor or list of samples, got "
+            f"{type(audio).__name__}"
+        )
+    try:
+        samples = np.asarray(audio)
+    except ValueError as error:
+        raise ValueError(f"{name}: the list of samples is ragged ({error})") from error
+    if samples.dtype.name in INTEGER_FORMATS:
+        zero, scale = INTEGER_FORMATS[samples.dtype.name]
+        samples = (samples.astype(np.float32) - zero) / scale
+    elif np.issubdtype(samples.dtype, np.floating):
+        with np.errstate(over="ignore"):  # what overflows is reported as infinite by the caller
+            samples = samples.astype(np.float32)
+    else:
+        raise ValueError(
+            f"{name}: samples of dtype {samples.dtype} are not audio; floats, {', '.join(INTEGER_FORMATS)} are allowed"
+        )
+    if samples.ndim == 1 or samples.size == 0:
+        return samples.reshape(-1)
+    if samples.ndim != 2 or samples.shape[0] == samples.shape[1] > 1:
+        raise ValueError(
+            f"{name}: cannot tell time from channels in shape {samples.shape}; give (time,), (channels, time) or "
+            "(time, channels) with fewer channels than samples"
+        )
+    return samples.mean(axis=int(np.argmin(samples.shape)), dtype=np.float32)
+
+
+def pad_and_stack(rows: list[np.ndarray | None], padding_value: float = 0, multiple_of: int | None = None):
+    """Stack arrays that differ in their last axis, padded at its end; None becomes a row of padding.
+
+    Args:
+        rows (list of `np.ndarray` of shape (..., length_i) or None): at least one is an array.
+        padding_value (`float`): value of the padding.
+        multiple_of (`int`): round the common length up to a multiple of this.
+
+    Returns:
+        `np.ndarray` of shape (rows, ..., length), of the dtype of the rows.
+    """
+    first = next(row for row in rows if row is not None)
+    length = max(row.shape[-1] for row in rows if row is not None)
+    if multiple_of:
+        length += -length % multiple_of
+    stacked = np.full((len(rows), *first.shape[:-1], length), padding_value, dtype=first.dtype)
+    for target, row in zip(stacked, rows, strict=True):
+        if row is not None:
+            target[..., : row.shape[-1]] = row
+    return stacked
