@@ -184,20 +184,20 @@ def fit_temperature(logits: Any, labels: Any, groups: Any = None, current: float
         after = np.empty((3, len(labels)))
         for fold in folds:
             others = np.setdiff1d(np.arange(len(labels)), fold)
-            best = np.argmin([_prior_loss(parts[:, others], candidate) for parts in losses])
+            best = np.argmin(_prior_loss(np.take(losses, others, axis=2), candidate))
             after[:, fold] = losses[best][:, fold]
         gains, if_wrong, _ = before - after
         ids = groups
         if if_wrong.mean() < 0:
             gains, ids = np.append(gains, if_wrong.mean()), np.append(groups, groups.max() + 1)
-        is_softer = grid[np.argmin([_prior_loss(parts, candidate) for parts in losses])] > current
+        is_softer = grid[np.argmin(_prior_loss(losses, candidate))] > current
         surely = gains.mean() if is_softer and candidate == MODEST_PRIOR else _surely_gained(gains, ids)
         if surely > surest:
             surest, strength = surely, candidate
     if strength is None:
         return current
     search = scipy.optimize.minimize_scalar(
-        lambda log_temperature: _prior_loss(_loss_parts(logits, labels, math.exp(log_temperature)), strength),
+        lambda log_temperature: float(_prior_loss(_loss_parts(logits, labels, math.exp(log_temperature)), strength)),
         bounds=tuple(map(math.log, TEMPERATURE_BOUNDS)),
         method="bounded",
     )
@@ -212,11 +212,11 @@ def _loss_parts(logits: np.ndarray, labels: np.ndarray, temperature: float) -> n
     return np.stack([true, others, (scipy.special.softmax(logits, axis=1) * losses).sum(axis=1)])
 
 
-def _prior_loss(parts: np.ndarray, strength: float) -> float:
-    """What `fit_temperature` minimises, of `_loss_parts` [3, N]: convex in 1 / T, so there is one minimum."""
-    number = parts.shape[1]
-    true, others, prior = parts.sum(axis=1)
-    return float((number + 1) / (number + 2) * true + others / (number + 2) + strength / number * prior)
+def _prior_loss(parts: np.ndarray, strength: float) -> np.ndarray:
+    """What `fit_temperature` minimises, of `_loss_parts` [..., 3, N]: convex in 1 / T, so there is one minimum."""
+    number = parts.shape[-1]
+    true, others, prior = np.moveaxis(parts.sum(axis=-1), -1, 0)
+    return (number + 1) / (number + 2) * true + others / (number + 2) + strength / number * prior
 
 
 def error_detection_auroc(uncertainty: Any, is_wrong: Any) -> float:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of tasks beside the emotion: `auxiliary_mmser`, `mmser/targets.py`, and the way through all commands.
 
-Order: losses and heads, the model, reading targets, training, metrics, pipeline, ONNX.
+Order: losses and heads, the model, reading targets, training, metrics, pipeline. ONNX is in `test_export.py`.
 """
 
 import csv
@@ -33,7 +33,6 @@ from configuration_mmser import MMSERConfig
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.examples import EmotionDataset
-from mmser.export import export_checkpoint
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import compute_regression_metrics, concordance_correlation
 from mmser.optimizer import parameter_groups
@@ -42,7 +41,7 @@ from mmser.targets import derive_targets, read_target, split_targets
 from mmser.trainer import TARGET_NAMES, MMSERTrainer
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
-from pipeline_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
+from pipeline_mmser import MMSERPipeline
 
 SENTIMENT = ["negative", "neutral", "positive"]
 TASKS = {"sentiment": SENTIMENT, "arousal": "regression"}
@@ -651,7 +650,7 @@ def test_the_trainer_warns_of_a_task_without_targets(corpus, tmp_path, caplog):
     assert [record for record in caplog.records if "no targets of sentiment, arousal" in record.message]
 
 
-# --- pipeline and ONNX -----------------------------------------------------------------------------------------------
+# --- pipeline -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -719,25 +718,3 @@ def test_the_stock_pipeline_takes_the_batches_apart(saved):
     alone = [classifier(clip) for clip in clips]
     for some, other in zip(results, alone, strict=True):
         assert [r["label"] for r in some] == [r["label"] for r in other]
-
-
-def test_an_export_has_an_output_for_each_task(saved, tmp_path):
-    pytest.importorskip("onnxruntime")
-    report = export_checkpoint(saved, tmp_path / "onnx", formats=("onnx", "safetensors"))
-    for comparisons in report.comparisons.values():
-        for comparison in comparisons:
-            assert {"auxiliary_sentiment", "auxiliary_arousal"} <= set(comparison.differences)
-            assert comparison.differences["auxiliary_arousal"] < 1e-4
-    exported = MMSEROnnxForAudioClassification.from_pretrained(tmp_path / "onnx")
-    assert exported.config.auxiliary_tasks == TASKS
-    assert [name for name in exported.output_names if name.startswith("auxiliary")] == [
-        f"auxiliary_{name}" for name in MMSERForAudioClassification.from_pretrained(saved).config.auxiliary_tasks
-    ]
-    first = MMSERPipeline.from_onnx(tmp_path / "onnx")(CLIPS, return_auxiliary=True, batch_size=2)
-    second = pipeline("audio-classification", model=str(saved), trust_remote_code=True)(CLIPS, return_auxiliary=True)
-    for some, other in zip(first, second, strict=True):
-        assert some[0]["auxiliary"]["arousal"] == pytest.approx(other[0]["auxiliary"]["arousal"], abs=1e-3)
-        for name in SENTIMENT:
-            assert some[0]["auxiliary"]["sentiment"][name] == pytest.approx(
-                other[0]["auxiliary"]["sentiment"][name], abs=1e-4
-            )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported checkpoints against PyTorch: any batch, length and missing modality, for both families of audio encoders.
 
-One checkpoint of each family is exported once; a third export goes through the command line.
+An export takes many seconds. So one checkpoint of each family is exported once; that with the log-mel encoder has the
+transformer fusion and tasks beside the emotion too. A third export goes through the command line.
 """
 
 import importlib.util
@@ -45,6 +46,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 OUTPUTS = ["logits", "uncertainty", "unknown_probability", "open_set_probabilities", "rejection_score", "is_unknown"]
+TASKS = {"sentiment": ["negative", "neutral", "positive"], "arousal": "regression"}
 # Runs where neither this package nor a PyTorch weight is: what everybody would write
 FRESH_PROCESS = """
 import json, sys
@@ -58,9 +60,11 @@ json.dump(results, open("results.json", "w"))
 """
 
 
-def make_checkpoint(folder, whisper):
+def make_checkpoint(folder, whisper, **overrides):
     torch.manual_seed(0)
-    model = randomize(tiny_model(whisper=whisper)).eval()
+    model = randomize(tiny_model(whisper=whisper, **overrides)).eval()
+    if model.config.auxiliary_tasks:
+        model.auxiliary.fit_targets({"arousal": [1.0, 3.0, 5.0]})
     fit_openmax_by_chance(model)
     scores = np.random.default_rng(0).gamma(2.0, size=200)
     model.openmax.fit_thresholds(scores, np.arange(200) % 4)
@@ -76,9 +80,10 @@ def make_checkpoint(folder, whisper):
 def export(request, shared):
     """A checkpoint, its export to ONNX in float32, and the processor of both."""
     whisper = request.param == "whisper"
+    joint = {"fusion_type": "transformer", "cross_attention_layer_norm": False, "auxiliary_tasks": TASKS}
 
     def make(folder):
-        make_checkpoint(folder / "checkpoint", whisper)
+        make_checkpoint(folder / "checkpoint", whisper, **(joint if whisper else {}))
         report = export_checkpoint(folder / "checkpoint", folder / "onnx")
         (folder / "report.pickle").write_bytes(pickle.dumps(report))
 
@@ -169,7 +174,8 @@ def test_the_report_compares_three_lengths_alone_and_together(export):
     }
     assert len(comparisons) == 6 and len({c.text_length for c in comparisons}) == 3
     assert all(max(c.differences.values()) < 1e-4 for c in comparisons)
-    assert {"probabilities", *OUTPUTS} == comparisons[0].differences.keys()
+    tasks = {f"auxiliary_{name}" for name in export.model.config.auxiliary_tasks}
+    assert {"probabilities", *OUTPUTS, *tasks} == comparisons[0].differences.keys()
     assert re.search(r"model\.onnx \(\d+% of the checkpoint in float32\)", str(export.report))
 
 
@@ -225,6 +231,24 @@ def test_a_stream_takes_an_exported_model(export):
     for event, other in zip(*events, strict=True):
         assert event.scores and event.scores == pytest.approx(other.scores, abs=1e-4)
         assert (event.start, event.end, event.is_unknown) == (other.start, other.end, other.is_unknown)
+
+
+@pytest.mark.parametrize("export", ["whisper"], indirect=True)
+def test_an_export_has_an_output_for_each_task(export, tmp_path):
+    assert export.onnx.config.auxiliary_tasks == TASKS
+    answers = [f"auxiliary_{name}" for name in export.model.config.auxiliary_tasks]
+    assert [name for name in export.onnx.output_names if name.startswith("auxiliary")] == answers
+    report = export_checkpoint(export.checkpoint, tmp_path / "out", formats=["safetensors"])
+    for comparison in (*export.report.comparisons["onnx"], *report.comparisons["safetensors"]):
+        assert set(answers) <= set(comparison.differences) and comparison.differences["auxiliary_arousal"] < 1e-4
+    inputs = [{"raw": clip, "sampling_rate": 16000} for clip in clips(0.6, 0.3, 0.4)]
+    inputs[1]["text"] = "what a joy"
+    classifier = MMSERPipeline(export.model, processor=export.processor, device="cpu")
+    exported = MMSERPipeline.from_onnx(export.folder)(inputs, return_auxiliary=True, batch_size=2)
+    for given, expected in zip(exported, classifier(inputs, return_auxiliary=True), strict=True):
+        assert given[0]["auxiliary"].keys() == TASKS.keys()
+        assert given[0]["auxiliary"]["arousal"] == pytest.approx(expected[0]["auxiliary"]["arousal"], abs=1e-3)
+        assert given[0]["auxiliary"]["sentiment"] == pytest.approx(expected[0]["auxiliary"]["sentiment"], abs=1e-4)
 
 
 @pytest.mark.parametrize("export", ["whisper"], indirect=True)

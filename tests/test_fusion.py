@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the transformer fusion of `fusion_mmser`: against `torch.nn.TransformerEncoderLayer` and a loop, and in
-whole models what holds for the gated fusion: padding, missing modalities, checkpointing, saving, export, groups.
+whole models what holds for the gated fusion: padding, missing modalities, checkpointing, saving, groups. The export is
+in `test_export.py`.
 """
 
 import copy
@@ -11,17 +12,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from test_one_modality import only, sole_model
 from tiny import NO_DROPOUT, alone, fit_openmax_by_chance, tiny_batch, tiny_config, tiny_model
-from tiny_corpus import tiny_model as tiny_corpus_model
-from tiny_corpus import tiny_processor
 from torch import nn
 from transformers import AutoModelForAudioClassification
 
 from configuration_mmser import MMSERConfig
 from fusion_mmser import AttentionFusion, FusionLayer, JointEncoder, JointEncoderLayer
-from mmser.export import export_checkpoint
 from mmser.optimizer import PARAMETER_GROUPS, parameter_groups
 from modeling_mmser import MMSERForAudioClassification
-from processing_mmser import MMSEROnnxForAudioClassification
 
 LENGTHS = {"wav2vec2": [6000, 2101, 3205, 0], "whisper": [100, 57, 20, 0]}
 TEXT_LENGTHS = [9, 4, 0, 6]
@@ -291,32 +288,3 @@ def test_half_precision_and_the_code_that_travels(tmp_path):
     half = MMSERForAudioClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     difference = half(**batch).logits.float().softmax(-1) - model(**batch).logits.softmax(-1)
     assert difference.abs().mean() < 0.1
-
-
-@torch.no_grad()
-def test_the_export_gives_what_pytorch_gives(tmp_path):
-    """For any batch, length and missing modality."""
-    torch.manual_seed(0)
-    config = tiny_corpus_model(whisper=True).config
-    config.fusion_type, config.cross_attention_layer_norm = "transformer", False
-    model = MMSERForAudioClassification(config).eval()
-    for name, parameter in model.named_parameters():
-        if "joint_encoder" in name or "fusion" in name:
-            parameter.normal_(std=0.3)
-    fit_openmax_by_chance(model)
-    processor = tiny_processor(whisper=True)
-    model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "onnx")
-    onnx = MMSEROnnxForAudioClassification.from_pretrained(tmp_path / "onnx")
-    for seconds, texts in (
-        ([0.3], ["what a joy"]),
-        ([0.7, None, 0.2], [None, "what a joy", "i miss it"]),
-        ([0.4, 0.3], None),
-        (None, ["stop it now", "what"]),
-    ):
-        clips = seconds and [None if s is None else 0.1 * torch.randn(round(16000 * s)).numpy() for s in seconds]
-        inputs = processor(clips, texts, sampling_rate=16000)
-        outputs, expected = onnx(**inputs), model(**inputs)
-        for name in ("logits", "uncertainty", "open_set_probabilities"):
-            torch.testing.assert_close(outputs[name], expected[name], rtol=1e-4, atol=1e-4, msg=name)

@@ -12,8 +12,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from tiny_corpus import tiny_flags, tiny_tokenizer, write_corpus
+
+import pipeline_mmser
 
 ROOT = Path(__file__).parents[1]
 WATCH = ROOT / "tests" / "network"
@@ -65,11 +68,15 @@ def test_the_watch_sees_calls(tmp_path):
     )
 
 
-def test_who_wants_the_telemetry_of_onnxruntime_keeps_it(tmp_path):
-    code = "import os, pipeline_mmser as p; p._import_onnxruntime(); print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    environment = watched(tmp_path, ORT_DISABLE_TELEMETRY="0")
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "0\n"
+def test_who_wants_the_telemetry_of_onnxruntime_keeps_it(monkeypatch):
+    stopped = []
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(disable_telemetry_events=lambda: stopped.append(1)))
+    for chosen, expected in (("0", ("0", [])), (None, ("1", [1]))):
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("ORT_DISABLE_TELEMETRY", chosen)
+        pipeline_mmser._import_onnxruntime()
+        assert (os.environ["ORT_DISABLE_TELEMETRY"], stopped) == expected
 
 
 def has_strace():
