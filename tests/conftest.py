@@ -63,6 +63,27 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def two_processes(request, shared):
+    """The folder with what two processes left, see `two_processes.py`. The first that asks runs those of all files."""
+    asking = {item.module for item in request.session.items if "two_processes" in item.fixturenames}
+
+    def make(folder):
+        from tiny_corpus import write_corpus
+        from two_processes import run_pairs
+
+        corpus, modules = write_corpus(folder / "corpus"), {module.__name__: module for module in asking}
+        for name, module in sorted(modules.items()):
+            (folder / name).mkdir()
+            module.prepare_processes(corpus, folder / name)
+        run_pairs(sorted(modules), corpus, folder)
+
+    folder = shared("two_processes", make) / request.module.__name__
+    failed = folder / "failed"
+    assert not failed.exists(), failed.read_text(errors="replace")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """The folder of the tiny corpus."""
     from tiny_corpus import write_corpus

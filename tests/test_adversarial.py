@@ -4,6 +4,7 @@ states standardised, the states that are given are those that enter the fusion."
 
 import copy
 import math
+import os
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,7 +16,6 @@ from test_trainer import (
     load_splits,
     make_trainer,
     resumable,
-    run_two_processes,
     training_lines,
     training_losses,
     with_training_clips,
@@ -356,31 +356,21 @@ def test_a_run_with_a_head_resumes_as_if_it_had_not_stopped(splits, tmp_path):
         without.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
-WORKER = """
-import os
-import sys
-import numpy as np
-import torch
-from test_adversarial import VARIANTS, run_variant
-from test_trainer import load_splits
-from modeling_mmser import MMSERForAudioClassification
-
-corpus, start, folder = sys.argv[1:]
-splits = load_splits(corpus)
-other = os.fork()  # both processes share what was imported; nothing has computed yet
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
-for name in VARIANTS:
-    model = MMSERForAudioClassification.from_pretrained(start)
-    weights, losses = run_variant(name, model, splits, folder, per_device_train_batch_size=4)
-    np.savez(f"{folder}/{name}{'0' if other else '1'}.npz", weights=weights, losses=losses)
-torch.distributed.destroy_process_group()
-if other:
-    assert os.waitpid(other, 0)[1] == 0
-"""
 VARIANTS = {
     "vat": {"adversarial": "vat"},
     "fgm": {"adversarial": "fgm", "adversarial_head": "corpus", "gradient_accumulation_steps": 2},
 }
+
+
+def prepare_processes(corpus, folder):
+    tiny_model(dropout=False).save_pretrained(folder / "start")
+
+
+def run_process(corpus, folder):
+    for name in VARIANTS:
+        model = MMSERForAudioClassification.from_pretrained(folder / "start")
+        weights, losses = run_variant(name, model, load_splits(corpus), folder, per_device_train_batch_size=4)
+        np.savez(folder / f"{name}{os.environ['RANK']}.npz", weights=weights, losses=losses)
 
 
 def run_variant(name, model, splits, folder, **arguments):
@@ -396,16 +386,14 @@ def run_variant(name, model, splits, folder, **arguments):
     return flat_parameters(trainer.accelerator.unwrap_model(trainer.model)).numpy(), training_losses(trainer)
 
 
-def test_two_processes_train_as_one(splits, tmp_path):
-    start = tiny_model(dropout=False)
-    start.save_pretrained(tmp_path / "start")
-    run_two_processes(WORKER, splits, tmp_path)
+def test_two_processes_train_as_one(two_processes, splits, tmp_path):
     for name in VARIANTS:
-        model = MMSERForAudioClassification.from_pretrained(tmp_path / "start")
-        weights, losses = run_variant(name, model, splits, tmp_path / "one", per_device_train_batch_size=8)
-        assert np.abs(weights - flat_parameters(start).numpy()).max() > 1e-3
+        model = MMSERForAudioClassification.from_pretrained(two_processes / "start")
+        start = flat_parameters(model).numpy()
+        weights, losses = run_variant(name, model, splits, tmp_path, per_device_train_batch_size=8)
+        assert np.abs(weights - start).max() > 1e-3
         for rank in (0, 1):
-            found = np.load(tmp_path / f"{name}{rank}.npz")
+            found = np.load(two_processes / f"{name}{rank}.npz")
             np.testing.assert_allclose(found["losses"], losses, atol=2e-4, err_msg=name)
             np.testing.assert_allclose(found["weights"], weights, atol=1e-5, err_msg=name)
 

@@ -3,6 +3,7 @@
 over all that each of them is compared with."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from test_trainer import (
     flat_parameters,
     load_splits,
     make_trainer,
-    run_two_processes,
     training_lines,
     with_training_clips,
 )
@@ -229,27 +229,16 @@ def test_what_a_pool_is_of_no_use_for_is_refused(splits, tmp_path):
         make_trainer(tiny_model(), splits, tmp_path, contrastive_memory=-1)
 
 
-WORKER = """
-import os
-import sys
-import numpy as np
-import torch
-from test_contrastive import gathered_gradient, run
-from test_trainer import load_splits
-from modeling_mmser import MMSERForAudioClassification
+def prepare_processes(corpus, folder):
+    tiny_model(dropout=False, **CONTRASTIVE).save_pretrained(folder / "start")
 
-corpus, start, folder = sys.argv[1:]
-splits = load_splits(corpus)
-other = os.fork()  # both processes share what was imported; nothing has computed yet
-rank = 0 if other else 1
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-weights, losses = run(MMSERForAudioClassification.from_pretrained(start), splits, folder, 4)
-loss, gradient = gathered_gradient(slice(0, 5) if rank == 0 else slice(5, 8))
-np.savez(f"{folder}/rank{rank}.npz", weights=weights, losses=losses, loss=loss, gradient=gradient)
-torch.distributed.destroy_process_group()
-if other:
-    assert os.waitpid(other, 0)[1] == 0
-"""
+
+def run_process(corpus, folder):
+    rank = int(os.environ["RANK"])
+    model = MMSERForAudioClassification.from_pretrained(folder / "start")
+    weights, losses = run(model, load_splits(corpus), folder, 4)
+    loss, gradient = gathered_gradient(slice(0, 5) if rank == 0 else slice(5, 8))
+    np.savez(folder / f"rank{rank}.npz", weights=weights, losses=losses, loss=loss, gradient=gradient)
 
 
 def run(model, splits, folder, batch_size):
@@ -283,17 +272,15 @@ def gathered_gradient(own):
     return loss.item(), weights.grad.numpy()
 
 
-def test_two_processes_are_one_with_the_whole_batch(splits, tmp_path):
-    start = tiny_model(dropout=False, **CONTRASTIVE)
-    start.save_pretrained(tmp_path / "start")
-    run_two_processes(WORKER, splits, tmp_path)
-    model = MMSERForAudioClassification.from_pretrained(tmp_path / "start")
-    weights, losses = run(model, splits, tmp_path / "one", 8)
+def test_two_processes_are_one_with_the_whole_batch(two_processes, splits, tmp_path):
+    model = MMSERForAudioClassification.from_pretrained(two_processes / "start")
+    start = flat_parameters(model).numpy()
+    weights, losses = run(model, splits, tmp_path, 8)
     loss, gradient = gathered_gradient(slice(0, 8))
     assert loss == pytest.approx(slow_loss(*clips(3, 8), 0.2, 8), rel=1e-5)
-    assert np.abs(weights - flat_parameters(start).numpy()).max() > 1e-3
+    assert np.abs(weights - start).max() > 1e-3
     for rank in (0, 1):
-        found = np.load(tmp_path / f"rank{rank}.npz")
+        found = np.load(two_processes / f"rank{rank}.npz")
         assert found["loss"] == pytest.approx(loss, abs=1e-6)  # five clips and three
         np.testing.assert_allclose(found["gradient"], gradient, atol=1e-6)
         np.testing.assert_allclose(found["losses"], losses, atol=1e-4)  # the log has four digits

@@ -5,19 +5,23 @@ Two processes with whole weights (DDP) are in `test_trainer.py`.
 """
 
 import json
+import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
 from accelerate.commands.launch import launch_command_parser  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import HfDeepSpeedConfig as DeepSpeedSettings  # type: ignore[import-untyped]
 from safetensors.torch import load_file
-from test_trainer import DETERMINISTIC, load_splits, make_trainer, run_two_processes
-from tiny_corpus import AUDIO, JOINT, TEXT, tiny_flags, tiny_model, write_corpus
-from transformers import BertConfig, Wav2Vec2Config
+from test_trainer import DETERMINISTIC, load_splits, make_trainer
+from tiny_corpus import AUDIO, JOINT, TEXT, tiny_flags, tiny_model
+from transformers import BertConfig, Trainer, Wav2Vec2Config
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import train_hf
@@ -105,49 +109,6 @@ def test_what_fsdp_wraps_is_saved_under_its_own_class():
 
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
 
-FSDP_WORKER = """
-import os
-import shutil
-import sys
-from pathlib import Path
-import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-from test_distributed import run
-from transformers import Trainer
-
-corpus, start, folder = sys.argv[1:]
-other = os.fork()  # both processes share what was imported; nothing has computed yet
-rank = 0 if other else 1
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-make_accelerator = Trainer.create_accelerator_and_postprocess
-
-
-def make_sharding_accelerator(trainer):
-    assert trainer.args.device.type == "cpu" and trainer.args.world_size == 2  # and the processes are connected
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # else Accelerate does not shard
-    make_accelerator(trainer)
-    assert trainer.accelerator.is_fsdp2
-
-
-Trainer.create_accelerator_and_postprocess = make_sharding_accelerator
-whole, resumed = (Path(folder, f"{name}{rank}") for name in ("rank", "resumed"))  # it shows what each process writes
-for step in (3, 6) if rank else ():
-    for run_folder in (whole, resumed):  # else Transformers takes it that there is no best checkpoint
-        (run_folder / f"checkpoint-{step}").mkdir(parents=True)
-run(corpus, start, whole, 4)
-torch.distributed.barrier()
-if rank == 0:
-    shutil.copytree(whole, Path(folder, "both"))
-    shutil.copytree(Path(folder, "rank1"), Path(folder, "both"), dirs_exist_ok=True)
-torch.distributed.barrier()
-run(corpus, start, resumed, 4, resume_from_checkpoint=Path(folder, "both", "checkpoint-3"))
-torch.distributed.destroy_process_group()
-if other:
-    assert os.waitpid(other, 0)[1] == 0
-"""
-
-
 # What `tiny_flags` says of a new model
 OF_A_NEW_MODEL = dict.fromkeys(
     (
@@ -217,25 +178,50 @@ def largest_difference(first, second):
     return max(((own - second[name]).abs() / own.abs().clamp(min=1)).max().item() for name, own in first.items())
 
 
+def prepare_processes(corpus, folder):
+    torch.manual_seed(0)
+    flags = {"learning_rate": 5e-3, "max_steps": 60, "lr_multipliers": {"audio_encoder": 1.0, "text_encoder": 1.0}}
+    start = make_trainer(tiny_model(dropout=False), load_splits(corpus), folder / "start", **flags)
+    start.train()  # until it knows enough clips for OpenMax
+    start.save_model()
+
+
+def run_process(corpus, folder):
+    """With the settings of the recipe: the training of six steps, and one that goes on from its step 3."""
+    recipe = load_config_from_file(str(RECIPES / "fsdp2.yaml")).fsdp_config
+    os.environ.update({name.upper(): str(value) for name, value in recipe.items()}, ACCELERATE_USE_FSDP="true")
+    make_accelerator = Trainer.create_accelerator_and_postprocess
+
+    def make_sharding_accelerator(trainer):
+        assert trainer.args.device.type == "cpu" and trainer.args.world_size == 2  # and the processes are connected
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # else Accelerate does not shard
+        make_accelerator(trainer)
+        assert trainer.accelerator.is_fsdp2
+
+    Trainer.create_accelerator_and_postprocess = make_sharding_accelerator
+    rank = int(os.environ["RANK"])
+    whole, resumed = (folder / f"{name}{rank}" for name in ("rank", "resumed"))  # it shows what each process writes
+    for step in (3, 6) if rank else ():
+        for run_folder in (whole, resumed):  # else Transformers takes it that there is no best checkpoint
+            (run_folder / f"checkpoint-{step}").mkdir(parents=True)
+    run(corpus, folder / "start", whole, 4)
+    torch.distributed.barrier()
+    if rank == 0:
+        shutil.copytree(whole, folder / "both")
+        shutil.copytree(folder / "rank1", folder / "both", dirs_exist_ok=True)
+    torch.distributed.barrier()
+    run(corpus, folder / "start", resumed, 4, resume_from_checkpoint=folder / "both" / "checkpoint-3")
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(two_processes, shared):
     """
     The same training by `one` process, by two with FSDP2 (what each wrote in `rank0` and `rank1`, and in `both`), and
     by two that go on from its step 3 (`resumed0`).
     """
-    folder = tmp_path_factory.mktemp("fsdp")
-    corpus = write_corpus(folder / "corpus")
-    splits = load_splits(corpus)
-    torch.manual_seed(0)
-    flags = {"learning_rate": 5e-3, "max_steps": 60, "lr_multipliers": {"audio_encoder": 1.0, "text_encoder": 1.0}}
-    start = make_trainer(tiny_model(dropout=False), splits, folder / "start", **flags)
-    start.train()  # until it knows enough clips for OpenMax
-    start.save_model()
-    recipe = load_config_from_file(str(RECIPES / "fsdp2.yaml")).fsdp_config
-    settings = {name.upper(): str(value) for name, value in recipe.items()}
-    run_two_processes(FSDP_WORKER, splits, folder, ACCELERATE_USE_FSDP="true", **settings)
-    run(corpus, folder / "start", folder / "one", 8)
-    return folder
+    corpus, start = two_processes.parent / "corpus", two_processes / "start"
+    shared("fsdp_one", lambda folder: run(corpus, start, two_processes / "one", 8))
+    return two_processes
 
 
 def test_two_processes_with_fsdp_train_as_one(runs):

@@ -70,7 +70,9 @@ def test_the_watch_sees_calls(tmp_path):
 
 def test_who_wants_the_telemetry_of_onnxruntime_keeps_it(monkeypatch):
     stopped = []
-    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(disable_telemetry_events=lambda: stopped.append(1)))
+    monkeypatch.setitem(
+        sys.modules, "onnxruntime", SimpleNamespace(disable_telemetry_events=lambda: stopped.append(1))
+    )
     for chosen, expected in (("0", ("0", [])), (None, ("1", [1]))):
         monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
         if chosen is not None:

@@ -13,7 +13,6 @@ from test_trainer import (
     load_splits,
     make_trainer,
     resumable,
-    run_two_processes,
     training_losses,
 )
 from tiny_corpus import tiny_model, tiny_processor, write_corpus
@@ -30,6 +29,7 @@ from mmser.sampling import (
     sampling_weights,
 )
 from mmser.training_arguments import MMSERTrainingArguments
+from modeling_mmser import MMSERForAudioClassification
 
 SIZES = [1, 3, 40, 200, 7]
 GROUPS = np.random.default_rng(0).permutation(np.repeat(np.arange(len(SIZES)), SIZES))
@@ -229,41 +229,35 @@ def test_a_run_resumed_within_an_epoch_draws_the_same_clips(strategy, uneven, tm
     assert list(whole.model.config.class_counts) == counts != class_counts(uneven["train"], 4)
 
 
-WORKER = """
-import os
-import sys
-import numpy as np
-import torch
-from test_trainer import load_splits, make_trainer
-from mmser.examples import EmotionDataset
-from modeling_mmser import MMSERForAudioClassification
-
-corpus, start, folder = sys.argv[1:]
-splits = load_splits(corpus)
-other = os.fork()
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
-model = MMSERForAudioClassification.from_pretrained(start)
-asked, stock = [], EmotionDataset.__getitems__
-EmotionDataset.__getitems__ = lambda self, indices: asked.append(list(indices)) or stock(self, indices)
-for strategy in ("random", "group_by_length"):
-    asked.clear()
-    arguments = {"sampling_temperature": 5.0, "train_sampling_strategy": strategy, "per_device_train_batch_size": 4}
-    trainer = make_trainer(model, splits, folder, **arguments, max_steps=6)
-    assert trainer.args.world_size == 2
-    trainer.train()
-    found = [[entry if isinstance(entry, int) else -1000 * entry[1] - entry[0] for entry in batch] for batch in asked]
-    np.save(f"{folder}/{strategy}{trainer.args.process_index}.npy", np.array(found[:6]))
-torch.distributed.destroy_process_group()
-if other:
-    assert os.waitpid(other, 0)[1] == 0
-"""
+STRATEGIES = ("random", "group_by_length")
 
 
-def test_each_process_takes_its_share_of_one_order(splits, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "start")
-    run_two_processes(WORKER, splits, tmp_path)
-    for strategy in ("random", "group_by_length"):
-        ranks = [np.load(tmp_path / f"{strategy}{rank}.npy") for rank in (0, 1)]
+def numbered(entries):
+    """A number for each entry of an order: a clip that comes again is negative."""
+    return [entry if isinstance(entry, int) else -1000 * entry[1] - entry[0] for entry in entries]
+
+
+def prepare_processes(corpus, folder):
+    tiny_model().save_pretrained(folder / "start")
+
+
+def run_process(corpus, folder):
+    asked, stock = [], EmotionDataset.__getitems__
+    EmotionDataset.__getitems__ = lambda self, indices: asked.append(list(indices)) or stock(self, indices)
+    model, splits = MMSERForAudioClassification.from_pretrained(folder / "start"), load_splits(corpus)
+    for strategy in STRATEGIES:
+        asked.clear()
+        arguments = {"sampling_temperature": 5.0, "train_sampling_strategy": strategy, "max_steps": 6}
+        trainer = make_trainer(model, splits, folder, **arguments, per_device_train_batch_size=4)
+        assert trainer.args.world_size == 2
+        trainer.train()
+        found = [numbered(batch) for batch in asked]
+        np.save(folder / f"{strategy}{trainer.args.process_index}.npy", np.array(found[:6]))
+
+
+def test_each_process_takes_its_share_of_one_order(two_processes, splits, tmp_path):
+    for strategy in STRATEGIES:
+        ranks = [np.load(two_processes / f"{strategy}{rank}.npy") for rank in (0, 1)]
         together = np.concatenate(ranks, axis=1).reshape(-1)  # a step of both is a batch of eight
         one = make_trainer(
             tiny_model(), splits, tmp_path / "one", sampling_temperature=5.0, train_sampling_strategy=strategy
@@ -272,7 +266,7 @@ def test_each_process_takes_its_share_of_one_order(splits, tmp_path):
         for epoch in (0, 1):
             sampler = one._get_train_sampler()
             sampler.set_epoch(epoch)
-            expected += [entry if isinstance(entry, int) else -1000 * entry[1] - entry[0] for entry in sampler]
+            expected += numbered(sampler)
         assert together.tolist() == expected[: together.size]
 
 

@@ -8,11 +8,7 @@ import copy
 import json
 import logging as python_logging
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -104,6 +100,11 @@ def training_lines(trainer):
 
 def training_losses(trainer):
     return [line["loss"] for line in training_lines(trainer)]
+
+
+def training_parts(trainer):
+    """The parts of the loss, line by line, in the order of their names."""
+    return [[line[name] for name in sorted(line) if name.startswith("loss_")] for line in training_lines(trainer)]
 
 
 def flat_parameters(model):
@@ -445,85 +446,43 @@ def test_two_accumulated_batches_of_four_are_one_batch_of_eight(splits, tmp_path
     assert accumulated_losses == pytest.approx(losses, abs=1e-5)
 
 
-WORKER = """
-import os
-import sys
-import time
-import numpy as np
-import torch
-from test_trainer import (
-    DETERMINISTIC, flat_parameters, load_splits, make_trainer, resumable, training_lines, training_losses,
-    with_training_clips
-)
-from mmser.examples import EmotionDataset
-from modeling_mmser import MMSERForAudioClassification
-
-corpus, start, folder = sys.argv[1:]
-splits = with_training_clips(load_splits(corpus), 26)  # of the last two of an epoch, one process has none
-other = os.fork()  # both processes share what was imported; nothing has computed yet
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
-model = MMSERForAudioClassification.from_pretrained(start)
-trainer = make_trainer(model, splits, folder, **DETERMINISTIC, per_device_train_batch_size=4, max_steps=5)
-assert trainer.args.world_size == 2
-trainer.train()
-outputs = trainer.predict_outputs(EmotionDataset(splits["test"].select(range(13))))
-parts = [[line[name] for name in sorted(line) if name.startswith("loss_")] for line in training_lines(trainer)]
-losses = [line["loss"] for line in training_lines(trainer)]
-weights = flat_parameters(trainer.model).numpy()
-np.savez(f"{folder}/rank{trainer.args.process_index}.npz", weights=weights, losses=losses, parts=parts, **outputs)
-
-for strategy in ("random", "group_by_length"):
-    arguments = {"per_device_train_batch_size": 4, "max_steps": 7, "train_sampling_strategy": strategy}
-    arguments["eval_strategy"] = "no"
-    whole = resumable(splits, f"{folder}/{strategy}", model, **arguments, save_steps=6)
-    whole.train()
-    resumed = resumable(splits, f"{folder}/resumed", model, **arguments, save_strategy="no")
-    resumed.train(resume_from_checkpoint=f"{folder}/{strategy}/checkpoint-6")
-    assert len(set(training_losses(whole))) == 7
-    assert np.allclose(training_losses(resumed), training_losses(whole), atol=1e-5), f"{strategy} resumed mid-epoch"
-torch.distributed.destroy_process_group()
-if other:
-    assert os.waitpid(other, 0)[1] == 0
-"""
+def prepare_processes(corpus, folder):
+    tiny_model(dropout=False).save_pretrained(folder / "start")
 
 
-def run_two_processes(worker, splits, folder, **environment):
-    """Run a worker's code, which forks into two ranks, on the clips of `splits` and the model in `folder / "start"`.
-
-    The worker writes its results into `folder`; `environment` is what a launcher would set besides.
-    """
-    corpus = Path(splits["train"][0]["audio"]).parents[1]
-    (folder / "worker.py").write_text(worker)
-    here = Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun sets, except for the ranks. The launcher only waits for its processes: the tests do without it
-    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = subprocess.run(
-        [sys.executable, folder / "worker.py", corpus, folder / "start", folder],
-        env={**os.environ, **launched, **environment, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-
-
-def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(splits, tmp_path):
-    start = tiny_model(dropout=False)
-    start.save_pretrained(tmp_path / "start")
-    run_two_processes(WORKER, splits, tmp_path)
-    splits = with_training_clips(splits, 26)
-    ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1)]
-    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    trainer = make_trainer(start, splits, tmp_path / "one", **DETERMINISTIC, **sizes, max_steps=5)
+def run_process(corpus, folder):
+    splits = with_training_clips(load_splits(corpus), 26)  # of the last two of an epoch, one process has none
+    model = MMSERForAudioClassification.from_pretrained(folder / "start")
+    trainer = make_trainer(model, splits, folder, **DETERMINISTIC, per_device_train_batch_size=4, max_steps=5)
+    assert trainer.args.world_size == 2
     trainer.train()
-    parts = [[line[name] for name in sorted(line) if name.startswith("loss_")] for line in training_lines(trainer)]
+    outputs = trainer.predict_outputs(EmotionDataset(splits["test"].select(range(13))))
+    log = {"losses": training_losses(trainer), "parts": training_parts(trainer)}
+    weights = flat_parameters(trainer.model).numpy()
+    np.savez(folder / f"rank{trainer.args.process_index}.npz", weights=weights, **log, **outputs)
+
+    for strategy in ("random", "group_by_length"):
+        arguments = {"per_device_train_batch_size": 4, "max_steps": 7, "train_sampling_strategy": strategy}
+        arguments["eval_strategy"] = "no"
+        whole = resumable(splits, folder / strategy, model, **arguments, save_steps=6)
+        whole.train()
+        resumed = resumable(splits, folder / "resumed", model, **arguments, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(folder / strategy / "checkpoint-6"))
+        assert len(set(training_losses(whole))) == 7
+        assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5), strategy
+
+
+def test_two_processes_train_as_one_with_two_fold_accumulation_and_resume(two_processes, splits, tmp_path):
+    start = MMSERForAudioClassification.from_pretrained(two_processes / "start")
+    splits = with_training_clips(splits, 26)
+    ranks = [np.load(two_processes / f"rank{rank}.npz") for rank in (0, 1)]
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(start, splits, tmp_path, **DETERMINISTIC, **sizes, max_steps=5)
+    trainer.train()
     outputs = trainer.predict_outputs(EmotionDataset(splits["test"].select(range(13))))
     for rank in ranks:
         np.testing.assert_allclose(rank["losses"], training_losses(trainer), atol=1e-4)
-        np.testing.assert_allclose(rank["parts"], parts, atol=2e-4)
+        np.testing.assert_allclose(rank["parts"], training_parts(trainer), atol=2e-4)
         np.testing.assert_allclose(rank["weights"], flat_parameters(start).numpy(), atol=1e-4)
         np.testing.assert_array_equal(rank["labels"], outputs["labels"])
         np.testing.assert_allclose(rank["logits"], outputs["logits"], atol=1e-3)
