@@ -7,8 +7,6 @@ Order: runs of `train_hf.main` in a folder that holds one, fingerprints, the fol
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,6 @@ from mmser.loading import load_emotion_dataset
 from mmser.run_identity import IDENTITY_NAME, delete_run, fingerprint_clips, fingerprint_weights, holds_run
 from mmser.trainer import last_complete_checkpoint
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
@@ -265,25 +262,25 @@ def test_a_run_that_fails_its_checks_leaves_the_folder_as_it_was(corpus, tokeniz
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 
-FRESH = """
-import sys
-from mmser.arguments import DataArguments
-from mmser.loading import load_emotion_dataset
-from mmser.run_identity import fingerprint_clips
-splits, _ = load_emotion_dataset(sys.argv[1])
-print(fingerprint_clips(splits["train"], DataArguments(data_dir=sys.argv[1])))
-"""
 
-
-def test_the_fingerprint_of_clips_is_the_same_in_another_process_and_another_folder(corpus, tmp_path):
+def fingerprint_of(corpus):
     splits, _ = load_emotion_dataset(corpus)
-    expected = fingerprint_clips(splits["train"], DataArguments(data_dir=str(corpus)))
+    return fingerprint_clips(splits["train"], DataArguments(data_dir=str(corpus)))
+
+
+def prepare_processes(corpus, folder):
+    shutil.copytree(corpus, folder / "moved")
+
+
+def run_process(corpus, folder):
+    """With other hashes of strings."""
+    (folder / f"fingerprint{os.environ['RANK']}").write_text(fingerprint_of(folder / "moved"))
+
+
+def test_the_fingerprint_of_clips_is_the_same_in_another_process_and_another_folder(two_processes):
+    expected = fingerprint_of(two_processes.parent / "corpus")
     assert expected.startswith("32 clips, ")
-    shutil.copytree(corpus, tmp_path / "moved")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "moved")]
-    printed = subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
-    assert printed.strip().splitlines()[-1] == expected
+    assert (two_processes / "fingerprint0").read_text() == (two_processes / "fingerprint1").read_text() == expected
 
 
 def test_the_fingerprint_of_embedded_audio_is_that_of_its_file(corpus):

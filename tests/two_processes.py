@@ -17,6 +17,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 TIMEOUT = 600  # seconds, of all pairs
 
 
@@ -25,7 +27,7 @@ def run_pairs(names, corpus, folder):
     here = Path(__file__).parent
     subprocess.run(
         [sys.executable, Path(__file__), corpus, folder, *names],
-        env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "PYTHONHASHSEED": "7"},
         stdout=subprocess.DEVNULL,
         check=True,
         timeout=TIMEOUT,
@@ -60,7 +62,8 @@ def run_rank(module, corpus, folder, log):
     os.dup2(output, 2)
     try:
         module.run_process(corpus, folder)
-        sys.modules["torch"].distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
