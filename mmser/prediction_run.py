@@ -188,6 +188,11 @@ def classify(classifier: MMSERPipeline, job: Job, options: PredictionArguments) 
         _classify_clips(classifier, [prediction for prediction, _ in whole], options, bar)
         for prediction, spans in timed:
             _classify_recording(classifier, prediction, spans if job.turns else None, options, bar)
+    # Where it rejects nothing, the number beside an answer would mislead
+    if getattr(classifier.model.config, "openmax_threshold", "fitted") is None:
+        for one in predictions:
+            for entry in itertools.chain(one.scores, *(segment.scores for segment in one.segments)):
+                entry["unknown_probability"] = None
     return predictions
 
 

@@ -120,7 +120,7 @@ def show_clip(prediction: Prediction, screen: Screen, top_k: int | None = None) 
     best = scores[0]
     notes = [("uncertainty", best["uncertainty"], f'the probability that "{best["label"]}" is wrong')]
     if best["unknown_probability"] is None:
-        lines.append("  The model was not fitted to tell what is none of its classes.")
+        lines.append("  This model does not tell what is none of its classes.")
     else:
         notes.append((UNKNOWN, best["unknown_probability"], "the probability of none of these classes"))
     lines += [f"  {label:<12} {value:.3f}  {meaning}" for label, value, meaning in notes]

@@ -114,6 +114,18 @@ def test_one_clip_is_as_the_pipeline_says(predict, place):
     assert not re.search(r"[█▏▎▍▌▋▊▉\x1b]", done.out)  # it is not a terminal
 
 
+def test_a_model_that_rejects_nothing_says_nothing_of_the_unknown(predict, place, monkeypatch):
+    monkeypatch.setattr(place.classifier.model.config, "openmax_threshold", None)
+    assert place.classifier(str(place.clips / "a.wav"), return_uncertainty=True)[0]["unknown_probability"] is not None
+    done = predict("clips/a.wav")
+    assert "This model does not tell what is none of its classes." in done.out and "unknown" not in done.out
+    (row,) = json.loads(predict("clips/a.wav", "--format", "json").out)
+    assert (row["unknown_probability"], row["is_unknown"]) == (None, False)
+    (recording,) = json.loads(predict("long.wav", *LONG, "--format", "json").out)
+    found = [row["unknown_probability"] for row in recording["segments"]]
+    assert len(found) > 1 and set(found) == {None}
+
+
 def test_words_alone(predict, place):
     scores = place.classifier({"text": "stop it now"}, return_uncertainty=True)
     (row,) = json.loads(predict("--text", "stop it now", "--format", "json").out)
