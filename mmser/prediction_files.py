@@ -146,7 +146,7 @@ def content(predictions: Sequence[Prediction], labels: Sequence[str], format: st
             srt and audacity are for one recording.
     """
     if format == "json":
-        return strict_json([_nested(prediction, labels, by_segment) for prediction in predictions]).encode()
+        return strict_json([nested(prediction, labels, by_segment) for prediction in predictions]).encode()
     if format == "rttm":
         return "".join(format_rttm(_spans(one.segments), one.input.stem) for one in predictions).encode()
     if format in ("srt", "audacity"):
@@ -168,8 +168,8 @@ def _spans(segments: Sequence[Segment]) -> list[Span]:
     ]
 
 
-def _nested(prediction: Prediction, labels: Sequence[str], by_segment: bool) -> dict[str, Any]:
-    """An input with its segments, as JSON has them: the scores of the labels in an object of their own."""
+def nested(prediction: Prediction, labels: Sequence[str], by_segment: bool) -> dict[str, Any]:
+    """An input, perhaps with its segments, as JSON has them: the scores of the labels in an object of their own."""
 
     def with_scores(row: dict[str, Any]) -> dict[str, Any]:
         plain = {name: value for name, value in row.items() if not name.startswith("score_")}

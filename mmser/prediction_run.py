@@ -188,12 +188,16 @@ def classify(classifier: MMSERPipeline, job: Job, options: PredictionArguments) 
         _classify_clips(classifier, [prediction for prediction, _ in whole], options, bar)
         for prediction, spans in timed:
             _classify_recording(classifier, prediction, spans if job.turns else None, options, bar)
-    # Where it rejects nothing, the number beside an answer would mislead
+    hide_moot_unknown(classifier, predictions)
+    return predictions
+
+
+def hide_moot_unknown(classifier: MMSERPipeline, predictions: Iterable[Prediction]) -> None:
+    """Take `unknown_probability` out of the answers of a model that rejects nothing, where it would mislead."""
     if getattr(classifier.model.config, "openmax_threshold", "fitted") is None:
         for one in predictions:
             for entry in itertools.chain(one.scores, *(segment.scores for segment in one.segments)):
                 entry["unknown_probability"] = None
-    return predictions
 
 
 def _progress(whole: Sequence[Prediction], timed: Sequence[Prediction], options: PredictionArguments) -> Any:

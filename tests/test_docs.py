@@ -84,8 +84,9 @@ SHORTER = {
     "export_hf.py": "",
     "demo/synthesize_non_speech.py": "--clips_per_kind 2",
 }
-# What they run is this very suite, or takes the network or a corpus; `test_corpus_command.py` has miniatures of these
-NOT_RUN = ("make", "pip", "python -m pytest", "mmser corpus")
+# What they run is this very suite, takes the network or a corpus, or does not end; `test_corpus_command.py` and
+# `test_serving.py` have miniatures of these
+NOT_RUN = ("make", "pip", "python -m pytest", "mmser corpus", "mmser serve")
 SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf", "mmser")
 # Names in backquotes that are neither ours nor of Transformers
 OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre"}

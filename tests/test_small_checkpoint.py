@@ -2,6 +2,7 @@
 """Tests of the checkpoint that MMSER ships: what is in its folder, and what a newcomer gets from it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,40 @@ from huggingface_hub import ModelCard
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "mmser-small"
 LANGUAGES = {"de", "en", "es", "fi", "fr", "pl", "pt", "ru", "tr", "zh"}
-# As in the README: nothing of MMSER is imported, nothing was trained
+# As in the README, and as an endpoint does: nothing of MMSER is imported, nothing was trained
 NEWCOMER = """
-import json, sys
+import base64, importlib.util, json, sys
 from transformers import pipeline
 
 classifier = pipeline("audio-classification", model=sys.argv[1], trust_remote_code=True)
 answers = classifier(["clip.wav", {"text": "I hate you, get out of here!"}], return_uncertainty=True)
 json.dump(answers, open("answers.json", "w"))
+
+specification = importlib.util.spec_from_file_location("handler", sys.argv[1] + "/handler.py")
+module = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(module)
+handler = module.EndpointHandler(sys.argv[1])
+sound = open("clip.wav", "rb").read()
+coded = base64.b64encode(sound).decode()
+given = [
+    {"inputs": sound},
+    {"inputs": coded, "parameters": {"top_k": 1}},
+    {"inputs": {"audio": coded, "text": "I hate you, get out of here!"}},
+    {"inputs": [{"text": "I hate you, get out of here!"}, {"audio": coded}], "parameters": {"return_uncertainty": 0}},
+    {"inputs": "clip.wav"},
+    {"inputs": {"path": "clip.wav"}},
+    {"inputs": {"audio": "http://127.0.0.1/clip.wav"}},
+    {"inputs": sound, "parameters": {"num_workers": 2}},
+    {"parameters": {}},
+]
+said = []
+for data in given:
+    try:
+        said.append(handler(data))
+    except ValueError as error:
+        said.append(str(error))
+json.dump(said, open("endpoint.json", "w"))
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("mmser", "pipeline_mmser")))
 """
 
 
@@ -45,12 +72,20 @@ def test_its_code_is_the_code_of_today():
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """Of a new process, in a folder without this package, for a second of a tone and a sentence."""
+def folder(tmp_path_factory):
+    """Where a new process, without this package, has asked a copy of the checkpoint about a second of a tone."""
     folder = tmp_path_factory.mktemp("newcomer")
+    copy = shutil.copytree(CHECKPOINT, folder / "copy")
+    shutil.copy(ROOT / "mmser" / "handler.py", copy)
     tone = 0.1 * np.sin(2 * np.pi * 220 * np.arange(16_000) / 16_000)
     soundfile.write(folder / "clip.wav", tone, 16_000)
-    subprocess.run([sys.executable, "-c", NEWCOMER, str(CHECKPOINT)], cwd=folder, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", NEWCOMER, str(copy)], cwd=folder, check=True, capture_output=True)
+    assert done.stdout == b"[]\n"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
     return json.loads((folder / "answers.json").read_text())
 
 
@@ -63,3 +98,16 @@ def test_a_newcomer_gets_all_labels_with_scores(answers):
 
 def test_it_reads_words(answers):
     assert answers[1][0]["label"] == "angry"
+
+
+def test_an_endpoint_answers_as_the_pipeline_does(folder, answers):
+    """A text is never taken for a path, and what it does not know is a sentence."""
+    sound, best, both, several, *refused = json.loads((folder / "endpoint.json").read_text())
+    assert sound == answers[0] and best == [answers[0][0]]
+    assert both != answers[0] and len(both) == 4 and "uncertainty" in both[0]
+    assert [[entry["label"] for entry in entries] for entries in several] == [
+        [entry["label"] for entry in entries] for entries in (answers[1], answers[0])
+    ]
+    assert all(set(entry) == {"label", "score"} for entries in several for entry in entries)
+    assert all(one.startswith("inputs: ") and "base64" in one for one in (*refused[:3], refused[4])), refused
+    assert refused[3].startswith("parameters: there is no 'num_workers'; there are top_k")
