@@ -9,6 +9,7 @@
 
 python train_hf.py --data_dir my_data --output_dir runs/mine --epochs 10
 python train_hf.py recipes/demo.json --learning_rate 5e-4      # flags win over the recipe
+python train_hf.py --adapt --model_name_or_path runs/mine --data_dir few_clips --output_dir runs/adapted
 accelerate launch train_hf.py --dataset_name me/my_data --use_amp --push_to_hub
 """
 
@@ -26,17 +27,22 @@ def main(arguments: list[str] | None = None) -> dict:
     # Late: `--help` and a wrong flag do not wait for torch
     from transformers import set_seed
 
-    from mmser import model_loading, run_identity, training_run
+    from mmser import adaptation, model_loading, run_identity, training_run
 
     set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
     training_run.warn_of_moot_settings(model_arguments, data_arguments)
     resumed = training_run.find_checkpoint(training_arguments)
+    adapt, checkpoint = training_arguments.adapt, model_arguments.model_name_or_path
+    if adapt:
+        adaptation.check_arguments(model_arguments, data_arguments)
 
     seed = training_run.data_seed(training_arguments)
-    data = training_run.load_data(data_arguments, seed, model_arguments.model_name_or_path)
+    data = training_run.load_data(data_arguments, seed, checkpoint, learns_tasks=not adapt)
     processor = model_loading.load_processor(model_arguments)
     training_run.leave_out_unreadable(data, data_arguments, processor)
+    if adapt:
+        adaptation.take_all_clips(data.splits, data.label_names, checkpoint)
 
     model = model_loading.load_model(model_arguments, data.label_names, processor, data.auxiliary)
     teacher = model_loading.load_teacher(model_arguments, model, processor)
@@ -45,6 +51,8 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     run_identity.check_output_dir(training_arguments, identity, resumed.folder if resumed else None)
     model_loading.limit_tokens(processor, model)
+    if adapt:
+        adaptation.freeze_all_else(model)
 
     examples = training_run.Examples(data_arguments, training_arguments, model, processor, teacher)
     trainer = training_run.make_trainer(model, teacher, processor, data, examples, training_arguments)

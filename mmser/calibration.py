@@ -132,7 +132,7 @@ def error_rate_interval(num_wrong: int, num_clips: int, level: float = 0.95) -> 
     return float(interval.low), float(interval.high)
 
 
-def _folds(num_clips: int, groups: Any = None) -> tuple[list[np.ndarray], np.ndarray]:
+def folds_by_group(num_clips: int, groups: Any = None) -> tuple[list[np.ndarray], np.ndarray]:
     """The rows of each cross-validation fold, and a group id [N]: a group (a speaker) is never in two folds."""
     if groups is None or len(set(groups)) < 2:  # one speaker cannot be divided
         ids = np.arange(num_clips)
@@ -173,7 +173,7 @@ def fit_temperature(logits: Any, labels: Any, groups: Any = None, current: float
     """
     check_temperature(current)
     logits, labels = _check_logits(logits, labels)
-    folds, groups = _folds(len(labels), groups)
+    folds, groups = folds_by_group(len(labels), groups)
     if len(folds) < 2:
         return current
     grid = np.geomspace(*TEMPERATURE_BOUNDS, 81)
@@ -279,7 +279,7 @@ def fit_error_probability(
     check_same_length(doubt=doubt, uncertainty=uncertainty)
     reject(uncertainty, (uncertainty < -1e-6) | (uncertainty > 1 + 1e-6), "`uncertainty` must be in [0, 1]")
     current = np.asarray(current, dtype=np.float64)
-    folds, groups = _folds(len(doubt), groups)
+    folds, groups = folds_by_group(len(doubt), groups)
     if is_wrong.all() or not is_wrong.any() or len(folds) < 2:
         return current
     columns = np.stack([error_log_odds(doubt, uncertainty, row) for row in np.eye(3)], axis=1)  # [N, 3]

@@ -98,8 +98,11 @@ def advise(results: Mapping[str, Any]) -> list[str]:
     """
     Say what to do about a model that did not learn what it could, by the validation clips (else the test clips).
 
-    Returns: sentences, none if the head is as good as a linear probe on its features and every class is predicted.
+    Returns: sentences, none if the head is as good as a linear probe on its features and every class is predicted;
+        none of a model that was adapted, which learnt by no steps.
     """
+    if "adaptation" in results:
+        return []
     split = "validation" if results.get("validation") else "test"
     rows = results.get(split) or {}
     advice = []

@@ -43,22 +43,11 @@ from mmser.batches import (
     is_filled_up,
     weigh_batches,
 )
-from mmser.calibration import (
-    ONE_MINUS_MAX,
-    describe_fit,
-    doubt_log_odds,
-    error_detection_auroc,
-    error_log_odds,
-    error_rate_interval,
-    expected_calibration_error,
-    fit_error_probability,
-    fit_temperature,
-    negative_log_likelihood,
-)
 from mmser.contrastive import ContrastivePool
 from mmser.examples import EmotionDataset, class_counts
 from mmser.groups import MEAN_OVER_CORPORA, compute_corpus_metrics, corpora_of, speakers_of
-from mmser.metrics import build_compute_metrics, softmax
+from mmser.metrics import build_compute_metrics
+from mmser.model_calibration import calibrate_outputs, fit_openmax, join_audio_alone, reset_calibration
 from mmser.model_card import CARD_NAME, sign_card
 from mmser.model_loading import check_teacher, label_names_of
 from mmser.optimizer import parameter_groups
@@ -67,7 +56,6 @@ from mmser.sampling import TemperatureSampler, expected_draws, number_groups
 from mmser.targets import split_targets
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
-from openmax_mmser import OpenMaxFitError
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
@@ -720,8 +708,9 @@ class MMSERTrainer(Trainer):
         self.train_outputs = self.predict_outputs(train_dataset)
         if calibration_dataset is not None:
             return self.calibrate(calibration_dataset, calibration_audio_alone, train_audio_alone)
-        alone = self._predict_audio_alone(self.train_outputs, train_audio_alone)
-        self._fit_openmax(_join_audio_alone(self.train_outputs, None, alone), None, 1.0)
+        alone = self.predict_audio_alone(self.train_outputs, train_audio_alone)
+        model = self.accelerator.unwrap_model(self.model)
+        fit_openmax(model, join_audio_alone(self.train_outputs, None, alone), None, 1.0)
         return {"temperature": 1.0}
 
     def calibrate(
@@ -747,47 +736,16 @@ class MMSERTrainer(Trainer):
             uncertainty before and after, and by 1 - max probability.
         """
         model = self.accelerator.unwrap_model(self.model)
-        temperature, weights = model.temperature.item(), model.uncertainty.error_calibration.tolist()
-        if weights == list(model.uncertainty.uncalibrated):
-            weights = list(ONE_MINUS_MAX)
-        self._reset_calibration()
+        earlier = reset_calibration(model)
         outputs = self.predict_outputs(calibration_dataset)
-        logits, labels = outputs["logits"].astype(np.float64), outputs["labels"]
-        speakers = speakers_of(calibration_dataset)
         # All that OpenMax is fitted to is predicted before there is a temperature
-        alone, train = self._predict_audio_alone(outputs, audio_alone), self.train_outputs
-        held_out = _join_audio_alone(outputs, speakers, alone)
+        alone, train = self.predict_audio_alone(outputs, audio_alone), self.train_outputs
         if train is not None:
             is_known = None if audio_alone is None else alone is not None
-            train = _join_audio_alone(train, None, self._predict_audio_alone(train, train_audio_alone, is_known))
-        wrong = logits.argmax(axis=1) != labels
-        model.temperature.fill_(fit_temperature(logits, labels, speakers, temperature))
-        temperature = model.temperature.item()  # as the model rounds it
-        doubt = doubt_log_odds(logits / temperature)
-        fitted = fit_error_probability(doubt, outputs["uncertainty"], wrong, speakers, weights)
-        weights = model.uncertainty.error_calibration.copy_(torch.from_numpy(fitted)).tolist()
-        report: dict[str, Any] = {
-            "temperature": temperature,
-            "clips": len(labels),
-            "speakers": None if speakers is None else len(set(speakers)),
-            "errors": int(wrong.sum()),
-            "error_rate_interval": error_rate_interval(int(wrong.sum()), len(labels)),
-            "uses_one_minus_max": weights == list(ONE_MINUS_MAX),
-            "largest_set_coverage": model.prediction_sets.fit(softmax(logits / temperature), labels, speakers),
-        }
-        for name, divisor in (("before", 1.0), ("after", temperature)):
-            report[f"nll_{name}"] = negative_log_likelihood(logits, labels, divisor)
-            report[f"ece_{name}"] = expected_calibration_error(softmax(logits / divisor), labels)
-        if wrong.any() and not wrong.all():
-            combined = error_log_odds(doubt, outputs["uncertainty"], weights)
-            report["error_auroc_before"] = error_detection_auroc(outputs["uncertainty"], wrong)
-            report["error_auroc_of_max_probability"] = error_detection_auroc(doubt, wrong)
-            report["error_auroc_after"] = error_detection_auroc(combined, wrong)
-        logger.info(describe_fit(report))
-        self._fit_openmax(train, held_out, temperature)
-        return report
+            train = join_audio_alone(train, None, self.predict_audio_alone(train, train_audio_alone, is_known))
+        return calibrate_outputs(model, outputs, speakers_of(calibration_dataset), earlier, train, alone)
 
-    def _predict_audio_alone(
+    def predict_audio_alone(
         self,
         outputs: dict[str, np.ndarray],
         audio_alone: tuple[Any, np.ndarray] | None,
@@ -812,26 +770,10 @@ class MMSERTrainer(Trainer):
 
     def _forget_calibration(self) -> None:
         """Forget all that was fitted to outputs: a model may bring it from an earlier training."""
-        self._reset_calibration()
-        self.accelerator.unwrap_model(self.model).openmax.reset()
+        model = self.accelerator.unwrap_model(self.model)
+        reset_calibration(model)
+        model.openmax.reset()
         self.train_outputs = None
-
-    def _reset_calibration(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        model.temperature.fill_(1.0)
-        model.prediction_sets.reset()
-        model.uncertainty.error_calibration.copy_(torch.tensor(model.uncertainty.uncalibrated))
-
-    def _fit_openmax(
-        self, train: dict[str, np.ndarray] | None, held_out: dict[str, np.ndarray] | None, temperature: float
-    ) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        tail_size, acceptance = model.config.openmax_tail_size, model.config.openmax_acceptance
-        label_names = label_names_of(model.config)
-        try:
-            model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance, label_names)
-        except OpenMaxFitError as error:  # no reason to lose a trained model
-            logger.warning(f"OpenMax is left as it is: {error}")
 
 
 def _fit_targets(model: MMSERForAudioClassification, dataset: EmotionDataset) -> None:
@@ -844,18 +786,6 @@ def _fit_targets(model: MMSERForAudioClassification, dataset: EmotionDataset) ->
             f"The training set has no targets of {', '.join(missing)}, which the model will not learn: load it with "
             "`auxiliary_tasks=model.config.auxiliary_tasks`, and see `derive_targets` of `mmser.targets`."
         )
-
-
-def _join_audio_alone(
-    outputs: dict[str, np.ndarray], speakers: list[str] | None, alone: dict[str, np.ndarray] | None
-) -> dict[str, np.ndarray]:
-    """Outputs for OpenMax: clips as they are, and without their text. Both of a clip count as one speaker's."""
-    if alone is None:
-        return outputs if speakers is None else {**outputs, "speakers": np.array(speakers)}
-    names = np.array(speakers or [f"clip {index}" for index in range(len(outputs["labels"]))])
-    wanted = ("logits", "fused", "anchor_distances", "labels")
-    joined = {name: np.concatenate([outputs[name], alone[name]]) for name in wanted}
-    return {**joined, "speakers": np.concatenate([names, names[alone["index"]]])}
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

@@ -41,6 +41,13 @@ WITHOUT_EFFECT = {
     "remove_unused_columns": ((False,), "Clips are raw audio, which the model knows by no column."),
 }
 
+# Arguments that say how weights are learnt step by step, which `--adapt` does not do
+TRAINS_BY_STEPS = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_multipliers", "weight_decay", "weight_averaging"),
+    *("lr_scheduler_type", "warmup_steps", "gradient_accumulation_steps", "resume_from_checkpoint"),
+    *("adversarial", "adversarial_head", "contrastive_memory", "sampling_temperature"),
+)
+
 
 @dataclass
 class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[misc]  # other types of some defaults
@@ -50,6 +57,7 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         for name, (allowed, advice) in WITHOUT_EFFECT.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` has no effect here, got {getattr(self, name)!r}. {advice}")
+        self._check_adapting()
         self.has_default_epochs = self.num_train_epochs is None
         if self.num_train_epochs is None:
             self.num_train_epochs = float(MIN_EPOCHS)
@@ -96,6 +104,24 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
                 f"`sampling_temperature` draws clips at random, which `train_sampling_strategy` {strategy} does not: "
                 "choose group_by_length or random."
             )
+
+    def _check_adapting(self) -> None:
+        if not self.adapt:
+            for name in ("adapt_strength", "adapt_rehearsal"):
+                if getattr(self, name) != getattr(TrainingFlags, name):
+                    raise ValueError(f"--{name} is about adapting a checkpoint: add --adapt, or leave it out.")
+            return
+        if not 0 < self.adapt_strength < math.inf:
+            raise ValueError(f"--adapt_strength must be a number greater than 0, got {self.adapt_strength}.")
+        if not 0 <= self.adapt_rehearsal < math.inf:
+            raise ValueError(f"--adapt_rehearsal must be a number of 0 or more, got {self.adapt_rehearsal}.")
+        for name in TRAINS_BY_STEPS:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"--{name} is for a training by steps; --adapt fits the output layer at once: leave out one of "
+                    "the two."
+                )
+        self.eval_strategy = self.save_strategy = "no"
 
     def _check_adversaries(self) -> None:
         for name in ("adversarial", "adversarial_head"):

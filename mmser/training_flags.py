@@ -24,6 +24,23 @@ class TrainingFlags:
         default=False,
         metadata={"help": "Delete the run that --output_dir holds, its checkpoints and its results, and start anew."},
     )
+    adapt: bool = field(
+        default=False,
+        metadata={
+            "help": "Fit --model_name_or_path to a few clips of new recordings, such as 20 of each class, in seconds: "
+            "its output layer and its calibration, on all training and validation clips."
+        },
+    )
+    adapt_strength: float = field(
+        default=2.0, metadata={"help": "How far --adapt may move the logits: the deviation of a Gaussian prior."}
+    )
+    adapt_rehearsal: float = field(
+        default=1.0,
+        metadata={
+            "help": "How much the checkpoint's own answers to what it was trained on count in --adapt, as a share of "
+            "the clips; 0: forget them."
+        },
+    )
     num_train_epochs: float | None = field(
         default=None,
         metadata={

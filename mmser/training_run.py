@@ -18,6 +18,7 @@ import torch
 from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig, check_auxiliary_tasks
+from mmser import adaptation
 from mmser.arguments import DataArguments, ModelArguments
 from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
@@ -82,6 +83,11 @@ def find_checkpoint(arguments: MMSERTrainingArguments) -> Checkpoint | None:
     """
     wanted = str(arguments.resume_from_checkpoint)
     output_dir, last = Path(arguments.output_dir), last_complete_checkpoint(arguments.output_dir)
+    if arguments.adapt and last is not None and not arguments.overwrite_output_dir:
+        raise ValueError(
+            f"{output_dir} holds a training, which --adapt does not go on with. Give another --output_dir, or "
+            "--overwrite_output_dir to delete that run."
+        )
     if last is None and not arguments.overwrite_output_dir and holds_run(output_dir):
         raise ValueError(
             f"{output_dir} holds a finished run and no checkpoint to go on from, so this run would replace it. Give "
@@ -146,7 +152,9 @@ def warn_of_moot_settings(model_arguments: ModelArguments, arguments: DataArgume
             logger.warning(f"--{name} has no effect {reason}.")
 
 
-def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None) -> TrainingData:
+def load_data(
+    arguments: DataArguments, seed: int, checkpoint: str | None = None, learns_tasks: bool = True
+) -> TrainingData:
     """
     Load the clips that the flags name, and draw as many of them as the flags say.
 
@@ -155,6 +163,7 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
         seed: of what is drawn.
         checkpoint: the MMSER checkpoint that training starts from, if it does. Its classes stay if the data's are
             among them.
+        learns_tasks: whether the tasks beside the emotion are learnt, and need targets.
     Raises:
         ValueError: there is nothing to train on, or see `load_emotion_dataset`.
     """
@@ -181,7 +190,8 @@ def load_data(arguments: DataArguments, seed: int, checkpoint: str | None = None
     if arguments.auxiliary_label_maps is None:  # those of the checkpoint, which may have had other classes
         maps = {task: {name: own[name] for name in own if name in label_names} for task, own in maps.items()}
     splits, auxiliary["auxiliary_label_maps"] = derive_targets(splits, label_names, tasks, maps)
-    check_targets(splits["train"], tasks)
+    if learns_tasks:
+        check_targets(splits["train"], tasks)
     limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
     data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)
     data.auxiliary = auxiliary
@@ -335,7 +345,7 @@ def make_trainer(
     arguments: MMSERTrainingArguments,
 ) -> MMSERTrainer:
     """The trainer, with class counts for class balancing; a run without validation clips has no best checkpoint."""
-    if isinstance(data.splits["train"], datasets.Dataset):
+    if isinstance(data.splits["train"], datasets.Dataset) and not arguments.adapt:
         draws = expected_draws(data.splits["train"], arguments.sampling_temperature)
         counts = class_counts(data.splits["train"], len(data.label_names), draws)
         model.config.class_counts = counts
@@ -346,7 +356,7 @@ def make_trainer(
             logger.info(f"Sampling:\n{format_table(rows, list(rows[0]))}")
     parameters = format_table(parameter_table(model), ["part", "parameters", "trainable"])
     logger.info(f"Parameters:\n{parameters}")
-    train_dataset = examples.for_training(data.splits["train"])
+    train_dataset = None if arguments.adapt else examples.for_training(data.splits["train"])
     held_out = data.splits.get("validation")
     if held_out is None:
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
@@ -370,8 +380,10 @@ def train(
     Args:
         standardize_clips: how many training clips standardise the encoder's states before training; 0 for none.
         resumed: the checkpoint to go on from.
-    Returns: `training` and `calibration`, for `eval_results.json`.
+    Returns: `training` and `calibration`, for `eval_results.json`; of a run that adapts also `adaptation`.
     """
+    if trainer.args.adapt:
+        return _adapt(trainer, data, examples)
     if standardize_clips and resumed is None:
         trainer.fit_standardization(examples.for_evaluation(some_clips(data.splits["train"], standardize_clips)))
     training = trainer.train(resume_from_checkpoint=resumed.folder if resumed else None).metrics
@@ -394,6 +406,18 @@ def train(
     trainer.save_model()
     trainer.save_state()
     return {"training": training, "calibration": calibration}
+
+
+def _adapt(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dict[str, Any]:
+    """Adapt to the training clips and save. Returns: as `train`."""
+    shown, args = data.splits["train"], trainer.args
+    alone = audio_alone(trainer, shown, examples.for_evaluation)
+    dataset = examples.for_evaluation(shown)
+    report, calibration = adaptation.adapt(trainer, dataset, alone, args.adapt_strength, args.adapt_rehearsal)
+    trainer.save_model()
+    trainer.save_state()
+    training = {"skipped_clips": data.skipped_clips, "total_runtime": report["seconds"]}
+    return {"training": training, "calibration": calibration, "adaptation": report}
 
 
 def _describe_finished(trainer: MMSERTrainer) -> str:
