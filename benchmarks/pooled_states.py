@@ -42,6 +42,7 @@ LEARNING_RATE, WEIGHT_DECAY, LR_MULTIPLIERS = 7e-4, 1.0, {"layer_weights": 60.0}
 BATCH_SIZE, EPOCHS = 64, 15
 NUM_LABELS = 4
 SMALL_NETWORK_STEPS = 1500
+PORTION = 500  # clips
 
 
 @dataclass(frozen=True)
@@ -110,30 +111,39 @@ def autocast_here() -> torch.dtype | None:
 
 def encode(tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir: Path) -> dict[str, Clips]:
     """The clips of each table, with all their frames; these are computed once, and read from `cache_dir`."""
-    extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
-    processor = MMSERProcessor(extractor)
+    cache = state_cache(audio_encoder, cache_dir)
+    return {name: encode_table(split, cache) for name, split in tables.items()}
+
+
+def state_cache(audio_encoder: str, cache_dir: Path) -> EncoderStateCache:
+    """The states of an audio encoder in `cache_dir`."""
+    processor = MMSERProcessor(AutoFeatureExtractor.from_pretrained(audio_encoder))
     model = MMSERForAudioClassification.from_backbones(audio_encoder, None)
     model.freeze_audio_encoder()
-    cache = EncoderStateCache(cache_dir, model, processor, autocast=autocast_here())
-    encoded = {}
-    for name, split in tables.items():
-        dataset = CachedStatesDataset(
-            EmotionDataset(split, sampling_rate=extractor.sampling_rate, use_text=False), cache
-        )
-        states = [np.array(cast(Any, dataset[row])["audio_states"]) for row in range(len(split))]
-        corpora = np.array(split["corpus"])
-        speakers = [speaker_key(speaker, corpus) for speaker, corpus in zip(split["speaker"], corpora, strict=True)]
-        encoded[name] = Clips(
-            [torch.from_numpy(own) for own in states], torch.tensor(split["labels"]), corpora, np.array(speakers)
-        )
-    return encoded
+    return EncoderStateCache(cache_dir, model, processor, autocast=autocast_here())
+
+
+def encode_table(split: datasets.Dataset, cache: EncoderStateCache) -> Clips:
+    """The clips of a table, with all their frames."""
+    rate = cache.processor.feature_extractor.sampling_rate
+    dataset = CachedStatesDataset(EmotionDataset(split, sampling_rate=rate, use_text=False), cache)
+    states = [np.array(cast(Any, dataset[row])["audio_states"]) for row in range(len(split))]
+    corpora = np.array(split["corpus"])
+    speakers = [speaker_key(speaker, corpus) for speaker, corpus in zip(split["speaker"], corpora, strict=True)]
+    return Clips([torch.from_numpy(own) for own in states], torch.tensor(split["labels"]), corpora, np.array(speakers))
 
 
 def encode_as_two_frames(
     tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir: Path
 ) -> dict[str, Clips]:
-    """The clips of each table, with two frames that stand for all."""
-    return {name: two_frames(own) for name, own in encode(tables, audio_encoder, cache_dir).items()}
+    """The clips of each table, with two frames that stand for all; all frames of a few clips are in memory at once."""
+    cache = state_cache(audio_encoder, cache_dir)
+
+    def portions(split: datasets.Dataset) -> Iterator[Clips]:
+        for start in range(0, len(split), PORTION):
+            yield two_frames(encode_table(split.select(range(start, min(start + PORTION, len(split)))), cache))
+
+    return {name: join(*portions(split)) for name, split in tables.items()}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +232,7 @@ def predict(model: MMSERForAudioClassification, clips: Clips) -> dict[str, np.nd
     without = dict.fromkeys(("labels", "auxiliary_targets", "class_shares"))
     without_labels = ({**own, **without} for own in Batches(clips))
     parts = [model(**own) for own in without_labels]
-    names = ("logits", "uncertainty", "features", "fused", "anchor_distances", "rejection_score")
+    names = ("logits", "uncertainty", "features", "fused", "anchor_distances", "rejection_score", "is_unknown")
     found = {name: [part[name] for part in parts] for name in names if parts[0].get(name) is not None}
     for task in model.auxiliary.tasks:
         found[f"auxiliary_{task}"] = [part.auxiliary[task] for part in parts]
