@@ -13,7 +13,7 @@ RECIPE ?= recipes/demo.json
 # Processes that share the tests
 JOBS ?= 2
 
-.PHONY: demo test format lint docs-check clean
+.PHONY: demo app test format lint docs-check clean
 
 # One thread computes (the tensors are small) while the data are decoded on the other cores
 demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer $(DEMO)/non_speech
@@ -30,6 +30,10 @@ $(DEMO)/non_speech: | $(VENV)/installed
 
 $(DEMO)/tokenizer: | $(VENV)/installed $(DEMO)/corpus
 	$(BIN)/python demo/train_tokenizer.py $(DEMO)/corpus $@
+
+# The page in a browser, with the small model: Ctrl-C ends it
+app: $(VENV)/installed
+	$(BIN)/python app.py --open_browser
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS)

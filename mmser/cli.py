@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("train_hf", "fine-tune a model on your recordings"),
     "eval": ("eval_hf", "judge a checkpoint on labelled clips, and calibrate it"),
     "export": ("export_hf", "make a checkpoint portable (ONNX) or small (int8, fewer languages)"),
+    "app": ("mmser.app_command", "classify recordings on a page in the browser"),
     "serve": ("mmser.serve_command", "answer requests over HTTP: POST a recording, get JSON"),
     "corpus": ("mmser.corpus_command", "make training data of a known corpus, such as RAVDESS or MELD"),
 }

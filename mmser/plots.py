@@ -279,8 +279,10 @@ def plot_timeline(
     path: str | Path,
     speakers: Sequence[str] = (),
     title: str = "",
+    waveform: Any = None,
 ) -> Path:
     """A recording over time: the scores as stacked bars, the answers as a strip above; for each speaker, if known.
+    A waveform is drawn above them, in the colours of the answers.
 
     Args:
         times: [S, 2], start and end of each segment in seconds.
@@ -290,6 +292,7 @@ def plot_timeline(
         path: of the picture.
         speakers: of each segment.
         title: of the picture.
+        waveform: [N, 2], the lowest and the highest sample of N equal times, from 0 to the end of the last segment.
     """
     names = check_label_names(label_names)
     spans = check_floats(times, "times", num_dimensions=2)
@@ -298,8 +301,13 @@ def plot_timeline(
     if not len(spans) == len(heights) == len(answers) == len(who):
         raise ValueError("`times`, `scores`, `answers` and `speakers` must have a row for each segment.")
     rows = list(dict.fromkeys(who.tolist()))
-    figure = _new_figure(9.0, 1.3 + 1.5 * len(rows))
-    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    num_extra = int(waveform is not None)
+    figure = _new_figure(9.0, 1.3 + 1.5 * len(rows) + 0.9 * num_extra)
+    heights_of_panels = [0.6] * num_extra + [1.0] * len(rows)
+    every_panel = figure.subplots(
+        len(heights_of_panels), 1, sharex=True, squeeze=False, height_ratios=heights_of_panels
+    )
+    top, panels = every_panel[0, 0], every_panel[num_extra:, 0]
     styles = [
         {"facecolor": COLOURS[index % len(COLOURS)], "edgecolor": "white", "linewidth": 0, "hatch": hatch}
         for index, hatch in zip(range(len(names)), itertools.cycle(HATCHES), strict=False)
@@ -324,12 +332,28 @@ def plot_timeline(
     panels[-1].set_xlabel("time (minutes:seconds)" if spans.max() < 3600 else "time (hours:minutes:seconds)")
     panels[-1].xaxis.set_major_locator(_time_ticks(spans.max()))
     panels[-1].xaxis.set_major_formatter(lambda value, _: clock(value))
-    panels[0].set_title(title, loc="left", fontweight="bold")
+    if waveform is not None:
+        colours = [styles[names.index(one)]["facecolor"] if one in names else GREY for one in answers]
+        _draw_waveform(top, check_floats(waveform, "waveform", num_dimensions=2), spans, colours)
+    top.set_title(title, loc="left", fontweight="bold")
     for name, style in zip(names, styles, strict=True):
         panels[0].bar(0, 0, 0, **style, label=name)
     if any(answer not in names for answer in answers):
         panels[0].bar(0, 0, 0, **rejected, label="none of these")
     return _save(figure, path, legend_columns=len(names) + 1)
+
+
+def _draw_waveform(axes: Any, outline: np.ndarray, spans: np.ndarray, colours: Sequence[Any]) -> None:
+    """The lowest and highest samples [N, 2] over time, each segment [S, 2] in its colour."""
+    edges = np.linspace(0, spans[:, 1].max(), len(outline) + 1)
+    times, values, middles = np.repeat(edges, 2)[1:-1], np.repeat(outline, 2, axis=0), (edges[1:] + edges[:-1]) / 2
+    for (start, end), colour in zip(spans, colours, strict=True):
+        is_inside = np.repeat((start <= middles) & (middles < end), 2)
+        axes.fill_between(times, *values.T, where=is_inside, color=colour, linewidth=0.5)
+    _label(axes, "", "", "wave")
+    axes.set(yticks=[])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(axis="x", length=0)
 
 
 def _time_ticks(end: float) -> Any:

@@ -64,8 +64,8 @@ def write(
     return written
 
 
-def draw(prediction: Prediction, labels: Sequence[str], path: Path) -> None:
-    """The picture of one recording over time."""
+def draw(prediction: Prediction, labels: Sequence[str], path: Path, waveform: Any = None) -> None:
+    """The picture of one recording over time; `waveform` as of `plot_timeline`."""
     segments = [segment for segment in prediction.segments if segment.scores]
     by_label = [{entry["label"]: entry["score"] for entry in segment.scores} for segment in segments]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -78,6 +78,7 @@ def draw(prediction: Prediction, labels: Sequence[str], path: Path) -> None:
             temporary,
             speakers=[segment.speaker for segment in segments],
             title=Path(prediction.input.name).name,
+            waveform=waveform,
         )
         os.replace(temporary, path)
     finally:

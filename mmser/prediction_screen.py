@@ -97,7 +97,7 @@ def show(
     if len(predictions) > 1:
         rows = sum(max(1, len(one.segments)) for one in predictions) if by_segment else len(predictions)
         table = _segments_table(predictions, screen) if by_segment else _clips_table(predictions, screen)
-        return _counts(predictions) if is_written and rows > MANY_ROWS else f"{table}\n\n{_counts(predictions)}"
+        return counts_of(predictions) if is_written and rows > MANY_ROWS else f"{table}\n\n{counts_of(predictions)}"
     (one,) = predictions
     if not one.scores:
         return ""
@@ -161,7 +161,8 @@ def _cells(scores: Sequence[dict], error: str, screen: Screen) -> dict[str, Any]
     }
 
 
-def _counts(predictions: Sequence[Prediction]) -> str:
+def counts_of(predictions: Sequence[Prediction]) -> str:
+    """How many inputs have which answer."""
     good = [one.scores for one in predictions if one.scores]
     counts = Counter(NONE_OF_THESE if answer(scores) == UNKNOWN else answer(scores) for scores in good)
     listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
@@ -209,7 +210,7 @@ def show_recording(prediction: Prediction, screen: Screen, top_k: int | None = N
     """
     one, segments = prediction.input, prediction.segments
     scores = prediction.scores
-    parts = [f"{one.name} ({clock(one.seconds or segments[-1].end)}): {in_words(scores)}", _shares(segments)]
+    parts = [f"{one.name} ({clock(one.seconds or segments[-1].end)}): {in_words(scores)}", shares_of_time(segments)]
     if screen.width:
         parts.append(_timeline(prediction, screen, top_k))
     if not is_written or len(segments) <= MANY_ROWS:
@@ -231,7 +232,7 @@ def _segments_table(predictions: Sequence[Prediction], screen: Screen) -> str:
     return _fitted(rows, [*file, "start", "end", "speaker", *ANSWER_COLUMNS, "text"], screen)
 
 
-def _shares(segments: Sequence[Segment]) -> str:
+def shares_of_time(segments: Sequence[Segment]) -> str:
     """How much of the time has which answer."""
     times: Counter[str] = Counter()
     for segment in segments:

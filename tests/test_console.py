@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from mmser import console
+from mmser.app_arguments import APP_ARGUMENTS
 from mmser.arguments import (
     EVALUATION_ARGUMENTS,
     EXPORT_ARGUMENTS,
@@ -33,6 +34,7 @@ COMMANDS = {
     "eval_hf": EVALUATION_ARGUMENTS,
     "export_hf": EXPORT_ARGUMENTS,
     "predict_hf": PREDICTION_ARGUMENTS,
+    "app": APP_ARGUMENTS,
 }
 WITHOUT_TORCH = """
 import sys
@@ -284,7 +286,8 @@ def test_other_processes_let_the_first_speak(monkeypatch, capsys):
 def test_the_programs_end_with_a_sentence(command, tmp_path):
     """As a user calls them; `main` called from Python raises, as all other tests of the commands see."""
     flags = ["--checkpoint", str(tmp_path / "gone")] if command != "train_hf" else ["--use_cpu"]
-    flags += ["--output_dir", str(tmp_path / "out")] if command != "predict_hf" else ["clip.wav"]
+    if command != "app":
+        flags += ["--output_dir", str(tmp_path / "out")] if command != "predict_hf" else ["clip.wav"]
     if command in ("train_hf", "eval_hf"):
         flags += ["--data_dir", str(tmp_path)]
     done = subprocess.run(

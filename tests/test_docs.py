@@ -58,6 +58,7 @@ from transformers import (
 
 from configuration_mmser import MMSERConfig
 from mmser import cli
+from mmser.app_arguments import APP_ARGUMENTS
 from mmser.arguments import EVALUATION_ARGUMENTS, EXPORT_ARGUMENTS, TRAINING_ARGUMENTS, command_parser, parse_arguments
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import softmax
@@ -74,6 +75,7 @@ COMMANDS = {
     "eval_hf": EVALUATION_ARGUMENTS,
     "export_hf": EXPORT_ARGUMENTS,
     "predict_hf": PREDICTION_ARGUMENTS,
+    "app": APP_ARGUMENTS,
 }
 SHORTER = {
     # Each page finds a finished model without checkpoints in `runs/mine`
@@ -85,9 +87,9 @@ SHORTER = {
     "export_hf.py": "",
     "demo/synthesize_non_speech.py": "--clips_per_kind 2",
 }
-# What they run is this very suite, takes the network or a corpus, or does not end; `test_corpus_command.py` and
-# `test_serving.py` have miniatures of these
-NOT_RUN = ("make", "pip", "python -m pytest", "mmser corpus", "mmser serve")
+# What they run is this very suite, takes the network, a corpus or a browser, or does not end;
+# `test_corpus_command.py`, `test_serving.py` and `test_app.py` have miniatures of these
+NOT_RUN = ("make", "pip", "python -m pytest", "mmser corpus", "mmser serve", "mmser app", "python app.py")
 SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf", "mmser")
 # Names in backquotes that are neither ours nor of Transformers
 OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre"}
@@ -528,6 +530,7 @@ def test_arguments_in_the_prose_are_parsed(monkeypatch):
         "eval_hf": ["--checkpoint", "x"],
         "export_hf": ["--checkpoint", "x", "--output_dir", "y"],
         "predict_hf": ["clip.wav", "--checkpoint", "x"],
+        "app": ["--checkpoint", "x"],
     }
     parsers = {name: command_parser(kinds) for name, kinds in COMMANDS.items()}
     parsed = 0

@@ -213,3 +213,15 @@ def test_a_recording_is_drawn_over_time(tmp_path, drawn):
     assert "hours" in texts(drawn[-1]) and "1:00:00" in texts(drawn[-1]) and "none of these" not in texts(drawn[-1])
     with pytest.raises(ValueError, match="a row for each segment"):
         plot_timeline(times, scores, LABEL_NAMES, ["angry"], tmp_path / "z.png")
+
+
+def test_a_waveform_is_drawn_above_in_the_colours_of_the_answers(tmp_path, drawn):
+    scores, wave = [[0.7, 0.3], [0.2, 0.8]], [(-0.1, 0.2), (-0.3, 0.4), (-0.5, 0.6), (-0.7, 0.8)]
+    plot_timeline([(0, 1), (1, 4)], scores, ["a", "b"], ["a", "unknown"], tmp_path / "x.png", waveform=wave)
+    top, panel = drawn[0].axes
+    outlines = [np.concatenate([path.vertices for path in drawing.get_paths()]) for drawing in top.collections]
+    assert [(shape[:, 0].min(), shape[:, 0].max()) for shape in outlines] == [(0, 1), (1, 4)]
+    assert [(shape[:, 1].min(), shape[:, 1].max()) for shape in outlines] == [(-0.1, 0.2), (-0.7, 0.8)]
+    bar = next(bar for bar in panel.patches if bar.get_width())
+    first, second = (drawing.get_facecolor()[0].tolist() for drawing in top.collections)
+    assert first == list(bar.get_facecolor()) != second
