@@ -271,6 +271,37 @@ def plot_group_bars(
     return _save(figure, path)
 
 
+def plot_training_curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
+    """The loss, its parts and what was measured on the validation clips, by epoch.
+
+    Args:
+        history: `log_history` of a Trainer's state.
+        path: of the picture.
+    Returns: the path; None, and no picture, with fewer than two reports of the loss.
+    """
+    losses = [line for line in history if "loss" in line]
+    if len(losses) < 2:
+        return None
+    scores = [line for line in history if "eval_weighted_f1" in line]
+    figure = _new_figure(6.0, 6.0 if scores else 3.8)
+    panels = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
+    _label(panels[0], "Training", "" if scores else "epoch", "loss")
+    parts = sorted({name for line in losses for name in line if name.startswith("loss_")})
+    look = itertools.cycle(zip(COLOURS, LINE_STYLES, strict=True))
+    for name, (colour, style) in zip(("loss", *parts), look, strict=False):
+        points = [(line["epoch"], line[name]) for line in losses if name in line]
+        title = name.removeprefix("loss_").replace("_", " ")
+        panels[0].plot(*zip(*points, strict=True), color=colour, linestyle=style, label=title)
+    if held_out := [(line["epoch"], line["eval_loss"]) for line in history if "eval_loss" in line]:
+        panels[0].plot(*zip(*held_out, strict=True), color="black", marker="o", markersize=4, label="validation clips")
+    if scores:
+        _label(panels[1], "Validation clips", "epoch", "weighted F1")
+        points = [(line["epoch"], line["eval_weighted_f1"]) for line in scores]
+        panels[1].plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4)
+        panels[1].set(ylim=(0, 1))
+    return _save(figure, path, legend_columns=3)
+
+
 def plot_timeline(
     times: Any,
     scores: Any,

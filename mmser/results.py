@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,17 @@ def advise(results: Mapping[str, Any]) -> list[str]:
                 f" {'' if advice else _remedy(results['training'])}".strip()
             )
     return advice
+
+
+def next_steps(folder: str | Path) -> list[str]:
+    """What can be done with a checkpoint, a command a line."""
+    own = shlex.quote(str(folder))
+    small = shlex.quote(f"{folder}-int8")
+    return [
+        f"  use it:         mmser predict clip.wav --checkpoint {own}",
+        f"  judge it:       mmser eval --checkpoint {own} --data_dir DATA",
+        f"  make it small:  mmser export --checkpoint {own} --output_dir {small} --dtype int8",
+    ]
 
 
 def _remedy(training: Mapping[str, Any]) -> str:

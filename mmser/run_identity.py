@@ -24,6 +24,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.examples import content_sample, map_in_threads
 from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
+from mmser.progress import CURVES_NAME
 from mmser.results import RESULTS_NAME, describe_data, write_atomically
 from mmser.sources import TEXT_COLUMNS
 from mmser.targets import COLUMN as TARGETS
@@ -56,7 +57,7 @@ WRITTEN_FILES = (
     *("config.json", "generation_config.json"),
     *("processor_config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "*.bpe.model", "spiece.model"),
-    *("training_args.json", "training_args.bin", "trainer_state.json", RESULTS_NAME),
+    *("training_args.json", "training_args.bin", "trainer_state.json", RESULTS_NAME, CURVES_NAME),
 )
 # One of them tells a checkpoint from a folder of someone's own with such a name
 CHECKPOINT_FILES = (*WRITTEN_FILES, "optimizer.*", "scheduler.pt", "rng_state*.pth")

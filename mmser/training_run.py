@@ -31,6 +31,7 @@ from mmser.model_card import write_model_card
 from mmser.model_loading import encoder_name, load_config, load_label_names
 from mmser.names import reading
 from mmser.optimizer import parameter_table
+from mmser.progress import CURVES_NAME, calm, draw_curves
 from mmser.results import (
     RESULTS_NAME,
     advise,
@@ -38,6 +39,7 @@ from mmser.results import (
     earlier_training,
     environment,
     format_results,
+    next_steps,
     write_atomically,
 )
 from mmser.run_identity import holds_run
@@ -360,7 +362,7 @@ def make_trainer(
     held_out = data.splits.get("validation")
     if held_out is None:
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
-    return MMSERTrainer(
+    trainer = MMSERTrainer(
         model=model,
         args=arguments,
         teacher=teacher,
@@ -369,6 +371,8 @@ def make_trainer(
         data_collator=MMSERDataCollator(processor),
         processing_class=processor,
     )
+    calm(trainer)
+    return trainer
 
 
 def train(
@@ -405,6 +409,8 @@ def train(
     )
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, Path(trainer.args.output_dir))
     return {"training": training, "calibration": calibration}
 
 
@@ -495,4 +501,6 @@ def write_results(
     parts = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
     if advice := advise(results):
         parts.append("\n".join(["What to do", *advice]))
-    return "\n\n".join([*parts, f"Checkpoint, eval_results.json and {card.name} (the model card): {folder}"])
+    curves = f", {CURVES_NAME}" if (folder / CURVES_NAME).is_file() else ""
+    parts.append(f"Checkpoint, eval_results.json{curves} and {card.name} (the model card): {folder}")
+    return "\n\n".join([*parts, "\n".join(["What comes next", *next_steps(folder)])])
