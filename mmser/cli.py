@@ -15,6 +15,7 @@ from mmser.flags import split_debug
 # name: (module with a `main`, what it does)
 COMMANDS = {
     "predict": ("predict_hf", "classify a clip, a folder of clips, or a long recording over time"),
+    "explain": ("mmser.explain_command", "show which seconds and words of a clip moved the answer"),
     "train": ("train_hf", "fine-tune a model on your recordings"),
     "eval": ("eval_hf", "judge a checkpoint on labelled clips, and calibrate it"),
     "export": ("export_hf", "make a checkpoint portable (ONNX) or small (int8, fewer languages)"),

@@ -387,6 +387,60 @@ def _draw_waveform(axes: Any, outline: np.ndarray, spans: np.ndarray, colours: S
     axes.tick_params(axis="x", length=0)
 
 
+def plot_explanation(
+    sound: Sequence[tuple[float, float, float]],
+    words: Sequence[tuple[str, float]],
+    path: str | Path,
+    waveform: Any = None,
+    sampling_rate: int = 16_000,
+    title: str = "",
+) -> Path:
+    """What each piece of a clip adds to the score of an answer: under the waveform, and for each word.
+
+    Args:
+        sound: start and end in seconds, and the change, of each piece of the sound.
+        words: each word and its change.
+        path: of the picture.
+        waveform: [T], drawn above the pieces.
+        sampling_rate: of the waveform, in Hz.
+        title: of the picture.
+    """
+    if not sound and not words:
+        raise ValueError("`sound` and `words` are both empty: there is nothing to draw.")
+    heights = [*([1.4, 1.4] if sound else []), *([0.5 + 0.3 * len(words)] if words else [])]
+    figure = _new_figure(8.0, 0.9 + sum(heights))
+    panels = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    limit = 1.1 * max([abs(change) for *_, change in sound] + [abs(change) for _, change in words] + [0.01])
+
+    def colours(changes: Any) -> list[str]:
+        return [BLUE if change >= 0 else VERMILLION for change in changes]
+
+    if sound:
+        wave, bars = panels[:2]
+        samples = check_floats(np.zeros(1) if waveform is None else waveform, "waveform")
+        # No more points than the picture has columns: the peaks of each stretch
+        edges = np.unique(np.linspace(0, len(samples), 1001, dtype=int)[:-1])
+        times = edges / sampling_rate
+        wave.fill_between(times, np.minimum.reduceat(samples, edges), np.maximum.reduceat(samples, edges), color=GREY)
+        _label(wave, "", "", "sound")
+        wave.set(xlim=(sound[0][0], sound[-1][1]), yticks=[], xticklabels=[])
+        starts, ends, changes = (np.array(column) for column in zip(*sound, strict=True))
+        bars.bar(starts, changes, ends - starts, align="edge", color=colours(changes), edgecolor="white")
+        bars.axhline(0, color="black", linewidth=0.8)
+        _label(bars, "", "time (s)", "change")
+        bars.set(xlim=(sound[0][0], sound[-1][1]), ylim=(-limit, limit))
+    if words:
+        axes = panels[-1]
+        by_word = [change for _, change in words]
+        axes.barh(range(len(words)), by_word, color=colours(by_word), height=0.66)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(words)), [word for word, _ in words])
+        axes.set(ylim=(len(words) - 0.4, -0.6), xlim=(-limit, limit))
+        _label(axes, "", "change of the score by the word", "")
+    return _save(figure, path)
+
+
 def _time_ticks(end: float) -> Any:
     """Ticks at times that people count in: at most eleven."""
     from matplotlib.ticker import MultipleLocator

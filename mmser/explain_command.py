@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show which seconds of a clip and which of its words moved the answer.
+
+mmser explain clip.wav --plot clip.png
+mmser explain clip.wav --text "What a day!" --checkpoint runs/mine
+mmser explain --text "What a day!" --label happy
+
+Each piece is taken away in turn, and the clip is classified again. The change is the score with the piece minus the
+score without it: +0.20 says that the piece adds 0.20 to the score.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmser.console import run_command
+from mmser.names import checkpoint_folder
+from mmser.prediction_arguments import default_checkpoint
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="mmser explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("clip", nargs="?", help="an audio file of at most 30 s")
+    parser.add_argument("--checkpoint", help="MMSER checkpoint or export (default: the one that comes with MMSER)")
+    parser.add_argument("--text", help="what is said in the clip; without a clip, the words alone")
+    parser.add_argument("--label", help="the class to explain (default: the answer)")
+    parser.add_argument(
+        "--window", type=float, default=0.5, metavar="SECONDS", help="how much is silenced at a time (default: 0.5)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture (.png); needs the extra `report`")
+    parser.add_argument("--overwrite", action="store_true", help="replace --plot where it exists")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips at a time (default: 8)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the GPU, if there is one)")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise a ValueError for what is wrong and can be seen without the model."""
+    if options.clip is None and not options.text:
+        raise ValueError("There is nothing to explain: name an audio file, or give --text.")
+    if options.clip is not None and not Path(options.clip).is_file():
+        raise FileNotFoundError(f"{options.clip} does not exist.")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}.")
+    if not options.window > 0:
+        raise ValueError(f"--window is a time in seconds, more than 0, got {options.window}.")
+    if options.plot is not None:
+        from mmser.plots import check_matplotlib
+
+        check_matplotlib()
+        if options.plot.suffix.lower() != ".png":
+            raise ValueError(f"--plot {options.plot}: the picture is a .png file.")
+        if options.plot.exists() and not options.overwrite:
+            raise FileExistsError(f"--plot {options.plot} exists: give another name, or --overwrite.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns its exit status; a mistake is an error with one sentence."""
+    options = make_parser().parse_args(arguments)
+    _check(options)
+    checkpoint = options.checkpoint or default_checkpoint()
+    if checkpoint is None:
+        raise ValueError("--checkpoint is needed: name the folder of an MMSER checkpoint.")
+
+    # Late: nothing above waits for torch
+    from audio_mmser import load_audio
+    from mmser import explanation, prediction_run
+    from mmser.tables import format_table
+
+    classifier = prediction_run.load_classifier(checkpoint_folder(checkpoint, "--checkpoint"), options.device)
+    rate = getattr(classifier.processor.feature_extractor, "sampling_rate", 16_000)
+    waveform = None if options.clip is None else load_audio(options.clip, rate)
+    found = explanation.explain(
+        classifier, waveform, rate, options.text, options.label, options.window, options.batch_size
+    )
+    print(f"{found.label}  {found.score:.2f}\n")
+    rows = [{**row, "change": f"{row['change']:+.3f}"} for row in found.rows]
+    kept = [name for name in ("start", "end", "word", "change") if any(row[name] not in ("", None) for row in rows)]
+    print(format_table(rows, kept) if rows else "There is nothing to take away from one word.")
+    if options.plot is not None and rows:
+        from mmser.plots import plot_explanation
+
+        sound = [(one.start, one.end, one.change) for one in found.sound]
+        words = [(one.word, one.change) for one in found.words]
+        title = f"What speaks for {found.label} ({found.score:.2f}), in blue, and against it, in red"
+        print(f"\n{plot_explanation(sound, words, options.plot, waveform, rate, title)}")
+    return 0
+
+
+def command() -> None:
+    """The command alone, without those beside it: `python -m mmser.explain_command`."""
+    run_command(lambda: main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()
