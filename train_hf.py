@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> dict:
     # Late: `--help` and a wrong flag do not wait for torch
     from transformers import set_seed
 
-    from mmser import adaptation, model_loading, run_identity, training_run
+    from mmser import adaptation, model_loading, publishing, run_identity, training_run
 
     set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> dict:
         folder, device = training_arguments.output_dir, training_arguments.device
         print(training_run.write_results(results, folder, ["train_hf.py", *command], device))
     if training_arguments.push_to_hub:
-        trainer.push_to_hub()
+        publishing.publish_run(trainer)
     return results
 
 

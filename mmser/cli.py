@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("eval_hf", "judge a checkpoint on labelled clips, and calibrate it"),
     "export": ("export_hf", "make a checkpoint portable (ONNX) or small (int8, fewer languages)"),
     "app": ("mmser.app_command", "classify recordings on a page in the browser"),
+    "push": ("mmser.push_command", "push a checkpoint to the Hub, as a complete page"),
     "serve": ("mmser.serve_command", "answer requests over HTTP: POST a recording, get JSON"),
     "corpus": ("mmser.corpus_command", "make training data of a known corpus, such as RAVDESS or MELD"),
 }

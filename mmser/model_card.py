@@ -8,7 +8,7 @@ fitted, which modalities were trained). `write_model_card` is the entry; `checkp
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ SIGNATURE = "\n<!-- Written by MMSER ({}). A card that was changed is kept, the 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639-2: no code, several, not determined, none
 ENCODERS = {"audio_encoder": "audio", "text_encoder": "text"}  # part of the parameter table: its modality
+# In `eval_results.json`: what the Hub calls the metric, and its title
+CARD_METRICS = {
+    "weighted_f1": ("f1", "Weighted F1"),
+    "unweighted_average_recall": ("recall", "Unweighted average recall"),
+    "accuracy": ("accuracy", "Accuracy"),
+}
 COMPANIONS = {"anchors": "anchor", "uncertainty": "uncertainty", "prototypes": "prototype"}  # part: its loss
 
 
@@ -110,32 +116,66 @@ def _loss_table(config: MMSERConfig) -> str:
     return format_table(rows, ["part of the loss", "weight"])
 
 
-def _card_data(results: Mapping[str, Any], name: str, split: str, modalities: list[str]) -> ModelCardData:
-    scores = results.get(split, {}).get("model")
+def card_metadata(
+    results: Mapping[str, Any], name: str, config: Mapping[str, Any], modalities: Sequence[str] = ()
+) -> ModelCardData:
+    """
+    The metadata of a card, as far as they are known.
+
+    Args:
+        results: as in `eval_results.json`.
+        name: of the model.
+        config: fields of the configuration.
+        modalities: those that were trained; tags.
+    """
+    split = "test" if "test" in results else "validation"
+    scores, data = results.get(split, {}).get("model"), results["data"]
     evaluated = scores and [
         EvalResult(
             task_type="audio-classification",
-            dataset_type=results["data"]["type"],
-            dataset_name=f"{results['data']['name']} ({split})",
-            metric_type="f1",
-            metric_name="Weighted F1",
-            metric_value=round(scores["weighted_f1"], 4),
+            task_name="Speech emotion recognition",
+            dataset_type=data["type"],
+            dataset_name=f"{data['name']} ({split})",
+            dataset_split=split,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(scores[key], 4),
         )
+        for key, (kind, title) in CARD_METRICS.items()
+        if scores.get(key) is not None
     ]
     return ModelCardData(
-        language=_language_codes(results["data"]["languages"]),
+        language=_language_codes(data["languages"]),
         license=results.get("license"),
         library_name="transformers",
         pipeline_tag="audio-classification",
         tags=["speech-emotion-recognition", "mmser", *(["multimodal"] if len(modalities) > 1 else []), *modalities],
+        datasets=[data["name"]] if data["type"] == data["name"] else None,
+        metrics=list(dict.fromkeys(kind for kind, _ in CARD_METRICS.values())) if evaluated else None,
+        base_model=_encoders_on_the_hub(config, results.get("encoders", {})) or None,
         model_name=name,
         eval_results=evaluated,
     )
 
 
+def _encoders_on_the_hub(config: Mapping[str, Any], encoders: Mapping[str, str]) -> list[str]:
+    """The encoders that a model started from, by their names on the Hub."""
+    names = [
+        str((config.get(f"{modality}_config") or {}).get("_name_or_path") or "")
+        for modality in ENCODERS.values()
+        if "at random" not in encoders.get(modality, "")
+    ]
+    return [name for name in names if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()]
+
+
 def sign_card(text: str) -> str:
     """Add the line that tells a card of ours from one that somebody wrote or changed; Markdown does not show it."""
     return text + SIGNATURE.format(hashlib.blake2b(text.encode(), digest_size=10).hexdigest())
+
+
+def without_signature(text: str) -> str:
+    """A card without the line that `sign_card` added."""
+    return text.rpartition(SIGNATURE.split("(")[0])[0] or text
 
 
 def is_own_card(path: Path) -> bool:
@@ -184,7 +224,7 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        card_data=_card_data(results, name, split, state.modalities).to_yaml(),
+        card_data=card_metadata(results, name, config.to_dict(), state.modalities).to_yaml(),
         name=name,
         version=__version__,
         config=config,

@@ -7,8 +7,8 @@ who waits for it), `Gate` (who is let in), `create_app`. FastAPI and python-mult
 
 import asyncio
 import contextlib
-import json
 import math
+import re
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -22,6 +22,7 @@ import numpy as np
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from markupsafe import Markup, escape
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -94,7 +95,7 @@ class SegmentVerdict(Verdict):
 
 
 class Answer(Verdict):
-    """Of all that was sent. `seconds` is None for text alone, `segments` for what was classified as a whole."""
+    """Of all that was sent. `seconds` is null for text alone, `segments` for what was classified as a whole."""
 
     seconds: float | None
     segments: list[SegmentVerdict] | None = None
@@ -415,6 +416,7 @@ def create_app(classifier: MMSERPipeline, limits: Limits | None = None, checkpoi
 def render_page(description: dict[str, Any]) -> str:
     """An OpenAPI description as a page that loads nothing from elsewhere."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["words"] = _words
     schemas = description["components"]["schemas"]
 
     def fields(schema: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -425,7 +427,12 @@ def render_page(description: dict[str, Any]) -> str:
         ]
 
     template = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    return template.render(api=description, fields=fields, kind=_kind, text=json.dumps(description, indent=2))
+    return template.render(api=description, fields=fields, kind=_kind)
+
+
+def _words(text: str) -> Markup:
+    """What is between backquotes, set as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _kind(schema: dict[str, Any]) -> str:

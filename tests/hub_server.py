@@ -52,6 +52,8 @@ class HubError(Exception):
 class Repository:
     """The commits of one repository, oldest first: commit id -> path -> content. The last one is `main`."""
 
+    is_private = False
+
     def __init__(self):
         self.commits: dict[str, dict[str, bytes]] = {}
         self.add({})
@@ -202,6 +204,7 @@ class HubHandler(BaseHTTPRequestHandler):
             if key in self.server.repositories:
                 raise HubError(409, "RepoExists", f"{key[1]} already exists", url=self.repo_url(key))
             self.server.repositories[key] = Repository()
+            self.server.repositories[key].is_private = request.get("visibility") == "private"
         return {"url": self.repo_url(key), "name": key[1], "id": key[1]}
 
     # The routes of one repository at one commit.

@@ -431,6 +431,8 @@ def test_what_resuming_needs_is_pushed_only_on_request(story):
 def test_the_pushed_repository_explains_itself(story):
     for name in CODE_FILES:
         assert story.first[name] == (ROOT / name).read_bytes()
+    assert story.first["handler.py"] == (ROOT / "mmser" / "handler.py").read_bytes()
+    assert {"requirements.txt", "eval_results.json"} <= story.first.keys()
     assert json.loads(story.first["training_args.json"])["learning_rate"] == 1e-2
     weights = safetensors.numpy.load(story.first["model.safetensors"])
     assert weights["openmax.weibull_shape"].tolist() == story.author["numbers"]["state"]["openmax.weibull_shape"]
