@@ -10,6 +10,7 @@ whose folder is in `--work_dir` is not repeated.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from mmser.calibration import expected_calibration_error
 from mmser.loading import load_emotion_dataset, load_emotion_split
 from mmser.metrics import compute_classification_metrics, rank_auroc
 from mmser.model_loading import load_label_names
+from mmser.publishing import without_local_paths
 from mmser.results import environment
 from mmser.sources import DataColumns
 
@@ -81,6 +83,9 @@ def make(options: argparse.Namespace) -> Path:
     options.checkpoint.mkdir(parents=True, exist_ok=True)
     for path in small.iterdir():  # the card and the notices, which lie there, stay
         shutil.copy(path, options.checkpoint / path.name)
+    config = options.checkpoint / "config.json"  # without the folders of the encoders
+    clean = without_local_paths(json.loads(config.read_text(encoding="utf-8")))
+    config.write_text(json.dumps(clean, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return options.checkpoint
 
 

@@ -12,6 +12,8 @@ import pytest
 import soundfile
 from huggingface_hub import ModelCard
 
+from mmser.publishing import without_local_paths
+
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "mmser-small"
 LANGUAGES = {"de", "en", "es", "fi", "fr", "pl", "pt", "ru", "tr", "zh"}
@@ -63,6 +65,12 @@ def test_it_is_small_and_has_its_card_and_notices():
     assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
     for word in ("CREMA-D", "XED", "never heard", "ECE"):
         assert word in card.text
+
+
+def test_it_names_no_folder_of_the_machine_that_made_it():
+    for path in CHECKPOINT.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert without_local_paths(content) == content, path.name
 
 
 def test_its_code_is_the_code_of_today():
