@@ -94,6 +94,7 @@ def committed_tables():
         parts,
         prediction_sets,
         real_speech_tables,
+        serving,
         small_model,
         speed,
     )
@@ -112,6 +113,7 @@ def committed_tables():
     tables |= parts.make_tables(read_results(RESULTS / "parts.json")[1])
     tables |= distillation.make_tables(*read_results(RESULTS / "distillation.json"))
     tables |= small_model.make_tables(read_results(RESULTS / "small_model.json")[1])
+    tables |= serving.make_tables(read_results(RESULTS / "serving.json")[0])
     tables |= {"adapters": table(adapters.summarise(read_results(RESULTS / "adapters.json")[1]))}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
