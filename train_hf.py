@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if adapt:
         adaptation.take_all_clips(data.splits, data.label_names, checkpoint)
 
-    model = model_loading.load_model(model_arguments, data.label_names, processor, data.auxiliary)
+    model = model_loading.load_model(model_arguments, data.label_names, processor, data.auxiliary, allow_int8=adapt)
     teacher = model_loading.load_teacher(model_arguments, model, processor)
     identity = run_identity.describe_identity(
         data.splits, data.label_names, model, teacher, processor, model_arguments, data_arguments, training_arguments

@@ -117,12 +117,14 @@ def load_model(
     label_names: list[str],
     processor: MMSERProcessor,
     auxiliary: dict[str, Any] | None = None,
+    allow_int8: bool = False,
 ) -> MMSERForAudioClassification:
     """
     The model to train, with the label names of the data, and with the parts frozen that the flags name.
 
     Args:
         auxiliary: `TrainingData.auxiliary`, the tasks beside the emotion.
+        allow_int8: whether only layers learn that an int8 model has in floats, such as the last.
     """
     labels = {
         "id2label": dict(enumerate(label_names)),
@@ -139,6 +141,11 @@ def load_model(
     start = _from_checkpoint if arguments.model_name_or_path else _from_encoders
     with reading(models_of(arguments)):
         model = start(arguments, labels, processor)
+    if model.config.int8_weights and not allow_int8:
+        raise ValueError(
+            f"{arguments.model_name_or_path} is in int8 and does not learn, but for its last layer (--adapt): train "
+            "the checkpoint that it was made from."
+        )
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
     spec_augment = {name: getattr(arguments, name) for name in SPEC_AUGMENT if getattr(arguments, name) is not None}
@@ -189,8 +196,6 @@ def _from_checkpoint(arguments: ModelArguments, labels: dict, processor: MMSERPr
         # The class counts of the checkpoint are those of its own training clips
         **{"class_counts": None, **overrides, **tasks},
     )
-    if model.config.int8_weights:
-        raise ValueError(f"{names[0]} is in int8 and does not learn: train the checkpoint that it was made from.")
     average_checkpoints(model, names)
     change_labels(model, list(labels["label2id"]))
     _restart_changed_tasks(model, load_config(names[0]).auxiliary_tasks)

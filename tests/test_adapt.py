@@ -19,6 +19,7 @@ from mmser.adaptation import OutputLayer, Rehearsed, adapt_outputs, fit_output_l
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.calibration import folds_by_group
 from modeling_mmser import MMSERForAudioClassification
+from quantization_mmser import quantize_dynamic
 
 pytestmark = pytest.mark.usefixtures("quiet")
 SIZE = 6
@@ -216,6 +217,22 @@ def test_a_few_clips_change_what_it_answers_and_the_checkpoint_is_whole(run, che
     assert classify(clip)[0]["label"] == "angry"
     with pytest.raises(ValueError, match="holds a finished run"):
         run()
+
+
+def test_a_model_in_int8_can_be_adapted_and_stays_in_int8(run, checkpoint, tmp_path):
+    small = tmp_path / "int8"
+    model = quantize_dynamic(MMSERForAudioClassification.from_pretrained(checkpoint))
+    model.save_pretrained(small)
+    tiny_corpus.tiny_processor().save_pretrained(small)
+    adapted = run(model_name_or_path=small, adapt_strength=20, adapt_rehearsal=0)["adaptation"]
+    assert adapted["weighted_f1_before"] < 0.3 < 0.8 < adapted["weighted_f1_after"]
+    earlier, later = (
+        MMSERForAudioClassification.from_pretrained(path).state_dict() for path in (small, tmp_path / "out")
+    )
+    changed = {name for name, value in earlier.items() if not torch.equal(value, later[name])}
+    assert {name for name in changed if "classifier" in name} == {"classifier.output.weight", "classifier.output.bias"}
+    int8 = {name for name, value in later.items() if value.dtype == torch.int8}
+    assert int8 and not int8 & changed
 
 
 def test_a_temperature_of_the_checkpoint_is_where_it_starts(run, checkpoint, tmp_path):
