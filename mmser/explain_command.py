@@ -41,18 +41,24 @@ def _check(options: argparse.Namespace) -> None:
     """Raise a ValueError for what is wrong and can be seen without the model."""
     if options.clip is None and not options.text:
         raise ValueError("There is nothing to explain: name an audio file, or give --text.")
+    if options.clip is not None and Path(options.clip).is_dir():
+        raise ValueError(f"{options.clip} is a folder: name one audio file.")
     if options.clip is not None and not Path(options.clip).is_file():
         raise FileNotFoundError(f"{options.clip} does not exist.")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}.")
-    if not options.window > 0:
-        raise ValueError(f"--window is a time in seconds, more than 0, got {options.window}.")
+    if not options.window >= 0.05:
+        raise ValueError(f"--window is a time in seconds, at least 0.05, got {options.window}.")
+    if options.plot is not None and options.clip is None and len(options.text.split()) == 1:
+        raise ValueError("--plot has nothing to show for one word: give a clip, or more words.")
     if options.plot is not None:
         from mmser.plots import check_matplotlib
 
         check_matplotlib()
         if options.plot.suffix.lower() != ".png":
             raise ValueError(f"--plot {options.plot}: the picture is a .png file.")
+        if not options.plot.parent.is_dir():
+            raise FileNotFoundError(f"--plot {options.plot}: the folder {options.plot.parent} does not exist.")
         if options.plot.exists() and not options.overwrite:
             raise FileExistsError(f"--plot {options.plot} exists: give another name, or --overwrite.")
 

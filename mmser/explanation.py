@@ -16,6 +16,7 @@ from transformers.utils import logging
 from processing_mmser import MMSERPipeline
 
 MAX_SECONDS = 30.0
+MIN_WINDOW = 0.05  # seconds; each silence is a classification of the whole clip
 FADE_SECONDS = 0.01  # so that silence does not begin with a click
 
 
@@ -112,8 +113,8 @@ def explain(
         sampling_rate: of the waveform, in Hz.
         text: what is said; None for a sound alone.
         label: the class to explain; by default the one with the highest score.
-        window_s: the length of a silence, in seconds. Silences begin every half of it; a piece of that half has the
-            mean of those that cover it.
+        window_s: the length of a silence, in seconds, at least `MIN_WINDOW`. Silences begin every half of it; a piece
+            of that half has the mean of those that cover it.
         batch_size: clips at a time.
 
     Raises:
@@ -121,8 +122,8 @@ def explain(
     """
     if waveform is None and not text:
         raise ValueError("There is nothing to explain: give a sound, a text, or both.")
-    if not window_s > 0:
-        raise ValueError(f"The window is a time in seconds, more than 0, got {window_s}.")
+    if not window_s >= MIN_WINDOW:
+        raise ValueError(f"The window lasts at least {MIN_WINDOW} s, got {window_s}.")
     seconds = 0.0 if waveform is None else len(waveform) / sampling_rate
     if seconds > MAX_SECONDS:
         raise ValueError(

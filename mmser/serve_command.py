@@ -92,8 +92,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
-        told = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"--host {host} --port {port} cannot be listened on: {told}.") from error
+        told = str((isinstance(error, OSError) and error.strerror) or error).removesuffix(".")
+        raise ValueError(
+            f"--host {host} --port {port} cannot be listened on: {told}. --port 0 takes one that is free."
+        ) from error
 
 
 def command() -> None:

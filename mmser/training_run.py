@@ -420,6 +420,8 @@ def _adapt(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dic
     alone = audio_alone(trainer, shown, examples.for_evaluation)
     dataset = examples.for_evaluation(shown)
     report, calibration = adaptation.adapt(trainer, dataset, alone, args.adapt_strength, args.adapt_rehearsal)
+    if trainer.is_world_process_zero():
+        print(adaptation.describe(report))
     trainer.save_model()
     trainer.save_state()
     training = {"skipped_clips": data.skipped_clips, "total_runtime": report["seconds"]}

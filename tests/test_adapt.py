@@ -195,9 +195,11 @@ def run(corpus, tokenizer, checkpoint, tmp_path):
     return call
 
 
-def test_a_few_clips_change_what_it_answers_and_the_checkpoint_is_whole(run, checkpoint, corpus, tmp_path):
+def test_a_few_clips_change_what_it_answers_and_the_checkpoint_is_whole(run, checkpoint, corpus, tmp_path, capsys):
     results = run(adapt_strength=20, adapt_rehearsal=0)
     adapted = results["adaptation"]
+    said = f"was {adapted['weighted_f1_before']:.3f} and is {adapted['weighted_f1_after']:.3f}"
+    assert f"On your 40 clips, the weighted F1 {said}" in capsys.readouterr().out
     assert adapted["clips"] == 40 and adapted["speakers"] == 10  # two corpora: the speakers of each are its own
     assert adapted["weighted_f1_before"] < 0.3 < 0.8 < adapted["weighted_f1_after"]
     assert results["test"]["model"]["weighted_f1"] > 0.6

@@ -77,7 +77,7 @@ def test_bad_input_is_told(classifier):
         explain(classifier)
     with pytest.raises(ValueError, match="lasts 31 s; at most 30 s"):
         explain(classifier, np.zeros(31 * RATE, np.float32), RATE)
-    with pytest.raises(ValueError, match="more than 0, got 0"):
+    with pytest.raises(ValueError, match=r"at least 0\.05 s, got 0"):
         explain(classifier, np.zeros(RATE, np.float32), RATE, window_s=0)
     assert classifier.calls == 0
 
@@ -130,7 +130,10 @@ def test_the_command_explains_a_clip(tmp_path, capsys):
         (["missing.wav"], "missing.wav does not exist"),
         (["--text", "a", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["--text", "a", "--window", "0"], "--window is a time"),
-        (["--text", "a", "--plot", "a.jpg"], "is a .png file"),
+        (["--text", "a b", "--plot", "a.jpg"], "is a .png file"),
+        (["--text", "a", "--plot", "a.png"], "nothing to show for one word"),
+        (["--text", "a b", "--plot", "absent/a.png"], "the folder absent does not exist"),
+        (["."], "is a folder: name one audio file"),
     ],
 )
 def test_wrong_usage_of_the_command(words, message):
