@@ -44,6 +44,8 @@ from benchmarks.real_speech_tables import (
     FOLD_STAGES,
     FROZEN,
     HEARD,
+    LONGER,
+    LORA,
     PLAIN_HEAD,
     RUN_COLUMNS,
     TABLES,
@@ -129,6 +131,9 @@ STUDY = [
     Row(ALL_TUNED, "study", STAGE_2, starts_from=ALL_HEARD, keep=True),
     Row(ALL_ALONE, "study", STAGE_3, starts_from=ALL_TUNED),
 ]
+TUNING = [
+    Row(LORA, "tuning", STAGE_2, changes={"lora_rank": 16}, starts_from=HEARD, note="adapters in place of all weights")
+]
 _PARTS: dict[str, Tree] = {
     "last layer only": config(use_weighted_layer_sum=False),
     "layer weights not learned": {"lr_multipliers": {"layer_weights": 0.0}},
@@ -160,15 +165,17 @@ COMPACT = [
 
 
 def _speaker_fold_rows() -> Iterator[Row]:
-    """Both heads, each with both stages, on each fold of the speakers: what `recipes/` are chosen by."""
-    for head, first in ((PLAIN_HEAD, STAGE_1), (ALL_ON, ALL_PARTS)):
-        for number in range(1, SPEAKER_FOLDS + 1):
-            fold: Tree = {"data": "fold", "leaves_out": {"speakers": f"{number} of {SPEAKER_FOLDS}"}}
+    """Both heads, each with both stages, on each fold of the speakers: what `recipes/` are chosen by. Half of the
+    clips give the deep head half of the steps, so its first stage is there with twice the epochs too."""
+    for number in range(1, SPEAKER_FOLDS + 1):
+        fold: Tree = {"data": "fold", "leaves_out": {"speakers": f"{number} of {SPEAKER_FOLDS}"}}
+        held_out = {"validation_fraction": 0.1}  # for the calibration, which changes no answer
+        for head, first in ((PLAIN_HEAD, STAGE_1), (ALL_ON, ALL_PARTS)):
             names = [f"{head}, {stage}, fold {number}" for stage in FOLD_STAGES]
-            changes = {**PLAIN, "validation_fraction": 0.1}  # for the calibration, which changes no answer
-            yield Row(names[0], "folds", first, changes=changes, keep=True, **fold)
-            changes = {"validation_fraction": 0.1}
-            yield Row(names[1], "folds", STAGE_2, changes=changes, starts_from=names[0], **fold)
+            yield Row(names[0], "folds", first, changes={**PLAIN, **held_out}, keep=True, **fold)
+            yield Row(names[1], "folds", STAGE_2, changes=held_out, starts_from=names[0], **fold)
+        changes = {**PLAIN, **held_out, "num_train_epochs": 30}
+        yield Row(f"{LONGER}, {FOLD_STAGES[0]}, fold {number}", "folds", ALL_PARTS, changes=changes, **fold)
 
 
 FOLDS = list(_speaker_fold_rows())
@@ -240,7 +247,7 @@ class Study:
     def __init__(self, options: argparse.Namespace, rows: Sequence[Row] | None = None):
         self.options = options
         if rows is None:
-            rows = [*STUDY, *FOLDS, *PARTS, *TEXT, *fold_rows(options.data_dir), *COMPACT]
+            rows = [*STUDY, *FOLDS, *TUNING, *PARTS, *TEXT, *fold_rows(options.data_dir), *COMPACT]
             if options.spoken_text_dir is None:
                 rows = [row for row in rows if row.data not in ("spoken", "mix")]
         self.rows = {row.name: row for row in rows}

@@ -8,12 +8,14 @@ from typing import Any
 from benchmarks.modalities import EXAMINED
 from benchmarks.tables import BySeed, Row, cell, difference, mean, table
 
-TABLES = ("study", "folds", "parts", "text", "generalisation", "compact")
+TABLES = ("study", "folds", "tuning", "parts", "text", "generalisation", "compact")
 FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, second stage"
 ALONE, BEST = "MMSER, tuned once", "MMSER"
 PLAIN_HEAD, ALL_ON = "plain head", "every part on"
 FOLD_STAGES = "first stage", "second stage"
+LONGER = f"{ALL_ON}, twice the epochs"
 ALL_HEARD, ALL_TUNED, ALL_ALONE = (f"{ALL_ON}, {name}" for name in (*FOLD_STAGES, "tuned once"))
+LORA = "MMSER, second stage, LoRA of rank 16"
 # What a run has besides scores; in the CSV file it stands on the run's first line
 RUN_COLUMNS = ("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes")
 
@@ -98,15 +100,34 @@ def folds_table(results: Results) -> str:
     rows = []
     for stage in FOLD_STAGES:
         means: dict[str, BySeed] = {}
-        for head in (PLAIN_HEAD, ALL_ON):
+        for head in (PLAIN_HEAD, ALL_ON, LONGER):
             prefix = f"{head}, {stage}, "
             names = [name for name in results.names("folds") if name.startswith(prefix)]
+            if not names:
+                continue
             folds = {name.removeprefix(prefix): results.of(name, "model") for name in names}
             finished = set.intersection(*(set(scores) for scores in folds.values()))
             means[head] = {seed: sum(own[seed] for own in folds.values()) / len(folds) for seed in finished}
             row = {"model": prefix.removesuffix(", "), **{fold: cell(scores) for fold, scores in folds.items()}}
             change = difference(means[head], means[PLAIN_HEAD]) if head != PLAIN_HEAD else ""
             rows.append({**row, "mean of folds": cell(means[head]), "difference": change, "seeds": len(finished)})
+    return table(rows)
+
+
+def tuning_table(results: Results) -> str:
+    """The second stage with adapters, between the first, which it starts from, and the second with all weights."""
+    rows = []
+    for name in (HEARD, *results.names("tuning"), TUNED):
+        scores = results.of(name, "model")
+        rows.append(
+            {
+                "model": name,
+                "audio alone: weighted F1": cell(scores),
+                "difference": "" if name == HEARD else difference(scores, results.of(HEARD, "model")),
+                "trained parameters": millions(results.run(name, "trainable_parameters")),
+                "seeds": results.seeds(name),
+            }
+        )
     return table(rows)
 
 
@@ -173,6 +194,7 @@ def compact_table(results: Results) -> str:
 MAKERS: dict[str, Callable[[Results], str]] = {
     "study": study_table,
     "folds": folds_table,
+    "tuning": tuning_table,
     "parts": parts_table,
     "text": text_table,
     "generalisation": generalisation_table,

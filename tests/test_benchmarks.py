@@ -114,7 +114,7 @@ def committed_tables():
     tables |= distillation.make_tables(*read_results(RESULTS / "distillation.json"))
     tables |= small_model.make_tables(read_results(RESULTS / "small_model.json")[1])
     tables |= serving.make_tables(read_results(RESULTS / "serving.json")[0])
-    tables |= {"adapters": table(adapters.summarise(read_results(RESULTS / "adapters.json")[1]))}
+    tables |= {"adapters": adapters.make_table(read_results(RESULTS / "adapters.json")[1])}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
