@@ -89,6 +89,7 @@ def committed_tables():
         fusion,
         head_depth,
         judged,
+        never_heard,
         noise,
         open_set,
         parts,
@@ -96,6 +97,7 @@ def committed_tables():
         real_speech_tables,
         serving,
         small_model,
+        soft_targets,
         speed,
     )
     from benchmarks.tables import read_results, table
@@ -114,6 +116,8 @@ def committed_tables():
     tables |= distillation.make_tables(*read_results(RESULTS / "distillation.json"))
     tables |= small_model.make_tables(read_results(RESULTS / "small_model.json")[1])
     tables |= serving.make_tables(read_results(RESULTS / "serving.json")[0])
+    tables |= never_heard.make_tables(read_results(RESULTS / "never_heard.json")[1])
+    tables |= soft_targets.make_tables(read_results(RESULTS / "soft_targets.json")[1])
     tables |= {"adapters": adapters.make_table(read_results(RESULTS / "adapters.json")[1])}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
