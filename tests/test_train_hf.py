@@ -288,8 +288,8 @@ def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corp
 def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(corpus, tokenizer, tmp_path, monkeypatch):
     implementations, results = {}, {}
 
-    def remember(arguments, *others):
-        model = load_model(arguments, *others)
+    def remember(arguments, *others, **options):
+        model = load_model(arguments, *others, **options)
         configs = (model.config, model.config.audio_config, model.config.text_config)
         implementations[arguments.attn_implementation] = {config._attn_implementation for config in configs}
         return model
