@@ -138,7 +138,9 @@ def fit_output_layer(
     square_length = 1 + np.square(inputs).sum(axis=1).mean()  # with the 1 that the bias is multiplied by
     if rehearsed is not None and rehearsal > 0:
         share = rehearsal * len(labels) / len(rehearsed.features)
-        inputs, targets = (np.concatenate(pair) for pair in ((inputs, rehearsed.features), (targets, rehearsed[1])))
+        inputs, targets = (
+            np.concatenate(pair) for pair in ((inputs, rehearsed.features), (targets, rehearsed.answers))
+        )
         weights = np.concatenate([weights, np.full(len(rehearsed.features), share)])
     inputs = np.column_stack([inputs, np.ones(len(inputs))])
     before = np.column_stack([start.weight, start.bias])

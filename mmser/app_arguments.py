@@ -3,8 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from mmser.names import checkpoint_folder
-from mmser.prediction_arguments import default_checkpoint
+from mmser.prediction_arguments import chosen_checkpoint
 
 MAX_MINUTES = 60.0
 
@@ -47,13 +46,7 @@ class AppArguments:
             raise ValueError(f"--port must be from 1 to 65535, got {self.port}.")
         if not self.max_minutes > 0:
             raise ValueError(f"--max_minutes must be more than 0, got {self.max_minutes}.")
-        self.model_name_or_path = self.model_name_or_path or default_checkpoint()
-        if self.model_name_or_path is None:
-            raise ValueError(
-                "--checkpoint is needed: name the folder of an MMSER checkpoint (`mmser train` makes one), its name "
-                "on the Hub, or a folder that `mmser export` wrote."
-            )
-        self.model_name_or_path = checkpoint_folder(self.model_name_or_path, "--checkpoint")
+        self.model_name_or_path = chosen_checkpoint(self.model_name_or_path)
 
 
 APP_ARGUMENTS = (AppArguments,)

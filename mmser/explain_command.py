@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from mmser.console import run_command
-from mmser.names import checkpoint_folder
-from mmser.prediction_arguments import default_checkpoint
+from mmser.explanation import MIN_WINDOW, explain, split_words
+from mmser.prediction_arguments import chosen_checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,9 +47,9 @@ def _check(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{options.clip} does not exist.")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}.")
-    if not options.window >= 0.05:
-        raise ValueError(f"--window is a time in seconds, at least 0.05, got {options.window}.")
-    if options.plot is not None and options.clip is None and len(options.text.split()) == 1:
+    if not options.window >= MIN_WINDOW:
+        raise ValueError(f"--window is a time in seconds, at least {MIN_WINDOW}, got {options.window}.")
+    if options.plot is not None and options.clip is None and len(split_words(options.text)) == 1:
         raise ValueError("--plot has nothing to show for one word: give a clip, or more words.")
     if options.plot is not None:
         from mmser.plots import check_matplotlib
@@ -67,26 +67,22 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns its exit status; a mistake is an error with one sentence."""
     options = make_parser().parse_args(arguments)
     _check(options)
-    checkpoint = options.checkpoint or default_checkpoint()
-    if checkpoint is None:
-        raise ValueError("--checkpoint is needed: name the folder of an MMSER checkpoint.")
+    checkpoint = chosen_checkpoint(options.checkpoint)
 
     # Late: nothing above waits for torch
     from audio_mmser import load_audio
-    from mmser import explanation, prediction_run
+    from mmser import prediction_run
     from mmser.tables import format_table
 
-    classifier = prediction_run.load_classifier(checkpoint_folder(checkpoint, "--checkpoint"), options.device)
+    classifier = prediction_run.load_classifier(checkpoint, options.device)
     rate = getattr(classifier.processor.feature_extractor, "sampling_rate", 16_000)
     waveform = None if options.clip is None else load_audio(options.clip, rate)
-    found = explanation.explain(
-        classifier, waveform, rate, options.text, options.label, options.window, options.batch_size
-    )
+    found = explain(classifier, waveform, rate, options.text, options.label, options.window, options.batch_size)
     print(f"{found.label}  {found.score:.2f}\n")
     rows = [{**row, "change": f"{row['change']:+.3f}"} for row in found.rows]
     kept = [name for name in ("start", "end", "word", "change") if any(row[name] not in ("", None) for row in rows)]
     print(format_table(rows, kept) if rows else "There is nothing to take away from one word.")
-    if options.plot is not None and rows:
+    if options.plot is not None:
         from mmser.plots import plot_explanation
 
         sound = [(one.start, one.end, one.change) for one in found.sound]

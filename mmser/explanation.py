@@ -8,14 +8,16 @@ needs only the answers, so every checkpoint and export can be explained.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers.utils import logging
 
-from processing_mmser import MMSERPipeline
+from mmser.prediction_arguments import LONG_SECONDS
 
-MAX_SECONDS = 30.0
+if TYPE_CHECKING:  # a command imports this before it knows that it needs torch
+    from processing_mmser import MMSERPipeline
+
 MIN_WINDOW = 0.05  # seconds; each silence is a classification of the whole clip
 FADE_SECONDS = 0.01  # so that silence does not begin with a click
 
@@ -96,7 +98,7 @@ def silence(waveform: np.ndarray, sampling_rate: int, start: float, end: float) 
 
 
 def explain(
-    classifier: MMSERPipeline,
+    classifier: "MMSERPipeline",
     waveform: np.ndarray | None = None,
     sampling_rate: int = 16_000,
     text: str | None = None,
@@ -125,9 +127,9 @@ def explain(
     if not window_s >= MIN_WINDOW:
         raise ValueError(f"The window lasts at least {MIN_WINDOW} s, got {window_s}.")
     seconds = 0.0 if waveform is None else len(waveform) / sampling_rate
-    if seconds > MAX_SECONDS:
+    if seconds > LONG_SECONDS:
         raise ValueError(
-            f"The clip lasts {seconds:.0f} s; at most {MAX_SECONDS:.0f} s can be explained: cut it first."
+            f"The clip lasts {seconds:.0f} s; at most {LONG_SECONDS:.0f} s can be explained: cut it first."
         )
 
     def item(sound: np.ndarray | None, words: str | None) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def explain(
     )
 
 
-def _scores(classifier: MMSERPipeline, clips: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, float]]:
+def _scores(classifier: "MMSERPipeline", clips: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, float]]:
     """The score of each label, for each clip."""
     found: list[dict[str, float]] = []
     starts = range(0, len(clips), batch_size)

@@ -31,6 +31,23 @@ def default_checkpoint() -> str | None:
     return next((str(folder) for folder in BOXES if (folder / CONFIG).is_file()), None)
 
 
+def chosen_checkpoint(name: str | None) -> str:
+    """
+    The checkpoint that `--checkpoint` names, or the one that comes with MMSER.
+
+    Raises:
+        ValueError: none is named, and none comes with MMSER.
+        FileNotFoundError: see `checkpoint_folder`.
+    """
+    name = name or default_checkpoint()
+    if name is None:
+        raise ValueError(
+            "--checkpoint is needed: name the folder of an MMSER checkpoint (`mmser train` makes one), its name "
+            "on the Hub, or a folder that `mmser export` wrote."
+        )
+    return checkpoint_folder(name, "--checkpoint")
+
+
 def _column(role: str):
     """The flag of a column, as training has it, for one table."""
     flag = DataArguments.__dataclass_fields__[f"{role}_column"]
@@ -142,13 +159,7 @@ class PredictionArguments:
             raise ValueError("There is nothing to classify: name audio files or folders, or give --text.")
         self._check_texts()
         self._check_outputs()
-        self.model_name_or_path = self.model_name_or_path or default_checkpoint()
-        if self.model_name_or_path is None:
-            raise ValueError(
-                "--checkpoint is needed: name the folder of an MMSER checkpoint (`mmser train` makes one), its name "
-                "on the Hub, or a folder that `mmser export` wrote."
-            )
-        self.model_name_or_path = checkpoint_folder(self.model_name_or_path, "--checkpoint")
+        self.model_name_or_path = chosen_checkpoint(self.model_name_or_path)
 
     @property
     def subtitles(self) -> str | None:

@@ -17,8 +17,7 @@ import sys
 from types import ModuleType
 
 from mmser.console import run_command
-from mmser.names import checkpoint_folder
-from mmser.prediction_arguments import default_checkpoint
+from mmser.prediction_arguments import chosen_checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,10 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; requests that are being answered get their answer. Returns the exit status."""
     options = make_parser().parse_args(arguments)
     uvicorn = _import_uvicorn()
-    checkpoint = options.checkpoint or default_checkpoint()
-    if checkpoint is None:
-        raise ValueError("--checkpoint is needed: name the folder of an MMSER checkpoint, or its name on the Hub.")
-    checkpoint = checkpoint_folder(checkpoint, "--checkpoint")
+    checkpoint = chosen_checkpoint(options.checkpoint)
 
     # Late: --help does not wait for torch
     from mmser.prediction_run import load_classifier

@@ -134,6 +134,7 @@ def test_the_command_explains_a_clip(tmp_path, capsys):
         (["--text", "a", "--plot", "a.png"], "nothing to show for one word"),
         (["--text", "a b", "--plot", "absent/a.png"], "the folder absent does not exist"),
         (["."], "is a folder: name one audio file"),
+        (["--text", "今天", "--plot", "a.jpg"], "is a .png file"),  # two words, without a space between them
     ],
 )
 def test_wrong_usage_of_the_command(words, message):
