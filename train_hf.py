@@ -45,15 +45,15 @@ def main(arguments: list[str] | None = None) -> dict:
         adaptation.take_all_clips(data.splits, data.label_names, checkpoint)
 
     model = model_loading.load_model(model_arguments, data.label_names, processor, data.auxiliary, allow_int8=adapt)
+    if adapt:
+        training_arguments.adapt_layers = adaptation.choose_layers(model, training_arguments)
+        adaptation.freeze_all_else(model, training_arguments.adapt_layers)
     teacher = model_loading.load_teacher(model_arguments, model, processor)
     identity = run_identity.describe_identity(
         data.splits, data.label_names, model, teacher, processor, model_arguments, data_arguments, training_arguments
     )
     run_identity.check_output_dir(training_arguments, identity, resumed.folder if resumed else None)
     model_loading.limit_tokens(processor, model)
-    if adapt:
-        adaptation.freeze_all_else(model)
-
     examples = training_run.Examples(data_arguments, training_arguments, model, processor, teacher)
     trainer = training_run.make_trainer(model, teacher, processor, data, examples, training_arguments)
     run_identity.claim_output_dir(training_arguments, identity)

@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from torch.nn import functional as F
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -38,8 +37,8 @@ from benchmarks.tables import (
     table,
     write_csv,
 )
-from mmser.adaptation import adapt_outputs, fold_temperature, scaled_centroids
-from mmser.calibration import error_detection_auroc, expected_calibration_error, folds_by_group
+from mmser.adapted_layers import ClassifierFit, Fit, OutputFit, cross_fit, fold_temperature
+from mmser.calibration import error_detection_auroc, expected_calibration_error
 from mmser.loading import load_emotion_dataset, load_emotion_split
 from mmser.metrics import compute_classification_metrics, softmax
 from mmser.model_calibration import calibrate_outputs, reset_calibration
@@ -48,8 +47,7 @@ from mmser.results import environment
 
 LABELS = ("neutral", "happy", "sad", "angry")
 SHOTS, DRAWS = 20, 3  # clips of each class; repetitions
-STEPS, LEARNING_RATE = 40, 3e-4  # of the variant that trains the whole classifier
-TRAINED, LAYER, CLASSIFIER = "as trained", "output layer", "classifier, by steps"
+TRAINED, LAYER, WHOLE = "as trained", "output layer", "classifier, by steps"
 SCORES = {  # in the tables: what each is the mean of
     "weighted_f1": "weighted F1",
     "ece": "ECE",
@@ -59,7 +57,7 @@ SCORES = {  # in the tables: what each is the mean of
     "known_ece": "known: ECE",
 }
 Outputs = dict[str, np.ndarray]
-Adapting = Callable[[Any, Clips, int], dict[str, Any]]
+Adapting = Callable[[Any, Clips], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -144,48 +142,27 @@ def train_and_calibrate(division: Division, seed: int) -> Any:
 # ---- the two ways to adapt
 
 
-def adapt_layer(model: Any, shown: Clips, seed: int) -> dict[str, Any]:
+def adapt_layer(model: Any, shown: Clips) -> dict[str, Any]:
+    """As `train_hf.py --adapt --adapt_layers output`."""
+    weights = fold_temperature(model)
+    outputs = ask(model, shown)
+    return _cross_fit(model, OutputFit(model, outputs), outputs, shown, weights)
+
+
+def adapt_classifier(model: Any, shown: Clips) -> dict[str, Any]:
     """As `train_hf.py --adapt`."""
-    weights, speakers = fold_temperature(model), shown.speakers.tolist()
-    outputs, _ = adapt_outputs(model, ask(model, shown), speakers)
+    weights = fold_temperature(model)
+    outputs = ask(model, shown)
+    return _cross_fit(model, ClassifierFit(model, outputs), outputs, shown, weights)
+
+
+def _cross_fit(model: Any, fit: Fit, outputs: Outputs, shown: Clips, weights: list[float]) -> dict[str, Any]:
+    speakers = shown.speakers.tolist()
+    outputs, _ = cross_fit(fit, outputs, speakers)
     return calibrate_outputs(model, outputs, speakers, (1.0, weights))
 
 
-def adapt_classifier(model: Any, shown: Clips, seed: int) -> dict[str, Any]:
-    """Train all layers of the classifier by steps, with the same rehearsal, and calibrate likewise."""
-    weights, speakers = fold_temperature(model), shown.speakers.tolist()
-    outputs, start = ask(model, shown), copy.deepcopy(model.classifier.state_dict())
-    for fold in folds_by_group(len(shown), speakers)[0]:
-        model.classifier.load_state_dict(start)
-        _train_classifier(model, shown.take(np.setdiff1d(np.arange(len(shown)), fold)), seed)
-        for name, values in ask(model, shown.take(fold)).items():
-            outputs[name][fold] = values
-    model.classifier.load_state_dict(start)
-    _train_classifier(model, shown, seed)
-    return calibrate_outputs(model, outputs, speakers, (1.0, weights))
-
-
-def _train_classifier(model: Any, shown: Clips, seed: int) -> None:
-    fused = ask(model, shown)["fused"]
-    centroids = cast(torch.Tensor, scaled_centroids(model, fused))  # the models here have an OpenMax
-    with torch.no_grad():
-        answers = model.classifier(centroids)[0].softmax(dim=-1)
-    inputs = torch.cat([torch.from_numpy(fused), centroids])
-    weights = 1 / torch.bincount(shown.labels, minlength=len(LABELS)).clamp(min=1)
-    torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    model.classifier.train()
-    for _ in range(STEPS):
-        logits = model.classifier(inputs)[0]
-        own, known = logits.split([len(shown), len(centroids)])
-        loss = F.cross_entropy(own, shown.labels, weights) + F.cross_entropy(known, answers)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.classifier.eval()
-
-
-ADAPTING: dict[str, Adapting] = {LAYER: adapt_layer, CLASSIFIER: adapt_classifier}
+ADAPTING: dict[str, Adapting] = {LAYER: adapt_layer, WHOLE: adapt_classifier}
 
 # ---- what is measured
 
@@ -238,7 +215,7 @@ def measure_one(division: Division, seed: int) -> dict[str, dict[str, float]]:
         for variant in found:
             model, start = copy.deepcopy(trained), time.process_time()
             if variant != TRAINED:
-                ADAPTING[variant](model, shown, seed)
+                ADAPTING[variant](model, shown)
             seconds = time.process_time() - start
             unknown = ask(model, division.unknown) if len(division.unknown) else None
             scores = score(ask(model, rest), ask(model, division.test), unknown)
@@ -297,16 +274,16 @@ def make_tables(lines: Sequence[Row]) -> dict[str, str]:
         def of(score: str, variant: str = TRAINED, name: str = name) -> str:
             return cell(by_seed(lines, variant, score, name))
 
-        gain = difference(by_seed(lines, LAYER, "weighted_f1", name), by_seed(lines, TRAINED, "weighted_f1", name))
+        gain = difference(by_seed(lines, WHOLE, "weighted_f1", name), by_seed(lines, TRAINED, "weighted_f1", name))
         rows.append(
             {
                 "held out": name if first["kind"] == "corpus" else f"all corpora of {name}",
                 "language": first["language"],
                 "F1": of("weighted_f1"),
-                "adapted": of("weighted_f1", LAYER),
+                "adapted": of("weighted_f1", WHOLE),
                 "gain": gain,
                 "ECE": of("ece"),
-                "ECE, adapted": of("ece", LAYER),
+                "ECE, adapted": of("ece", WHOLE),
                 "errors": of("error_rate"),
                 "uncertainty": of("uncertainty"),
                 "of known": of("known_uncertainty"),

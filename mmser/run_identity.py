@@ -48,7 +48,7 @@ TRAINING_SETTINGS = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_grad_norm", "weight_averaging", "train_sampling_strategy", "bf16", "fp16"),
     *("adversarial", "adversarial_epsilon", "adversarial_weight", "adversarial_head_weight", "contrastive_memory"),
-    *("sampling_temperature", "adapt", "adapt_strength", "adapt_rehearsal"),
+    *("sampling_temperature", "adapt", "adapt_layers", "adapt_strength", "adapt_rehearsal"),
 )
 DATA_SETTINGS = ("augment", "augmentations", "augmented_copies", "text_dropout", "audio_dropout", "max_seconds")
 # What a run writes into its folder, besides its checkpoints and the code, which every save replaces

@@ -10,7 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 
 from mmser.flags import parse_json
 from mmser.optimizer import PARAMETER_GROUPS
-from mmser.training_flags import MAX_EPOCHS, MIN_EPOCHS, MIN_STEPS, TrainingFlags
+from mmser.training_flags import CLASSIFIER, MAX_EPOCHS, MIN_EPOCHS, MIN_STEPS, OUTPUT, TrainingFlags
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +41,7 @@ WITHOUT_EFFECT = {
     "remove_unused_columns": ((False,), "Clips are raw audio, which the model knows by no column."),
 }
 
-# Arguments that say how weights are learnt step by step, which `--adapt` does not do
+# Arguments that say how all weights are learnt, which `--adapt` does in its own way
 TRAINS_BY_STEPS = (
     *("num_train_epochs", "max_steps", "learning_rate", "lr_multipliers", "weight_decay", "weight_averaging"),
     *("lr_scheduler_type", "warmup_steps", "gradient_accumulation_steps", "resume_from_checkpoint"),
@@ -107,19 +107,22 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
 
     def _check_adapting(self) -> None:
         if not self.adapt:
-            for name in ("adapt_strength", "adapt_rehearsal"):
+            for name in ("adapt_layers", "adapt_strength", "adapt_rehearsal"):
                 if getattr(self, name) != getattr(TrainingFlags, name):
                     raise ValueError(f"--{name} is about adapting a checkpoint: add --adapt, or leave it out.")
             return
-        if not 0 < self.adapt_strength < math.inf:
+        if self.adapt_strength is not None and not 0 < self.adapt_strength < math.inf:
             raise ValueError(f"--adapt_strength must be a number greater than 0, got {self.adapt_strength}.")
+        if self.adapt_strength is not None and self.adapt_layers == CLASSIFIER:
+            raise ValueError(
+                f"--adapt_strength is of the output layer: give --adapt_layers {OUTPUT} or leave it out."
+            )
         if not 0 <= self.adapt_rehearsal < math.inf:
             raise ValueError(f"--adapt_rehearsal must be a number of 0 or more, got {self.adapt_rehearsal}.")
         for name in TRAINS_BY_STEPS:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"--{name} is for a training by steps; --adapt fits the output layer at once: leave out one of "
-                    "the two."
+                    f"--{name} is for a training of all weights, which --adapt is not: leave out one of the two."
                 )
         self.eval_strategy = self.save_strategy = "no"
 

@@ -8,6 +8,7 @@ from mmser.optimizer import PARAMETER_GROUPS
 # Without a number of epochs. On 200 clips of acted speech, head and linear probe had a weighted F1
 # of 0.50 and 0.54 after 105 steps, 0.59 and 0.58 after 420, 0.64 and 0.63 after 910
 MIN_EPOCHS, MAX_EPOCHS, MIN_STEPS = 10, 150, 880
+CLASSIFIER, OUTPUT = "classifier", "output"  # of `adapt_layers`
 
 
 @dataclass
@@ -27,12 +28,24 @@ class TrainingFlags:
     adapt: bool = field(
         default=False,
         metadata={
-            "help": "Fit --model_name_or_path to a few clips of new recordings, such as 20 of each class, in seconds: "
-            "its output layer and its calibration, on all training and validation clips."
+            "help": "Fit --model_name_or_path to a few clips of new recordings, such as 20 of each class, in half a "
+            "minute: its classifier and its calibration, on all training and validation clips."
         },
     )
-    adapt_strength: float = field(
-        default=2.0, metadata={"help": "How far --adapt may move the logits: the deviation of a Gaussian prior."}
+    adapt_layers: str | None = field(
+        default=None,
+        metadata={
+            "choices": [CLASSIFIER, OUTPUT],
+            "help": "What --adapt fits. Default: the whole classifier; the output layer alone of a checkpoint that is "
+            "in int8 or also answers other tasks.",
+        },
+    )
+    adapt_strength: float | None = field(
+        default=None,
+        metadata={
+            "help": "How far --adapt may move the logits where it fits the output layer alone, which this flag asks "
+            "for too: the deviation of a Gaussian prior. Default: 2."
+        },
     )
     adapt_rehearsal: float = field(
         default=1.0,

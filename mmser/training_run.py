@@ -419,7 +419,8 @@ def _adapt(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dic
     shown, args = data.splits["train"], trainer.args
     alone = audio_alone(trainer, shown, examples.for_evaluation)
     dataset = examples.for_evaluation(shown)
-    report, calibration = adaptation.adapt(trainer, dataset, alone, args.adapt_strength, args.adapt_rehearsal)
+    strength = adaptation.STRENGTH if args.adapt_strength is None else args.adapt_strength
+    report, calibration = adaptation.adapt(trainer, dataset, alone, args.adapt_layers, strength, args.adapt_rehearsal)
     if trainer.is_world_process_zero():
         print(adaptation.describe(report))
     trainer.save_model()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `train_hf.py --adapt` and `mmser/adaptation.py`: fit, rehearsal, the whole command, refusals."""
+"""Tests of `train_hf.py --adapt`, `mmser/adaptation.py` and `mmser/adapted_layers.py`: fits, rehearsal, the whole
+command, refusals."""
 
+import copy
 import json
 
 import numpy as np
@@ -15,7 +17,19 @@ from transformers import pipeline
 
 import train_hf
 from mmser import adaptation
-from mmser.adaptation import OutputLayer, Rehearsed, adapt_outputs, fit_output_layer, output_layer_of, what_it_knew
+from mmser.adapted_layers import (
+    LEARNING_RATE,
+    STEPS,
+    ClassifierFit,
+    OutputFit,
+    OutputLayer,
+    Rehearsed,
+    cross_fit,
+    fit_output_layer,
+    output_layer_of,
+    scaled_centroids,
+    what_it_knew,
+)
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.calibration import folds_by_group
 from modeling_mmser import MMSERForAudioClassification
@@ -146,7 +160,7 @@ def test_no_clip_is_answered_by_a_layer_that_was_fitted_to_its_speaker(model, wi
     alone = {**{name: values[::3] for name, values in outputs.items()}, "index": np.arange(0, 48, 3)}
     start, rehearsed = output_layer_of(model), what_it_knew(model, outputs["fused"])
     earlier = {name: value.clone() for name, value in model.state_dict().items()}
-    answered, answered_alone = adapt_outputs(model, outputs, speakers, alone)
+    answered, answered_alone = cross_fit(OutputFit(model, outputs), outputs, speakers, alone)
     features = outputs["features"].astype(np.float64)
     folds = folds_by_group(48, speakers)[0]
     assert len(folds) == 5
@@ -161,6 +175,60 @@ def test_no_clip_is_answered_by_a_layer_that_was_fitted_to_its_speaker(model, wi
     np.testing.assert_allclose(output_layer_of(model).weight, final.weight, atol=1e-6)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, earlier[name])]
     assert changed == ["classifier.output.weight", "classifier.output.bias"]
+
+
+def test_the_classifier_is_trained_by_steps_of_what_is_said(model):
+    """Against steps that are written out, without dropout: the mean of the classes, and the answers rehearsed."""
+    model.config.classifier_dropout = 0.0
+    for module in model.classifier.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    outputs = outputs_of(model)
+    rows = np.arange(30)  # unequal classes: 8, 8, 7, 7
+    reference = copy.deepcopy(model.classifier)
+    centroids = scaled_centroids(model, outputs["fused"])
+    answers = reference(centroids)[0].softmax(dim=-1).detach()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    for _ in range(STEPS):
+        log_probabilities = reference(torch.from_numpy(outputs["fused"][rows]))[0].log_softmax(dim=-1)
+        of_class = [-log_probabilities[outputs["labels"][rows] == label, label].mean() for label in range(4)]
+        known = -(answers * reference(centroids)[0].log_softmax(dim=-1)).sum(dim=-1).mean()
+        loss = sum(of_class) / 4 + 0.5 * known
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    fit = ClassifierFit(model, outputs, rehearsal=0.5)
+    before = torch.get_rng_state()
+    fit.fit(np.arange(48))  # forgotten: each fit starts from the checkpoint
+    fit.fit(rows)
+    assert torch.equal(torch.get_rng_state(), before)
+    for (name, expected), found in zip(reference.named_parameters(), model.classifier.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_no_clip_is_answered_by_a_classifier_that_was_trained_on_its_speaker(model, monkeypatch):
+    monkeypatch.setattr("mmser.adapted_layers.STEPS", 3)
+    outputs = outputs_of(model)
+    with torch.no_grad():
+        features = torch.from_numpy(outputs["features"])
+        outputs |= {"uncertainty": model.uncertainty(features)[:, 0].numpy()}
+        outputs |= {"anchor_distances": model.anchors(features)[1].numpy()}
+    speakers = [f"speaker {row // 8}" for row in range(48)]
+    alone = {**{name: values[::3] for name, values in outputs.items()}, "index": np.arange(0, 48, 3)}
+    earlier = {name: value.clone() for name, value in model.state_dict().items()}
+    fit = ClassifierFit(model, outputs)
+    answered, answered_alone = cross_fit(fit, outputs, speakers, alone)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, earlier[name])}
+    assert changed and all(name.startswith("classifier.") for name in changed) and not model.classifier.training
+    final = fit.answer(outputs)
+    for fold in folds_by_group(48, speakers)[0]:
+        fit.fit(np.setdiff1d(np.arange(48), fold))
+        for name, values in fit.answer({key: value[fold] for key, value in outputs.items()}).items():
+            np.testing.assert_allclose(answered[name][fold], values, atol=1e-5)
+            assert np.abs(values - final[name][fold]).max() > 1e-6
+    for name in ("logits", "features", "uncertainty", "anchor_distances"):
+        np.testing.assert_allclose(answered_alone[name], answered[name][::3], atol=1e-5)
+    assert answered["fused"] is outputs["fused"]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -237,6 +305,38 @@ def test_a_model_in_int8_can_be_adapted_and_stays_in_int8(run, checkpoint, tmp_p
     assert int8 and not int8 & changed
 
 
+def test_the_whole_classifier_is_trained_unless_something_speaks_against_it(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmser.adapted_layers.LEARNING_RATE", 0.02)  # the checkpoint knows nothing to stay near to
+    monkeypatch.setattr("mmser.adapted_layers.STEPS", 20)
+    results = run(adapt_rehearsal=0)
+    adapted = results["adaptation"]
+    assert adapted["layers"] == "classifier" and "strength" not in adapted
+    assert adapted["weighted_f1_before"] < 0.3 < 0.6 < adapted["weighted_f1_after"]
+    earlier, later = (MMSERForAudioClassification.from_pretrained(path) for path in (checkpoint, tmp_path / "out"))
+    for (name, before), after in zip(earlier.named_parameters(), later.parameters(), strict=True):
+        assert torch.equal(before, after) or name.startswith("classifier"), name
+    assert not torch.equal(earlier.classifier.feature_projection.weight, later.classifier.feature_projection.weight)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "its classifier was trained on them by a few steps" in card and "answered by a classifier that" in card
+
+
+def test_what_is_fitted_goes_by_the_checkpoint(model):
+    def chosen(**flags):
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        arguments = parse_arguments(TRAINING_ARGUMENTS, ["--adapt", "--use_cpu", *words])[2]
+        return adaptation.choose_layers(model, arguments)
+
+    assert (chosen(), chosen(adapt_strength=3), chosen(adapt_layers="output")) == ("classifier", "output", "output")
+    model.config.int8_weights = True
+    assert chosen() == "output"
+    with pytest.raises(ValueError, match="--adapt_layers classifier: the checkpoint is in int8, of which the output"):
+        chosen(adapt_layers="classifier")
+    model = tiny_model(auxiliary_tasks={"arousal": "regression"})
+    assert chosen() == "output"
+    with pytest.raises(ValueError, match="the checkpoint also answers arousal, and these answers would move"):
+        chosen(adapt_layers="classifier")
+
+
 def test_a_temperature_of_the_checkpoint_is_where_it_starts(run, checkpoint, tmp_path):
     """With a prior that allows nothing, the answers are those of the checkpoint, with its temperature in the layer."""
     states = {"cache_encoder_states": tmp_path / "states"}
@@ -253,11 +353,16 @@ def test_a_temperature_of_the_checkpoint_is_where_it_starts(run, checkpoint, tmp
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--adapt", "--epochs", "3"], "--num_train_epochs is for a training by steps"),
-        (["--adapt", "--adversarial", "vat"], "--adversarial is for a training by steps"),
+        (["--adapt", "--epochs", "3"], "--num_train_epochs is for a training of all weights"),
+        (["--adapt", "--adversarial", "vat"], "--adversarial is for a training of all weights"),
         (["--adapt", "--adapt_strength", "0"], "--adapt_strength must be a number greater than 0, got 0"),
         (["--adapt", "--adapt_rehearsal", "-1"], "--adapt_rehearsal must be a number of 0 or more, got -1"),
         (["--adapt_strength", "3"], "--adapt_strength is about adapting a checkpoint: add --adapt"),
+        (["--adapt_layers", "output"], "--adapt_layers is about adapting a checkpoint: add --adapt"),
+        (
+            ["--adapt", "--adapt_layers", "classifier", "--adapt_strength", "3"],
+            "--adapt_strength is of the output layer",
+        ),
         (["--adapt"], "--adapt needs a trained checkpoint to start from: add --model_name_or_path"),
         (["--adapt", "--model_name_or_path", "x/y", "--streaming"], "--streaming does not go with --adapt"),
         (["--adapt", "--model_name_or_path", "x/y", "--text_dropout", "0.5"], "--text_dropout does not go with"),
