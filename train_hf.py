@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> dict:
     identity = run_identity.describe_identity(
         data.splits, data.label_names, model, teacher, processor, model_arguments, data_arguments, training_arguments
     )
+    identity["division"] = data.division
     run_identity.check_output_dir(training_arguments, identity, resumed.folder if resumed else None)
     model_loading.limit_tokens(processor, model)
     examples = training_run.Examples(data_arguments, training_arguments, model, processor, teacher)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from configuration_mmser import MMSERConfig
 from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, SourceArguments
 from mmser.batches import MMSERDataCollator
+from mmser.division import divide_again
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.groups import duration_bands, split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
@@ -56,16 +57,15 @@ def load_clips(
     """
     tasks = {} if config is None else config.auxiliary_tasks
     wanted = [name for name in arguments.group_by or [] if name != "duration"]
+
+    def load(**division: Any) -> Any:
+        options: Any = {"extra_columns": wanted, "auxiliary_tasks": tasks, "for_training": False, **division}
+        return load_emotion_dataset(**source.source, label_names=label_names, **options)[0]
+
     with reading(source.on_the_hub):
-        splits, _ = load_emotion_dataset(
-            **source.source,
-            label_names=label_names,
-            extra_columns=wanted,
-            auxiliary_tasks=tasks,
-            validation_fraction=0.0,
-            test_fraction=0.0,
-            for_training=False,
-        )
+        splits = load(validation_fraction=0.0, test_fraction=0.0)
+        if set(splits) - {OTHER} == {"train"}:
+            splits = divide_again(splits["train"], arguments.model_name_or_path, load) or splits
     if tasks and config is not None:
         splits, _ = derive_targets(splits, label_names, tasks, config.auxiliary_label_maps, has_default=False)
     other = splits.pop(OTHER, None)

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from adapters_mmser import fingerprint_weights
 from mmser.arguments import DataArguments, ModelArguments
+from mmser.division import IDENTITY_NAME
 from mmser.examples import content_sample, map_in_threads
 from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
@@ -34,8 +35,6 @@ from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
-
-IDENTITY_NAME = "run_identity.json"
 # Fields of the configuration that are not compared: other entries say the same, the library needs them, or they act
 # after training alone
 OTHER_FIELDS = {

@@ -24,6 +24,7 @@ from mmser.augmentation import Augmenter
 from mmser.batches import MMSERDataCollator
 from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.distillation import NEEDS_FROZEN_AUDIO, DistilledDataset, TeacherLogits
+from mmser.division import describe_division
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
 from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
@@ -129,6 +130,7 @@ class TrainingData:
         unknown: tables of clips that are none of the classes.
         skipped_clips: how many could not be read and were left out; 0 for a stream, which is not tried beforehand.
         auxiliary: fields of the configuration that say which tasks are learnt beside the emotion.
+        division: of `describe_division`; None for a stream.
     """
 
     splits: dict[str, datasets.Dataset | datasets.IterableDataset]
@@ -136,6 +138,7 @@ class TrainingData:
     unknown: list[datasets.Dataset] = field(default_factory=list)
     skipped_clips: int = 0
     auxiliary: dict[str, Any] = field(default_factory=dict)
+    division: dict[str, Any] | None = None
 
 
 def warn_of_moot_settings(model_arguments: ModelArguments, arguments: DataArguments) -> None:
@@ -171,6 +174,7 @@ def load_data(
     """
     auxiliary = _auxiliary_fields(arguments, checkpoint)
     tasks = auxiliary["auxiliary_tasks"]
+    fractions = {name: getattr(arguments, name) for name in ("validation_fraction", "test_fraction")}
     with reading(arguments.on_the_hub):
         splits, label_names = load_emotion_dataset(
             **arguments.source,
@@ -178,8 +182,7 @@ def load_data(
             label_names=arguments.labels,
             checkpoint_names=None if checkpoint is None else load_label_names(checkpoint, "--model_name_or_path"),
             streaming=arguments.streaming,
-            validation_fraction=arguments.validation_fraction,
-            test_fraction=arguments.test_fraction,
+            **fractions,
             seed=seed,
         )
     other = splits.pop(OTHER, None)
@@ -197,6 +200,7 @@ def load_data(
     limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
     data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)
     data.auxiliary = auxiliary
+    data.division = None if arguments.streaming else describe_division(splits, fractions, seed)
     data.unknown = [] if other is None else [other]
     if arguments.ood_dir:
         options: Any = {"columns": arguments.common_columns, "on_bad_example": arguments.on_bad_example}

@@ -20,9 +20,19 @@ import sklearn.metrics
 import soundfile
 import torch
 from tiny import fit_openmax_by_chance
-from tiny_corpus import NAMES, parse_strict_json, read_rows, tiny_model, tiny_processor, write_corpus, write_table
+from tiny_corpus import (
+    NAMES,
+    parse_strict_json,
+    read_rows,
+    tiny_flags,
+    tiny_model,
+    tiny_processor,
+    write_corpus,
+    write_table,
+)
 
 import eval_hf
+import train_hf
 from mmser import evaluation_run, report
 from mmser.arguments import DataArguments, EvaluationArguments, SourceArguments
 from mmser.evaluation_run import store_calibration
@@ -313,6 +323,47 @@ def test_a_flat_folder_of_undivided_clips(run, corpus):
     notes = " ".join(report["notes"])
     assert "no linear probe" in notes and "trained on clips among these" in notes
     assert report["open_set"] == {}
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory, corpus):
+    """One table without splits, with foreign column names and semicolons, and a model that was trained on it."""
+    folder = tmp_path_factory.mktemp("undivided")
+    names = {"file_name": "Datei", "label": "Stimmung", "speaker": "Kunde"}
+    rows = [{new: row[old] for old, new in names.items()} for row in read_rows(corpus, "train", "validation", "test")]
+    write_table(folder / "calls.csv", rows)
+    text = (folder / "calls.csv").read_text(encoding="utf-8").replace(",", ";")
+    (folder / "calls.csv").write_text(text, encoding="utf-8-sig")
+    tiny_processor().tokenizer.save_pretrained(folder / "tokenizer")
+    columns = {"audio_column": "Datei", "label_column": "Stimmung", "speaker_column": "Kunde", "text_column": "none"}
+    given = {"data_dir": None, "manifest": folder / "calls.csv", **columns, "seed": 5, "eval_strategy": "no"}
+    given |= {"load_best_model_at_end": False, "validation_fraction": 0.4}
+    train_hf.main(tiny_flags(corpus, folder / "run", folder / "tokenizer", **given))
+    results = json.loads((folder / "run" / "eval_results.json").read_text(encoding="utf-8"))
+    return folder, {"data_dir": None, "manifest": folder / "calls.csv", **columns}, results
+
+
+def test_of_the_clips_that_a_model_was_trained_on_those_that_were_held_out_are_judged(run, undivided, caplog):
+    folder, data, results = undivided
+    report = run(checkpoint=folder / "run", **data)
+    assert report["split"] == "test"
+    assert report["rows"]["model"]["clips"] == results["data"]["clips"]["test"]
+    assert report["rows"]["model"]["weighted_f1"] == pytest.approx(results["test"]["model"]["weighted_f1"])
+    assert "was trained on these clips" in caplog.text
+    held_out = results["data"]["clips"]["validation"]
+    assert run(checkpoint=folder / "run", **data, split="validation")["rows"]["model"]["clips"] == held_out
+
+
+def test_clips_of_a_training_that_cannot_be_divided_as_there_are_an_error(run, undivided, corpus, tmp_path):
+    folder, data, _ = undivided
+    with pytest.raises(ValueError, match="speaker_column"):
+        run(checkpoint=folder / "run", **data | {"speaker_column": "none"})
+    rows = read_rows(corpus, "train", "validation", "test")
+    for row in rows:
+        del row["split"]
+    write_table(tmp_path / "more.csv", rows[1:])  # not the same clips: all of them are judged
+    report = run(checkpoint=folder / "run", data_dir=None, manifest=tmp_path / "more.csv", text_column="none")
+    assert report["split"] == "all" and report["rows"]["model"]["clips"] == len(rows) - 1
 
 
 def test_a_manifest_with_a_class_missing_and_other_columns(run, corpus, tmp_path, caplog):
