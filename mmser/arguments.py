@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmser.flags import FlagParser, parse_json, split_debug, with_trainer_flags
 from mmser.names import Named, checkpoint_folder
+from mmser.table_files import near_name
 from mmser.training_flags import TrainingFlags
 
 if TYPE_CHECKING:  # what imports torch or datasets is imported when it is needed: `--help` does not need it
@@ -647,5 +648,5 @@ def parse_arguments(kinds: Sequence[Any], arguments: Sequence[str], description:
 def read_recipe(path: str) -> dict[str, Any]:
     """The flags of a JSON file; ValueError or FileNotFoundError if it has none."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"The recipe {path} does not exist.")
+        raise FileNotFoundError(f"The recipe {path} does not exist.{near_name(Path(path))}")
     return parse_json(Path(path).read_text(encoding="utf-8"), f"The recipe {path}")

@@ -30,7 +30,7 @@ from mmser.sources import (
     read_table,
 )
 from mmser.splits import speaker_key
-from mmser.table_files import is_table
+from mmser.table_files import is_table, near_name
 from mmser.tables import format_table
 
 logger = logging.get_logger(__name__)
@@ -81,8 +81,8 @@ def find_sources(
         raise ValueError(f"dataset_config_name ({config_name}) is of one data set on the Hub: give one dataset_name")
     for kind, place in places:
         if kind == "data_dir" and not Path(place).exists():
-            hint = ". A data set on the Hub goes to dataset_name (--dataset_name)" if place.count("/") == 1 else ""
-            raise ValueError(f"data_dir {place!r} is not a folder{hint}")
+            hint = " A data set on the Hub goes to dataset_name (--dataset_name)." if place.count("/") == 1 else ""
+            raise ValueError(f"data_dir {place!r} is not a folder.{hint}{near_name(Path(place))}")
     own_columns = _for_each(as_list(columns) or [DataColumns()], len(places), "columns")
     own_splits = {split: _for_each(as_list(name) or [None], len(places), split) for split, name in splits.items()}
     sources = []

@@ -95,7 +95,10 @@ def _warn_of_other_declared_names(class_names: Sequence[str] | None, names: Sequ
 def _check_names(names: list[str]) -> list[str]:
     keys = _keys(tuple(names))
     if len(set(keys)) != len(keys) or "" in keys or len(keys) < 2:
-        raise ValueError(f"label names must be two or more different names, got {names}")
+        alone = (
+            " A model needs two classes: --label_column names the column with the labels." if len(keys) == 1 else ""
+        )
+        raise ValueError(f"label names must be two or more different names, got {names}.{alone}")
     return names
 
 
@@ -237,7 +240,10 @@ def _warn_of_rare_labels(counts: dict[str, int]) -> None:
         logger.warning(f"No training row has the label {', '.join(absent)}: the model cannot learn it")
     rare = {name: count for name, count in counts.items() if 0 < count < 5}
     if rare and sum(counts.values()) >= 20 * len(counts):
-        logger.warning(f"Labels with fewer than 5 training clips: {rare} of {list(counts)}. Is a name misspelt?")
+        logger.warning(
+            f"Labels with fewer than 5 training clips: {rare} of {list(counts)}. Is a name misspelt? "
+            "Otherwise collect more clips, or join the class with another one by --label_map."
+        )
 
 
 def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bool = False) -> int:

@@ -308,7 +308,7 @@ def _check_records(
     Give every record the id of its label, and its targets. Return the indices of the usable ones; the rest goes to
     `problems`, and what a label map leaves out nowhere.
     """
-    usable = []
+    usable, missing = [], 0
     for index, record in enumerate(records):
         if record.role == LEFT_OUT or (record.cells and record.votes is None):
             continue  # the second was reported when its votes were read
@@ -320,6 +320,7 @@ def _check_records(
                 record.labels = label_id(record.label, label_names, record.row, allow_unknown or record.role == OTHER)
             record.targets = read_targets(record.written_targets, tasks or {}, record.row)
             if record.audio and "://" not in record.audio and not os.path.exists(record.audio):
+                missing += 1
                 raise ValueError(f"{record.row}: audio file {record.audio} does not exist")
             if not (record.audio or record.text or record.is_embedded):
                 raise ValueError(f"{record.row} has neither audio nor text")
@@ -327,6 +328,9 @@ def _check_records(
             problems.append(str(error))
         else:
             usable.append(index)
+    if missing and not usable:  # said of the first one, as not all of them are shown
+        first = next(number for number, problem in enumerate(problems) if problem.endswith("does not exist"))
+        problems[first] += ". None of the files is there: paths are relative to the folder of the table"
     return usable
 
 

@@ -342,10 +342,13 @@ def find_metadata(folder: Path) -> Path:
     """The one table `metadata.csv`, `.tsv` or `.jsonl` in a folder."""
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.stem == "metadata"]
     if not tables:
-        content = sorted(entry.name for entry in folder.iterdir())[:10]
+        content = sorted(entry.name for entry in folder.iterdir())
+        others = [name for name in content if is_table(folder / name)]
+        advice = f". If {others[0]} lists the clips, give that: --manifest {folder / others[0]}" if others else ""
         raise ValueError(
             f"{folder} has no metadata: expected metadata.csv (or .tsv, .jsonl) at the top or, for training data, in "
-            f"train/, validation/ and test/, or train.csv, or folders of classes with clips; the folder has {content}"
+            "train/, validation/ and test/, or train.csv, or folders of classes with clips; the folder has "
+            f"{', '.join(content[:5]) or 'nothing'}{' ...' if len(content) > 5 else ''}{advice}"
         )
     return _only_one(tables)
 

@@ -173,12 +173,14 @@ def _hold_out(
     num_speakers = len(set(speakers)) if any(records[index].speaker for index in training) else 0
     by_speaker = num_speakers > len(missing)
     if missing and not by_speaker:
-        reason = f"has only {num_speakers} speakers" if num_speakers else "has no speaker column"
+        count = "1 speaker" if num_speakers == 1 else f"{num_speakers} speakers"
+        reason = f"has only {count}" if num_speakers else "has no speaker column"
         if not allow_overlap:
+            needed = f"add recordings of others ({len(missing) + 1} speakers are the least)"
+            advice = needed if num_speakers else "add a column with the speakers (--speaker_column)"
             raise ValueError(
-                f"{' and '.join(missing)} data must be held out of the training data, which {reason}: add a column "
-                "with the speakers (--speaker_column) or splits of your own, or pass --allow_speaker_overlap to "
-                "split at random"
+                f"{' and '.join(missing)} data must be held out of the training data, which {reason}: {advice} or "
+                "splits of your own, or pass --allow_speaker_overlap to split at random"
             )
         logger.warning(f"The training data {reason}: split at random, speakers may leak from training into test data.")
     splits, left = {}, 1.0

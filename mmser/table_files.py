@@ -6,6 +6,7 @@
 
 import codecs
 import csv
+import difflib
 import io
 import json
 import os
@@ -20,12 +21,28 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 def is_table(path: Path) -> bool:
     """Whether a file's name ends like that of a table."""
     return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def near_name(path: Path) -> str:
+    """A question after the name of something that is not there: whether one beside it is meant; or nothing."""
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, 1)
+    return f" Did you mean {path.with_name(near[0])}?" if near else f" It is looked for in {path.parent.resolve()}."
+
+
+def _what_it_may_be(path: Path) -> str:
+    if path.is_dir():
+        tables = sorted(str(entry) for entry in path.iterdir() if is_table(entry))
+        table = f", {tables[0]}," if tables else ""
+        return f" It is a folder: give the table in it{table} or give the folder as data_dir (--data_dir)."
+    return " Save a spreadsheet as CSV." if path.suffix.lower() in SPREADSHEETS else ""
 
 
 def read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dict]]:
@@ -43,9 +60,11 @@ def read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dic
         ValueError: if the file is not there, not such a table, not in such an encoding, or has no rows.
     """
     if not is_table(path):
-        raise ValueError(f"{path} is not a manifest: expected a file ending in {', '.join(TABLE_SUFFIXES)}")
+        raise ValueError(
+            f"{path} is not a manifest: expected a file ending in {', '.join(TABLE_SUFFIXES)}.{_what_it_may_be(path)}"
+        )
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} does not exist.{near_name(path)}")
     file = io.StringIO(read_text(path, name), newline="")
     rows = []
     for number, row in _json_rows(file) if path.suffix.lower() == ".jsonl" else _csv_rows(file, name):

@@ -195,7 +195,7 @@ def test_a_split_named_by_the_user_must_be_in_undivided_data_too(tmp_path):
 
 def test_folder_without_metadata(tmp_path):
     (tmp_path / "happy").mkdir()
-    with pytest.raises(ValueError, match=r"no metadata: expected metadata.csv .* the folder has \['happy'\]"):
+    with pytest.raises(ValueError, match=r"no metadata: expected metadata.csv .* the folder has happy"):
         load_emotion_dataset(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         load_emotion_dataset(tmp_path / "nowhere")
@@ -203,6 +203,34 @@ def test_folder_without_metadata(tmp_path):
         load_emotion_dataset(manifest=tmp_path / "nowhere.csv")
     with pytest.raises(ValueError, match=r"expected a file ending in .csv, .tsv, .jsonl"):
         load_emotion_dataset(manifest=tmp_path / "nowhere.xlsx")
+
+
+def test_a_place_that_is_nearly_right_is_named(tmp_path):
+    """A table for a folder, a folder for a table, a misspelt name, a spreadsheet, a table with a name of its own."""
+    folder = tmp_path / "calls"
+    write_table(folder / "anrufe.csv", [{"Datei": "a.mp3", "Stimmung": "froh"}])
+    (folder / "a.mp3").touch()
+    with pytest.raises(
+        ValueError, match=r"If anrufe\.csv lists the clips, give that: --manifest \S*calls/anrufe\.csv"
+    ):
+        load_emotion_dataset(folder)
+    with pytest.raises(
+        ValueError, match=r"It is a folder: give the table in it, \S*calls/anrufe\.csv, or give the folder"
+    ):
+        load_emotion_dataset(manifest=folder)
+    with pytest.raises(ValueError, match=r"does not exist\. Did you mean \S*calls/anrufe\.csv\?"):
+        load_emotion_dataset(manifest=folder / "anruf.csv")
+    with pytest.raises(ValueError, match=r"is not a folder\. Did you mean \S*/calls\?"):
+        load_emotion_dataset(tmp_path / "cals")
+    write_table(
+        tmp_path / "anrufe.csv", [{"file_name": f"{number}.mp3", "label": "ab"[number % 2]} for number in range(4)]
+    )
+    with pytest.raises(
+        ValueError, match=r"(?s)4 bad rows.*0\.mp3 does not exist\. None of the files is there: paths are rel"
+    ):
+        load_emotion_dataset(manifest=tmp_path / "anrufe.csv", allow_speaker_overlap=True)
+    with pytest.raises(ValueError, match="Save a spreadsheet as CSV"):
+        load_emotion_dataset(manifest=folder / "anrufe.xlsx")
 
 
 # ------------------------------------------------------------------------------- tables and files of other systems
@@ -545,7 +573,10 @@ def relabel(folder, **labels):
         ({"train": ["happy", "sad", "sad", 1]}, r"names, 'sad' \(2 rows, first train/metadata.csv row 3\).*numbers"),
         ({"test": ["happy", "sad", "sad", "sad"]}, r"names, 'sad' \(3 rows.*numbers, '0' \(2 rows, first train"),
         ({"train": [0, 1, 2.5, 3]}, r"labels are classes, but there is '2.5' \(1 row, first train/metadata.csv row 4"),
-        (dict.fromkeys(("train", "validation", "test"), ["x"] * 4), r"two or more different names, got \['x'\]"),
+        (
+            dict.fromkeys(("train", "validation", "test"), ["x"] * 4),
+            r"two or more different names, got \['x'\]\. A model needs two",
+        ),
         (dict.fromkeys(("train", "validation", "test"), [""] * 4), "no row has a label that is a class"),
     ],
 )
@@ -926,7 +957,9 @@ def test_split_without_speakers_needs_permission(tmp_path, log):
     }
     assert "speakers may leak" in log.text
     two = text_manifest(tmp_path / "two.csv", list("ab") * 20, [0] * 20 + [1] * 20)
-    with pytest.raises(ValueError, match="has only 2 speakers"):
+    with pytest.raises(
+        ValueError, match=r"has only 2 speakers: add recordings of others \(3 speakers are the least\)"
+    ):
         load_emotion_dataset(manifest=two, columns=DataColumns(audio=None))
 
 
