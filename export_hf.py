@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> "ExportReport":
     from mmser.vocabulary import read_texts
 
     logging.set_verbosity_warning()
+    texts = None
+    if options.vocabulary_text is not None:  # now: a wrong name is told before the model is loaded
+        texts = list(read_texts(options.vocabulary_text, data_arguments.common_columns.text))
     change = None
     if options.prune or options.prune_layers:
         from mmser.pruning_run import pruner  # it reads data, which no other export needs
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> "ExportReport":
         formats=options.format,
         dtype=options.dtype,
         languages=options.languages,
-        texts=None if options.vocabulary_text is None else read_texts(options.vocabulary_text),
+        texts=texts,
         vocabulary_size=options.vocabulary_size,
         change=change,
         check=options.check,

@@ -97,10 +97,10 @@ def is_written_in(text: str, scripts: Iterable[str]) -> bool:
     )
 
 
-def read_texts(files: Iterable[str | os.PathLike]) -> Iterator[str]:
+def read_texts(files: Iterable[str | os.PathLike], text_column: str | None = DataColumns.text) -> Iterator[str]:
     """
     All texts of .txt files (one a line), and of the text column of .csv, .tsv and .jsonl files, which is found as in
-    training data: `transcription`, or another usual name.
+    training data: `transcription`, or another usual name, or `text_column`.
 
     Raises:
         ValueError: another kind of file, a bad row, or a table without such a column.
@@ -112,21 +112,24 @@ def read_texts(files: Iterable[str | os.PathLike]) -> Iterator[str]:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
         if is_table(path):
-            yield from _read_text_column(path)
+            yield from _read_text_column(path, text_column)
         else:
             with open(path, encoding="utf-8-sig") as file:
                 yield from (line.strip() for line in file)
 
 
-def _read_text_column(path: Path) -> Iterator[str]:
+def _read_text_column(path: Path, text_column: str | None) -> Iterator[str]:
     problems: list[str] = []
     rows = read_rows(path, str(path), problems)
     if problems:
         raise ValueError(problems[0])
     available = list(dict.fromkeys(column for _, row in rows for column in row))
-    column = find_column("text", DataColumns.text, available)
+    column = find_column("text", text_column, available)
     if column is None:
-        raise ValueError(f"{path} has no text column {DataColumns.text!r}; its columns are {available}")
+        raise ValueError(
+            f"{path} has no text column {text_column!r}; its columns are {available}. --text_column names the one "
+            "with the texts."
+        )
     for _, row in rows:
         yield str(row.get(column) or "").strip()
 

@@ -8,6 +8,7 @@ import copy
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,33 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
         list(read_texts(["clip.wav"]))
     with pytest.raises(FileNotFoundError):
         list(read_texts([tmp_path / "none.txt"]))
+
+
+def test_a_column_of_any_name_is_read_where_it_is_named(tmp_path):
+    (tmp_path / "anrufe.csv").write_text("Datei;Abschrift;text\na.mp3;Guten Tag;no\n", encoding="utf-8-sig")
+    assert list(read_texts([tmp_path / "anrufe.csv"], "Abschrift")) == ["Guten Tag"]
+    assert list(read_texts([tmp_path / "anrufe.csv"])) == ["no"]
+    with pytest.raises(ValueError, match=r"no text column 'Abschrit'.*--text_column names the one"):
+        list(read_texts([tmp_path / "anrufe.csv"], "Abschrit"))
+
+
+def test_the_export_takes_the_column_and_misses_a_file_at_once(tmp_path, monkeypatch):
+    import export_hf
+    from mmser import export
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "anrufe.csv").write_text("Datei;Abschrift\na.mp3;Guten Tag\n", encoding="utf-8-sig")
+    seen = {}
+    monkeypatch.setattr(
+        export, "export_checkpoint", lambda *_, **given: seen.update(given) or SimpleNamespace(folder="")
+    )
+    flags = ["--checkpoint", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--vocabulary_text"]
+    export_hf.main([*flags, str(tmp_path / "anrufe.csv"), "--text_column", "Abschrift"])
+    assert seen["texts"] == ["Guten Tag"]
+    seen.clear()
+    with pytest.raises(FileNotFoundError):
+        export_hf.main([*flags, str(tmp_path / "none.csv")])
+    assert seen == {}
 
 
 @pytest.mark.parametrize("column", ["transcription", "text", "transcript", "sentence", "Transcript"])
