@@ -13,7 +13,7 @@ RECIPE ?= recipes/demo.json
 # Processes that share the tests
 JOBS ?= 2
 
-.PHONY: demo app test format lint docs-check clean
+.PHONY: demo app test format lint docs docs-check clean
 
 # One thread computes (the tensors are small) while the data are decoded on the other cores
 demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer $(DEMO)/non_speech
@@ -37,6 +37,10 @@ app: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# The reference of all public names and commands, as pages for a browser
+docs: $(VENV)/installed
+	$(BIN)/python docs/build_reference.py build/reference
 
 # The code in README.md and docs/ runs, and their links lead somewhere
 docs-check: $(VENV)/installed

@@ -53,6 +53,7 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
         probabilities: float [N, C], rows sum to 1.
         labels: int [N] true class indices in [0, C - 1].
         num_bins: number of bins of [0, 1].
+
     Returns: `confidence`, `accuracy` and `count` [num_bins], nan, nan and 0 in an empty bin; `edges` [num_bins + 1].
     Raises:
         ValueError: malformed probabilities (the row is named), label out of range, unequal lengths, `num_bins` < 1.
@@ -79,7 +80,15 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
 def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:
     """Expected calibration error of the top class: sum over bins of count / N * |accuracy - confidence|.
 
-    Naeini et al. 2015; Guo et al. 2017. Arguments and errors as in `reliability_bins`; the result is in [0, 1].
+    Naeini et al. 2015; Guo et al. 2017. Errors as in `reliability_bins`.
+
+    Args:
+        probabilities: float [N, C], each row a distribution.
+        labels: int [N], true class ids.
+        num_bins: bins of equal width over (0, 1].
+
+    Returns:
+        A number in [0, 1]; 0 is perfect.
     """
     bins = reliability_bins(probabilities, labels, num_bins)
     filled = bins.count > 0
@@ -122,6 +131,7 @@ def error_rate_interval(num_wrong: int, num_clips: int, level: float = 0.95) -> 
         num_wrong: in [0, `num_clips`].
         num_clips: at least 1.
         level: coverage of the interval, in (0, 1).
+
     Returns: Lower and upper bound, in [0, 1].
     Raises:
         ValueError: a number out of its range.
@@ -167,6 +177,7 @@ def fit_temperature(logits: Any, labels: Any, groups: Any = None, current: float
         labels: int [N] true class indices in [0, C - 1].
         groups: N speakers, or None if they are not known: clips of one speaker are alike.
         current: the temperature so far, > 0.
+
     Returns: T in [0.05, 20]; divide the logits by it.
     Raises:
         ValueError: as in `negative_log_likelihood`.
@@ -225,6 +236,7 @@ def error_detection_auroc(uncertainty: Any, is_wrong: Any) -> float:
     Args:
         uncertainty: float [N], higher = less certain.
         is_wrong: bool [N].
+
     Returns: A value in [0, 1], 0.5 = uninformative; nan if all predictions are right or all are wrong.
     Raises:
         ValueError: empty input, unequal lengths, non-finite uncertainty, flag other than 0 / 1.
@@ -270,6 +282,7 @@ def fit_error_probability(
         is_wrong: bool [N].
         groups: N speakers, or None if they are not known.
         current: the weights so far.
+
     Returns: Weights of the two log-odds and the constant, float64 [3]; see `error_log_odds`.
     Raises:
         ValueError: unequal lengths, or an uncertainty outside [0, 1].
@@ -343,6 +356,7 @@ def risk_coverage_curve(uncertainty: Any, is_wrong: Any) -> tuple[np.ndarray, np
     Args:
         uncertainty: float [N], higher = less certain.
         is_wrong: bool [N].
+
     Returns: Coverage k / N and risk, each float64 [N].
     Raises:
         ValueError: as in `error_detection_auroc`.

@@ -64,6 +64,7 @@ def compute_classification_metrics(predictions: Any, references: Any, label_name
         predictions: int [N] predicted class indices.
         references: int [N] true class indices.
         label_names: C names; the position is the class index.
+
     Returns: `weighted_f1` (the primary metric), `accuracy`, `unweighted_average_recall`, `macro_f1` and one
         `f1_<label>` per class, each in [0, 1].
     Raises:
@@ -82,6 +83,7 @@ def concordance_correlation(predictions: Any, references: Any) -> float:
 
     Args:
         predictions, references: float [N].
+
     Returns: in [-1, 1]; nan if both are the same constant.
     Raises:
         ValueError: empty input, unequal lengths, or a number that is not finite.
@@ -99,6 +101,7 @@ def compute_regression_metrics(predictions: Any, references: Any) -> dict[str, f
 
     Args:
         predictions, references: float [N].
+
     Returns: `ccc` (`concordance_correlation`, the primary metric), `pearson` (nan if one of them is constant) and
         `mean_absolute_error`, in the unit of the numbers.
     Raises:
@@ -173,6 +176,7 @@ def build_compute_metrics(label_names: Sequence[str]) -> Callable[[EvalPredictio
 
     Args:
         label_names: C names; the position is the class index.
+
     Returns: A function of an `EvalPrediction` whose `predictions` are logits [N, C] or a tuple that starts with them,
         and whose `label_ids` are int [N].
     """
@@ -207,6 +211,7 @@ def rank_auroc(scores: Any, positive: Any, score_name: str = "scores", flag_name
         scores: float [N]; ties count one half.
         positive: bool [N].
         score_name, flag_name: names of these two arguments in an error.
+
     Returns: A value in [0, 1]; nan if all clips or none are positive.
     Raises:
         ValueError: empty input, unequal lengths, non-finite score, flag other than 0 / 1.
@@ -236,6 +241,7 @@ def bootstrap_interval(
         num_samples: number of resamples.
         level: coverage of the interval, in (0, 1).
         seed: the interval depends on the arguments and this number alone.
+
     Returns: Lower and upper bound; (nan, nan) if the metric is nan in all resamples.
     Raises:
         ValueError: no array, empty or unequal arrays, `num_samples` < 1, `level` outside (0, 1).
@@ -276,6 +282,7 @@ def bootstrap_classification(
         references: int [N] true class indices.
         label_names: C names; the position is the class index.
         num_samples, level, seed: as in `bootstrap_interval`.
+
     Returns: Lower and upper bound of `weighted_f1`, `accuracy`, `unweighted_average_recall` and `macro_f1`.
     Raises:
         ValueError: as in `compute_classification_metrics` and `bootstrap_interval`.

@@ -34,6 +34,7 @@ def auroc(scores: Any, is_unknown: Any) -> float:
     Args:
         scores: float [N].
         is_unknown: bool [N].
+
     Returns: A value in [0, 1]; nan if there is no unknown or no known clip.
     Raises:
         ValueError: empty input, unequal lengths, non-finite score, flag other than 0 / 1.
@@ -63,6 +64,7 @@ def fpr_at_95_tpr(scores: Any, is_unknown: Any) -> float:
     Args:
         scores: float [N], higher = more unknown.
         is_unknown: bool [N].
+
     Returns: A value in [0, 1], lower is better; nan if there is no unknown or no known clip.
     Raises:
         ValueError: as in `auroc`.
@@ -88,6 +90,7 @@ def oscr_curve(
         known_scores: float [K], for example the maximum softmax probability or 1 - unknown probability.
         known_correct: bool [K], whether the known clip's emotion is right.
         unknown_scores: float [U].
+
     Returns: False positive rate, correct classification rate and threshold, from (0, 0) to (1, accuracy); the rate of
         a group without clips is nan.
     Raises:
@@ -113,8 +116,15 @@ def oscr(known_scores: Any, known_correct: Any, unknown_scores: Any) -> float:
     """Area under `oscr_curve` by the trapezoid rule, so that a tie of a known and an unknown clip counts one half.
 
     It is the probability that a random known clip is classified correctly *and* scores higher than a random unknown
-    clip: at most the closed-set accuracy. Arguments and errors as in `oscr_curve`; nan if there is no known or no
-    unknown clip.
+    clip: at most the closed-set accuracy. Errors as in `oscr_curve`.
+
+    Args:
+        known_scores: float [K], higher = more known.
+        known_correct: bool [K], whether the known clip's emotion is right.
+        unknown_scores: float [U].
+
+    Returns:
+        A number in [0, 1]; nan if there is no known or no unknown clip.
     """
     false_positive_rate, correct_rate, _ = oscr_curve(known_scores, known_correct, unknown_scores)
     return float(sklearn.metrics.auc(false_positive_rate, correct_rate))
@@ -126,6 +136,7 @@ def energy_score(logits: Any, temperature: float = 1.0) -> np.ndarray:
     Args:
         logits: float [N, C], as the network gives them: not divided by a fitted temperature.
         temperature: T, > 0.
+
     Returns: float64 [N].
     Raises:
         ValueError: non-finite logits, or a temperature that is not positive.
@@ -144,6 +155,7 @@ def knn_distance(train_features: Any, features: Any, k: int = 10) -> np.ndarray:
         train_features: float [M, D], of the training clips.
         features: float [N, D].
         k: which neighbour counts, at least 1.
+
     Returns: float64 [N], in [0, 2].
     Raises:
         ValueError: empty or non-finite features, unequal widths, or `k` < 1.

@@ -116,6 +116,10 @@ def load_classifier(checkpoint: str, device: str | None = None) -> MMSERPipeline
     """
     The pipeline of a checkpoint, or of an exported model.
 
+    Args:
+        checkpoint: a folder or a name on the Hub.
+        device: such as "cpu" or "cuda:1"; by default the GPU, if there is one.
+
     Raises:
         ValueError: what is no MMSER model, or a device that is not there.
         OSError: what cannot be read.

@@ -144,6 +144,7 @@ def prune(
         share: of the attention heads and of the feed-forward columns, to remove from each layer, in [0, 1).
         layer_share: of the layers of each encoder, to remove before that, in [0, 1). Those go first without which the
             probabilities of the classes change least.
+
     Returns: what was removed.
     Raises:
         ValueError: shares out of range, an encoder that cannot be pruned, a batch of several clips or with padding, or

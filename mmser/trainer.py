@@ -702,6 +702,7 @@ class MMSERTrainer(Trainer):
                 uncertainty is the head's own, and OpenMax knows only how far training clips lie from their class.
             train_audio_alone, calibration_audio_alone: of `audio_alone` in `mmser.scores`, the same clips without
                 their text and their positions. Without them, OpenMax rejects what comes without its transcript.
+
         Returns: as `calibrate`.
         """
         self._forget_calibration()
@@ -729,6 +730,7 @@ class MMSERTrainer(Trainer):
                 1 - max probability.
             audio_alone, train_audio_alone: of `audio_alone` in `mmser.scores`, for OpenMax. Whether clips without
                 their text count as known is decided by the held-out ones, where there are some.
+
         Returns: `temperature`; `clips`, `speakers` (None if not known) and `errors`, and the `error_rate_interval`
             that these allow; the `largest_set_coverage` that these speakers (or clips) allow for prediction sets; NLL
             and expected calibration error `_before` and `_after` on these clips; whether the
@@ -757,6 +759,7 @@ class MMSERTrainer(Trainer):
         Args:
             is_known: whether such clips are examples of what is known; None if these are to decide it: they are if the
                 model is right without the text nearly as often as with it.
+
         Returns: None without such clips, and where they are no examples.
         """
         if audio_alone is None or is_known is False:

@@ -276,6 +276,7 @@ class ClassAnchorClustering(nn.Module):
         """
         Args:
             features: [B, feature_size].
+
         Returns: anchor logits (cosine similarity over the temperature) and Euclidean distances on the unit sphere in
             [0, 2], both float32 [B, C].
         """
@@ -312,6 +313,7 @@ class UncertaintyHead(nn.Module):
         Args:
             uncertainty: of `forward`, [B, 1].
             logits: divided by the temperature, [B, C].
+
         Returns: [B, 1] in [0, 1]; the head's own uncertainty as long as nothing is fitted.
         """
         # Log-odds of 1 - max probability from the logits: as a probability it rounds to 0 for a sure answer, and ties
@@ -536,6 +538,7 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
             audio_num_hidden_layers, text_num_hidden_layers: keep only that many of an encoder's layers, the first
                 ones. The last ones of an audio encoder trained to transcribe tell words, not how they are said.
             config_overrides: fields of `MMSERConfig`, e.g. `num_labels=7` or `classifier_num_layers=5`.
+
         Returns: the model in float32 and eval mode.
         Raises:
             TypeError: an override that is no field of `MMSERConfig`.
@@ -658,6 +661,9 @@ class MMSERModel(MMSERPreTrainedModel):
     With `config.fusion_type` "transformer", a small encoder over both sequences is in place of the cross-modal
     attention, and attention over the two pooled vectors in place of the gate. With one of `config.modalities` the
     parts of the other are None, and so are those that join the two.
+
+    Args:
+        config (`MMSERConfig`): the architecture. `from_pretrained` and `from_backbones` bring weights along.
     """
 
     # In training against an adversary: modality, states [B, T, D], bool mask [B, T] -> the states to go on with
@@ -676,6 +682,7 @@ class MMSERModel(MMSERPreTrainedModel):
     fusion: Any
 
     def __init__(self, config: MMSERConfig):
+        """Start with random weights."""
         super().__init__(config)
         self.main_input_name = config.main_input_name
         self.input_modalities = tuple(config.modalities)
@@ -766,6 +773,7 @@ class MMSERModel(MMSERPreTrainedModel):
             text_states (`torch.FloatTensor` of shape `(batch_size, num_tokens, hidden_size)`): the same for
                 the text.
             output_hidden_states, output_attentions (`bool`): return those of the audio encoder.
+
         Returns: `MMSERModelOutput`.
         Raises:
             TypeError: an unknown keyword; the message suggests the nearest one.
@@ -894,6 +902,7 @@ class MMSERModel(MMSERPreTrainedModel):
 
         Args:
             input_values, attention_mask, input_ids, text_attention_mask, input_features: see `forward`.
+
         Returns: `audio_states` [B, Ta, layers, D] (all layers with `use_weighted_layer_sum`, else the last) and their
             `attention_mask` int64 [B, Ta], if audio is given; `text_states` [B, L, D] and `text_attention_mask`
             int64 [B, L], if text is.
@@ -1148,7 +1157,12 @@ class Targets(NamedTuple):
 
 
 class MMSERForAudioClassification(MMSERPreTrainedModel):
-    """`MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration."""
+    """
+    `MMSERModel` with the deep classifier, class anchors, uncertainty head, prototypes, OpenMax and calibration.
+
+    Args:
+        config (`MMSERConfig`): the architecture. `from_pretrained` and `from_backbones` bring weights along.
+    """
 
     temperature: Tensor
     # In training: what widens the batch of the contrastive loss, see `mmser/contrastive.py`
@@ -1159,6 +1173,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     _keys_to_ignore_on_load_missing = (r"prediction_sets\.thresholds",)  # type: ignore[assignment]  # checkpoints of 0.1.0
 
     def __init__(self, config: MMSERConfig):
+        """Start with random weights."""
         super().__init__(config)
         self.main_input_name = config.main_input_name
         self.input_modalities = tuple(config.modalities)
@@ -1216,6 +1231,7 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
             corpus_ids (`torch.LongTensor` of shape `(batch_size,)`): for the contrastive part; -1: not known.
             class_shares (`torch.FloatTensor` of shape `(batch_size, num_labels)`): of votes, shares that sum to
                 1: for cross-entropy and focal loss. The other parts take `labels`, by default the largest share.
+
         Returns: `MMSEROutput`.
         Raises:
             TypeError: an unknown keyword; the message suggests the nearest one.

@@ -81,7 +81,14 @@ def _is_pytorch_checkpoint(folder: Path) -> bool:
 
 
 class MMSEROnnxConfig(PreTrainedConfig):
-    """The configuration that `export_hf.py` stored in an ONNX file: labels, thresholds, and what the model takes."""
+    """
+    The configuration that `export_hf.py` stored in an ONNX file: labels, thresholds, and what the model takes.
+
+    Args:
+        modalities, untrained_modalities (`list[str]`): as of `MMSERConfig`.
+        prediction_set_thresholds (`list[float]`, *optional*): one for each coverage; None if they are not fitted.
+        auxiliary_tasks (`dict`): as of `MMSERConfig`.
+    """
 
     model_type = "mmser-onnx"
 
@@ -473,6 +480,11 @@ class MMSERPipeline(Pipeline):
         >>> classifier({"path": "clip.wav", "text": "I am so glad you came"}, return_uncertainty=True)
         >>> classifier(["a.wav", "b.mp3"], batch_size=2, allowed_labels=["happy", "sad"])
         >>> classifier("meeting.flac", chunk_length_s=8, stride_length_s=1, batch_size=4)  # of any length
+
+    Args:
+        model (`MMSERForAudioClassification` or `MMSEROnnxForAudioClassification`): `pipeline` takes its name too.
+        local_files_only (`bool`, *optional*): ignored; `pipeline` has loaded everything when it passes it on.
+        kwargs: as of Transformers' `Pipeline`: `processor`, `device`, `batch_size`, and the options of a call.
     """
 
     processor: Any

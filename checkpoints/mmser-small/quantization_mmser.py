@@ -157,6 +157,7 @@ def quantize_dynamic(model: Any) -> Any:
 
     Args:
         model: `MMSERForAudioClassification` or `MMSERModel`, in float32.
+
     Returns: the model itself, in eval mode. It does not learn any more.
     Raises:
         ValueError: the model is in int8 already.
