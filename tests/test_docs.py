@@ -94,7 +94,7 @@ SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf", "mmser")
 # Names in backquotes that are neither ours nor of Transformers
 OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre"}
 YOURS = re.compile(
-    r"(runs|my_data|more_data|clip|doubtful|meeting|demo_output|states|train|validation|test|user|mmser-small)\b"
+    r"(runs|my_data|more_data|calls|anrufe|clip|doubtful|meeting|demo_output|states|train|validation|test|user|mmser-small)\b"
 )  # a reader's own paths
 
 
@@ -181,8 +181,11 @@ def run_command(words, done, place):
     if " ".join(words).startswith(NOT_RUN):
         return
     if words[0] == "mmser":
-        cli.main(words[1:])
-        return
+        module = cli.COMMANDS[words[1]][0]
+        if f"{module}.py" not in SHORTER:
+            cli.main(words[1:])
+            return
+        words = ["python", f"{module}.py", *words[2:]]
     program = next(index for index, word in enumerate(words) if word.endswith(".py"))  # after python or a launcher
     name, arguments = words[program], words[program + 1 :]
     key = re.sub(r"\b(seed |[a-z]+_)4[34]\b", r"\g<1>42", shlex.join(words[program:]))
@@ -255,12 +258,30 @@ def serve_data(hub, corpus, folder):
     hub.repositories["dataset", "user/data"].add({path.name: path.read_bytes() for path in folder.iterdir()})
 
 
+def write_calls(folder, corpus):
+    """The recordings of `docs/call_centre.md`: of several formats and rates, mono and stereo, and their table."""
+    rows = []
+    for number, row in enumerate(read_rows(corpus, "train", "validation", "test")):
+        samples, rate = soundfile.read(row["file_name"])
+        ending, rate = (("mp3", 44100), ("wav", 8000), ("flac", 16000))[number % 3]
+        folder.mkdir(exist_ok=True)
+        name = f"Anruf {number:04d}.{ending}"
+        soundfile.write(folder / name, np.stack([samples, samples / 2], axis=1) if number % 2 else samples, rate)
+        mood = {"happy": "zufrieden", "sad": "traurig", "angry": "verärgert"}.get(row["label"], row["label"])
+        rows.append({"Datei": name, "Stimmung": mood, "Abschrift": row["transcription"], "Kunde": row["speaker"]})
+    with open(folder / "anrufe.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def fill_start(folder, corpus):
     """What a reader has: recordings, data, the recipes, and a model in `runs/mine`."""
     folder.mkdir()
     for name, seconds in (("clip.wav", 0.5), ("doubtful.wav", 0.4), ("meeting.flac", 9.785875)):
         soundfile.write(folder / name, 0.3 * np.sin(np.arange(round(16000 * seconds)) / 10), 16000)
     (folder / "meeting.srt").write_text("1\n00:00:00,000 --> 00:00:02,000\nwhat a joy\n", encoding="utf-8")
+    write_calls(folder / "calls", corpus)
     turns = ("0.0 4.5 <NA> <NA> anna", "4.0 5.5 <NA> <NA> ben")
     (folder / "meeting.rttm").write_text("".join(f"SPEAKER meeting 1 {turn} <NA> <NA>\n" for turn in turns))
     (folder / "my_data").symlink_to(corpus)
