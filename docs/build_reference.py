@@ -90,8 +90,8 @@ def overview() -> str:
     lines = ["Import a name as it stands here.", "", "| name | what it is |", "|---|---|"]
     for module, name, thing in public_objects():
         said = " ".join((thing.__doc__ or "").split("\n\n")[0].split()).replace("|", "/")
-        origin = "mmser" if name in mmser.__all__ else module
-        lines.append(f"| [`{origin}.{name}`]({module.replace('.', '/')}.html#{name}) | {said} |")
+        link = f"[`mmser.{name}`]({module.replace('.', '/')}.html#{name})"
+        lines.append(f"| {link if name in mmser.__all__ else f'`{module}.{name}`'} | {said} |")  # pdoc links the other
     lines += ["", "## Commands", "", "| command | what it does |", "|---|---|"]
     lines += [f"| [`mmser {name}`](commands.html#mmser-{name}) | {job} |" for name, (_, job) in cli.COMMANDS.items()]
     return "\n".join(lines) + "\n"

@@ -468,6 +468,14 @@ def test_the_prediction_commands_leave_what_the_page_says(story):
     assert (folder / "meeting.png").stat().st_size > 10_000 and (folder / "segments.csv").is_file()
 
 
+def test_the_call_centre_commands_leave_what_the_page_says(story):
+    folder = story.folder / "call_centre" / "runs"
+    report = json.loads((folder / "calls" / "evaluation" / "report.json").read_text(encoding="utf-8"))
+    assert report["split"] == "test"  # of a table without splits: what training held out
+    assert set(report["label_names"]) == {"neutral", "verärgert", "traurig", "zufrieden"}
+    assert (folder / "calls-small" / "model.onnx").is_file()
+
+
 def test_what_was_pushed_is_whole_and_everything_went_through_the_hub(story):
     files = story.pushed
     assert {"config.json", "model.safetensors", "processor_config.json", "modeling_mmser.py"} <= files.keys()
