@@ -56,7 +56,8 @@ def divide_again(
     path = Path(checkpoint) / IDENTITY_NAME
     if not path.is_file():
         return None
-    known = json.loads(path.read_text(encoding="utf-8")).get("division")
+    identity = json.loads(path.read_text(encoding="utf-8"))
+    known = identity.get("division")
     if not known or known["clips"] != _checksum(_samples(undivided)):
         return None
     splits = load(**known["fractions"], seed=known["seed"])
@@ -66,12 +67,16 @@ def divide_again(
             f"These are the clips that {checkpoint} was trained on, and they are divided otherwise than in its "
             "training: name the columns as there (--speaker_column, --label_map), or give data with splits."
         )
+    learnt = [divided["train"]]
+    if identity["settings"].get("adapt") and "validation" in divided:  # adapting takes these clips too
+        learnt.append(divided.pop("validation"))
     held_out = ", ".join(f"{len(split)} for {name}" for name, split in divided.items() if name != "train")
     logger.warning(
         f"{checkpoint} was trained on these clips. They are divided as its training divided them; it held out "
         f"{held_out or 'none'}."
     )
-    return splits
+    others = {name: split for name, split in splits.items() if name not in known["splits"]}
+    return {**divided, "train": datasets.concatenate_datasets(learnt), **others}
 
 
 def _samples(split: datasets.Dataset) -> list[str]:

@@ -114,9 +114,7 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         if self.adapt_strength is not None and not 0 < self.adapt_strength < math.inf:
             raise ValueError(f"--adapt_strength must be a number greater than 0, got {self.adapt_strength}.")
         if self.adapt_strength is not None and self.adapt_layers == CLASSIFIER:
-            raise ValueError(
-                f"--adapt_strength is of the output layer: give --adapt_layers {OUTPUT} or leave it out."
-            )
+            raise ValueError(f"--adapt_strength is of the output layer: give --adapt_layers {OUTPUT} or leave it out.")
         if not 0 <= self.adapt_rehearsal < math.inf:
             raise ValueError(f"--adapt_rehearsal must be a number of 0 or more, got {self.adapt_rehearsal}.")
         for name in TRAINS_BY_STEPS:

@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -35,6 +36,7 @@ import eval_hf
 import train_hf
 from mmser import evaluation_run, report
 from mmser.arguments import DataArguments, EvaluationArguments, SourceArguments
+from mmser.division import describe_division, divide_again
 from mmser.evaluation_run import store_calibration
 from mmser.trainer import MMSERTrainer
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
@@ -364,6 +366,33 @@ def test_clips_of_a_training_that_cannot_be_divided_as_there_are_an_error(run, u
     write_table(tmp_path / "more.csv", rows[1:])  # not the same clips: all of them are judged
     report = run(checkpoint=folder / "run", data_dir=None, manifest=tmp_path / "more.csv", text_column="none")
     assert report["split"] == "all" and report["rows"]["model"]["clips"] == len(rows) - 1
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_division_is_made_again_as_far_as_clips_were_held_out(tmp_path, adapts):
+    """Adapting learns from the validation clips too; texts alone tell clips apart where there is no audio."""
+    rows = [{"text": f"text {number}", "row": str(number), "labels": number % 2} for number in range(6)]
+    parts = {"train": rows[:3], "validation": rows[3:5], "test": rows[5:]}
+    splits = {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+    fractions = {"validation_fraction": 0.3, "test_fraction": 0.2}
+    identity = {"division": describe_division(splits, fractions, 7), "settings": {"adapt": adapts}}
+    (tmp_path / "run_identity.json").write_text(json.dumps(identity), encoding="utf-8")
+    asked = []
+
+    def load(**given):
+        asked.append(given)
+        return splits
+
+    everything = datasets.Dataset.from_list(rows[::-1])
+    divided = divide_again(everything, tmp_path, load)
+    expected = {"train": 5, "test": 1} if adapts else {"train": 3, "validation": 2, "test": 1}
+    assert {name: len(split) for name, split in divided.items()} == expected
+    assert asked == [{**fractions, "seed": 7}]
+    assert divide_again(everything.select(range(5)), tmp_path, load) is None
+    assert divide_again(everything, tmp_path / "elsewhere", load) is None
+    splits["train"], splits["test"] = splits["test"], splits["train"]
+    with pytest.raises(ValueError, match="divided otherwise than in its training: name the columns"):
+        divide_again(everything, tmp_path, load)
 
 
 def test_a_manifest_with_a_class_missing_and_other_columns(run, corpus, tmp_path, caplog):
