@@ -17,6 +17,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -116,20 +117,20 @@ def build(folder: Path) -> None:
     for _, _, thing in public_objects():
         document_fields(thing)
     for name, names in PAGES.items():
-        module = importlib.import_module(name)
+        module: Any = importlib.import_module(name)
         module.__all__ = names  # what of the file is public
         modules[name] = doc.Module(module)
     render.configure(
         docformat="google", include_undocumented=False, show_source=False, footer_text=f"MMSER {mmser.__version__}"
     )
-    for name, module in modules.items():
+    for name, page_of in modules.items():
         path = folder / ("index.html" if name == START else f"{name.replace('.', '/')}.html")
         path.parent.mkdir(parents=True, exist_ok=True)
-        page = REFERENCE.sub(r"\1", render.html_module(module, modules)).replace("</head>", f"{STYLE}</head>")
+        page = REFERENCE.sub(r"\1", render.html_module(page_of, modules)).replace("</head>", f"{STYLE}</head>")
         path.write_text(page, encoding="utf-8")
     (folder / "search.js").write_text(render.search_index(modules), encoding="utf-8")
     for name in PAGES:
-        del sys.modules[name].__all__
+        del vars(sys.modules[name])["__all__"]
 
 
 if __name__ == "__main__":
