@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any file, bytes, array or stream to mono float32 samples at one sampling rate.
 
-Read `load_audio` (a whole clip) first, then `stream_audio` (a long recording, a block at a time) and `audio_length`.
-`pad_and_stack` makes one array of several clips. Files are decoded in `decoding_mmser`.
+Read `load_audio` (a whole clip) first, then `stream_audio` (a long recording, a block at a time), `audio_length` and
+`why_silent`. `pad_and_stack` makes one array of several clips. Files are decoded in `decoding_mmser`.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ import torch
 from transformers.utils import logging
 
 try:
-    from .decoding_mmser import Content, count_samples, decode
+    from .decoding_mmser import Content, count_samples, decode, decode_channels
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from decoding_mmser import Content, count_samples, decode
+    from decoding_mmser import Content, count_samples, decode, decode_channels
 
 logger = logging.get_logger(__name__)
 MIN_SECONDS = 0.025  # 400 samples at 16 kHz: the receptive field of one wav2vec2 frame, and one Whisper STFT window
 MIN_SAMPLING_RATE = 1000  # Hz; below this the caller has most likely given kHz
 MAX_SAMPLING_RATE = 10_000_000  # Hz; above it a header is broken, and resampling would take seconds
 LOUD = 10.0  # floats lie in [-1, 1]; samples of 16 bits that were only cast reach some thousands
+SILENT = 10 ** (-61 / 20)  # -61 dB of full scale: what is no louder is silence, as in `mmser.voice_activity`
 INTEGER_FORMATS = {  # dtype: (zero level, full scale)
     "int8": (0, 2**7),
     "int16": (0, 2**15),
@@ -153,6 +154,64 @@ def audio_length(audio, target_sampling_rate: int = 16000, name: str = "audio") 
     return int(samples * target_sampling_rate / rate + 0.5)  # as the resampler rounds
 
 
+def why_silent(audio, sampling_rate: int | None = None, name: str = "audio") -> str:
+    """
+    Why nothing can be heard in a recording: no sample of it is louder than -61 dB of full scale.
+
+    A file is read until something can be heard, which is soon as a rule, and is never held in memory.
+
+    Args:
+        audio, sampling_rate, name: as in [`load_audio`].
+
+    Returns:
+        What is said of the recording, as "nothing can be heard in it: ..."; "" where something can be heard.
+
+    Raises:
+        As [`load_audio`], as far as it is read.
+    """
+    loudest = 0.0  # of a channel; that of their mean is at most `SILENT` until this returns
+    for rows in _channels(audio, sampling_rate, name):
+        if rows.size and _peak(rows.mean(axis=1, dtype=np.float32)) > SILENT:
+            return ""
+        loudest = max(loudest, _peak(rows))
+    if loudest > SILENT:
+        return (
+            "nothing can be heard in it: its channels cancel each other, and the model hears their mean. Give one of "
+            "them: `ffmpeg -i INPUT -af 'pan=mono|c0=c0' OUTPUT.wav`"
+        )
+    what = (
+        "all samples are 0" if not loudest else f"its loudest sample has {20 * np.log10(loudest):.0f} dB of full scale"
+    )
+    return f"nothing can be heard in it: {what}"
+
+
+def warn_if_silent(samples: np.ndarray, audio, sampling_rate: int | None = None, name: str = "audio") -> None:
+    """Warn once of a clip in which nothing can be heard; `samples` (time,) are what [`load_audio`] made of it."""
+    if "silent" not in _warned and _peak(samples) <= SILENT and (reason := why_silent(audio, sampling_rate, name)):
+        name = _file_name(audio, name) if _is_file(audio) else name
+        warn_once("silent", f"{name}: {reason}. Its answer means nothing. Further clips like this are not reported.")
+
+
+def _channels(audio, sampling_rate: int | None, name: str) -> Iterator[np.ndarray]:
+    """Blocks of shape (time, channels), float32, at their own rate."""
+    audio, _ = unwrap_audio(audio, sampling_rate, name)
+    if _is_file(audio):
+        name = _file_name(audio, name)
+        with _opened(audio, name) as (content, source):
+            held = 0
+            for _, rows in decode_channels(content, source, name):
+                held += len(rows)
+                yield rows
+        if not held:
+            raise ValueError(f"{name}: empty, the file holds no samples")
+    else:
+        yield _samples_by_channel(audio, name)
+
+
+def _peak(samples: np.ndarray) -> float:
+    return max(float(samples.max()), -float(samples.min())) if samples.size else 0.0
+
+
 def unwrap_audio(audio, sampling_rate: int | None = None, name: str = "audio") -> tuple[Any, Any]:
     """
     What carries its own rate -> (a file or samples, their sampling rate); anything else as it is.
@@ -234,7 +293,7 @@ def _check_samples(samples: np.ndarray, name: str, start: int = 0) -> None:
     """Refuse NaN and infinite samples (time,), of which `start` is the first; tell of those far outside [-1, 1]."""
     if not samples.size:
         return
-    peak = max(float(samples.max()), -float(samples.min()))
+    peak = _peak(samples)
     if not np.isfinite(peak):
         bad = np.flatnonzero(~np.isfinite(samples))
         raise ValueError(
@@ -269,6 +328,12 @@ def _check_is_file(path: Path, name: str) -> Path:
 
 def _samples_to_mono(audio, name: str) -> np.ndarray:
     """Samples of any allowed dtype and layout -> float32 of shape (time,)."""
+    rows = _samples_by_channel(audio, name)
+    return rows[:, 0] if rows.shape[1] == 1 else rows.mean(axis=1, dtype=np.float32)
+
+
+def _samples_by_channel(audio, name: str) -> np.ndarray:
+    """Samples of any allowed dtype and layout -> float32 of shape (time, channels)."""
     if isinstance(audio, torch.Tensor):
         audio = audio.detach().cpu()
         audio = audio.float() if audio.is_floating_point() else audio  # NumPy has no bfloat16
@@ -292,13 +357,13 @@ def _samples_to_mono(audio, name: str) -> np.ndarray:
             f"{name}: samples of dtype {samples.dtype} are not audio; floats, {', '.join(INTEGER_FORMATS)} are allowed"
         )
     if samples.ndim == 1 or samples.size == 0:
-        return samples.reshape(-1)
+        return samples.reshape(-1, 1)
     if samples.ndim != 2 or samples.shape[0] == samples.shape[1] > 1:
         raise ValueError(
             f"{name}: cannot tell time from channels in shape {samples.shape}; give (time,), (channels, time) or "
             "(time, channels) with fewer channels than samples"
         )
-    return samples.mean(axis=int(np.argmin(samples.shape)), dtype=np.float32)
+    return samples.T if np.argmin(samples.shape) == 0 else samples
 
 
 def pad_and_stack(rows: list[np.ndarray | None], padding_value: float = 0, multiple_of: int | None = None):

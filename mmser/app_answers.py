@@ -16,11 +16,9 @@ from mmser.prediction_files import content, draw
 from mmser.prediction_inputs import RATE, Input, measure
 from mmser.prediction_run import Job, Prediction, classify
 from mmser.timed_files import clock
-from mmser.voice_activity import LOWEST_FLOOR, ON
 from processing_mmser import MMSERPipeline
 
 SEGMENTS_ABOVE = 20.0  # seconds: longer ones are shown over time
-SILENT = LOWEST_FLOOR + ON  # dB full scale
 FRAME = 0.02  # seconds, of the waveform that is drawn
 POINTS = 900  # of the drawn waveform, at most
 
@@ -76,10 +74,6 @@ class Answers:
             what = one.name or "What is said"
             return app_html.error(f"{what} cannot be classified: {prediction.error}")
         waveform = envelope(path) if path else None
-        if waveform is not None and np.abs(waveform).max() < 10 ** (SILENT / 20):
-            return app_html.error(
-                f"{one.name} is silent: nothing is louder than {SILENT:g} dB of full scale. Was the microphone on?"
-            )
         rejects = getattr(self.classifier.model.config, "openmax_threshold", "fitted") is not None
         parts = [app_html.answer_to_one(prediction, rejects, notes)]
         if prediction.segments:

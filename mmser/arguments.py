@@ -649,4 +649,8 @@ def read_recipe(path: str) -> dict[str, Any]:
     """The flags of a JSON file; ValueError or FileNotFoundError if it has none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"The recipe {path} does not exist.{near_name(Path(path))}")
-    return parse_json(Path(path).read_text(encoding="utf-8"), f"The recipe {path}")
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The recipe {path} is not UTF-8 text: save it as UTF-8.") from error
+    return parse_json(content, f"The recipe {path}")

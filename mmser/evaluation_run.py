@@ -22,8 +22,8 @@ from mmser.groups import duration_bands, split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.log_mel_probe import log_mel_probe
 from mmser.names import Named, reading
-from mmser.report import Measured, reproducible
-from mmser.results import describe_data, environment
+from mmser.report import Measured
+from mmser.results import describe_data, environment, reproducible
 from mmser.scores import audio_alone, evaluate_augmentation, predict_clips, predict_rows
 from mmser.sources import OTHER
 from mmser.targets import derive_targets, split_targets

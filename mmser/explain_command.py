@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmser.console import run_command
 from mmser.explanation import MIN_WINDOW, explain, split_words
-from mmser.prediction_arguments import chosen_checkpoint
+from mmser.prediction_arguments import check_encoding, chosen_checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,6 +45,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.clip} is a folder: name one audio file.")
     if options.clip is not None and not Path(options.clip).is_file():
         raise FileNotFoundError(f"{options.clip} does not exist.")
+    check_encoding(options.text, "--text")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}.")
     if not options.window >= MIN_WINDOW:
@@ -70,10 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = chosen_checkpoint(options.checkpoint)
 
     # Late: nothing above waits for torch
-    from audio_mmser import load_audio
+    from audio_mmser import load_audio, why_silent
     from mmser import prediction_run
     from mmser.tables import format_table
 
+    if options.clip is not None and (silence := why_silent(options.clip)):
+        raise ValueError(f"{options.clip}: {silence}.")
     classifier = prediction_run.load_classifier(checkpoint, options.device)
     rate = getattr(classifier.processor.feature_extractor, "sampling_rate", 16_000)
     waveform = None if options.clip is None else load_audio(options.clip, rate)

@@ -6,7 +6,8 @@ error, the prediction sets and OpenMax. `fit_openmax` fits OpenMax alone. The mo
 `MMSERForAudioClassification`; the outputs those of `MMSERTrainer.predict_outputs`, made after `reset_calibration`.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,13 +100,30 @@ def fit_openmax(
     held_out: Mapping[str, np.ndarray] | None,
     temperature: float,
 ) -> None:
-    """`OpenMax.fit_outputs` with the settings of the model; what cannot be fitted is left as it is, with a warning."""
+    """
+    `OpenMax.fit_outputs` with the settings of the model; what cannot be fitted is left as it is, with a warning. Of a
+    model that rejects nothing there is nothing to warn of.
+    """
     tail_size, acceptance = model.config.openmax_tail_size, model.config.openmax_acceptance
     label_names = label_names_of(model.config)
+    rejects = model.config.use_openmax and model.config.openmax_threshold is not None
+    with contextlib.nullcontext() if rejects else _without_warnings(type(model.openmax).__module__):
+        try:
+            model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance, label_names)
+        except OpenMaxFitError as error:  # no reason to lose a trained model
+            (logger.warning if rejects else logger.info)(f"OpenMax is left as it is: {error}")
+
+
+@contextlib.contextmanager
+def _without_warnings(module: str) -> Iterator[None]:
+    """Of the logger of a module."""
+    own = logging.get_logger(module)
+    before = own.level
+    own.setLevel(logging.ERROR)
     try:
-        model.openmax.fit_outputs(train, held_out, temperature, tail_size, acceptance, label_names)
-    except OpenMaxFitError as error:  # no reason to lose a trained model
-        logger.warning(f"OpenMax is left as it is: {error}")
+        yield
+    finally:
+        own.setLevel(before)
 
 
 def join_audio_alone(

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from mmser.console import first_sentence
 
 CONFIG = "config.json"
+NO_ANSWER = (407, 408, 429)  # of a proxy, or of a Hub that is too busy
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
@@ -125,8 +126,12 @@ def _why_unreachable(model: Named) -> str:
             f"is neither a folder nor a {kind} on the Hub that you may read: check the name, or log in with "
             "`hf auth login`."
         ) from error
-    except (EntryNotFoundError, HfHubHTTPError):
+    except EntryNotFoundError:
         pass  # the Hub answers: reading says what it lacks
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in NO_ANSWER or status >= 500:  # reading would try again and again, for each file
+            return f"the Hub cannot be reached (its address answers {status})"
     except Exception as error:  # no connection: the kind of error depends on the HTTP library of the Hub's version
         return f"the Hub cannot be reached ({type(error).__name__})"
     return ""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PredictionArguments`: the flags of `mmser predict`, checked without an import of torch."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def chosen_checkpoint(name: str | None) -> str:
             "on the Hub, or a folder that `mmser export` wrote."
         )
     return checkpoint_folder(name, "--checkpoint")
+
+
+def check_encoding(text: str | None, flag: str) -> None:
+    """Raise ValueError for a word of the command line that is in another encoding than the terminal's."""
+    if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(
+            f"{flag}: the text is not in {sys.getfilesystemencoding().upper()}: write it in that encoding."
+        )
 
 
 def _column(role: str):
@@ -189,6 +198,7 @@ class PredictionArguments:
                 raise ValueError(f"--live listens to the microphone and prints what it hears: leave out {what}.")
 
     def _check_texts(self) -> None:
+        check_encoding(self.text, "--text")
         if self.text is not None and self.transcripts is not None:
             raise ValueError("--text and --transcripts both say what is said: give one of them.")
         for name in ("transcripts", "speakers"):

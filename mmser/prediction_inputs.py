@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from audio_mmser import audio_length
+from audio_mmser import audio_length, why_silent
 from mmser.console import mistake
 from mmser.prediction_arguments import PredictionArguments
 from mmser.sources import AUDIO_SUFFIXES, find_column
@@ -109,12 +109,16 @@ def _is_audio(name: str) -> bool:
 
 
 def measure(inputs: Sequence[Input]) -> None:
-    """Find out how long each recording is, as far as its header tells; one that cannot be read gets its error."""
+    """
+    Find out how long each recording is, as far as its header tells. One that cannot be read gets its error, and so
+    does one in which nothing can be heard: a model is as sure of silence as of speech.
+    """
     for one in inputs:
         if one.error or not one.source or "://" in one.source:
             continue
         try:
             one.seconds = audio_length(one.source, RATE) / RATE
+            one.error = why_silent(one.source)
         except (ValueError, OSError) as error:
             one.error = reason(error, one)
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import pipeline
 from transformers.utils import logging
 
-from audio_mmser import MIN_SECONDS, stream_audio
+from audio_mmser import MIN_SECONDS, SILENT, stream_audio
 from configuration_mmser import MMSERConfig
 from mmser.model_loading import load_config
 from mmser.names import Named, reading
@@ -325,6 +325,8 @@ def _turns(classifier: MMSERPipeline, one: Input, pieces: Sequence[Span], batch_
             if len(samples) < MIN_SECONDS * rate:
                 is_outside = not len(samples)
                 segment.error = "begins after the recording" if is_outside else f"shorter than {MIN_SECONDS} s"
+            elif np.abs(samples).max() <= SILENT:
+                segment.error = "nothing can be heard in it"
             else:
                 yield {"raw": samples, "sampling_rate": rate, "text": text}
 

@@ -8,6 +8,7 @@ as it is), `complete_card` (its README.md), `check_metadata` (what the Hub would
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ logger = logging.get_logger(__name__)
 HANDLER = Path(__file__).parent / "handler.py"
 SUFFIXES = (".json", ".safetensors", ".onnx", ".data", ".py", ".md", ".txt", ".model")  # no pickle among them
 NAMES = ("LICENSE", "NOTICE", "merges.txt")
+FILES_OF_A_RUN = ("trainer_state.json", "training_args.json")  # they name folders of this machine
 PICTURES = ("evaluation/plots/*.png", "plots/*.png")  # of `eval_hf.py`
 REPORT = "evaluation/report.md"
 # What the code of a checkpoint imports, and `handler.py`; the versions are those of setup.cfg
@@ -152,7 +154,8 @@ def complete_page(folder: str | Path, into: Path, name: str, metadata: Mapping[s
     """
     source = Path(folder)
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} is no checkpoint: it has no config.json.")
+        reason = "it has no config.json" if source.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"{source} is no checkpoint: {reason}.")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") not in (MMSERConfig.model_type, MMSEROnnxConfig.model_type):
         raise ValueError(
@@ -162,13 +165,17 @@ def complete_page(folder: str | Path, into: Path, name: str, metadata: Mapping[s
         target = into / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         _place(path, target)
+    for name in FILES_OF_A_RUN:
+        if (into / name).is_file():
+            content = json.loads((into / name).read_text(encoding="utf-8"))
+            _replace(into / name, json.dumps(with_names_alone(content), indent=2) + "\n")
     _replace(into / "config.json", json.dumps(without_local_paths(config), indent=2, sort_keys=True) + "\n")
     shutil.copy(HANDLER, into / "handler.py")
     if not (into / "requirements.txt").is_file():
         is_onnx = config["model_type"] == MMSEROnnxConfig.model_type
         _replace(into / "requirements.txt", "\n".join([*REQUIREMENTS, *[ONNX_REQUIREMENT] * is_onnx, ""]))
     data = complete_card(source, into, name, config, metadata or {})
-    return Page(into, _what_is_missing(into, config, data))
+    return Page(into, _what_is_missing(source, into, config, data))
 
 
 def _files_to_publish(source: Path) -> list[Path]:
@@ -202,6 +209,15 @@ def without_local_paths(value: Any) -> Any:
             if name != "_name_or_path" or (isinstance(item, str) and not Path(item).is_absolute())
         }
     return [without_local_paths(item) for item in value] if isinstance(value, list) else value
+
+
+def with_names_alone(value: Any) -> Any:
+    """What Trainer writes of a run, with the last part of each absolute path in place of it, at any depth."""
+    if isinstance(value, dict):
+        return {name: with_names_alone(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [with_names_alone(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def complete_card(
@@ -296,7 +312,7 @@ def _listed(value: Any) -> Sequence[Any]:
     return [] if value is None else value if isinstance(value, (list, tuple)) else [value]
 
 
-def _what_is_missing(into: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+def _what_is_missing(source: Path, into: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     """In the order of what a reader of the page misses most."""
     weights = [*into.glob("*.safetensors"), *into.glob("*.onnx")]
     code = {f"{str(value).split('.')[0]}.py" for value in (config.get("auto_map") or {}).values()}
@@ -312,6 +328,8 @@ def _what_is_missing(into: Path, config: Mapping[str, Any], data: Mapping[str, A
         "no language: --language en de": not data.get("language"),
         "no data set: --datasets user/data, if it is on the Hub": not data.get("datasets"),
         "no results: train_hf.py writes eval_results.json, and the page shows its scores": "model-index" not in data,
-        "no plots: mmser eval --checkpoint DIR --data_dir DATA draws them": not any(into.rglob("*.png")),
+        f"no plots: mmser eval --checkpoint {shlex.quote(str(source))} --data_dir DATA draws them": not any(
+            into.rglob("*.png")
+        ),
     }
     return [note for note, is_missing in notes.items() if is_missing]

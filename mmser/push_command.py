@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Show what the page holds and lacks, and upload it. Returns the exit status."""
     options = make_parser().parse_args(arguments)
-    folder = checkpoint_folder(options.folder, "DIR")
+    folder = checkpoint_folder(options.folder, "mmser push")
 
     # Late: --help does not wait for torch
     from mmser.publishing import publish

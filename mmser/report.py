@@ -7,7 +7,6 @@ what the numbers say. `write_report` fills `report_template.md` with all of it a
 
 import math
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -442,8 +441,3 @@ def console_summary(report: Mapping[str, Any]) -> str:
     lines = [line.replace("**", "") for line in verdict(report)]
     shown = [f"{title}\n{tables[name]}" for name, title in titles.items() if tables[name]]
     return "\n\n".join([_subject(report), *lines, *shown])
-
-
-def reproducible(command: list[str]) -> str:
-    """The command as it can be pasted into a shell, without anything that looks like a Hub token."""
-    return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_...", shlex.join(command))

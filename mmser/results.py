@@ -8,8 +8,9 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,41 @@ def advise(results: Mapping[str, Any]) -> list[str]:
 def next_steps(folder: str | Path) -> list[str]:
     """What can be done with a checkpoint, a command a line."""
     own = shlex.quote(str(folder))
-    small = shlex.quote(f"{folder}-int8")
-    return [
+    steps = [
         f"  use it:         mmser predict clip.wav --checkpoint {own}",
         f"  judge it:       mmser eval --checkpoint {own} --data_dir DATA",
-        f"  make it small:  mmser export --checkpoint {own} --output_dir {small} --dtype int8",
     ]
+    config = Path(folder) / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("int8_weights"):
+        return steps  # it is small
+    small = shlex.quote(f"{folder}-int8")
+    return [*steps, f"  make it small:  mmser export --checkpoint {own} --output_dir {small} --dtype int8"]
+
+
+def reproducible(command: Sequence[str]) -> str:
+    """
+    A command as it can be pasted into a shell and shown to others, without what belongs to this machine alone.
+
+    Absolute paths are written relative to the working folder or, outside it, by their last part. What looks like a
+    Hub token is left out.
+    """
+    return shlex.join(re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_...", _without_folders(word)) for word in command)
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command, with any absolute path that it is, or that follows a "=" or a quote in it, made short."""
+    flag, is_joined, value = word.partition("=")
+    if is_joined and flag.startswith("-"):
+        return f"{flag}={_without_folders(value)}"
+    if Path(word).is_absolute():
+        return _short(word)
+    return re.sub(r'"(/[^"]+)"', lambda found: f'"{_short(found[1])}"', word)
+
+
+def _short(path: str) -> str:
+    """An absolute path without the folders of this machine."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name or path
 
 
 def _remedy(training: Mapping[str, Any]) -> str:

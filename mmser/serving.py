@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from audio_mmser import audio_length
+from audio_mmser import audio_length, why_silent
 from mmser import __version__
 from mmser.prediction_arguments import BATCH_SIZE, CHUNK_SECONDS, LONG_SECONDS
 from mmser.prediction_files import nested
@@ -43,6 +43,9 @@ MEGABYTE = 1_000_000
 POLL_SECONDS = 0.25  # how often a waiting request looks whether its client is still there
 LINGER_SECONDS = 2.0  # how long the body of a refused request is read on
 RATE = 16_000  # Hz; lengths are counted at it
+FIELDS = ("file", "text")
+NOT_UTF8 = "it is not in UTF-8: save or send it as UTF-8."
+READ_AS_LATIN = "mmser.latin"  # key of a scope: see `_read_as_latin`
 WORK = "mmser.work"  # key of a request's future in its scope
 
 
@@ -149,6 +152,8 @@ def classify_upload(
         one.seconds = audio_length(sound, RATE) / RATE
         if one.seconds > max_seconds:
             raise ValueError(f"The recording lasts {one.seconds:.0f} s, and this server takes {max_seconds:g} s.")
+        if silence := why_silent(sound):
+            raise ValueError(f"file: {silence}.")
     is_long = one.seconds is not None and one.seconds > LONG_SECONDS
     if is_long and text is not None:
         raise ValueError(
@@ -202,8 +207,9 @@ class Worker:
     def warm_up(self) -> None:
         """Classify something once: what does not work shows before the first request, which then is no slower."""
         extractor = self.classifier.processor.feature_extractor
-        silence = None if extractor is None else np.zeros(extractor.sampling_rate, dtype=np.float32)
-        item = {"text": "hello"} if extractor is None else {"raw": silence, "sampling_rate": extractor.sampling_rate}
+        rate = 16_000 if extractor is None else extractor.sampling_rate
+        sound = np.random.default_rng(0).normal(0, 0.1, rate).astype(np.float32)  # silence would be warned of
+        item = {"text": "hello"} if extractor is None else {"raw": sound, "sampling_rate": rate}
         self.classifier(item)
 
     def retry_after(self) -> int:
@@ -232,6 +238,7 @@ class Gate:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
+        _read_as_latin(scope)
         body = _Body(receive, send, self.limits)
         refusal = self._refuse(Headers(scope=scope))
         if refusal is not None:
@@ -374,7 +381,12 @@ def create_app(classifier: MMSERPipeline, limits: Limits | None = None, checkpoi
     @app.exception_handler(RequestValidationError)
     async def refuse_fields(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return _problem(422, f"{first['loc'][-1]}: {first['msg']}. Send it as in: {SEND_A_FORM}")
+        kinds = {
+            "file": "this is a text, where the content of a file belongs",
+            "text": "this is a file; send the words",
+        }
+        name = str(first["loc"][-1])
+        return _problem(422, f"{name}: {kinds.get(name, first['msg'])}. Send it as in: {SEND_A_FORM}")
 
     @app.post("/classify", responses=RESPONSES, summary="Classify a recording, its text, or both")
     async def classify(
@@ -387,7 +399,8 @@ def create_app(classifier: MMSERPipeline, limits: Limits | None = None, checkpoi
     ) -> Answer:
         """One answer for all that is sent. Look at `answer` first: it is "unknown" where a clip is none of the
         classes, and `label` then only the nearest one. A recording above 30 s also has its `segments`."""
-        words = (text or "").strip() or None
+        await _check_fields(request)
+        words = _as_utf8(text or "", request).strip() or None
         if file is None and words is None:
             raise HTTPException(422, f"There is nothing to classify. Send a file, a text or both: {SEND_A_FORM}")
         given_up = threading.Event()
@@ -411,6 +424,57 @@ def create_app(classifier: MMSERPipeline, limits: Limits | None = None, checkpoi
         return HTMLResponse(render_page(app.openapi()))
 
     return app
+
+
+async def _check_fields(request: Request) -> None:
+    """Raise HTTPException for what would be ignored: fields with other names, twice the same, and a query."""
+    names = [name for name, _ in (await request.form()).multi_items()]
+    allowed = "a form has the fields file and text"
+    for name in (*names, *request.query_params):
+        if name not in FIELDS:
+            raise HTTPException(422, f"There is no field {_shown(name)!r}: {allowed}, as in: {SEND_A_FORM}")
+        if names.count(name) != 1:
+            problem = (
+                f"{name} is in the address" if name not in names else f"{name} is there {names.count(name)} times"
+            )
+            raise HTTPException(422, f"{problem}: {allowed}, once each, as in: {SEND_A_FORM}")
+    if request.query_params:
+        raise HTTPException(422, f"{next(iter(request.query_params))} is in the address, too: {allowed} alone.")
+
+
+def _shown(name: str) -> str:
+    """The name of a field, which was read as Latin-1."""
+    return name.encode("latin-1", "replace").decode("utf-8", "replace")[:100]
+
+
+def _as_utf8(text: str, request: Request) -> str:
+    """The text of a form, which was read as Latin-1 if the request names no encoding, so that no byte is lost."""
+    try:
+        decoded = text.encode("latin-1").decode("utf-8") if request.scope.get(READ_AS_LATIN) else text
+    except UnicodeDecodeError as error:
+        raise HTTPException(422, f"text: {NOT_UTF8}") from error
+    if "\N{REPLACEMENT CHARACTER}" in decoded:
+        raise HTTPException(422, f"text: {NOT_UTF8}")
+    return decoded
+
+
+def _read_as_latin(scope: Scope) -> None:
+    """
+    Let texts of a form be read as Latin-1, where the request says nothing else than UTF-8.
+
+    Starlette reads what is not UTF-8 as Latin-1, and afterwards nothing tells which it was.
+    """
+    kind = Headers(scope=scope).get("content-type", "")
+    parts = [part.strip() for part in kind.split(";")]
+    charsets = [part.partition("=")[2].strip('" ').lower() for part in parts if part.lower().startswith("charset=")]
+    if parts[0].lower() != FORMS[0] or any(name not in ("utf-8", "utf8") for name in charsets):
+        return
+    kept = [part for part in parts if not part.lower().startswith("charset=")]
+    kind = "; ".join([*kept, "charset=latin-1"])
+    scope["headers"] = [
+        (name, kind.encode("latin-1") if name == b"content-type" else value) for name, value in scope["headers"]
+    ]
+    scope[READ_AS_LATIN] = True
 
 
 def render_page(description: dict[str, Any]) -> str:

@@ -80,11 +80,17 @@ def read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dic
 def read_text(path: Path, name: str) -> str:
     """The text of a file in UTF-8 or, with a byte order mark, UTF-16; ValueError, about `name`, for any other."""
     content = path.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    is_utf32 = content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))  # the first begins like UTF-16
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not is_utf32:
         logger.info(f"{name} is in UTF-16")
-        return content.decode("utf-16")
-    if b"\0" in content[:1000]:
-        raise ValueError(f"{name} holds zero bytes (perhaps it is UTF-16 without a mark): save it as UTF-8")
+        try:
+            return content.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name} begins like UTF-16, but is not ({error.reason} at byte {error.start}): save it as UTF-8"
+            ) from error
+    if is_utf32 or b"\0" in content:
+        raise ValueError(f"{name} holds zero bytes (perhaps it is UTF-16 without a mark, or UTF-32): save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

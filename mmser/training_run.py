@@ -6,7 +6,6 @@ Read in this order: `find_checkpoint` (to resume from), `load_data`, `Examples` 
 """
 
 import json
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +40,7 @@ from mmser.results import (
     environment,
     format_results,
     next_steps,
+    reproducible,
     write_atomically,
 )
 from mmser.run_identity import holds_run
@@ -490,7 +490,7 @@ def write_results(
     Returns: the tables, to print at the end of a run.
     """
     folder = Path(output_dir)
-    results = {**results, "environment": environment(device), "command": shlex.join(command or sys.argv)}
+    results = {**results, "environment": environment(device), "command": reproducible(command or sys.argv)}
     write_atomically(folder / RESULTS_NAME, strict_json(results))
     card = write_model_card(results, folder)
     tables = format_results(results)

@@ -5,6 +5,7 @@
 tokenizer; `trim_vocabulary` does both, and trims the model's table. Texts of kept tokens give the same results.
 """
 
+import io
 import json
 import os
 import tempfile
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from mmser.sources import DataColumns, find_column
-from mmser.table_files import is_table, read_rows
+from mmser.table_files import is_table, read_rows, read_text
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
@@ -114,8 +115,7 @@ def read_texts(files: Iterable[str | os.PathLike], text_column: str | None = Dat
         if is_table(path):
             yield from _read_text_column(path, text_column)
         else:
-            with open(path, encoding="utf-8-sig") as file:
-                yield from (line.strip() for line in file)
+            yield from map(str.strip, io.StringIO(read_text(path, str(path))))
 
 
 def _read_text_column(path: Path, text_column: str | None) -> Iterator[str]:

@@ -32,6 +32,7 @@ from mmser.adapted_layers import (
 )
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.calibration import folds_by_group
+from mmser.model_calibration import fit_openmax
 from modeling_mmser import MMSERForAudioClassification
 from quantization_mmser import quantize_dynamic
 
@@ -131,7 +132,9 @@ def outputs_of(model, number=48):
     fused = (3 * rng.normal(size=(number, 32)) + 4 * np.eye(4, 32)[labels]).astype(np.float32)
     with torch.no_grad():
         logits, features = model.classifier(torch.from_numpy(fused))
-    return {"fused": fused, "features": features.numpy(), "logits": logits.numpy(), "labels": labels}
+    distances = rng.random(size=(number, 4), dtype=np.float32)
+    named = {"fused": fused, "features": features.numpy(), "logits": logits.numpy(), "labels": labels}
+    return {**named, "anchor_distances": distances}
 
 
 def test_the_rehearsed_answers_are_the_models_own(model):
@@ -151,6 +154,23 @@ def test_without_centroids_the_loss_of_rehearsal_is_told(model, caplog):
     model.openmax.reset()
     assert what_it_knew(model, outputs_of(model)["fused"]) is None
     assert "earlier answers are not rehearsed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({}, True),
+        ({"openmax_threshold": 0.5}, True),
+        ({"openmax_threshold": None}, False),
+        ({"use_openmax": False}, False),
+    ],
+)
+def test_a_model_that_rejects_nothing_is_not_warned_of_its_rejection(model, settings, warns, monkeypatch, caplog):
+    for name, value in settings.items():
+        monkeypatch.setattr(model.config, name, value)
+    outputs = {**outputs_of(model, 12), "speakers": ["one", "two"] * 6}
+    fit_openmax(model, None, outputs, 1.0)
+    assert [record.name for record in caplog.records if record.levelname == "WARNING"][:1] == ["openmax_mmser"] * warns
 
 
 @pytest.mark.parametrize("with_speakers", [True, False])
@@ -267,7 +287,8 @@ def test_a_few_clips_change_what_it_answers_and_the_checkpoint_is_whole(run, che
     results = run(adapt_strength=20, adapt_rehearsal=0)
     adapted = results["adaptation"]
     said = f"was {adapted['weighted_f1_before']:.3f} and is {adapted['weighted_f1_after']:.3f}"
-    assert f"On your 40 clips, the weighted F1 {said}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"On your 40 clips, the weighted F1 {said}" in shown and "make it small:" in shown
     assert adapted["clips"] == 40 and adapted["speakers"] == 10  # two corpora: the speakers of each are its own
     assert adapted["weighted_f1_before"] < 0.3 < 0.8 < adapted["weighted_f1_after"]
     assert results["test"]["model"]["weighted_f1"] > 0.6
@@ -278,7 +299,8 @@ def test_a_few_clips_change_what_it_answers_and_the_checkpoint_is_whole(run, che
         assert torch.equal(before, after) != name.startswith("classifier.output"), name
     assert torch.equal(earlier.openmax.centroids, later.openmax.centroids)
     assert later.temperature.item() == pytest.approx(results["calibration"]["temperature"])
-    assert json.loads((folder / "eval_results.json").read_text())["adaptation"] == adapted
+    written = json.loads((folder / "eval_results.json").read_text())
+    assert written["adaptation"] == adapted and str(tmp_path) not in written["command"]
     card = (folder / "README.md").read_text()
     assert "40 clips to adapt to" in card and "without its speaker" in card and "validation split" not in card
     assert "{{" not in card and "Epochs" not in card
@@ -289,7 +311,7 @@ def test_a_few_clips_change_what_it_answers_and_the_checkpoint_is_whole(run, che
         run()
 
 
-def test_a_model_in_int8_can_be_adapted_and_stays_in_int8(run, checkpoint, tmp_path):
+def test_a_model_in_int8_can_be_adapted_and_stays_in_int8(run, checkpoint, tmp_path, capsys):
     small = tmp_path / "int8"
     model = quantize_dynamic(MMSERForAudioClassification.from_pretrained(checkpoint))
     model.save_pretrained(small)
@@ -303,6 +325,8 @@ def test_a_model_in_int8_can_be_adapted_and_stays_in_int8(run, checkpoint, tmp_p
     assert {name for name in changed if "classifier" in name} == {"classifier.output.weight", "classifier.output.bias"}
     int8 = {name for name, value in later.items() if value.dtype == torch.int8}
     assert int8 and not int8 & changed
+    said = capsys.readouterr().out
+    assert "judge it:" in said and "make it small:" not in said
 
 
 def test_the_whole_classifier_is_trained_unless_something_speaks_against_it(run, checkpoint, tmp_path, monkeypatch):

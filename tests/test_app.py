@@ -58,7 +58,8 @@ def place(tmp_path_factory):
         "long.wav": np.concatenate([tone(9, 200), tone(9, 900, 0.1), tone(3.3, 400)]),
         "endless.wav": tone(31, 200),
         "empty.wav": np.zeros(0),
-        "silent.wav": tone(1, 200, 1e-5),
+        "silent.wav": tone(1, 200, 1e-4),
+        "against.wav": np.stack([tone(1, 200), -tone(1, 200)], axis=1),
     }
     for name, samples in recordings.items():
         soundfile.write(folder / name, samples, RATE, subtype="FLOAT")
@@ -156,7 +157,8 @@ def test_a_long_recording_over_time(place):
         (None, "There is nothing to classify: record or upload a recording, or write what is said."),
         ("notes.wav", r"notes.wav cannot be classified: cannot be read as audio \(.*\.\Z"),
         ("empty.wav", "empty.wav cannot be classified: empty, the file holds no samples."),
-        ("silent.wav", r"silent.wav is silent: .* Was the microphone on\?"),
+        ("silent.wav", "silent.wav cannot be classified: nothing can be heard in it: .* -80 dB of full scale."),
+        ("against.wav", "against.wav cannot be classified: nothing can be heard in it: its channels cancel .*"),
         ("endless.wav", "endless.wav cannot be classified: it lasts 0:31, and this page takes at most 0:30."),
     ],
 )

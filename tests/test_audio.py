@@ -19,8 +19,9 @@ from transformers import BertConfig, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
 import audio_mmser
-from audio_mmser import audio_length, load_audio, stream_audio
+from audio_mmser import audio_length, load_audio, stream_audio, why_silent
 from mmser.examples import ExampleReader
+from mmser.voice_activity import LOWEST_FLOOR, ON
 from pipeline_mmser import MMSERPipeline
 from processing_mmser import MMSERProcessor
 
@@ -573,3 +574,76 @@ def test_chunks_after_the_samples_of_a_stream_are_no_sound(size, tail):
     extra = len(tail) // 2 if tail.endswith(b"sounds") else 0
     assert len(audio) == len(samples) + extra
     np.testing.assert_allclose(audio[: len(samples)], samples, atol=1e-4)
+
+
+# --- silence ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_level_of_silence_is_that_of_voice_activity():
+    assert 20 * np.log10(audio_mmser.SILENT) == pytest.approx(LOWEST_FLOOR + ON)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "MP4"])
+def test_what_cancels_is_told_whatever_the_format(kind):
+    against = np.stack([CLIP, -CLIP], axis=1)
+    content = with_av(against, 48000) if kind == "MP4" else encoded(against, 48000, format=kind)
+    assert "its channels cancel each other" in why_silent(content)
+
+
+def with_av(samples, rate):
+    """Samples [T, 2] as an MP4 file with ALAC, which loses nothing."""
+    file = io.BytesIO()
+    with av.open(file, "w", "mp4") as container:
+        stream = container.add_stream("alac", rate=rate, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T.astype(np.float32)), "fltp", "stereo")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler("s16p", "stereo", rate, stream.codec_context.frame_size or 4096)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("audio", "rate", "reason"),
+    [
+        (np.zeros(RATE), RATE, "all samples are 0"),
+        (np.full(RATE, 128, dtype=np.uint8), RATE, "all samples are 0"),
+        (1e-4 * np.sign(sine(1.0)), RATE, "its loudest sample has -80 dB of full scale"),
+        (torch.stack([torch.ones(500), -torch.ones(500)]), 8000, "its channels cancel each other"),
+        ({"raw": np.zeros(RATE), "sampling_rate": RATE}, None, "all samples are 0"),
+        (np.stack([sine(1.0), 0.9 * -sine(1.0)]), RATE, ""),
+        (np.concatenate([np.zeros(30 * RATE), sine(0.1)]), RATE, ""),
+    ],
+)
+def test_why_nothing_can_be_heard(audio, rate, reason):
+    assert why_silent(audio, rate) == (reason and why_silent(audio, rate)) and reason in why_silent(audio, rate)
+
+
+def test_a_file_is_read_until_something_is_heard(monkeypatch):
+    """A folder of long recordings is not decoded twice."""
+    read = []
+    decode = audio_mmser.decode_channels
+    monkeypatch.setattr(
+        audio_mmser,
+        "decode_channels",
+        lambda *args: (read.append(len(rows)) or (rate, rows) for rate, rows in decode(*args)),
+    )
+    assert why_silent(encoded(noise(60 * RATE), format="FLAC")) == ""
+    assert sum(read) <= 2**18
+
+
+def test_the_pipeline_answers_silence_with_one_warning(warnings_of, classifier):
+    silent = {"raw": np.zeros(RATE), "sampling_rate": RATE}
+    against = {"raw": np.stack([sine(1.0), -sine(1.0)]), "sampling_rate": RATE}
+    assert len(classifier(against)) == len(classifier.labels)
+    assert len(classifier([silent, against], batch_size=2)) == 2
+    (said,) = warnings_of()
+    assert said.startswith("audio: nothing can be heard in it: its channels cancel each other")
+    assert said.endswith("Its answer means nothing. Further clips like this are not reported.")
+
+
+def test_a_pause_of_a_recording_is_nothing_to_warn_of(warnings_of, classifier):
+    recording = np.concatenate([sine(1.0), np.zeros(2 * RATE)])
+    assert classifier({"raw": recording, "sampling_rate": RATE}, chunk_length_s=1.0)["chunks"]
+    assert not warnings_of()

@@ -23,6 +23,7 @@ from mmser.arguments import (
     ModelArguments,
     command_parser,
     parse_arguments,
+    read_recipe,
 )
 from mmser.flags import FlagParser, split_debug
 from mmser.prediction_arguments import PREDICTION_ARGUMENTS
@@ -171,6 +172,12 @@ def test_the_flags_of_the_design():
 def test_what_is_no_json_is_named(words, said):
     with pytest.raises(ValueError, match=said):
         parse_arguments(TRAINING_ARGUMENTS, words)
+
+
+def test_a_recipe_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "recipe.json").write_bytes('{"data_dir": "Gespräche"}'.encode("cp1252"))
+    with pytest.raises(ValueError, match="recipe.json is not UTF-8 text: save it as UTF-8"):
+        read_recipe(str(tmp_path / "recipe.json"))
 
 
 def test_a_recipe_that_is_none_is_named(tmp_path):

@@ -128,6 +128,7 @@ def test_the_command_explains_a_clip(tmp_path, capsys):
     [
         ([], "nothing to explain"),
         (["missing.wav"], "missing.wav does not exist"),
+        (["--text", "caf\udce9"], "--text: the text is not in UTF-8"),
         (["--text", "a", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["--text", "a", "--window", "0"], "--window is a time"),
         (["--text", "a b", "--plot", "a.jpg"], "is a .png file"),
@@ -140,6 +141,12 @@ def test_the_command_explains_a_clip(tmp_path, capsys):
 def test_wrong_usage_of_the_command(words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(words)
+
+
+def test_nothing_is_explained_of_silence(tmp_path):
+    soundfile.write(tmp_path / "clip.wav", np.zeros(RATE), RATE)
+    with pytest.raises(ValueError, match=r"clip.wav: nothing can be heard in it: all samples are 0\."):
+        main([str(tmp_path / "clip.wav")])
 
 
 def test_rows_of_a_table():

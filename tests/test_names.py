@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of mmser.names: a folder, a file beside it, a name on the Hub, and what is said when there is none of them."""
 
+import http.server
+import threading
 import time
 
 import pytest
@@ -145,6 +147,36 @@ def test_two_random_encoders_and_a_tokenizer_need_no_hub(no_hub, checkpoint):
     words = ("--random_audio_encoder", "--random_text_encoder", "--tokenizer_name", str(checkpoint))
     assert model_loading.load_processor(training(*words)).tokenizer is not None
     assert no_hub == []
+
+
+@pytest.mark.parametrize("status", [407, 429, 502, 503])
+def test_a_hub_that_does_not_work_is_asked_once(status, monkeypatch, tmp_path):
+    """Libraries try such an address again and again, for each file: that takes minutes."""
+    asked = []
+
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    try:
+        said = f"--checkpoint me/absent is neither a folder nor .* the Hub cannot be reached .*answers {status}"
+        with pytest.raises(FileNotFoundError, match=said), reading([Named("--checkpoint", "me/absent")]):
+            pass
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(asked) == 1
 
 
 def test_the_cache_is_read_when_the_hub_cannot_be_reached(no_hub, monkeypatch):

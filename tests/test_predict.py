@@ -183,12 +183,48 @@ def test_patterns_folders_and_files_may_be_mixed_and_each_counts_once(place, mon
 
 def test_a_clip_that_only_decoding_shows_to_be_bad_does_not_stop_its_batch(predict, place, tmp_path):
     short = tmp_path / "short.wav"  # its header is fine
-    soundfile.write(short, np.zeros(100), RATE)
+    soundfile.write(short, 0.1 * np.ones(100), RATE)
     done = predict("clips/a.wav", short, "clips/b.flac", "--format", "csv")
     rows = list(csv.DictReader(done.out.splitlines()))
     assert done.code == 1 and [bool(row["error"]) for row in rows] == [False, True, False]
     assert rows[1]["error"].startswith("too short, 100 samples")
     assert predict(short).code == 1
+
+
+def silences(folder):
+    """Files in which nothing can be heard, each with what is said of it."""
+    left, rate = tone(0.3, 300), 44100
+    made = {
+        "zeros.wav": (np.zeros(4000), RATE, "all samples are 0"),
+        "hiss.flac": (1e-4 * np.sign(left), RATE, "its loudest sample has -80 dB of full scale"),
+        "against.wav": (np.stack([left, -left], axis=1), rate, "its channels cancel each other"),
+    }
+    for name, (samples, own_rate, _) in made.items():
+        soundfile.write(folder / name, samples, own_rate, subtype="PCM_24")
+    return {folder / name: f"nothing can be heard in it: {reason}" for name, (_, _, reason) in made.items()}
+
+
+def test_a_clip_in_which_nothing_can_be_heard_is_not_classified(predict, place, tmp_path):
+    said = silences(tmp_path)
+    for path, reason in said.items():
+        done = predict(path)
+        assert done.code == 1 and not done.out and f"{path.name}: {reason}" in done.err
+    done = predict("clips/a.wav", *said, "--format", "csv")
+    rows = list(csv.DictReader(done.out.splitlines()))
+    assert done.code == 1 and rows[0]["answer"] and not rows[0]["error"]
+    assert [row["answer"] for row in rows[1:]] == [""] * 3
+    assert all(row["error"].startswith(reason) for row, reason in zip(rows[1:], said.values(), strict=True))
+
+
+def test_a_turn_in_which_nothing_can_be_heard_is_not_classified(predict, tmp_path):
+    soundfile.write(tmp_path / "pause.wav", np.concatenate([tone(1, 200), np.zeros(RATE)]), RATE)
+    turns = [Span(0, 1, "", "anna"), Span(1, 2, "", "ben")]
+    lines = [f"SPEAKER pause 1 {one.start} {one.end - one.start} <NA> <NA> {one.speaker} <NA> <NA>" for one in turns]
+    (tmp_path / "pause.rttm").write_text("\n".join(lines))
+    done = predict(tmp_path / "pause.wav", "--speakers", tmp_path / "pause.rttm", "--format", "json")
+    segments = json.loads(done.out)[0]["segments"]
+    assert [one["error"] for one in segments] == ["", "nothing can be heard in it"] and done.code == 1
+    assert segments[0]["answer"] and not segments[1]["answer"]
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -234,6 +270,23 @@ def test_transcripts_that_do_not_fit_are_named(predict, place, tmp_path, content
             soundfile.write(path, tone(0.2, 200), RATE)
     with pytest.raises(ValueError, match=re.escape(said)):
         predict(*inputs, "--transcripts", "texts.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv", "file_name;text\na.wav;für\n".encode("cp1252"), r"^t.csv is not UTF-8 text \(row 2 .* as UTF-8$"),
+        ("t.tsv", "file_name\ttext\na.wav\tžluť\n".encode("cp1250"), "^t.tsv is not UTF-8 text"),
+        ("t.csv", "file_name,text\na.wav,so\n".encode("utf-32"), "^t.csv holds zero bytes .* save it as UTF-8$"),
+        ("t.csv", "file_name,text\na.wav,so\n".encode("utf-16")[:-1], "^t.csv begins like UTF-16, but is not"),
+        ("t.jsonl", b'{"file_name": "a.wav", "text": "' + b"x" * 2000 + b'\0"}', "^t.jsonl holds zero bytes"),
+        ("t.srt", "1\n00:00:00,100 --> 00:00:00,900\nça\n".encode("latin-1"), r"^t.srt is not UTF-8 text \(row 3"),
+    ],
+)
+def test_texts_in_another_encoding_are_named(predict, place, name, content, said):
+    (place.folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        predict("clips/a.wav", "--transcripts", name)
 
 
 # --- long recordings -------------------------------------------------------------------------------------------------
@@ -470,6 +523,7 @@ def test_clock():
         (["long.wav", "--text", "x", "--transcripts", "long.srt"], "give one of them"),
         (["long.wav", "--transcripts", "gone.csv"], "--transcripts gone.csv does not exist"),
         (["--text", "x", "--segments"], "Segments are those of a recording"),
+        (["--text", "caf\udce9"], "--text: the text is not in UTF-8"),
         (["clips", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["clips", "--segments_above", "0"], "--segments_above is a time in seconds"),
         (["clips", "--speakers", "long.rttm"], "has no turns of clips.a.wav: it names long"),

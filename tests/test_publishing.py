@@ -88,6 +88,18 @@ def test_a_run_becomes_a_complete_page(hub, run):
     assert is_own_card(run / "README.md")
 
 
+def test_files_of_a_run_name_no_folders_of_this_machine(hub, run):
+    for name in ("trainer_state.json", "training_args.json"):
+        content = {"best_model_checkpoint": str(run / "checkpoint-8"), "more": [{"output_dir": str(run)}], "step": 3}
+        (run / name).write_text(json.dumps(content))
+    publish(run, "me/page")
+    files = hub.files("me/page")
+    for name in ("trainer_state.json", "training_args.json"):
+        expected = {"best_model_checkpoint": "checkpoint-8", "more": [{"output_dir": run.name}], "step": 3}
+        assert json.loads(files[name]) == expected
+    assert not [path for path, content in files.items() if str(run.parent).encode() in content]
+
+
 def test_pushing_a_page_again_changes_nothing(hub, run, tmp_path):
     publish(run, "me/page", {"license": "mit"})
     first = hub.files("me/page")
@@ -144,6 +156,23 @@ def test_a_dry_run_uploads_nothing(hub, run, capsys):
     shown = capsys.readouterr().out
     assert hub.repositories == {} and "nothing was uploaded" in shown
     assert "MB  model.safetensors" in shown and "The page lacks: no license" in shown
+    shutil.rmtree(run / "evaluation")
+    assert cli.main(["push", str(run), "me/page", "--dry_run"]) == 0
+    assert f"no plots: mmser eval --checkpoint {run} --data_dir DATA draws them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("./gone", r"^mmser push \./gone does not exist"),
+        ("me/gone", "^me/gone is no checkpoint: there is no such folder.$"),
+        (".", r"^mmser push \. is no model: it has no config.json"),
+    ],
+)
+def test_a_folder_that_is_none_is_called_as_the_user_did(folder, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=said):
+        cli.main(["push", folder, "me/page"])
 
 
 def test_the_command_pushes(hub, run, capsys):

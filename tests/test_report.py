@@ -3,6 +3,7 @@
 
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import scipy.special
 import sklearn.metrics
 from tiny_corpus import parse_strict_json
 
-from mmser.report import Measured, draw, judge, reproducible, verdict, write_report
+from mmser.report import Measured, draw, judge, verdict, write_report
+from mmser.results import reproducible
 
 NAMES = ["neutral", "happy", "sad", "angry"]
 
@@ -263,6 +265,30 @@ def test_a_few_clips_are_no_proof_that_scores_are_off(clips, confidence, says):
     score = verdict(report)[1]
     assert says in score
     assert ("(95 % interval 4 % to 41 %)." in score) == ("do not show" in says)
+
+
+def test_a_command_names_no_folders_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    away = tmp_path.parent / "my data"
+    words = [
+        "/opt/bin/train_hf.py",
+        str(tmp_path / "recipes" / "a.json"),
+        "--data_dir",
+        str(away),
+        "runs/x",
+        "http://a/b",
+    ]
+    words += [
+        f"--output_dir={away}/run",
+        "--label_map",
+        f'{{"{tmp_path}/b": "c"}}',
+        "--text_column",
+        "a/b",
+        "--lr=1e-3",
+    ]
+    told = shlex.split(reproducible(words))
+    assert told[:6] == ["train_hf.py", "recipes/a.json", "--data_dir", "my data", "runs/x", "http://a/b"]
+    assert told[6:] == ["--output_dir=run", "--label_map", '{"b": "c"}', "--text_column", "a/b", "--lr=1e-3"]
 
 
 def test_the_command_can_be_pasted_and_has_no_token():

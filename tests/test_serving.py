@@ -27,24 +27,28 @@ from processing_mmser import MMSERPipeline
 
 ROOT = Path(__file__).parents[1]
 BOUNDARY = "boundary"
+URLENCODED = {"Content-Type": "application/x-www-form-urlencoded"}
 FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 
 
-def wav(seconds=0.5, frequency=300.0):
-    """The bytes of a wav file with a tone."""
+def wav(seconds=0.5, frequency=300.0, level=0.3, channels=(1.0,)):
+    """The bytes of a wav file with a tone, whose channels differ by a factor."""
     file = io.BytesIO()
-    soundfile.write(file, 0.3 * np.sin(frequency * np.arange(round(16000 * seconds)) / 2000), 16000, format="WAV")
+    tone = level * np.sin(frequency * np.arange(round(16000 * seconds)) / 2000)
+    soundfile.write(file, tone[:, None] * np.array(channels), 16000, format="WAV")
     return file.getvalue()
 
 
-def form(file=None, text=None):
-    """The body of a form."""
+def form(file=None, text=None, other=None):
+    """The body of a form; `other`: fields by their names, as bytes."""
     parts = []
     if file is not None:
         head = b'Content-Disposition: form-data; name="file"; filename="../a clip.wav"\r\nContent-Type: audio/wav'
         parts.append(head + b"\r\n\r\n" + file)
     if text is not None:
         parts.append(b'Content-Disposition: form-data; name="text"\r\n\r\n' + text.encode())
+    for name, content in (other or {}).items():
+        parts.append(f'Content-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + content)
     start = f"--{BOUNDARY}\r\n".encode()
     return b"".join(start + part + b"\r\n" for part in parts) + f"--{BOUNDARY}--\r\n".encode()
 
@@ -146,11 +150,20 @@ def test_a_long_recording_has_segments(port, classifier, monkeypatch):
     [
         (form(b"this is no sound"), FORM, 422, "cannot be read as audio"),
         (form(b""), FORM, 422, "empty"),
+        (form(wav(level=0)), FORM, 422, r"^file: nothing can be heard in it: all samples are 0\.$"),
+        (form(wav(channels=(1, -1)), "words"), FORM, 422, "its channels cancel each other"),
         (form(wav(41)), FORM, 422, "lasts 41 s, and this server takes 40 s"),
         (form(wav(31), "words"), FORM, 422, "The text has no times"),
+        (form(other={"txt": b"words"}), FORM, 422, "There is no field 'txt': a form has the fields file and text"),
+        (form(wav(), other={"größe": b"1"}), FORM, 422, "There is no field 'größe'"),
+        (form(None, "words", {"text": b"more"}), FORM, 422, "text is there 2 times"),
+        (form(None, other={"text": "größe".encode("cp1252")}), FORM, 422, "^text: it is not in UTF-8"),
+        (b"text=gr%F6%DFe", URLENCODED, 422, "^text: it is not in UTF-8"),
+        (form(None, other={"file": b"clip.wav"}), FORM, 422, "^file: this is a text, where the content of a file"),
+        (form(None, other={'text"; filename="a.txt': b"words"}), FORM, 422, "^text: this is a file; send the words"),
         (form(), FORM, 422, "nothing to classify"),
         (form(None, "  "), FORM, 422, "nothing to classify"),
-        (b"file=clip.wav", {"Content-Type": "application/x-www-form-urlencoded"}, 422, "file: .*curl -F file=@clip"),
+        (b"file=clip.wav", URLENCODED, 422, "file: this is a text.*curl -F file=@clip"),
         (b"not a form", FORM, 400, ""),
         (wav(), {"Content-Type": "audio/wav"}, 415, "Send a form with a file"),
         (b"{}", {}, 415, "Send a form with a file"),
@@ -160,6 +173,24 @@ def test_what_cannot_be_used_gets_a_sentence(port, body, headers, expected, said
     status, answer, _ = ask(port, body=body, headers=headers)
     assert status == expected and re.search(said, answer["detail"]) and "\n" not in answer["detail"]
     assert ask(port, body=form(wav()))[0] == 200  # and the next request is answered
+
+
+@pytest.mark.parametrize(
+    ("query", "said"), [("?text=words", "text is in the address"), ("?language=de", "There is no field 'language'")]
+)
+def test_what_stands_in_the_address_is_not_ignored(port, query, said):
+    status, answer, _ = ask(port, path=f"/classify{query}", body=form(wav()))
+    assert status == 422 and said in answer["detail"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "iso-8859-1", None])
+def test_texts_are_read_in_the_encoding_that_is_named(port, charset, monkeypatch):
+    text, heard = "größe", []
+    classify = serving.classify_upload
+    monkeypatch.setattr(serving, "classify_upload", lambda *args: heard.append(args[2]) or classify(*args))
+    kind = FORM["Content-Type"] + (f"; charset={charset}" if charset else "")
+    body = form(None, other={"text": text.encode(charset or "utf-8")})
+    assert ask(port, body=body, headers={"Content-Type": kind})[0] == 200 and heard == [text]
 
 
 def head_of(length):

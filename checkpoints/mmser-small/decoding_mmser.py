@@ -2,8 +2,8 @@
 """The content of an audio file to blocks of samples: libsndfile first, PyAV (if installed) for what it cannot open.
 
 A header's count of samples is a claim, not a limit: files are read to their end, and a count that is missing, or one
-that a program wrote before it knew better, cuts nothing. Read `decode` first, then the functions about one container
-each (WAV, MP3, Ogg, FLAC), then PyAV, then `count_samples`.
+that a program wrote before it knew better, cuts nothing. Read `decode_channels` first, then the functions about one
+container each (WAV, MP3, Ogg, FLAC), then PyAV, then `count_samples`.
 """
 
 import contextlib
@@ -104,6 +104,21 @@ class _ForwardFile(soundfile.SoundFile):
 
 
 def decode(content: Content, source: Any, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode an audio file to the mean of its channels, a block at a time.
+
+    Args: as of [`decode_channels`].
+
+    Yields:
+        (sampling rate in Hz, `np.ndarray` of shape (time,), mono float32); nothing for a file without samples.
+
+    Raises:
+        ValueError: as [`decode_channels`].
+    """
+    for rate, rows in decode_channels(content, source, name):
+        yield rate, rows.mean(axis=1)
+
+
+def decode_channels(content: Content, source: Any, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Decode an audio file, a block at a time.
 
     Args:
@@ -112,7 +127,7 @@ def decode(content: Content, source: Any, name: str) -> Iterator[tuple[int, np.n
         name (`str`): what messages call the file.
 
     Yields:
-        (sampling rate in Hz, `np.ndarray` of shape (time,), mono float32); nothing for a file without samples.
+        (sampling rate in Hz, `np.ndarray` of shape (time, channels), float32); nothing for a file without samples.
 
     Raises:
         ValueError: empty, unreadable, or cut short: its header promises more than is there, and not because it was
@@ -129,8 +144,8 @@ def decode(content: Content, source: Any, name: str) -> Iterator[tuple[int, np.n
                         f"{name}: several files in one, of {rate} and {sound.samplerate} Hz; bring them to one rate"
                     )
                 rate = sound.samplerate
-                for samples in _blocks(sound, promised, name):
-                    yield rate, samples
+                for rows in _blocks(sound, promised, name):
+                    yield rate, rows
         return
     except soundfile.SoundFileError as error:
         reason = _reason(error)
@@ -140,7 +155,7 @@ def decode(content: Content, source: Any, name: str) -> Iterator[tuple[int, np.n
 
 
 def _blocks(sound: soundfile.SoundFile, promised: int | None, name: str) -> Iterator[np.ndarray]:
-    """The samples of an opened file, mono float32. `promised`: what its header counts; None: as libsndfile says."""
+    """The samples [T, channels] of an opened file. `promised`: what its header counts; None: as libsndfile says."""
     is_limited = sound.frames < UNKNOWN_FRAMES
     if promised is None:
         promised = sound.frames if is_limited else 0
@@ -159,7 +174,7 @@ def _blocks(sound: soundfile.SoundFile, promised: int | None, name: str) -> Iter
         held += len(rows)
         if not len(rows):
             break
-        yield rows.mean(axis=1)
+        yield rows
     if held < promised - (MP3_FRAME if "MPEG" in sound.subtype else 0):
         raise ValueError(
             f"{name}: truncated, the header promises {promised} samples but only {held} are there"
@@ -381,7 +396,7 @@ def _flac_information(content: Content, start: int) -> tuple[int, int]:
 
 
 def _decode_with_av(content: Content, name: str, reason: str) -> Iterator[tuple[int, np.ndarray]]:
-    """As `decode`. `reason`: why libsndfile cannot open the file."""
+    """As `decode_channels`. `reason`: why libsndfile cannot open the file."""
     try:
         import av
     except ImportError:
@@ -413,13 +428,13 @@ def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, np
             continue
         for resampled in [part for frame in frames for part in resampler.resample(frame)]:
             rate = resampled.sample_rate  # the stream's own may be half of it, for HE-AAC
-            rows.append(resampled.to_ndarray().mean(axis=0))
+            rows.append(resampled.to_ndarray().T)  # (time, channels)
         if sum(map(len, rows)) >= BLOCK:
             held += sum(map(len, rows))
             yield rate, np.concatenate(rows)
             rows = []
     if rate:
-        rows += [frame.to_ndarray().mean(axis=0) for frame in resampler.resample(None)]
+        rows += [frame.to_ndarray().T for frame in resampler.resample(None)]
     held += sum(map(len, rows))
     if rows:
         yield rate, np.concatenate(rows)
@@ -462,7 +477,7 @@ def count_samples(content: Content, source: Any, name: str) -> tuple[int, int]:
                     part.seek(0, os.SEEK_END)  # as if it had been read
             if total < UNKNOWN_FRAMES:
                 return total, rate
-    blocks = [(len(samples), rate) for rate, samples in decode(content, source, name)]
+    blocks = [(len(rows), rate) for rate, rows in decode_channels(content, source, name)]
     return sum(length for length, _ in blocks), blocks[0][1] if blocks else 1
 
 

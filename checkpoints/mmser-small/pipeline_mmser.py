@@ -40,6 +40,7 @@ try:
         pad_and_stack,
         stream_audio,
         unwrap_audio,
+        warn_if_silent,
     )
     from .configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
     from .conformal_mmser import PredictionSets, check_coverage
@@ -54,6 +55,7 @@ except ImportError:
         pad_and_stack,
         stream_audio,
         unwrap_audio,
+        warn_if_silent,
     )
     from configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
     from conformal_mmser import PredictionSets, check_coverage
@@ -429,6 +431,10 @@ def text_of_chunk(words: Sequence[dict], start: float, stop: float) -> str | Non
     return " ".join(inside) or None
 
 
+class _Piece(dict):
+    """An input that is a piece of a recording: a pause in it is nothing to warn of."""
+
+
 class _Rows(torch.utils.data.Dataset):
     """A sequence that is no list, such as a column of `datasets`, which decodes a clip when it is asked for."""
 
@@ -632,7 +638,10 @@ class MMSERPipeline(Pipeline):
         text = None if has_words and words is None else text
         if audio is not None:
             rate = self.processor.feature_extractor.sampling_rate
-            audio, sampling_rate = [load_audio(audio, sampling_rate, rate, name=name)], rate
+            samples = load_audio(audio, sampling_rate, rate, name=name)
+            if not isinstance(inputs, _Piece):
+                warn_if_silent(samples, audio, sampling_rate, name)
+            audio, sampling_rate = [samples], rate
         options: dict[str, Any] = {"sampling_rate": sampling_rate, "return_tensors": "np"}
         return dict(self.processor(audio, text, **options))
 
@@ -759,7 +768,7 @@ class MMSERPipeline(Pipeline):
                     text = text_of_chunk(words, chunk.first / rate, end / rate)
                     yield (
                         f"{title} at {times[-1][0]:.2f} s",
-                        {"raw": chunk.samples, "sampling_rate": rate, "text": text},
+                        _Piece(raw=chunk.samples, sampling_rate=rate, text=text),
                     )
                 if not times:
                     raise ValueError(f"{name}: empty, it holds no samples")
