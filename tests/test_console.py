@@ -176,7 +176,7 @@ def test_what_is_no_json_is_named(words, said):
 
 def test_a_recipe_in_another_encoding_is_named(tmp_path):
     (tmp_path / "recipe.json").write_bytes('{"data_dir": "Gespräche"}'.encode("cp1252"))
-    with pytest.raises(ValueError, match="recipe.json is not UTF-8 text: save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"recipe\.json is not UTF-8 text: save it as UTF-8"):
         read_recipe(str(tmp_path / "recipe.json"))
 
 

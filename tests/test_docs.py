@@ -576,6 +576,7 @@ def test_arguments_in_the_prose_are_parsed(monkeypatch):
             [command] if command else [name for name in parsers if words[0] in parsers[name]._option_string_actions]
         )
         assert names, span
+        words = ["--adapt", *words] if words[0].startswith("--adapt_") else words
         arguments = [*words, *required[names[0]]] if words[0].endswith(".json") else [*required[names[0]], *words]
         parse_arguments(COMMANDS[names[0]], arguments)
         parsed += 1
