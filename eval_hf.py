@@ -42,10 +42,13 @@ def main(arguments: list[str] | None = None) -> dict:
     register_auto_classes()  # the code of MMSER is here: the code that the checkpoint carries is not run
     config = model_loading.load_config(options.model_name_or_path)
     label_names = model_loading.label_names_of(config)
+    if training_arguments.process_index == 0:
+        source.bad_rows.list_in(str(options.output_dir))
     clips = evaluation_run.load_clips(source, options, label_names, config)
     processor = evaluation_run.load_processor(options.model_name_or_path)
     reading = {"max_seconds": source.max_seconds, **reading_options(processor.modalities, processor.sampling_rate)}
-    clips = evaluation_run.check_clips(clips, source.on_bad_example, **reading)
+    clips = evaluation_run.check_clips(clips, source.bad_rows, **reading)
+    source.bad_rows.write()
     make_dataset: Any = partial(EmotionDataset, seed=options.seed, **reading)
     groups = evaluation_run.group_clips(make_dataset(clips.evaluated), options.group_by)
 

@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> dict:
         adaptation.check_arguments(model_arguments, data_arguments)
 
     seed = training_run.data_seed(training_arguments)
+    if training_arguments.process_index == 0:
+        data_arguments.bad_rows.list_in(training_arguments.output_dir)
     data = training_run.load_data(data_arguments, seed, checkpoint, learns_tasks=not adapt)
     processor = model_loading.load_processor(model_arguments)
     training_run.leave_out_unreadable(data, data_arguments, processor)
@@ -58,6 +60,7 @@ def main(arguments: list[str] | None = None) -> dict:
     examples = training_run.Examples(data_arguments, training_arguments, model, processor, teacher)
     trainer = training_run.make_trainer(model, teacher, processor, data, examples, training_arguments)
     run_identity.claim_output_dir(training_arguments, identity)
+    data_arguments.bad_rows.write()
     results = training_run.describe_run(trainer, data, model_arguments, data_arguments)
     has_pretrained_audio = not (model_arguments.model_name_or_path or model_arguments.random_audio_encoder)
     standardize_clips = data_arguments.standardize_clips if has_pretrained_audio else 0

@@ -4,6 +4,7 @@
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from mmser.table_files import near_name
 from mmser.training_flags import TrainingFlags
 
 if TYPE_CHECKING:  # what imports torch or datasets is imported when it is needed: `--help` does not need it
+    from mmser.bad_rows import BadRows
     from mmser.sources import DataColumns
 
 DTYPES = ("float32", "float16", "int8")
@@ -272,7 +274,15 @@ class SourceArguments:
         metadata={"help": "Accept speakers and clips that are in two splits. The scores will be too good."},
     )
     on_bad_example: str = field(
-        default="error", metadata={"help": "error, or skip: leave out bad rows and count them."}
+        default="error",
+        metadata={
+            "choices": ["error", "skip"],
+            "help": "error, or skip: leave out bad rows, and list them in bad_examples.csv beside the results.",
+        },
+    )
+    max_bad_examples: float = field(
+        default=0.2,
+        metadata={"help": "With --on_bad_example skip: more of the rows than this share end the run at once."},
     )
     max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are cropped, at random in training."})
     max_eval_samples: int | None = field(
@@ -314,10 +324,20 @@ class SourceArguments:
         """The same as keyword arguments of `load_emotion_dataset`."""
         names = (
             *("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split"),
-            *("test_split", "label_distribution_columns", "allow_speaker_overlap", "on_bad_example", "columns"),
+            *("test_split", "label_distribution_columns", "allow_speaker_overlap", "columns"),
             "label_map",
         )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"on_bad_example": self.bad_rows}
+
+    @cached_property
+    def bad_rows(self) -> "BadRows":
+        """The rule for bad rows, and what this run left out so far."""
+        from mmser.bad_rows import BadRows  # here: `--help` does not wait for transformers
+
+        try:
+            return BadRows(self.on_bad_example, self.max_bad_examples)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
 
     @property
     def places(self) -> list[str]:

@@ -1,32 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done about a bad row of the data: it ends the run ("error"), or it is left out with a warning ("skip")."""
+"""What is done about a bad row of the data: it ends the run ("error"), or it is left out with a warning ("skip").
+
+`BadRows` is that rule for a whole run: it keeps what was left out, for a file, and says when it is too much.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 from transformers.utils import logging
 
+from mmser.files import write_atomically
+
 logger = logging.get_logger(__name__)
+BAD_EXAMPLES = "bad_examples.csv"
+FEW = 3  # rows that a message names
 
 
-def check_on_bad_example(on_bad_example: str) -> None:
-    """Refuse any other rule than "error" and "skip"."""
-    if on_bad_example not in ("error", "skip"):
-        raise ValueError(f"on_bad_example must be 'error' or 'skip', got {on_bad_example!r}")
+class BadRows:
+    """
+    The rule for bad rows, and the rows that were left out.
+
+    Args:
+        on_bad_example: "error" or "skip".
+        max_share: with "skip", more of the rows of a table than this share end the run.
+    Attributes:
+        path: the file that lists them, which `list_in` chooses; None for no file.
+        problems: what is wrong with each of them, in the order of the tables.
+    Raises:
+        ValueError: another rule, or a share that is not in [0, 1].
+    """
+
+    def __init__(self, on_bad_example: str = "error", max_share: float = 1.0):
+        if on_bad_example not in ("error", "skip"):
+            raise ValueError(f"on_bad_example must be 'error' or 'skip', got {on_bad_example!r}")
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"max_bad_examples must be a share from 0 to 1, got {max_share}")
+        self.on_bad_example = on_bad_example
+        self.max_share = max_share
+        self.path: Path | None = None
+        self.problems: list[str] = []
+
+    def list_in(self, folder: str | os.PathLike) -> None:
+        """List the bad rows in `BAD_EXAMPLES` of a folder."""
+        self.path = Path(folder) / BAD_EXAMPLES
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether one bad row is an error."""
+        return self.on_bad_example == "error"
+
+    def are_too_many(self, number: int, rows: int) -> bool:
+        """Whether so many bad ones of so many rows end the run."""
+        return number > (0 if self.ends_run else self.max_share * rows)
+
+    def report(self, problems: Iterable[str], rows: int) -> None:
+        """
+        Take note of the bad rows of one table.
+
+        Args:
+            problems: what is wrong with each bad row.
+            rows: how many rows the table has.
+        Raises:
+            ValueError: there are bad rows and the rule is "error", or there are too many.
+        """
+        problems = list(problems)
+        if not problems:
+            return
+        self.problems += problems
+        count = "1 bad row" if len(problems) == 1 else f"{len(problems):,} bad rows"
+        listed = "".join(f"\n  {problem}" for problem in problems[:FEW])
+        if len(problems) > FEW:
+            listed += f"\n  and {len(problems) - FEW:,} more"
+        if self.ends_run:
+            raise ValueError(f"{count} in the data (--on_bad_example skip leaves them out):{listed}")
+        if self.are_too_many(len(problems), rows):
+            where = f" All that were found are in {self.write()}." if self.path else ""
+            raise ValueError(
+                f"{count} of {rows:,} are more than the share of {self.max_share:g} that may be left out "
+                f"(--max_bad_examples).{where} Mend them, or allow more:{listed}"
+            )
+        logger.warning(f"skipped {count} of {rows:,}:{listed}")
+
+    def write(self) -> Path | None:
+        """Write `path`, one problem a line, and return it; without bad rows an earlier list is removed."""
+        if self.path is None:
+            return None
+        if not self.problems:
+            self.path.unlink(missing_ok=True)
+            return None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = io.StringIO(newline="")
+        csv.writer(lines, lineterminator="\n").writerows([["problem"], *([problem] for problem in self.problems)])
+        write_atomically(self.path, lines.getvalue())
+        return self.path
+
+
+def rule_of(on_bad_example: str | BadRows) -> BadRows:
+    """The rule that a name, "error" or "skip", stands for."""
+    return on_bad_example if isinstance(on_bad_example, BadRows) else BadRows(on_bad_example)
 
 
 def skip_or_raise(error: ValueError, on_bad_example: str) -> None:
-    """Raise the error of one bad row, or warn that the row is skipped."""
+    """Raise the error of one bad row of a stream or a cache, or warn that the row is skipped."""
     if on_bad_example == "error":
         raise error
     logger.warning_once(f"skipped: {error}")
-
-
-def report_problems(problems: list[str], on_bad_example: str) -> None:
-    """Raise, or warn about, all bad rows at once: how many there are, and the first three."""
-    if not problems:
-        return
-    count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
-    listed = "".join(f"\n  {problem}" for problem in problems[:3])
-    if len(problems) > 3:
-        listed += f"\n  and {len(problems) - 3} more"
-    if on_bad_example == "error":
-        raise ValueError(f"{count} in the data (--on_bad_example skip leaves them out):{listed}")
-    logger.warning(f"skipped {count}:{listed}")

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
 from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, SourceArguments
+from mmser.bad_rows import BadRows
 from mmser.batches import MMSERDataCollator
 from mmser.division import divide_again
 from mmser.examples import EmotionDataset, drop_unreadable
@@ -132,7 +133,7 @@ def load_unknown(folders: list[str], source: SourceArguments, label_names: list[
         if name in tables or name == "mean":  # the report has a row of that name
             raise ValueError(f"--ood_dir {path}: the name {name!r} is taken in the report; rename the folder.")
         table = load_emotion_split(
-            path, columns=source.common_columns, label_names=label_names, on_bad_example=source.on_bad_example
+            path, columns=source.common_columns, label_names=label_names, on_bad_example=source.bad_rows
         )
         rows = [index for index, label in enumerate(table["labels"]) if label < 0]
         if not rows:
@@ -143,7 +144,7 @@ def load_unknown(folders: list[str], source: SourceArguments, label_names: list[
     return tables
 
 
-def check_clips(clips: Clips, on_bad_example: str, **reader_options) -> Clips:
+def check_clips(clips: Clips, on_bad_example: BadRows, **reader_options) -> Clips:
     """Try every clip once: unreadable ones are an error, or are left out (`on_bad_example`)."""
 
     def check(table: datasets.Dataset | None) -> datasets.Dataset | None:

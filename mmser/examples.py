@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from audio_mmser import MIN_SECONDS, audio_length, load_audio
 from mmser.augmentation import Augmenter, augmentation_generator
-from mmser.bad_rows import check_on_bad_example, skip_or_raise
+from mmser.bad_rows import BadRows, rule_of, skip_or_raise
 from mmser.targets import COLUMN as TARGETS
 
 logger = logging.get_logger(__name__)
@@ -250,7 +250,7 @@ class _SeededExamples:
     _skipped: torch.Tensor
 
     def __init__(self, dataset: Any, seed: int = 42, on_bad_example: str = "error", **reader_options):
-        check_on_bad_example(on_bad_example)
+        BadRows(on_bad_example)  # refuses any other word
         self.dataset = dataset
         self.seed = seed
         self.on_bad_example = on_bad_example
@@ -469,27 +469,40 @@ class TestTimeAugmentation(torch.utils.data.Dataset):
         return [length for length in self.dataset.lengths for _ in range(self.num_passes)]
 
 
-def drop_unreadable(dataset: datasets.Dataset, on_bad_example: str = "skip", **reader_options) -> datasets.Dataset:
+def drop_unreadable(
+    dataset: datasets.Dataset, on_bad_example: str | BadRows = "skip", **reader_options
+) -> datasets.Dataset:
     """Try to read each row once, and leave out the rows that cannot be read, with a warning that counts them.
 
     If every row is readable, all batches are whole: predictions line up with the rows, on any number of processes.
 
     Args:
         dataset: a split of `load_emotion_dataset`.
-        on_bad_example: "skip", or "error" to raise at the first bad row.
+        on_bad_example: "skip", "error" to raise at the first bad row, or a `BadRows`, which takes note of them.
         **reader_options: of `ExampleReader`.
 
     Raises:
-        ValueError: if no row is left, or naming the row, for "error".
+        ValueError: if no row is left, or naming the row, for "error"; or there are too many bad rows, which is said
+            as soon as it is known.
     """
-    examples = EmotionDataset(dataset, on_bad_example=on_bad_example, **reader_options)
-    is_readable = map_in_threads(lambda index: examples[index] is not None, len(examples), "checking clips")
-    if all(is_readable):
-        return dataset
-    if not any(is_readable):
+    rule, examples = rule_of(on_bad_example), EmotionDataset(dataset, **reader_options)
+    problems: dict[int, str] = {}
+
+    def check(index: int) -> None:
+        if rule.are_too_many(len(problems), len(dataset)):
+            return  # the run is at its end: no need to try the others
+        try:
+            examples[index]
+        except ValueError as error:
+            if rule.ends_run:
+                raise
+            problems[index] = str(error)
+
+    map_in_threads(check, len(examples), "checking clips")
+    rule.report((problems[index] for index in sorted(problems)), len(dataset))
+    if problems and len(problems) == len(dataset):
         raise ValueError(f"none of the {len(dataset)} examples can be read, the first is {dataset[0]['row']}")
-    logger.warning(f"skipped {examples.num_skipped} of {len(dataset)} clips that cannot be read")
-    return dataset.select(np.flatnonzero(is_readable))
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), list(problems))) if problems else dataset
 
 
 def class_counts(

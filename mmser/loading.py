@@ -14,7 +14,7 @@ import datasets
 from transformers.utils import logging
 
 from configuration_mmser import DEFAULT_LABELS
-from mmser.bad_rows import check_on_bad_example, report_problems
+from mmser.bad_rows import BadRows, rule_of
 from mmser.corpora import (
     Source,
     agree_on_labels,
@@ -69,7 +69,7 @@ def load_emotion_dataset(
     test_fraction: float = 0.15,
     seed: int = 42,
     allow_speaker_overlap: bool = False,
-    on_bad_example: str = "error",
+    on_bad_example: str | BadRows = "error",
     for_training: bool = True,
 ) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, list[str]]:
     """Load the training, validation and test data from one source or several, and check every row.
@@ -97,7 +97,7 @@ def load_emotion_dataset(
         seed: seed of the division.
         allow_speaker_overlap: accept a speaker or the same audio in two splits, or a random division of data without
             speakers.
-        on_bad_example: "error", or "skip" to leave bad rows out and count them; but an unknown label is an error.
+        on_bad_example: "error", "skip" to leave bad rows out, or a `BadRows`; but an unknown label is an error.
         for_training: False: messages speak of the evaluation of a model, whose `label_names` are given.
 
     Returns:
@@ -110,7 +110,7 @@ def load_emotion_dataset(
     Raises:
         ValueError: if a source, a column, a label or a row is not usable, or a speaker or a clip is in two splits.
     """
-    _check_arguments(validation_fraction, test_fraction, on_bad_example, label_map, label_distribution_columns)
+    rule = _check_arguments(validation_fraction, test_fraction, on_bad_example, label_map, label_distribution_columns)
     given = {"train": train_split, "validation": validation_split, "test": test_split}
     places = {"data_dir": data_dir, "manifest": manifest, "dataset_name": dataset_name}
     sources = find_sources(places, dataset_config_name, columns, given)
@@ -119,11 +119,11 @@ def load_emotion_dataset(
     if streaming:
         _check_stream(sources, label_map)
         name, config = sources[0].location, sources[0].config_name
-        return stream_hub(name, config, request, label_names, on_bad_example, checkpoint_names)
-    joined = _join_sources(sources, request, label_map, on_bad_example)
+        return stream_hub(name, config, request, label_names, rule.on_bad_example, checkpoint_names)
+    joined = _join_sources(sources, request, label_map, rule)
     label_names = _choose_classes(joined, label_names, checkpoint_names, for_training)
     usable = _check_records(joined.records, label_names, request.problems, tasks=request.tasks)
-    report_problems(request.problems, on_bad_example)
+    rule.report(request.problems, len(usable) + len(request.problems))
     fractions = {"test": test_fraction, "validation": validation_fraction}
     splits = _divide(joined, usable, label_names, fractions, seed, allow_speaker_overlap)
     table = _to_dataset(joined.records, extra_columns, joined.audio, request.tasks)
@@ -152,14 +152,14 @@ class _Joined:
 
 
 def _join_sources(
-    sources: list[Source], request: Request, label_map: str | os.PathLike | None, on_bad_example: str
+    sources: list[Source], request: Request, label_map: str | os.PathLike | None, rule: BadRows
 ) -> _Joined:
     """Read all sources, with their votes, and map their labels."""
     mapping = None if label_map is None else read_label_map(label_map)  # first: reading may take long
     records, audio, class_names = read_sources(sources, request)
     class_names = _read_all_votes(records, request) or class_names
-    if on_bad_example == "error":
-        report_problems(request.problems, on_bad_example)  # a row that was not read may hold the only clip of a class
+    if rule.ends_run:
+        rule.report(request.problems, len(records))  # a row that was not read may hold the only clip of a class
     if mapping is not None:
         mapping.apply(records)
         class_names = None  # some may have got other names
@@ -243,7 +243,7 @@ def load_emotion_split(
     extra_columns: Sequence[str] = (),
     label_names: Sequence[str] = DEFAULT_LABELS,
     allow_unknown: bool = True,
-    on_bad_example: str = "error",
+    on_bad_example: str | BadRows = "error",
 ) -> datasets.Dataset:
     """Load one folder (with `metadata.csv`, `.tsv` or `.jsonl`) or one manifest, such as an open-set folder.
 
@@ -261,7 +261,7 @@ def load_emotion_split(
     Raises:
         ValueError: if the file, a column or a row is not usable.
     """
-    check_on_bad_example(on_bad_example)
+    rule_of(on_bad_example)
     label_names = choose_label_names(label_names)
     path = Path(path)
     request = Request(columns or DataColumns(), extra_columns, needs_labels=not allow_unknown)
@@ -271,16 +271,16 @@ def load_emotion_split(
     if not allow_unknown:
         check_labels(found, None, label_names)
     usable = _check_records(records, label_names, request.problems, allow_unknown=allow_unknown)
-    report_problems(request.problems, on_bad_example)
+    rule_of(on_bad_example).report(request.problems, len(usable) + len(request.problems))
     if not usable:
         raise ValueError(f"no usable row is left in {path}")
     return _to_dataset(records, extra_columns).select(usable)
 
 
 def _check_arguments(
-    validation_fraction: float, test_fraction: float, on_bad_example: str, label_map: Any, votes: Any
-) -> None:
-    check_on_bad_example(on_bad_example)
+    validation_fraction: float, test_fraction: float, on_bad_example: str | BadRows, label_map: Any, votes: Any
+) -> BadRows:
+    rule = rule_of(on_bad_example)
     if min(validation_fraction, test_fraction) < 0 or not validation_fraction + test_fraction < 1:
         raise ValueError(
             "validation_fraction and test_fraction must be >= 0 and sum to less than 1, got "
@@ -288,6 +288,7 @@ def _check_arguments(
         )
     if label_map is not None and votes is not None:
         raise ValueError("label_map (--label_map) is for one label a row, and not for label_distribution_columns")
+    return rule
 
 
 def _check_stream(sources: Sequence[Source], label_map: Any) -> None:

@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
 from mmser import __version__
-from mmser.results import format_results, write_atomically
+from mmser.files import write_atomically
+from mmser.results import format_results
 from mmser.tables import format_table
 from modeling_mmser import MODALITY_BIASES, MMSERForAudioClassification
 

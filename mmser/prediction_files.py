@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from mmser.files import write_atomically
 from mmser.plots import check_matplotlib, plot_timeline
 from mmser.prediction_arguments import PredictionArguments
 from mmser.prediction_run import Prediction, Segment
-from mmser.results import write_atomically
 from mmser.tables import json_line, strict_json
 from mmser.timed_files import Span, format_audacity, format_rttm, format_srt
 

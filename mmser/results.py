@@ -6,7 +6,6 @@
 
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -75,19 +74,6 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file as a whole or not at all: a run may be killed at any moment, and a later one reads the file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def earlier_training(output_dir: str | Path) -> dict[str, Any] | None:

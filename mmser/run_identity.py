@@ -21,12 +21,14 @@ from transformers.utils import logging
 
 from adapters_mmser import fingerprint_weights
 from mmser.arguments import DataArguments, ModelArguments
+from mmser.bad_rows import BAD_EXAMPLES
 from mmser.division import IDENTITY_NAME
 from mmser.examples import content_sample, map_in_threads
+from mmser.files import write_atomically
 from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
 from mmser.progress import CURVES_NAME
-from mmser.results import RESULTS_NAME, describe_data, write_atomically
+from mmser.results import RESULTS_NAME, describe_data
 from mmser.sources import TEXT_COLUMNS
 from mmser.targets import COLUMN as TARGETS
 from mmser.trainer import labels_of, last_complete_checkpoint
@@ -278,7 +280,9 @@ def delete_run(folder: Path) -> None:
     if not (holds_run(folder) or (folder / IDENTITY_NAME).exists()):
         return
     checkpoints = [path for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if _is_checkpoint(path)]
-    files = [path for pattern in (*WRITTEN_FILES, IDENTITY_NAME) for path in sorted(folder.glob(pattern))]
+    files = [
+        path for pattern in (*WRITTEN_FILES, IDENTITY_NAME, BAD_EXAMPLES) for path in sorted(folder.glob(pattern))
+    ]
     cards = [path for pattern in CARD_PATTERNS for path in sorted(folder.glob(pattern)) if is_own_card(path)]
     files = [*cards, *files]
     names = ", ".join(path.name for path in (*checkpoints, *files))

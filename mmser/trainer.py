@@ -45,13 +45,13 @@ from mmser.batches import (
 )
 from mmser.contrastive import ContrastivePool
 from mmser.examples import EmotionDataset, class_counts
+from mmser.files import write_atomically
 from mmser.groups import MEAN_OVER_CORPORA, compute_corpus_metrics, corpora_of, speakers_of
 from mmser.metrics import build_compute_metrics
 from mmser.model_calibration import calibrate_outputs, fit_openmax, join_audio_alone, reset_calibration
 from mmser.model_card import CARD_NAME, sign_card
 from mmser.model_loading import check_teacher, label_names_of
 from mmser.optimizer import parameter_groups
-from mmser.results import write_atomically
 from mmser.sampling import TemperatureSampler, expected_draws, number_groups
 from mmser.targets import split_targets
 from mmser.training_arguments import MMSERTrainingArguments

@@ -25,6 +25,7 @@ from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.distillation import NEEDS_FROZEN_AUDIO, DistilledDataset, TeacherLogits
 from mmser.division import describe_division
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
+from mmser.files import write_atomically
 from mmser.groups import split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
@@ -41,7 +42,6 @@ from mmser.results import (
     format_results,
     next_steps,
     reproducible,
-    write_atomically,
 )
 from mmser.run_identity import holds_run
 from mmser.sampling import describe_draws, expected_draws
@@ -203,7 +203,7 @@ def load_data(
     data.division = None if arguments.streaming else describe_division(splits, fractions, seed)
     data.unknown = [] if other is None else [other]
     if arguments.ood_dir:
-        options: Any = {"columns": arguments.common_columns, "on_bad_example": arguments.on_bad_example}
+        options: Any = {"columns": arguments.common_columns, "on_bad_example": arguments.bad_rows}
         data.unknown.append(load_emotion_split(arguments.ood_dir, label_names=label_names, **options))
     if arguments.streaming:
         # A stream comes in stored order, which often is by class
@@ -247,11 +247,9 @@ def leave_out_unreadable(data: TrainingData, arguments: DataArguments, processor
         return
     options = reading_options(processor.modalities, processor.sampling_rate) | {"max_seconds": arguments.max_seconds}
     num_clips = sum(map(len, data.splits.values()))
-    data.splits = {
-        name: drop_unreadable(split, arguments.on_bad_example, **options) for name, split in data.splits.items()
-    }
+    data.splits = {name: drop_unreadable(split, arguments.bad_rows, **options) for name, split in data.splits.items()}
     data.skipped_clips = num_clips - sum(map(len, data.splits.values()))
-    data.unknown = [drop_unreadable(table, arguments.on_bad_example, **options) for table in data.unknown]
+    data.unknown = [drop_unreadable(table, arguments.bad_rows, **options) for table in data.unknown]
 
 
 def some_clips(split, number: int):

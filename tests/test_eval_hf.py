@@ -478,6 +478,8 @@ def test_unreadable_clips_are_skipped(run, corpus, tmp_path):
         run(data_dir=broken)
     report = run(data_dir=broken, ood_dir=broken / "ood", on_bad_example="skip")
     assert report["data"]["clips"] == {"test": 15, "train": 31} and report["unknown_clips"] == {"ood": 5}
+    listed = next(tmp_path.rglob("bad_examples.csv")).read_text().splitlines()
+    assert len(listed) == 1 + 3 and {line.split(".wav")[0][-3:] for line in listed[1:]} == {"5_0", "0_1", "d/0"}
 
 
 def test_known_clips_among_the_unknown_are_left_out(run, corpus, tmp_path, caplog):

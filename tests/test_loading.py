@@ -23,8 +23,9 @@ from transformers import BertTokenizer, Wav2Vec2FeatureExtractor, WhisperFeature
 from transformers.utils import logging
 
 from mmser.augmentation import Augmenter, augmentation_generator
+from mmser.bad_rows import BadRows
 from mmser.batches import MMSERDataCollator
-from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts
+from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable
 from mmser.groups import duration_bands, speakers_of
 from mmser.loading import load_emotion_dataset, load_emotion_split
 from mmser.sources import DataColumns
@@ -746,6 +747,42 @@ def test_missing_files_are_found_at_once(folder, log):
     assert "skipped 1 bad row" in log.text and "3.wav" in log.text
     with pytest.raises(ValueError, match="'error' or 'skip'"):
         load_emotion_dataset(folder, on_bad_example="ignore")
+
+
+def test_bad_rows_are_listed_and_too_many_end_the_run_before_all_are_read(folder, tmp_path, monkeypatch):
+    """Half of the files are no sound. A share of that is allowed; less ends the run, and at once."""
+    write_table(folder / "train" / "metadata.csv", clips(folder / "train", 40, "train{}"))
+    for index in range(0, 40, 2):
+        (folder / "train" / f"{index}.wav").write_bytes(b"not a sound")
+    (folder / "train" / "1.wav").unlink()
+    rule = BadRows("skip", 0.6)
+    rule.list_in(tmp_path / "out")
+    data, _ = load_emotion_dataset(folder, on_bad_example=rule)
+    assert len(drop_unreadable(data["train"], rule)) == 19
+    path = rule.write()
+    with path.open(encoding="utf-8", newline="") as file:
+        listed = [row["problem"] for row in csv.DictReader(file)]
+    assert path == tmp_path / "out" / "bad_examples.csv" and len(listed) == 21
+    assert "1.wav does not exist" in listed[0]  # then the files that were opened, in the order of the table
+    assert [int(re.search(r"/(\d+)\.wav", problem)[1]) for problem in listed[1:]] == list(range(0, 40, 2))
+
+    opened = []
+    read = EmotionDataset.__getitem__
+    monkeypatch.setattr(EmotionDataset, "__getitem__", lambda self, index: opened.append(index) or read(self, index))
+    strict = BadRows("skip", 0.1)
+    strict.list_in(tmp_path / "strict")
+    message = r"bad rows of 39 are more than the share of 0.1 .*--max_bad_examples.* in \S*strict/bad_examples.csv"
+    with pytest.raises(ValueError, match=message):
+        drop_unreadable(data["train"], strict)
+    assert len(opened) < 39 and len((tmp_path / "strict" / "bad_examples.csv").read_text().splitlines()) < 21
+    loading = BadRows("skip", 0.0)
+    with pytest.raises(ValueError, match=r"1 bad row of 48 are more than the share of 0 "):
+        load_emotion_dataset(folder, on_bad_example=loading)
+
+    rule.problems.clear()
+    assert rule.write() is None and not path.exists()  # what an earlier run listed is not true of this one
+    with pytest.raises(ValueError, match=r"max_bad_examples must be a share from 0 to 1, got 20"):
+        BadRows("skip", 20)
 
 
 @pytest.mark.parametrize(("line", "message"), [('{"label": 0,', "valid JSON"), ("[1, 2]", "not a JSON object")])
