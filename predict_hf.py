@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     classifier = prediction_run.load_classifier(options.model_name_or_path, options.device)
     predictions = prediction_run.classify(classifier, job, options)
 
-    written = prediction_files.write(predictions, classifier.labels, job.by_segment, options)
+    labels = prediction_run.labels_of(classifier, options)
+    written = prediction_files.write(predictions, labels, job.by_segment, options)
     if options.format is None or options.output:
         prediction_screen.print_answers(predictions, job.by_segment, options, written)
     return prediction_screen.print_failures(predictions)

@@ -71,7 +71,7 @@ class PredictionArguments:
     _essentials = {  # noqa: RUF012 (no field)
         "What to classify": ("checkpoint", "text", "transcripts", "live"),
         "Long recordings": ("segments", "speakers", "plot"),
-        "Results": ("output", "format", "overwrite", "top_k"),
+        "Results": ("output", "format", "overwrite", "top_k", "allowed_labels", "return_set"),
         "How": ("batch_size", "device"),
     }
 
@@ -150,6 +150,18 @@ class PredictionArguments:
     top_k: int | None = field(
         default=None, metadata={"help": "Classes to show on the screen, the best ones; files hold all."}
     )
+    allowed_labels: list[str] | None = field(
+        default=None,
+        metadata={"metavar": "LABEL", "help": "Choose among these labels only; their scores sum to 1."},
+    )
+    return_set: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "COVERAGE",
+            "help": "Also give the labels that a clip may have: the right one is among them with this probability, "
+            "0.5 to 0.99.",
+        },
+    )
     batch_size: int = field(default=BATCH_SIZE, metadata={"help": "Clips or segments at a time."})
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1, mps ... Default: the GPU, if there is one."}
@@ -162,6 +174,10 @@ class PredictionArguments:
         for name in ("batch_size", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.allowed_labels is not None and self.return_set is not None:
+            raise ValueError("--return_set speaks of all labels: leave out --allowed_labels.")
+        if self.return_set is not None and not 0.5 <= self.return_set <= 0.99:
+            raise ValueError(f"--return_set is a probability from 0.5 to 0.99, got {self.return_set}.")
         if self.live:
             self._check_live()
         elif not self.inputs and not self.text:
@@ -192,6 +208,7 @@ class PredictionArguments:
 
     def _check_live(self) -> None:
         flags = ("inputs", "text", "transcripts", "segments", "speakers", "output", "format", "plot", "top_k")
+        flags += ("allowed_labels", "return_set")
         for name in flags:
             if getattr(self, name):
                 what = "an input" if name == "inputs" else f"--{name}"

@@ -23,6 +23,7 @@ from mmser.prediction_run import Prediction, Segment
 from mmser.tables import json_line, strict_json
 from mmser.timed_files import Span, format_audacity, format_rttm, format_srt
 
+AUXILIARY = "auxiliary_"  # in front of the columns of other tasks
 UNKNOWN = "unknown"  # the answer to a clip that is none of the classes
 ABOUT_A_CLIP = ("score", "uncertainty", "unknown_probability", "is_unknown")
 
@@ -108,9 +109,10 @@ def table_rows(predictions: Sequence[Prediction], labels: Sequence[str], by_segm
         labels: of the model, in the order of their ids; each has a column `score_<label>`.
 
     Returns:
-        Rows that all have the same columns. What is missing is None, for texts "".
+        Rows that all have the same columns. What is missing is None, for texts "". Prediction sets and the answers to
+        other tasks have columns where there are any.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for prediction in predictions:
         one = prediction.input
         if not by_segment:
@@ -123,7 +125,13 @@ def table_rows(predictions: Sequence[Prediction], labels: Sequence[str], by_segm
         if not prediction.segments:  # one that cannot be read has a row too
             about = {"start": None, "end": None, "speaker": "", "text": ""}
             rows.append({"file": one.name, **about, **_columns([], labels), "error": one.error})
-    return rows
+    more = dict.fromkeys(name for row in rows for name in row["more"])
+    return [
+        {name: value for name, value in row.items() if name not in ("more", "error")}
+        | {name: row["more"].get(name) for name in more}
+        | {"error": row["error"]}
+        for row in rows
+    ]
 
 
 def _columns(scores: Sequence[dict], labels: Sequence[str]) -> dict[str, Any]:
@@ -134,7 +142,25 @@ def _columns(scores: Sequence[dict], labels: Sequence[str]) -> dict[str, Any]:
         "label": best.get("label", ""),
         **{name: best.get(name) for name in ABOUT_A_CLIP},
         **{f"score_{label}": by_label.get(label) for label in labels},
+        "more": _more(best),
     }
+
+
+def _more(best: dict[str, Any]) -> dict[str, Any]:
+    """By column: the prediction set of a clip, and the answers to other tasks."""
+    columns: dict[str, Any] = {}
+    if "prediction_set" in best:
+        columns["prediction_set"] = ", ".join(best["prediction_set"])
+    for task, value in best.get("auxiliary", {}).items():
+        columns[f"{AUXILIARY}{task}"] = likeliest(value)
+        if isinstance(value, dict):
+            columns |= {f"{AUXILIARY}{task}_{name}": probability for name, probability in value.items()}
+    return columns
+
+
+def likeliest(value: dict[str, float] | float) -> str | float:
+    """The answer to a task beside the emotion: the likeliest class, or the number."""
+    return max(value, key=lambda name: value[name]) if isinstance(value, dict) else value
 
 
 def content(predictions: Sequence[Prediction], labels: Sequence[str], format: str, by_segment: bool) -> bytes:
@@ -172,15 +198,21 @@ def _spans(segments: Sequence[Segment]) -> list[Span]:
 def nested(prediction: Prediction, labels: Sequence[str], by_segment: bool) -> dict[str, Any]:
     """An input, perhaps with its segments, as JSON has them: the scores of the labels in an object of their own."""
 
-    def with_scores(row: dict[str, Any]) -> dict[str, Any]:
-        plain = {name: value for name, value in row.items() if not name.startswith("score_")}
-        return {**plain, "scores": {label: row[f"score_{label}"] for label in labels}}
+    def with_scores(row: dict[str, Any], scores: Sequence[dict]) -> dict[str, Any]:
+        plain = {name: value for name, value in row.items() if not name.startswith(("score_", AUXILIARY))}
+        best = scores[0] if scores else {}
+        plain |= {name: best.get(name) for name in ("prediction_set",) if name in row}
+        other = {"auxiliary": best["auxiliary"]} if "auxiliary" in best else {}
+        return {**plain, **other, "scores": {label: row[f"score_{label}"] for label in labels}}
 
     (whole,) = table_rows([prediction], labels, by_segment=False)
-    nested = with_scores(whole)
+    nested = with_scores(whole, prediction.scores)
     if by_segment:
         rows = table_rows([prediction], labels, by_segment=True) if prediction.segments else []
-        nested["segments"] = [with_scores({name: row[name] for name in row if name != "file"}) for row in rows]
+        nested["segments"] = [
+            with_scores({name: row[name] for name in row if name != "file"}, segment.scores)
+            for row, segment in zip(rows, prediction.segments, strict=True)
+        ]
     return nested
 
 
@@ -194,6 +226,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
     kinds = {"is_unknown": pyarrow.bool_()}
+    kinds |= {name: pyarrow.string() for row in rows for name, value in row.items() if isinstance(value, str)}
     kinds |= dict.fromkeys(("file", "speaker", "text", "answer", "label", "error"), pyarrow.string())
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in rows[0]])  # also where all is None
     sink = pyarrow.BufferOutputStream()

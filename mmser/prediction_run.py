@@ -176,8 +176,45 @@ def _providers(device: str | None) -> list[str] | None:
     return kinds[device]
 
 
+def asked_of(classifier: MMSERPipeline, options: PredictionArguments) -> dict[str, Any]:
+    """
+    The options of the pipeline for what the flags ask. The answers to tasks beside the emotion are given by every
+    model that has them.
+
+    Raises:
+        ValueError: a label that the model does not have, or sets that it cannot give.
+    """
+    asked: dict[str, Any] = {"return_uncertainty": True}
+    if options.allowed_labels is not None:
+        unknown = [label for label in options.allowed_labels if label not in classifier.labels]
+        if unknown:
+            raise ValueError(
+                f"--allowed_labels: this model has no {unknown[0]!r}; its labels are {', '.join(classifier.labels)}."
+            )
+        asked["allowed_labels"] = options.allowed_labels
+    if options.return_set is not None:
+        asked["return_set"] = options.return_set
+        try:
+            classifier._sanitize_parameters(**asked)
+        except ValueError as error:
+            raise ValueError(f"--return_set {options.return_set:g}: {error}") from error
+    if getattr(classifier.model.config, "auxiliary_tasks", None):
+        asked["return_auxiliary"] = True
+    return asked
+
+
+def labels_of(classifier: MMSERPipeline, options: PredictionArguments) -> list[str]:
+    """The labels that have a score, in the order of their ids."""
+    allowed = options.allowed_labels
+    return [label for label in classifier.labels if allowed is None or label in allowed]
+
+
 def classify(classifier: MMSERPipeline, job: Job, options: PredictionArguments) -> list[Prediction]:
-    """What the model says of each input, in their order."""
+    """
+    What the model says of each input, in their order. With some of the labels only there is no uncertainty: it is that
+    of the likeliest of all labels.
+    """
+    asked = asked_of(classifier, options)
     if job.turns and classifier.processor.feature_extractor is None:
         raise ValueError("--speakers is about audio, and this model has no audio encoder.")
     predictions = [Prediction(one) for one in job.inputs]
@@ -189,10 +226,13 @@ def classify(classifier: MMSERPipeline, job: Job, options: PredictionArguments) 
             is_timed = options.by_segment or _is_long(prediction.input, options)
             (timed if is_timed else whole).append((prediction, spans))
     with _progress([one for one, _ in whole], [one for one, _ in timed], options) as bar:
-        _classify_clips(classifier, [prediction for prediction, _ in whole], options, bar)
+        _classify_clips(classifier, [prediction for prediction, _ in whole], options.batch_size, asked, bar)
         for prediction, spans in timed:
-            _classify_recording(classifier, prediction, spans if job.turns else None, options, bar)
+            _classify_recording(classifier, prediction, spans if job.turns else None, options, asked, bar)
     hide_moot_unknown(classifier, predictions)
+    if options.allowed_labels is not None:
+        for entry in itertools.chain.from_iterable(map(_entries, predictions)):
+            entry["uncertainty"] = None
     return predictions
 
 
@@ -200,8 +240,13 @@ def hide_moot_unknown(classifier: MMSERPipeline, predictions: Iterable[Predictio
     """Take `unknown_probability` out of the answers of a model that rejects nothing, where it would mislead."""
     if getattr(classifier.model.config, "openmax_threshold", "fitted") is None:
         for one in predictions:
-            for entry in itertools.chain(one.scores, *(segment.scores for segment in one.segments)):
+            for entry in _entries(one):
                 entry["unknown_probability"] = None
+
+
+def _entries(one: Prediction) -> Iterator[dict]:
+    """The scores of an input and of its segments."""
+    return itertools.chain(one.scores, *(segment.scores for segment in one.segments))
 
 
 def _progress(whole: Sequence[Prediction], timed: Sequence[Prediction], options: PredictionArguments) -> Any:
@@ -218,29 +263,29 @@ def _progress(whole: Sequence[Prediction], timed: Sequence[Prediction], options:
 
 
 def _classify_clips(
-    classifier: MMSERPipeline, predictions: Iterable[Prediction], options: PredictionArguments, bar: Any
+    classifier: MMSERPipeline, predictions: Iterable[Prediction], batch_size: int, asked: dict[str, Any], bar: Any
 ) -> None:
     """Clips of similar length together, the longest first; where one of them is bad, one by one."""
     order = sorted(predictions, key=lambda one: one.input.seconds or 0, reverse=True)
-    for start in range(0, len(order), options.batch_size):
-        batch = order[start : start + options.batch_size]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
         try:
-            results = classifier([_item(one.input) for one in batch], batch_size=len(batch), return_uncertainty=True)
+            results = classifier([_item(one.input) for one in batch], batch_size=len(batch), **asked)
         except (ValueError, OSError) as error:
             if len(batch) == 1:
                 batch[0].input.error = reason(error, batch[0].input)
                 results = [[]]
             else:
-                results = [_try(classifier, one.input) for one in batch]
+                results = [_try(classifier, one.input, asked) for one in batch]
         for one, scores in zip(batch, results, strict=True):
             one.scores = scores
             bar.update((one.input.seconds or 0) if bar.counts_seconds else 1)
 
 
-def _try(classifier: MMSERPipeline, one: Input) -> list[dict]:
+def _try(classifier: MMSERPipeline, one: Input, asked: dict[str, Any]) -> list[dict]:
     """The scores of one clip; none, and its error is set, if it cannot be read."""
     try:
-        return classifier([_item(one)], batch_size=1, return_uncertainty=True)[0]
+        return classifier([_item(one)], batch_size=1, **asked)[0]
     except (ValueError, OSError) as error:
         one.error = reason(error, one)
         return []
@@ -256,13 +301,14 @@ def _classify_recording(
     prediction: Prediction,
     turns: list[Span] | None,
     options: PredictionArguments,
+    asked: dict[str, Any],
     bar: Any,
 ) -> None:
     one = prediction.input
     segments = (
-        _chunks(classifier, one, options)
+        _chunks(classifier, one, options, asked)
         if turns is None
-        else _turns(classifier, one, _pieces(turns, options.chunk_length_s), options.batch_size)
+        else _turns(classifier, one, _pieces(turns, options.chunk_length_s), options.batch_size, asked)
     )
     done: list[Segment] = []
     try:
@@ -283,7 +329,9 @@ def _classify_recording(
     one.seconds = one.seconds or done[-1].end
 
 
-def _chunks(classifier: MMSERPipeline, one: Input, options: PredictionArguments) -> Iterator[Segment]:
+def _chunks(
+    classifier: MMSERPipeline, one: Input, options: PredictionArguments, asked: dict[str, Any]
+) -> Iterator[Segment]:
     """The chunks of the pipeline, as they are classified."""
     recording = {"path": one.source, **({"chunks": one.words} if one.words else {})}
     chunks = classifier.iterate_chunks(  # what is wrong with the options is an error here
@@ -291,7 +339,7 @@ def _chunks(classifier: MMSERPipeline, one: Input, options: PredictionArguments)
         batch_size=options.batch_size,
         chunk_length_s=options.chunk_length_s,
         stride_length_s=options.stride_length_s,
-        return_uncertainty=True,
+        **asked,
     )
 
     def segment(chunk: dict[str, Any]) -> Segment:
@@ -311,7 +359,9 @@ def _pieces(turns: Iterable[Span], limit: float) -> list[Span]:
     return sorted(pieces, key=lambda piece: piece.start)
 
 
-def _turns(classifier: MMSERPipeline, one: Input, pieces: Sequence[Span], batch_size: int) -> Iterator[Segment]:
+def _turns(
+    classifier: MMSERPipeline, one: Input, pieces: Sequence[Span], batch_size: int, asked: dict[str, Any]
+) -> Iterator[Segment]:
     """What the model says of each piece of a speaker's turn, heard by itself."""
     rate = classifier.processor.feature_extractor.sampling_rate
     waiting: list[Segment] = []  # in their order; those with an error are not classified
@@ -330,7 +380,7 @@ def _turns(classifier: MMSERPipeline, one: Input, pieces: Sequence[Span], batch_
             else:
                 yield {"raw": samples, "sampling_rate": rate, "text": text}
 
-    for scores in classifier(clips(), batch_size=batch_size, return_uncertainty=True):
+    for scores in classifier(clips(), batch_size=batch_size, **asked):
         while waiting and waiting[0].error:
             yield waiting.pop(0)
         segment = waiting.pop(0)

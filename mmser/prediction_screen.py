@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from mmser.prediction_arguments import PredictionArguments
-from mmser.prediction_files import UNKNOWN, answer
+from mmser.prediction_files import UNKNOWN, answer, likeliest
 from mmser.prediction_run import Prediction, Segment
 from mmser.tables import format_table
 from mmser.timed_files import clock
@@ -23,7 +23,7 @@ LEVELS = " ▁▂▃▄▅▆▇█"  # of a cell, from below
 MANY_ROWS = 30  # more than a screen: they are left out where a file holds them
 LEAST_CUT = 14  # characters that are left of a name or a text, however narrow the terminal is
 ANSWER_COLUMNS = ("answer", "score", "uncertainty", "error")
-MAY_BE_EMPTY = ("speaker", "text", "error")
+MAY_BE_EMPTY = ("speaker", "text", "uncertainty", "error")
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,28 @@ def show_clip(prediction: Prediction, screen: Screen, top_k: int | None = None) 
     name = one.name or f'"{one.text}"'
     lines = [f"{name}: {in_words(scores)}", "", *_bars(scores[:top_k], screen), ""]
     best = scores[0]
-    notes = [("uncertainty", best["uncertainty"], f'the probability that "{best["label"]}" is wrong')]
+    notes = []
+    if best["uncertainty"] is not None:
+        notes.append(("uncertainty", best["uncertainty"], f'the probability that "{best["label"]}" is wrong'))
     if best["unknown_probability"] is None:
         lines.append("  This model does not tell what is none of its classes.")
     else:
         notes.append((UNKNOWN, best["unknown_probability"], "the probability of none of these classes"))
     lines += [f"  {label:<12} {value:.3f}  {meaning}" for label, value, meaning in notes]
+    lines += [f"  {name:<12} {value}" for name, value in _more(best, is_long=True).items()]
     return "\n".join(lines)
+
+
+def _more(best: dict[str, Any], is_long: bool = False) -> dict[str, str]:
+    """In words: the labels that a clip may have, and the answers to other tasks, with `is_long` their probability."""
+    told = {"may be": ", ".join(best["prediction_set"]) or "-"} if "prediction_set" in best else {}
+    for task, value in best.get("auxiliary", {}).items():
+        found = likeliest(value)
+        if isinstance(value, dict):
+            told[task] = f"{found}  {value[found]:.3f}" if is_long else str(found)
+        else:
+            told[task] = f"{value:.3f}"
+    return told
 
 
 def _bars(scores: Sequence[dict], screen: Screen) -> list[str]:
@@ -149,12 +164,20 @@ def _bar(share: float, cells: int, screen: Screen) -> str:
 def _clips_table(predictions: Sequence[Prediction], screen: Screen) -> str:
     """Several inputs, one a row."""
     rows = [{"file": one.input.name, **_cells(one.scores, one.error, screen)} for one in predictions]
-    return _fitted(rows, ["file", *ANSWER_COLUMNS], screen)
+    return _fitted(rows, ["file", *ANSWER_COLUMNS[:-1], *_columns_of(rows), "error"], screen)
+
+
+def _columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns of `_more` in a table."""
+    return list(dict.fromkeys(name for row in rows for name in row["more"]))
 
 
 def _cells(scores: Sequence[dict], error: str, screen: Screen) -> dict[str, Any]:
     """The answer in a row of a table. A terminal has no room for an error, which is told below the table."""
+    more = _more(scores[0]) if scores else {}
     return {
+        "more": list(more),
+        **more,
         "answer": "not classified" if error and screen.width else in_words(scores, is_short=True),
         **{name: scores[0][name] if scores else None for name in ("score", "uncertainty")},
         "error": None if screen.width else error or None,
@@ -229,7 +252,8 @@ def _segments_table(predictions: Sequence[Prediction], screen: Screen) -> str:
         if not one.segments:
             rows.append({"file": one.input.name, **_cells([], one.error, screen)})
     file = ["file"] * (len(predictions) > 1)
-    return _fitted(rows, [*file, "start", "end", "speaker", *ANSWER_COLUMNS, "text"], screen)
+    columns = [*ANSWER_COLUMNS[:-1], *_columns_of(rows), "error"]
+    return _fitted(rows, [*file, "start", "end", "speaker", *columns, "text"], screen)
 
 
 def shares_of_time(segments: Sequence[Segment]) -> str:

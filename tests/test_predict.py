@@ -31,6 +31,7 @@ from mmser.prediction_inputs import find_inputs
 from mmser.prediction_run import cut_out
 from mmser.timed_files import Span, clock, format_rttm, format_srt, read_rttm, read_srt
 from modeling_mmser import register_auto_classes
+from processing_mmser import MMSERPipeline
 
 ROOT = Path(__file__).parents[1]
 LONG = ("--segments_above", "1.5", "--chunk_length_s", "1.2", "--stride_length_s", "0.2")
@@ -225,6 +226,85 @@ def test_a_turn_in_which_nothing_can_be_heard_is_not_classified(predict, tmp_pat
     segments = json.loads(done.out)[0]["segments"]
     assert [one["error"] for one in segments] == ["", "nothing can be heard in it"] and done.code == 1
     assert segments[0]["answer"] and not segments[1]["answer"]
+
+
+# --- some of the labels, sets of labels, other tasks -----------------------------------------------------------------
+
+
+def test_some_of_the_labels_are_as_the_pipeline_says(predict, place):
+    expected = place.classifier(str(place.clips / "a.wav"), allowed_labels=["sad", "happy"])
+    words = ("clips/a.wav", "--allowed_labels", "sad", "happy")
+    (row,) = csv.DictReader(predict(*words, "--format", "csv").out.splitlines())
+    found = {name: float(value) for name, value in row.items() if name.startswith("score_")}
+    assert found == {f"score_{one['label']}": pytest.approx(one["score"], abs=1e-5) for one in expected}
+    assert row["uncertainty"] == ""  # that of the likeliest of all labels, which may be none of these
+    shown = predict(*words).out
+    assert "  happy" in shown and "  angry" not in shown and "uncertainty" not in shown
+    chunks = place.classifier(str(place.long), allowed_labels=["sad", "happy"], **CHUNKS)["chunks"]
+    (found,) = json.loads(predict("long.wav", *LONG, *words[1:], "--format", "json").out)
+    for segment, chunk in zip(found["segments"], chunks, strict=True):
+        assert segment["scores"] == {e["label"]: pytest.approx(e["score"], abs=1e-5) for e in chunk["scores"]}
+
+
+@pytest.fixture
+def other(place, monkeypatch):
+    """A classifier with prediction sets and other tasks, in place of the plain one."""
+    torch.manual_seed(4)
+    tasks = {"sentiment": ["negative", "positive"], "arousal": "regression"}
+    model = randomize(tiny_model(dropout=False, auxiliary_tasks=tasks)).eval()
+    rng = np.random.default_rng(0)
+    model.prediction_sets.fit(rng.dirichlet(np.ones(len(NAMES)), 400), rng.integers(len(NAMES), size=400))
+    classifier = MMSERPipeline(model=model, processor=tiny_processor(), task="audio-classification")
+    monkeypatch.setattr(place, "classifier", classifier)
+    return classifier
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_sets_and_other_tasks_are_columns(predict, place, other, tmp_path, format):
+    out = tmp_path / f"answers.{format}"
+    assert predict("clips", "--return_set", "0.8", "--output", out).code == 1
+    table = pandas.read_csv(out) if format == "csv" else pandas.read_parquet(out)
+    assert len(table) == 4 and list(table.columns)[-1] == "error"
+    for row in table.to_dict("records"):
+        if row["file"].endswith("broken.wav"):
+            assert not isinstance(row["prediction_set"], str) and not row["auxiliary_arousal"] > -np.inf
+            continue
+        best = other(row["file"], return_set=0.8, return_auxiliary=True)[0]
+        assert row["prediction_set"] == ", ".join(best["prediction_set"])
+        sentiment = best["auxiliary"]["sentiment"]
+        assert row["auxiliary_sentiment"] == max(sentiment, key=sentiment.get)
+        for name, probability in sentiment.items():
+            assert row[f"auxiliary_sentiment_{name}"] == pytest.approx(probability, abs=1e-5)
+        assert row["auxiliary_arousal"] == pytest.approx(best["auxiliary"]["arousal"], abs=1e-5)
+
+
+def test_sets_and_other_tasks_in_json_and_on_the_screen(predict, place, other):
+    best = other("clips/a.wav", return_set=0.8, return_auxiliary=True)[0]
+    (found,) = json.loads(predict("clips/a.wav", "--return_set", "0.8", "--format", "json").out)
+    assert found["prediction_set"] == best["prediction_set"] and "auxiliary_arousal" not in found
+    assert found["auxiliary"]["sentiment"] == pytest.approx(best["auxiliary"]["sentiment"], abs=1e-5)
+    shown = predict("clips/a.wav", "--return_set", "0.8").out
+    assert re.search(rf"  may be +{', '.join(best['prediction_set'])}\n", shown)
+    assert re.search(r"  sentiment +(negative|positive)  0\.\d{3}\n", shown) and "  arousal" in shown
+    head = predict("clips/a.wav", "clips/b.flac", "--return_set", "0.8").out.splitlines()[0]
+    assert re.sub(" +", " ", head) == "| file | answer | score | uncertainty | may be | sentiment | arousal |"
+    (long,) = json.loads(predict("long.wav", *LONG, "--return_set", "0.8", "--format", "json").out)
+    assert "prediction_set" not in long and "prediction_set" in long["segments"][0]  # a set is that of a clip
+    assert set(long["auxiliary"]) == {"sentiment", "arousal"} == set(long["segments"][0]["auxiliary"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--allowed_labels", "sad", "glad"], "--allowed_labels: this model has no 'glad'; its labels are .*sad"),
+        (["--return_set", "0.9"], "^--return_set 0.9: "),
+        (["--return_set", "2"], "--return_set is a probability from 0.5 to 0.99, got 2"),
+        (["--return_set", "0.9", "--allowed_labels", "sad"], "--return_set speaks of all labels"),
+    ],
+)
+def test_labels_and_sets_that_the_model_lacks(predict, words, said):
+    with pytest.raises(ValueError, match=said):
+        predict("clips/a.wav", *words)
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
