@@ -27,10 +27,12 @@ def main(arguments: list[str] | None = None) -> dict:
     # Late: `--help` and a wrong flag do not wait for torch
     from transformers import set_seed
 
-    from mmser import adaptation, model_loading, publishing, run_identity, training_run
+    from mmser import adaptation, model_loading, publishing, run_identity, search, training_run
 
     set_up_logging(training_arguments)
     set_seed(training_arguments.seed)
+    if training_arguments.hp_search:
+        return search.search_with_data(command, model_arguments, data_arguments, training_arguments, main)
     training_run.warn_of_moot_settings(model_arguments, data_arguments)
     resumed = training_run.find_checkpoint(training_arguments)
     adapt, checkpoint = training_arguments.adapt, model_arguments.model_name_or_path

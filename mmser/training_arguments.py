@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MMSERTrainingArguments`: the arguments of Transformers' Trainer with the defaults and the additions of MMSER."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -41,6 +42,9 @@ WITHOUT_EFFECT = {
     "remove_unused_columns": ((False,), "Clips are raw audio, which the model knows by no column."),
 }
 
+# What `--report_to` writes with; any of the packages does
+REPORT_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
+
 # Arguments that say how all weights are learnt, which `--adapt` does in its own way
 TRAINS_BY_STEPS = (
     *("num_train_epochs", "max_steps", "learning_rate", "lr_multipliers", "weight_decay", "weight_averaging"),
@@ -70,6 +74,9 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
             )
         if not 0 <= self.weight_averaging < 1:
             raise ValueError(f"`weight_averaging` must be in [0, 1), got {self.weight_averaging}.")
+        if self.hp_search < 0 or (self.hp_search and self.adapt):
+            raise ValueError(f"--hp_search is a number of trainings, without --adapt, got {self.hp_search}.")
+        self._check_reporting()
         self._check_adversaries()
         self._check_sampling()
         on_cpu = self.use_cpu or not has_accelerator()
@@ -92,6 +99,16 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+
+    def _check_reporting(self) -> None:
+        """What --report_to names is installed; the Trainer would say so after the data are read, with a traceback."""
+        wanted = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in wanted:
+            packages = REPORT_PACKAGES.get(name, ())
+            if packages and not any(importlib.util.find_spec(package) for package in packages):
+                raise ImportError(
+                    f"--report_to {name} needs a package that is not installed: `pip install {packages[0]}`"
+                )
 
     def _check_sampling(self) -> None:
         temperature, strategy = self.sampling_temperature, str(self.train_sampling_strategy)

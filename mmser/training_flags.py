@@ -25,6 +25,13 @@ class TrainingFlags:
         default=False,
         metadata={"help": "Delete the run that --output_dir holds, its checkpoints and its results, and start anew."},
     )
+    hp_search: int = field(
+        default=0,
+        metadata={
+            "help": "Train that many times with other learning rates, weight decays, batch sizes and dropouts, and "
+            "say which are best on the validation clips; needs the extra `search`."
+        },
+    )
     adapt: bool = field(
         default=False,
         metadata={
