@@ -8,14 +8,16 @@ without adapters, and needs no PEFT. Training them is in `mmser/lora.py`.
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 try:
@@ -31,6 +33,9 @@ WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "variant")
 # As PEFT names the parts of a linear layer: its own weights, and the matrices of the adapter "default"
 BASE, DOWN, UP = ".base_layer.", ".lora_A.", ".lora_B."
+HEAD, REPORTED = "classifier.", ("missing", "unexpected")
+# Weights that a checkpoint has if its configuration says so: the head, and the numbered layers of the encoders
+LAYERS = re.compile(rf"^{re.escape(HEAD)}|_encoder\..*layers?\.\d+\.")
 
 
 class LoadsAdapters:
@@ -48,9 +53,10 @@ class LoadsAdapters:
             audio_name_or_path, text_name_or_path: where the encoder of such adapters is, if not where it was.
         Raises:
             OSError: the encoder of the adapters cannot be read.
-            ValueError: it has other weights, or an encoder is named for a checkpoint that has its own.
+            ValueError: it has other weights, or an encoder is named for a checkpoint that has its own; or the
+                configuration is not that of the weights: layers are missing, or there are others.
         """
-        load = super().from_pretrained
+        load = partial(_load_whole, super().from_pretrained)
         name = pretrained_model_name_or_path
         places = {kind: kwargs.pop(f"{kind}_name_or_path") for kind in MODALITIES if f"{kind}_name_or_path" in kwargs}
         hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
@@ -68,6 +74,27 @@ class LoadsAdapters:
         model.config.lora = None
         model.config.name_or_path = model.name_or_path = str(name)
         return result
+
+
+def _load_whole(
+    load: Callable[..., Any], name: Any, *model_args, output_loading_info: bool = False, **kwargs
+) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+    """`from_pretrained`, but a layer that is new because the configuration is wrong is an error and no warning."""
+    model, report = load(name, *model_args, output_loading_info=True, **kwargs)
+    missing, unexpected = ({key for key in report[f"{kind}_keys"] if LAYERS.search(key)} for kind in REPORTED)
+    head = {key for key in model.state_dict() if key.startswith(HEAD)}
+    if head <= set(report["missing_keys"]):  # a backbone alone, which gets a new head
+        missing -= head
+    if not head:  # a model without a head, of a checkpoint with one
+        unexpected = {key for key in unexpected if not key.startswith(HEAD)}
+    if missing or unexpected:
+        first = min(missing or unexpected)
+        what = "has none for" if missing else "also has weights for"
+        raise ValueError(
+            f"The configuration of {name} is not that of its weights: the file {what} {first} and "
+            f"{len(missing | unexpected) - 1} others. Take config.json and the weights from one checkpoint."
+        )
+    return (model, report) if output_loading_info else model
 
 
 def weights_to_save(model: Any, weights: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict | None]:

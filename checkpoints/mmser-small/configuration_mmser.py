@@ -36,6 +36,9 @@ PADDING_DEPENDENT = {
     "add_adapter": "its convolutions mix padding into the clip",
 }
 
+# Bounds far above any network. A checkpoint of a stranger must not make a machine build one that fills its memory
+LARGEST_SIZE, MOST_LAYERS, LARGEST_NUMBER = 2**16, 2**10, 2**24
+
 # Names of fields, what their values must fulfil, and the same in words
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
@@ -65,6 +68,21 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: 0 <= value < 1,
         "in [0, 1)",
     ),
+    (
+        (
+            *("cross_attention_hidden_size", "cross_attention_heads", "pooling_hidden_size", "fusion_hidden_size"),
+            *("classifier_hidden_size", "classifier_bottleneck", "feature_size", "anchor_size"),
+            *("uncertainty_hidden_size", "auxiliary_hidden_size", "prototypes_per_class"),
+            "openmax_centroids_per_class",
+        ),
+        lambda value: value <= LARGEST_SIZE,
+        f"at most {LARGEST_SIZE:,}",
+    ),
+    (
+        ("classifier_num_layers", "fusion_num_layers"),
+        lambda value: value <= MOST_LAYERS,
+        f"at most {MOST_LAYERS:,}",
+    ),
     (("contrastive_other_corpus_weight",), lambda value: 0 <= value <= 1, "in [0, 1]"),
     (("openmax_tail_size",), lambda value: value >= 5, "at least 5"),
     (
@@ -90,6 +108,25 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("openmax_distance",), ("centroid", "anchor").__contains__, "one of centroid, anchor"),
     (("openmax_level",), ("probability", "activation").__contains__, "one of probability, activation"),
 )
+
+
+def check_encoder_sizes(config: PreTrainedConfig | None, name: str) -> None:
+    """
+    Refuse an encoder that no machine can hold.
+
+    Args:
+        config: of the encoder; None for none.
+        name: of the field that it is in.
+    Raises:
+        ValueError: naming the field that is too large.
+    """
+    for key, values in ({} if config is None else config.to_dict()).items():
+        is_width = key.endswith(("_size", "_dim", "d_model")) and key != "vocab_size"
+        limit = MOST_LAYERS if key.endswith("_layers") else LARGEST_SIZE if is_width else LARGEST_NUMBER
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if isinstance(value, int) and value > limit:
+                raise ValueError(f"`{name}.{key}` must be at most {limit:,}, got {value:,}.")
+
 
 # Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
 # at the code beside it, also after it has been loaded from one repository and pushed to another.
@@ -382,6 +419,8 @@ class MMSERConfig(PreTrainedConfig):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
             raise ValueError("`supervised_contrastive_temperature` cannot be set any more: it is 0.1.")
         self._warn_of_misspelt(kwargs)
+        if (kwargs.get("num_labels") or 0) > LARGEST_SIZE:  # Transformers would make a name for each
+            raise ValueError(f"`num_labels` must be at most {LARGEST_SIZE:,}, got {kwargs['num_labels']:,}.")
         if self.label2id is not None:
             self.label2id = {label: int(i) for label, i in self.label2id.items()}
         if self.id2label is None and self.label2id is not None:
@@ -488,6 +527,8 @@ class MMSERConfig(PreTrainedConfig):
         """Raise `ValueError` for values that cannot make a network (part of the `@strict` validation)."""
         super().validate_architecture()
         self._check_values()
+        check_encoder_sizes(self.audio_config, "audio_config")
+        check_encoder_sizes(self.text_config, "text_config")
         check_auxiliary_tasks(self.auxiliary_tasks, self.auxiliary_label_maps)
         if self.cross_attention_hidden_size % self.cross_attention_heads:
             raise ValueError(
