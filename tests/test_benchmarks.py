@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what all benchmarks share, of the committed results, and of `open_set.py`, `head_depth.py`, `judged.py`,
-`compatibility.py`."""
+`compatibility.py`, `bad_data.py`."""
 
 import json
 import re
@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import bad_data
 from configuration_mmser import MMSERConfig
+from mmser.bad_rows import BadRows
+from mmser.examples import drop_unreadable
+from mmser.loading import load_emotion_dataset
 from openmax_mmser import OpenMax
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "open_set.py"
@@ -492,3 +496,18 @@ def test_students_differ_by_the_teacher_alone(shared, teacher_and_students, tmp_
     (tmp_path / "teacher" / "eval_results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="--teacher was judged on"):
         distillation.main(flags)
+
+
+# ---- bad_data.py
+
+
+def test_of_spoilt_files_those_that_cannot_be_used_are_left_out(tmp_path):
+    """All kinds that the campaign counts as bad are bad to the loader, and the others are not."""
+    spoilt = bad_data.make_corpus(tmp_path / "corpus", 140, 0.2)
+    kinds = list(spoilt.values())
+    assert {kinds.count(kind) for kind in (*bad_data.UNREADABLE, *bad_data.READABLE)} == {4}
+    rule = BadRows("skip", 1.0)
+    splits, _ = load_emotion_dataset(manifest=tmp_path / "corpus" / "metadata.csv", on_bad_example=rule)
+    left = {Path(clip).name for split in splits.values() for clip in drop_unreadable(split, rule)["audio"]}
+    bad = {name for name, kind in spoilt.items() if kind in bad_data.UNREADABLE}
+    assert left == {f"{number}.wav" for number in range(140)} - bad and len(rule.problems) == len(bad) == 20
