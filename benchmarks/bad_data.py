@@ -43,7 +43,6 @@ MODEL = {
     "max_steps": 20,
     "save_strategy": "no",
     "eval_strategy": "no",
-    "max_eval_samples": 100,
     "dataloader_num_workers": 0,
     "use_cpu": True,
     "on_bad_example": "skip",

@@ -25,10 +25,11 @@ class BadRows:
 
     Args:
         on_bad_example: "error" or "skip".
-        max_share: with "skip", more of the rows of a table than this share end the run.
+        max_share: with "skip", more of all rows than this share end the run.
     Attributes:
         path: the file that lists them, which `list_in` chooses; None for no file.
         problems: what is wrong with each of them, in the order of the tables.
+        rows: how many rows all tables had that were loaded so far.
     Raises:
         ValueError: another rule, or a share that is not in [0, 1].
     """
@@ -42,6 +43,7 @@ class BadRows:
         self.max_share = max_share
         self.path: Path | None = None
         self.problems: list[str] = []
+        self.rows = 0
 
     def list_in(self, folder: str | os.PathLike) -> None:
         """List the bad rows in `BAD_EXAMPLES` of a folder."""
@@ -52,17 +54,16 @@ class BadRows:
         """Whether one bad row is an error."""
         return self.on_bad_example == "error"
 
-    def are_too_many(self, number: int, rows: int) -> bool:
-        """Whether so many bad ones of so many rows end the run."""
-        return number > (0 if self.ends_run else self.max_share * rows)
+    def are_too_many(self, further: int) -> bool:
+        """Whether the bad rows so far and so many further ones end the run."""
+        return len(self.problems) + further > (0 if self.ends_run else self.max_share * self.rows)
 
-    def report(self, problems: Iterable[str], rows: int) -> None:
+    def report(self, problems: Iterable[str]) -> None:
         """
-        Take note of the bad rows of one table.
+        Take note of bad rows.
 
         Args:
-            problems: what is wrong with each bad row.
-            rows: how many rows the table has.
+            problems: what is wrong with each of them.
         Raises:
             ValueError: there are bad rows and the rule is "error", or there are too many.
         """
@@ -76,13 +77,13 @@ class BadRows:
             listed += f"\n  and {len(problems) - FEW:,} more"
         if self.ends_run:
             raise ValueError(f"{count} in the data (--on_bad_example skip leaves them out):{listed}")
-        if self.are_too_many(len(problems), rows):
+        if self.are_too_many(0):
             where = f" All that were found are in {self.write()}." if self.path else ""
             raise ValueError(
-                f"{count} of {rows:,} are more than the share of {self.max_share:g} that may be left out "
-                f"(--max_bad_examples).{where} Mend them, or allow more:{listed}"
+                f"{len(self.problems):,} bad rows of {self.rows:,} are more than the share of {self.max_share:g} that "
+                f"may be left out (--max_bad_examples).{where} Mend them, or allow more:{listed}"
             )
-        logger.warning(f"skipped {count} of {rows:,}:{listed}")
+        logger.warning(f"skipped {count}:{listed}")
 
     def write(self) -> Path | None:
         """Write `path`, one problem a line, and return it; without bad rows an earlier list is removed."""

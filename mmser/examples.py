@@ -487,9 +487,10 @@ def drop_unreadable(
     """
     rule, examples = rule_of(on_bad_example), EmotionDataset(dataset, **reader_options)
     problems: dict[int, str] = {}
+    rule.rows = rule.rows or len(dataset)  # a table that was not loaded with this rule
 
     def check(index: int) -> None:
-        if rule.are_too_many(len(problems), len(dataset)):
+        if rule.are_too_many(len(problems)):
             return  # the run is at its end: no need to try the others
         try:
             examples[index]
@@ -499,7 +500,7 @@ def drop_unreadable(
             problems[index] = str(error)
 
     map_in_threads(check, len(examples), "checking clips")
-    rule.report((problems[index] for index in sorted(problems)), len(dataset))
+    rule.report(problems[index] for index in sorted(problems))
     if problems and len(problems) == len(dataset):
         raise ValueError(f"none of the {len(dataset)} examples can be read, the first is {dataset[0]['row']}")
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), list(problems))) if problems else dataset

@@ -123,7 +123,8 @@ def load_emotion_dataset(
     joined = _join_sources(sources, request, label_map, rule)
     label_names = _choose_classes(joined, label_names, checkpoint_names, for_training)
     usable = _check_records(joined.records, label_names, request.problems, tasks=request.tasks)
-    rule.report(request.problems, len(usable) + len(request.problems))
+    rule.rows += len(usable) + len(request.problems)
+    rule.report(request.problems)
     fractions = {"test": test_fraction, "validation": validation_fraction}
     splits = _divide(joined, usable, label_names, fractions, seed, allow_speaker_overlap)
     table = _to_dataset(joined.records, extra_columns, joined.audio, request.tasks)
@@ -159,7 +160,7 @@ def _join_sources(
     records, audio, class_names = read_sources(sources, request)
     class_names = _read_all_votes(records, request) or class_names
     if rule.ends_run:
-        rule.report(request.problems, len(records))  # a row that was not read may hold the only clip of a class
+        rule.report(request.problems)  # a row that was not read may hold the only clip of a class
     if mapping is not None:
         mapping.apply(records)
         class_names = None  # some may have got other names
@@ -261,7 +262,7 @@ def load_emotion_split(
     Raises:
         ValueError: if the file, a column or a row is not usable.
     """
-    rule_of(on_bad_example)
+    rule = rule_of(on_bad_example)
     label_names = choose_label_names(label_names)
     path = Path(path)
     request = Request(columns or DataColumns(), extra_columns, needs_labels=not allow_unknown)
@@ -271,7 +272,8 @@ def load_emotion_split(
     if not allow_unknown:
         check_labels(found, None, label_names)
     usable = _check_records(records, label_names, request.problems, allow_unknown=allow_unknown)
-    rule_of(on_bad_example).report(request.problems, len(usable) + len(request.problems))
+    rule.rows += len(usable) + len(request.problems)
+    rule.report(request.problems)
     if not usable:
         raise ValueError(f"no usable row is left in {path}")
     return _to_dataset(records, extra_columns).select(usable)

@@ -776,7 +776,7 @@ def test_bad_rows_are_listed_and_too_many_end_the_run_before_all_are_read(folder
         drop_unreadable(data["train"], strict)
     assert len(opened) < 39 and len((tmp_path / "strict" / "bad_examples.csv").read_text().splitlines()) < 21
     loading = BadRows("skip", 0.0)
-    with pytest.raises(ValueError, match=r"1 bad row of 48 are more than the share of 0 "):
+    with pytest.raises(ValueError, match=r"1 bad rows of 48 are more than the share of 0 "):
         load_emotion_dataset(folder, on_bad_example=loading)
 
     rule.problems.clear()
