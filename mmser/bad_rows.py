@@ -58,16 +58,17 @@ class BadRows:
         """Whether the bad rows so far and so many further ones end the run."""
         return len(self.problems) + further > (0 if self.ends_run else self.max_share * self.rows)
 
-    def report(self, problems: Iterable[str]) -> None:
+    def report(self, problems: Iterable[str], loaded: int = 0) -> None:
         """
         Take note of bad rows.
 
         Args:
             problems: what is wrong with each of them.
+            loaded: how many rows were loaded, if they are those of another table.
         Raises:
             ValueError: there are bad rows and the rule is "error", or there are too many.
         """
-        problems = list(problems)
+        problems, self.rows = list(problems), self.rows + loaded
         if not problems:
             return
         self.problems += problems

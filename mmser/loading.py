@@ -123,8 +123,7 @@ def load_emotion_dataset(
     joined = _join_sources(sources, request, label_map, rule)
     label_names = _choose_classes(joined, label_names, checkpoint_names, for_training)
     usable = _check_records(joined.records, label_names, request.problems, tasks=request.tasks)
-    rule.rows += len(usable) + len(request.problems)
-    rule.report(request.problems)
+    rule.report(request.problems, loaded=len(usable) + len(request.problems))
     fractions = {"test": test_fraction, "validation": validation_fraction}
     splits = _divide(joined, usable, label_names, fractions, seed, allow_speaker_overlap)
     table = _to_dataset(joined.records, extra_columns, joined.audio, request.tasks)
@@ -272,8 +271,7 @@ def load_emotion_split(
     if not allow_unknown:
         check_labels(found, None, label_names)
     usable = _check_records(records, label_names, request.problems, allow_unknown=allow_unknown)
-    rule.rows += len(usable) + len(request.problems)
-    rule.report(request.problems)
+    rule.report(request.problems, loaded=len(usable) + len(request.problems))
     if not usable:
         raise ValueError(f"no usable row is left in {path}")
     return _to_dataset(records, extra_columns).select(usable)

@@ -123,6 +123,7 @@ def committed_tables():
     tables |= never_heard.make_tables(read_results(RESULTS / "never_heard.json")[1])
     tables |= soft_targets.make_tables(read_results(RESULTS / "soft_targets.json")[1])
     tables |= {"adapters": adapters.make_table(read_results(RESULTS / "adapters.json")[1])}
+    tables |= {"bad_data": table(read_results(RESULTS / "bad_data.json")[0]["rows"], str)}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
