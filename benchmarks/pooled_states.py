@@ -22,10 +22,12 @@ from transformers import AutoFeatureExtractor, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
+from mmser.adversarial import DomainHead, reversal_strength
 from mmser.batches import pad_states
 from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.examples import EmotionDataset
 from mmser.optimizer import parameter_groups
+from mmser.sampling import sampling_weights
 from mmser.splits import speaker_key
 from mmser.training_arguments import processor_has_bf16
 from modeling_mmser import MMSERForAudioClassification
@@ -43,6 +45,7 @@ BATCH_SIZE, EPOCHS = 64, 15
 NUM_LABELS = 4
 SMALL_NETWORK_STEPS = 1500
 PORTION = 500  # clips
+ADVERSARIAL_HEAD_WEIGHT = 0.1  # the default of `--adversarial_head_weight`
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,40 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3)
 
 
-def build(clips: Clips, overrides: Mapping[str, Any]) -> MMSERForAudioClassification:
-    """A model for these clips, of which only what comes after the encoder is ever used."""
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained.
+
+    Args:
+        epochs, batch_size, learning_rate: of the training.
+        lr_multipliers: besides `LR_MULTIPLIERS`.
+        sampling_temperature: as `--sampling_temperature`; None takes each clip once in an epoch.
+        hides_corpus: as `--adversarial_head corpus`.
+    """
+
+    epochs: int = field(default_factory=lambda: EPOCHS)
+    batch_size: int = field(default_factory=lambda: BATCH_SIZE)
+    learning_rate: float = LEARNING_RATE
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    sampling_temperature: float | None = None
+    hides_corpus: bool = False
+
+    def draws(self, clips: Clips) -> np.ndarray:
+        """How often an epoch takes each clip on average, [N]."""
+        if self.sampling_temperature is None:
+            return np.ones(len(clips))
+        names = [f"{corpus} {label}" for corpus, label in zip(clips.corpora, clips.labels.tolist(), strict=True)]
+        return sampling_weights(np.unique(names, return_inverse=True)[1], self.sampling_temperature)
+
+
+def build(clips: Clips, overrides: Mapping[str, Any], draws: np.ndarray | None = None) -> MMSERForAudioClassification:
+    """A model for these clips, of which only what comes after the encoder is ever used; `draws` as in `Schedule`."""
     num_layers, size = clips.states[0].shape[1:]
     # The states are here already: the smallest encoder with such states stands for the one that made them
     encoder = {"model_type": "whisper", "d_model": size, "encoder_layers": num_layers - 1}
     encoder |= {"encoder_attention_heads": 1, "encoder_ffn_dim": 1}
-    counts = torch.bincount(clips.labels, minlength=NUM_LABELS)
+    weights = None if draws is None else torch.from_numpy(draws)
+    counts = torch.bincount(clips.labels, weights, minlength=NUM_LABELS).round().long()
     if clips.shares is not None:
         counts = clips.shares.sum(dim=0).round().long()
     config = MMSERConfig(
@@ -195,23 +225,32 @@ class Batches:
         return (batch(self.clips, rows) for rows in torch.arange(len(self.clips)).split(BATCH_SIZE))
 
 
-def train(clips: Clips, overrides: Mapping[str, Any] | None = None, seed: int = 0) -> MMSERForAudioClassification:
+def train(
+    clips: Clips, overrides: Mapping[str, Any] | None = None, seed: int = 0, schedule: Schedule | None = None
+) -> MMSERForAudioClassification:
     """Train a model of `build` on all of `clips`; returned in eval mode."""
+    schedule = schedule or Schedule()
     torch.manual_seed(seed)
-    model = build(clips, overrides or {})
+    draws = schedule.draws(clips)
+    model = build(clips, overrides or {}, draws)
     model.mmser.fit_standardization(Batches(clips))
     model.auxiliary.fit_targets(clips.targets)
-    groups = parameter_groups(model, LEARNING_RATE, LR_MULTIPLIERS, WEIGHT_DECAY)
+    multipliers = {**LR_MULTIPLIERS, **schedule.lr_multipliers}
+    groups = parameter_groups(model, schedule.learning_rate, multipliers, WEIGHT_DECAY)
+    adversary = _Adversary(model, clips) if schedule.hides_corpus else None
+    if adversary:
+        groups.append({"params": adversary.head.parameters(), "lr": schedule.learning_rate})
     optimizer = torch.optim.AdamW(groups, fused=True)
-    per_epoch = max(1, len(clips) // BATCH_SIZE)
-    steps = EPOCHS * per_epoch
+    per_epoch = max(1, len(clips) // schedule.batch_size)
+    steps = schedule.epochs * per_epoch
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     model.train()
     for step in range(steps):
         if step % per_epoch == 0:
-            order = _grouped_by_length(clips, torch.randperm(len(clips)))
-        rows = order[(step % per_epoch) * BATCH_SIZE :][:BATCH_SIZE]
-        model(**batch(clips, rows)).loss.backward()
+            order = _grouped_by_length(clips, _epoch(draws, schedule), schedule.batch_size)
+        rows = order[(step % per_epoch) * schedule.batch_size :][: schedule.batch_size]
+        outputs = model(**batch(clips, rows))
+        (outputs.loss + (adversary.loss(outputs, rows, step / steps) if adversary else 0)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -219,10 +258,30 @@ def train(clips: Clips, overrides: Mapping[str, Any] | None = None, seed: int = 
     return model.eval()
 
 
-def _grouped_by_length(clips: Clips, order: Tensor) -> Tensor:
+def _epoch(draws: np.ndarray, schedule: Schedule) -> Tensor:
+    """The rows of an epoch, in their order."""
+    if schedule.sampling_temperature is None:
+        return torch.randperm(len(draws))
+    return torch.multinomial(torch.from_numpy(draws), len(draws), replacement=True)
+
+
+class _Adversary:
+    """Learns the corpus of a clip from its features, behind a reversed gradient, as `MMSERTrainer` has it."""
+
+    def __init__(self, model: MMSERForAudioClassification, clips: Clips):
+        names, corpora = np.unique(clips.corpora, return_inverse=True)
+        self.corpora = torch.from_numpy(corpora)
+        self.head = DomainHead(model.config.feature_size, len(names))
+
+    def loss(self, outputs: Any, rows: Tensor, progress: float) -> Tensor:
+        strength = ADVERSARIAL_HEAD_WEIGHT * reversal_strength(progress)
+        return self.head(outputs.features.float(), self.corpora[rows], strength)
+
+
+def _grouped_by_length(clips: Clips, order: Tensor, batch_size: int) -> Tensor:
     """The same order, but that clips of similar length share a batch: each eight batches are sorted. Less padding."""
     lengths = torch.tensor([len(states) for states in clips.states])
-    parts = order.split(8 * BATCH_SIZE)
+    parts = order.split(8 * batch_size)
     return torch.cat([part[lengths[part].argsort(stable=True)] for part in parts])
 
 

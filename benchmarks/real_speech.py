@@ -50,6 +50,7 @@ from benchmarks.real_speech_tables import (
     RUN_COLUMNS,
     TABLES,
     TUNED,
+    WIDE,
     make_tables,
 )
 from benchmarks.tables import ROOT, parse_arguments, publish, read_results, table
@@ -66,7 +67,8 @@ RECIPE = "real_speech.json"  # all that comes after frozen encoders; the parts a
 PUBLISHED = "real_speech_published.json"  # the published design, nothing of which is left to a default
 STAGES = STAGE_1, STAGE_2, STAGE_3 = tuple(f"real_speech_{name}.json" for name in ("audio", "finetune", "fuse"))
 ALL_PARTS = "real_speech_all_parts.json"  # in place of the first
-RECIPES = RECIPE, PUBLISHED, *STAGES, ALL_PARTS
+WIDE_RECIPE = "wide.json"  # frozen encoders and every part on, for many corpora
+RECIPES = RECIPE, PUBLISHED, *STAGES, ALL_PARTS, WIDE_RECIPE
 SEED_STEP = 10  # between the seeds of checkpoints that are averaged
 DATA_SEED = 42  # one choice of augmented clips for all seeds, so that cached encoder states are reused
 
@@ -133,6 +135,12 @@ STUDY = [
 ]
 TUNING = [
     Row(LORA, "tuning", STAGE_2, changes={"lora_rank": 16}, starts_from=HEARD, note="adapters in place of all weights")
+]
+BOTH_SETS: Tree = {"table": "wide", "data": "wide"}
+WIDE_ROWS = [
+    Row("hand-made features + logistic regression, both sets", function="hand-made features", once=True, **BOTH_SETS),
+    Row("frozen encoder + linear probe, both sets", function="linear probe", once=True, **BOTH_SETS),
+    Row(WIDE, recipe=WIDE_RECIPE, keep=True, **BOTH_SETS),
 ]
 _PARTS: dict[str, Tree] = {
     "last layer only": config(use_weighted_layer_sum=False),
@@ -201,8 +209,9 @@ def fold_rows(data_dir: str) -> list[Row]:
 
 
 def read_splits(data_dir: str) -> tuple[dict[str, list[Tree]], list[str]]:
-    """The clips of each split, all with corpus, language, speaker and text, and the label names."""
-    splits, label_names = load_emotion_dataset(data_dir)
+    """The clips of each split, all with corpus, language, speaker and text, and the label names. No test split is made
+    where there is none."""
+    splits, label_names = load_emotion_dataset(data_dir, test_fraction=0)
     empty = dict.fromkeys(("corpus", "language", "speaker", "text"), "")
     return {name: [{**empty, **clip} for clip in split.to_list()] for name, split in splits.items()}, label_names
 
@@ -247,9 +256,11 @@ class Study:
     def __init__(self, options: argparse.Namespace, rows: Sequence[Row] | None = None):
         self.options = options
         if rows is None:
-            rows = [*STUDY, *FOLDS, *TUNING, *PARTS, *TEXT, *fold_rows(options.data_dir), *COMPACT]
+            rows = [*STUDY, *WIDE_ROWS, *FOLDS, *TUNING, *PARTS, *TEXT, *fold_rows(options.data_dir), *COMPACT]
             if options.spoken_text_dir is None:
                 rows = [row for row in rows if row.data not in ("spoken", "mix")]
+            if options.wide_data_dir is None:
+                rows = [row for row in rows if row.data != "wide"]
         self.rows = {row.name: row for row in rows}
 
     def folder(self, run: Run) -> Path:
@@ -297,17 +308,18 @@ class Study:
         return {**settings, "data_dir": data_dir, "seed": run.seed, "data_seed": DATA_SEED, "disable_tqdm": True}
 
     def data_folder(self, row: Row) -> str:
-        """`--data_dir` for "speech", `--spoken_text_dir` for "spoken"; "mix", which is both, and "fold", which is the
-        first without `row.leaves_out`, are written as listings."""
+        """`--data_dir` for "speech", `--spoken_text_dir` for "spoken". "mix", which is both, "wide", the first and
+        `--wide_data_dir`, and "fold", the first without `row.leaves_out`, are written as listings."""
         if row.data in ("speech", "spoken"):
             return self.options.data_dir if row.data == "speech" else self.options.spoken_text_dir
         splits, label_names = read_splits(self.options.data_dir)
-        if row.data == "mix":
-            spoken, other_names = read_splits(self.options.spoken_text_dir)
+        if row.data in ("mix", "wide"):
+            flag = "wide_data_dir" if row.data == "wide" else "spoken_text_dir"
+            others, other_names = read_splits(getattr(self.options, flag))
             if other_names != label_names:
-                raise ValueError(f"--data_dir has the labels {label_names}, --spoken_text_dir {other_names}")
-            both = {name: [*splits[name], *spoken[name]] for name in ("train", "validation", "test")}
-            return write_listing(self.options.work_dir / "mix", both, label_names)
+                raise ValueError(f"--data_dir has the labels {label_names}, --{flag} {other_names}")
+            both = {name: [*clips, *others.get(name, [])] for name, clips in splits.items()}
+            return write_listing(self.options.work_dir / row.data, both, label_names)
         column, value = next(iter(row.leaves_out.items()))  # a second one names the same clips
         folder = self.options.work_dir / "folds" / slug(f"{column} {value}")
         fold = hold_out_speakers(splits, value) if column == "speakers" else hold_out(splits, column, value)
@@ -316,6 +328,7 @@ class Study:
     def fingerprint(self, row: Row) -> str:
         """A hash of everything chosen for a row, and for the rows that it needs. Folders count by their last name."""
         places = [self.options.data_dir, self.options.audio_encoder, self.options.text_encoder]
+        places += [self.options.wide_data_dir] if row.data == "wide" else []
         chosen = {
             "settings": self.settings(row) if row.recipe else dict(row.changes),
             "row": [row.function, row.data, dict(row.leaves_out), row.averages],
@@ -512,6 +525,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--audio_encoder", help="Hub name or folder")
     parser.add_argument("--text_encoder", help="Hub name or folder")
     parser.add_argument("--spoken_text_dir", help="of benchmarks/speak_text.py; without it those rows are left out")
+    parser.add_argument("--wide_data_dir", help="more to train on (ser4wide); without it those rows are left out")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/real_speech"), help="for runs and encoder states")
     parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help=f"has {', '.join(RECIPES)}")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)

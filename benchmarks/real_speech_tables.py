@@ -8,13 +8,14 @@ from typing import Any
 from benchmarks.modalities import EXAMINED
 from benchmarks.tables import BySeed, Row, cell, difference, mean, table
 
-TABLES = ("study", "folds", "tuning", "parts", "text", "generalisation", "compact")
+TABLES = ("study", "wide", "folds", "tuning", "parts", "text", "generalisation", "compact")
 FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, second stage"
 ALONE, BEST = "MMSER, tuned once", "MMSER"
 PLAIN_HEAD, ALL_ON = "plain head", "every part on"
 FOLD_STAGES = "first stage", "second stage"
 LONGER = f"{ALL_ON}, twice the epochs"
 ALL_HEARD, ALL_TUNED, ALL_ALONE = (f"{ALL_ON}, {name}" for name in (*FOLD_STAGES, "tuned once"))
+WIDE = "MMSER, frozen encoder, both sets"
 LORA = "MMSER, second stage, LoRA of rank 16"
 # What a run has besides scores; in the CSV file it stands on the run's first line
 RUN_COLUMNS = ("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes")
@@ -66,9 +67,10 @@ def millions(parameters: float | None) -> str:
     return "-" if parameters is None else f"{parameters / 1e6:.1f} M"
 
 
-def study_table(results: Results) -> str:
+def models_table(results: Results, names: Sequence[str]) -> str:
+    """Scores, size and seconds of training of some rows."""
     rows = []
-    for name in results.names("study"):
+    for name in names:
         seconds = results.seconds_of_training(name)
         heard_no_text = name in (HEARD, TUNED, ALL_HEARD, ALL_TUNED)
         rows.append(
@@ -82,17 +84,34 @@ def study_table(results: Results) -> str:
                 "seeds": results.seeds(name),
             }
         )
-    tables = [table(rows)]
+    return table(rows)
+
+
+def groups_tables(results: Results, names: Sequence[str], audio_alone: str) -> list[str]:
+    """The weighted F1 of some rows by corpus and by language; of one row with audio alone too."""
+    tables = []
     for column in ("corpus", "language"):
         rows = []
         for group, clips in sorted(results.groups["majority", "model"].items()):
             if group.startswith(f"{column}="):
                 row = {column: group.split("=", 1)[1], "clips": clips}
-                row |= {n: cell(results.of(n, "model", group=group)) for n in ("majority", FROZEN, BEST)}
-                rows.append(row | {f"{BEST}, audio alone": cell(results.of(BEST, "audio_only", group=group))})
+                row |= {name: cell(results.of(name, "model", group=group)) for name in names}
+                row[f"{audio_alone}, audio alone"] = cell(results.of(audio_alone, "audio_only", group=group))
+                rows.append(row)
         if rows:
             tables.append(f"Weighted F1 by {column}:\n\n{table(rows)}")
-    return "\n\n".join(tables)
+    return tables
+
+
+def study_table(results: Results) -> str:
+    tables = groups_tables(results, ("majority", FROZEN, BEST), BEST)
+    return "\n\n".join([models_table(results, results.names("study")), *tables])
+
+
+def wide_table(results: Results) -> str:
+    """What is trained on both sets, beside the best of the study, which is trained on the first."""
+    tables = groups_tables(results, (BEST, WIDE), WIDE)
+    return "\n\n".join([models_table(results, [FROZEN, BEST, *results.names("wide")]), *tables])
 
 
 def folds_table(results: Results) -> str:
@@ -188,6 +207,7 @@ def compact_table(results: Results) -> str:
 
 MAKERS: dict[str, Callable[[Results], str]] = {
     "study": study_table,
+    "wide": wide_table,
     "folds": folds_table,
     "tuning": tuning_table,
     "parts": parts_table,

@@ -103,6 +103,7 @@ def committed_tables():
         small_model,
         soft_targets,
         speed,
+        wide,
     )
     from benchmarks.tables import read_results, table
 
@@ -121,6 +122,7 @@ def committed_tables():
     tables |= small_model.make_tables(read_results(RESULTS / "small_model.json")[1])
     tables |= serving.make_tables(read_results(RESULTS / "serving.json")[0])
     tables |= never_heard.make_tables(read_results(RESULTS / "never_heard.json")[1])
+    tables |= wide.make_tables(read_results(RESULTS / "wide.json")[1])
     tables |= soft_targets.make_tables(read_results(RESULTS / "soft_targets.json")[1])
     tables |= {"adapters": adapters.make_table(read_results(RESULTS / "adapters.json")[1])}
     tables |= {"bad_data": table(read_results(RESULTS / "bad_data.json")[0]["rows"], str)}

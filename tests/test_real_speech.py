@@ -4,6 +4,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def given(tmp_path_factory, script):
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         write_table(path, [{**row, "corpus": SPOKEN_CORPUS} for row in rows])
+    write_corpus(folder / "wide")
+    shutil.rmtree(folder / "wide" / "test")
     torch.manual_seed(0)
     Wav2Vec2Model(Wav2Vec2Config(**AUDIO)).save_pretrained(folder / "audio")
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder / "audio")
@@ -56,7 +59,8 @@ def given(tmp_path_factory, script):
 
 @pytest.fixture
 def flags(given, tmp_path):
-    places = {"data_dir": "speech", "spoken_text_dir": "spoken", "audio_encoder": "audio", "text_encoder": "text"}
+    places = {"data_dir": "speech", "spoken_text_dir": "spoken", "wide_data_dir": "wide"}
+    places |= {"audio_encoder": "audio", "text_encoder": "text"}
     words = [word for name, value in places.items() for word in (f"--{name}", str(given / value))]
     words += ["--work_dir", str(tmp_path / "work"), "--recipes", str(given / "recipes"), "--threads", "1"]
     return [*words, "--output", str(tmp_path / "results.json")]
@@ -207,7 +211,7 @@ def test_every_part_changes_the_recipe(script):
 
 
 def clips_of(folder):
-    return {name: list(split) for name, split in load_emotion_dataset(folder)[0].items()}
+    return {name: list(split) for name, split in load_emotion_dataset(folder, test_fraction=0)[0].items()}
 
 
 def test_a_fold_tests_on_all_of_what_it_never_heard(script, given, options):
@@ -239,14 +243,16 @@ def test_a_language_of_one_corpus_is_one_fold(script, monkeypatch):
     }
 
 
-def test_the_mix_has_both_data_sets(script, given, options):
-    row = next(row for row in script.TEXT if row.data == "mix")
-    folders = (script.Study(options).data_folder(row), given / "speech", given / "spoken")
-    mix, speech, spoken = (clips_of(folder) for folder in folders)
+@pytest.mark.parametrize(("data", "second"), [("mix", "spoken"), ("wide", "wide")])
+def test_both_data_sets_are_joined_split_by_split(script, given, options, data, second):
+    row = next(row for row in (*script.TEXT, *script.WIDE_ROWS) if row.data == data)
+    folders = (script.Study(options).data_folder(row), given / "speech", given / second)
+    both, speech, others = (clips_of(folder) for folder in folders)
+    assert ("test" in others) == (data == "mix")
     for split in ("train", "validation", "test"):
         for key in ("audio", "text", "labels", "speaker", "corpus", "language"):
-            expected = [clip[key] for clip in (*speech[split], *spoken[split])]
-            assert [clip[key] for clip in mix[split]] == expected
+            expected = [clip[key] for clip in (*speech[split], *others.get(split, []))]
+            assert [clip[key] for clip in both[split]] == expected
 
 
 def test_what_is_swapped_stays_in_its_language_and_differs(script):

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of benchmarks/wide.py, and of the schedules that its trials change."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, log_loss
+
+from benchmarks import pooled_states, wide
+from benchmarks.pooled_states import Clips, Schedule
+from benchmarks.tables import read_csv
+from mmser.metrics import softmax
+
+SMALL_PARTS = {"classifier_num_layers": 2, "classifier_hidden_size": 32, "fusion_hidden_size": 32, "feature_size": 16}
+
+
+@pytest.fixture
+def clips():
+    """60 clips of four classes that differ in the mean of their states, of five corpora, one with half the clips."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 4
+    states = [
+        torch.tensor(rng.normal(0, 0.3, (2, 3, 8)) + 2 * np.eye(8)[label], dtype=torch.float32) for label in labels
+    ]
+    corpora = np.array([f"corpus{max(0, row // 8 - 3)}" for row in range(60)])
+    speakers = np.array([f"{corpus}/{row // 4}" for row, corpus in enumerate(corpora)])
+    return Clips(states, torch.tensor(labels), corpora, speakers)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, **SMALL_PARTS})
+
+
+@pytest.mark.parametrize(
+    "schedule", [Schedule(20, 16, 3e-3, hides_corpus=True), Schedule(20, 16, 3e-3, sampling_temperature=3.0)]
+)
+def test_a_schedule_learns(clips, quick, schedule):
+    model = pooled_states.train(clips, {}, 0, schedule)
+    answers = pooled_states.predict(model, clips)["logits"].argmax(axis=1)
+    assert (answers == clips.labels.numpy()).mean() > 0.9
+    counts = np.bincount(clips.labels, weights=schedule.draws(clips))
+    np.testing.assert_allclose(model.config.class_counts, counts, atol=0.51)
+
+
+def test_draws_are_those_of_the_classes_of_corpora(clips):
+    np.testing.assert_array_equal(Schedule().draws(clips), 1)
+    draws = Schedule(sampling_temperature=1e6).draws(clips)
+    groups = {}
+    for corpus, label, own in zip(clips.corpora, clips.labels.tolist(), draws, strict=True):
+        groups[corpus, label] = groups.get((corpus, label), 0) + own
+    np.testing.assert_allclose(list(groups.values()), 60 / 20, rtol=1e-4)  # each of 20 groups as often
+
+
+def test_an_adversary_leaves_features_that_tell_less_of_the_corpus(clips, quick, monkeypatch):
+    """The states say the corpus as loudly as the class; the features of a model that hides it say it less."""
+    monkeypatch.setattr(pooled_states, "ADVERSARIAL_HEAD_WEIGHT", 1.0)
+    _, corpora = np.unique(clips.corpora, return_inverse=True)
+    states = [own + 2 * torch.eye(8)[4 + corpus % 4] for own, corpus in zip(clips.states, corpora, strict=True)]
+    loud = Clips(states, clips.labels, clips.corpora, clips.speakers)
+
+    def share_between_corpora(hides_corpus):
+        model = pooled_states.train(loud, {}, 0, Schedule(20, 16, 3e-3, hides_corpus=hides_corpus))
+        features = pooled_states.predict(model, loud)["features"]
+        within = np.concatenate(
+            [
+                features[rows] - features[rows].mean(axis=0)
+                for label in range(4)
+                for corpus in range(len(set(corpora)))
+                for rows in [(clips.labels.numpy() == label) & (corpora == corpus)]
+            ]
+        )
+        of_class = np.concatenate(
+            [features[rows] - features[rows].mean(axis=0) for rows in (clips.labels.numpy() == n for n in range(4))]
+        )
+        return 1 - within.var() / of_class.var()
+
+    assert share_between_corpora(True) < share_between_corpora(False)
+
+
+def test_corpora_are_held_out_whole_and_once(clips):
+    folds = wide.folds_by_groups_of_corpora(clips)
+    assert sorted(row for _, held_out in folds for row in held_out) == list(range(60))
+    assert all(not set(clips.corpora[shown]) & set(clips.corpora[rows]) for shown, rows in folds)
+
+
+def test_scores_against_scikit_learn(clips):
+    logits = np.random.default_rng(1).normal(0, 2, (60, 4)).astype(np.float32)
+    labels, answers = clips.labels.numpy(), logits.argmax(axis=1)
+    found = wide.scores(logits, clips)
+    assert found["weighted_f1"] == pytest.approx(f1_score(labels, answers, average="weighted"))
+    own = [clips.corpora == name for name in set(clips.corpora)]
+    means = [f1_score(labels[rows], answers[rows], average="weighted") for rows in own]
+    assert found["by_corpus"] == pytest.approx(np.mean(means))
+    assert found["nll"] == pytest.approx(log_loss(labels, softmax(logits.astype(np.float64))))
+
+
+def test_a_trial_is_told_nothing_of_its_fold_nor_of_what_it_leaves_out(clips, monkeypatch):
+    seen = []
+    monkeypatch.setattr(wide, "train", lambda shown, *_: seen.append(shown))
+    monkeypatch.setattr(wide, "predict", lambda model, others: {"logits": np.eye(4)[others.labels.numpy()]})
+    folds = pooled_states.folds_by_speaker(clips)
+    logits = wide.held_out_answers(wide.Trial(layers=2, leaves_out=("corpus1",)), clips, folds, 0)
+    np.testing.assert_array_equal(logits.argmax(axis=1), clips.labels.numpy())
+    for shown, (_, held_out) in zip(seen, folds, strict=True):
+        assert not set(shown.speakers) & set(clips.speakers[held_out]) and "corpus1" not in shown.corpora
+        assert {own.shape[1] for own in shown.states} == {2}
+
+
+def test_a_stopped_run_goes_on(clips, monkeypatch, tmp_path):
+    done = []
+
+    def answers(trial, clips, folds, seed):
+        done.append((len(folds), seed))
+        return np.eye(4)[clips.labels.numpy()]
+
+    monkeypatch.setattr(wide, "held_out_answers", answers)
+    wide.measure(clips, [0], [wide.ALL], tmp_path / "lines.csv")
+    lines = wide.measure(clips, [0, 1], [wide.ALL], tmp_path / "lines.csv")
+    assert done == [(3, 0), (4, 0), (3, 1), (4, 1)] and lines == read_csv(tmp_path / "lines.csv")
+    rows = wide.summarise(lines)
+    assert [(row["split"], row["seeds"]) for row in rows] == [(wide.SPEAKERS, 2), (wide.CORPORA, 2)]
+    assert all(row["difference"] == "" for row in rows)
