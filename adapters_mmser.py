@@ -82,11 +82,12 @@ def _load_whole(
     """`from_pretrained`, but a layer that is new because the configuration is wrong is an error and no warning."""
     model, report = load(name, *model_args, output_loading_info=True, **kwargs)
     missing, unexpected = ({key for key in report[f"{kind}_keys"] if LAYERS.search(key)} for kind in REPORTED)
-    head = {key for key in model.state_dict() if key.startswith(HEAD)}
-    if head <= set(report["missing_keys"]):  # a backbone alone, which gets a new head
-        missing -= head
-    if not head:  # a model without a head, of a checkpoint with one
-        unexpected = {key for key in unexpected if not key.startswith(HEAD)}
+    keys = {key for key in model.state_dict() if LAYERS.search(key)}
+    for part in {_part(key) for key in keys | unexpected}:
+        own = {key for key in keys if _part(key) == part}
+        if own <= missing:  # a backbone that gets a new head, say, or a model without a head of a checkpoint with one
+            missing -= own
+            unexpected = {key for key in unexpected if _part(key) != part}
     if missing or unexpected:
         first = min(missing or unexpected)
         what = "has none for" if missing else "also has weights for"
@@ -95,6 +96,11 @@ def _load_whole(
             f"{len(missing | unexpected) - 1} others. Take config.json and the weights from one checkpoint."
         )
     return (model, report) if output_loading_info else model
+
+
+def _part(key: str) -> str:
+    """The head, or the encoder, that a weight of `LAYERS` is of."""
+    return HEAD if key.startswith(HEAD) else key.split("_encoder.")[0]
 
 
 def weights_to_save(model: Any, weights: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict | None]:

@@ -165,10 +165,10 @@ def complete_page(folder: str | Path, into: Path, name: str, metadata: Mapping[s
         target = into / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         _place(path, target)
-    for name in FILES_OF_A_RUN:
-        if (into / name).is_file():
-            content = json.loads((into / name).read_text(encoding="utf-8"))
-            _replace(into / name, json.dumps(with_names_alone(content), indent=2) + "\n")
+    for file_name in FILES_OF_A_RUN:
+        if (into / file_name).is_file():
+            content = json.loads((into / file_name).read_text(encoding="utf-8"))
+            _replace(into / file_name, json.dumps(with_names_alone(content), indent=2) + "\n")
     _replace(into / "config.json", json.dumps(without_local_paths(config), indent=2, sort_keys=True) + "\n")
     shutil.copy(HANDLER, into / "handler.py")
     if not (into / "requirements.txt").is_file():
