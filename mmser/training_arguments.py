@@ -93,6 +93,8 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
             raise ValueError("--fp16 has no effect on a processor, which computes in bf16: give --use_amp or --bf16.")
         if self.bf16 and on_cpu:
             self.use_cpu = True  # it is what runs anyway, but unless it is said Transformers refuses bf16
+        if on_cpu:
+            self.dataloader_pin_memory = False  # it has no effect there, and torch warns of it
         self.label_names = ["labels"]
         # A loss that is not finite is an error here, not something to be averaged away in the log
         self.logging_nan_inf_filter = False

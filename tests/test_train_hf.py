@@ -497,6 +497,12 @@ def test_one_modality_alone(kept, run, corpus, tmp_path):
     assert "{{" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_without_an_accelerator_no_memory_is_pinned(monkeypatch):
+    """torch would warn of it in each loader, and nobody could do anything about that."""
+    monkeypatch.setattr("mmser.training_arguments.has_accelerator", lambda: False)
+    assert parse_arguments(TRAINING_ARGUMENTS, [])[2].dataloader_pin_memory is False
+
+
 def test_unreadable_clips_are_skipped_and_counted(run, corpus, tmp_path):
     broken = tmp_path / "corpus"
     shutil.copytree(corpus, broken)
