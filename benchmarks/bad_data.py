@@ -113,7 +113,7 @@ def measure(files: int, bad_share: float, folder: Path) -> Row:
     unreadable = {name for name, kind in spoilt.items() if kind in UNREADABLE}
     status, said, seconds, megabytes = train(folder / "corpus", folder / "run")
     problems = [row["problem"] for row in read_csv(path)] if (path := folder / "run" / BAD_EXAMPLES).is_file() else []
-    numbers = [int(re.search(r" row (\d+)", problem)[1]) - 2 for problem in problems]  # the header is row 1
+    numbers = [int(re.findall(r" row (\d+)", problem)[0]) - 2 for problem in problems]  # the header is row 1
     listed = {f"{number}.wav" for number in numbers}
     return {
         "files": files,

@@ -207,8 +207,10 @@ class PredictionArguments:
         return "--plot" if self.plot else "--transcripts with subtitles" if self.subtitles else None
 
     def _check_live(self) -> None:
-        flags = ("inputs", "text", "transcripts", "segments", "speakers", "output", "format", "plot", "top_k")
-        flags += ("allowed_labels", "return_set")
+        flags = (
+            *("inputs", "text", "transcripts", "segments", "speakers", "output", "format", "plot", "top_k"),
+            *("allowed_labels", "return_set"),
+        )
         for name in flags:
             if getattr(self, name):
                 what = "an input" if name == "inputs" else f"--{name}"

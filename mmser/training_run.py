@@ -422,7 +422,8 @@ def _adapt(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dic
     alone = audio_alone(trainer, shown, examples.for_evaluation)
     dataset = examples.for_evaluation(shown)
     strength = adaptation.STRENGTH if args.adapt_strength is None else args.adapt_strength
-    report, calibration = adaptation.adapt(trainer, dataset, alone, args.adapt_layers, strength, args.adapt_rehearsal)
+    layers = str(args.adapt_layers)  # chosen when the model was loaded
+    report, calibration = adaptation.adapt(trainer, dataset, alone, layers, strength, args.adapt_rehearsal)
     if trainer.is_world_process_zero():
         print(adaptation.describe(report))
     trainer.save_model()
