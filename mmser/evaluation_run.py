@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,16 @@ def load_clips(
     tasks = {} if config is None else config.auxiliary_tasks
     wanted = [name for name in arguments.group_by or [] if name != "duration"]
 
-    def load(**division: Any) -> Any:
+    def load(rule: BadRows, **division: Any) -> Any:
         options: Any = {"extra_columns": wanted, "auxiliary_tasks": tasks, "for_training": False, **division}
-        return load_emotion_dataset(**source.source, label_names=label_names, **options)[0]
+        given = {**source.source, "on_bad_example": rule}
+        return load_emotion_dataset(**given, label_names=label_names, **options)[0]
 
     with reading(source.on_the_hub):
-        splits = load(validation_fraction=0.0, test_fraction=0.0)
+        splits = load(source.bad_rows, validation_fraction=0.0, test_fraction=0.0)
         if set(splits) - {OTHER} == {"train"}:
-            splits = divide_again(splits["train"], arguments.model_name_or_path, load) or splits
+            again = partial(load, BadRows(source.on_bad_example))  # the bad rows are noted by now
+            splits = divide_again(splits["train"], arguments.model_name_or_path, again) or splits
     if tasks and config is not None:
         splits, _ = derive_targets(splits, label_names, tasks, config.auxiliary_label_maps, has_default=False)
     other = splits.pop(OTHER, None)

@@ -356,6 +356,17 @@ def test_of_the_clips_that_a_model_was_trained_on_those_that_were_held_out_are_j
     assert run(checkpoint=folder / "run", **data, split="validation")["rows"]["model"]["clips"] == held_out
 
 
+def test_a_bad_row_is_listed_once_although_the_clips_are_divided_again(run, undivided, tmp_path):
+    folder, data, results = undivided
+    table = folder / "one_is_gone.csv"
+    gone = f"{folder / 'gone.wav'};happy;nobody\n"
+    table.write_text(data["manifest"].read_text(encoding="utf-8-sig") + gone, encoding="utf-8-sig")
+    report = run(checkpoint=folder / "run", **{**data, "manifest": table}, on_bad_example="skip")
+    assert report["rows"]["model"]["clips"] == results["data"]["clips"]["test"]
+    (listed,) = (tmp_path / "out" / "bad_examples.csv").read_text().splitlines()[1:]
+    assert "gone.wav does not exist" in listed
+
+
 def test_clips_of_a_training_that_cannot_be_divided_as_there_are_an_error(run, undivided, corpus, tmp_path):
     folder, data, _ = undivided
     with pytest.raises(ValueError, match="speaker_column"):
