@@ -57,7 +57,6 @@ SCORES = {  # in the tables: what each is the mean of
     "known_ece": "known: ECE",
 }
 Outputs = dict[str, np.ndarray]
-Adapting = Callable[[Any, Clips], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -139,30 +138,18 @@ def train_and_calibrate(division: Division, seed: int) -> Any:
     return model
 
 
-# ---- the two ways to adapt
+# ---- the two ways to adapt: `train_hf.py --adapt --adapt_layers output`, and `train_hf.py --adapt`
+
+ADAPTING: dict[str, Callable[[Any, Outputs], Fit]] = {LAYER: OutputFit, WHOLE: ClassifierFit}
 
 
-def adapt_layer(model: Any, shown: Clips) -> dict[str, Any]:
-    """As `train_hf.py --adapt --adapt_layers output`."""
-    weights = fold_temperature(model)
+def adapt(model: Any, shown: Clips, make_fit: Callable[[Any, Outputs], Fit]) -> None:
+    """Fit a model to a few clips and calibrate it anew, as the command does."""
+    weights, speakers = fold_temperature(model), shown.speakers.tolist()
     outputs = ask(model, shown)
-    return _cross_fit(model, OutputFit(model, outputs), outputs, shown, weights)
+    outputs, _ = cross_fit(make_fit(model, outputs), outputs, speakers)
+    calibrate_outputs(model, outputs, speakers, (1.0, weights))
 
-
-def adapt_classifier(model: Any, shown: Clips) -> dict[str, Any]:
-    """As `train_hf.py --adapt`."""
-    weights = fold_temperature(model)
-    outputs = ask(model, shown)
-    return _cross_fit(model, ClassifierFit(model, outputs), outputs, shown, weights)
-
-
-def _cross_fit(model: Any, fit: Fit, outputs: Outputs, shown: Clips, weights: list[float]) -> dict[str, Any]:
-    speakers = shown.speakers.tolist()
-    outputs, _ = cross_fit(fit, outputs, speakers)
-    return calibrate_outputs(model, outputs, speakers, (1.0, weights))
-
-
-ADAPTING: dict[str, Adapting] = {LAYER: adapt_layer, WHOLE: adapt_classifier}
 
 # ---- what is measured
 
@@ -215,7 +202,7 @@ def measure_one(division: Division, seed: int) -> dict[str, dict[str, float]]:
         for variant in found:
             model, start = copy.deepcopy(trained), time.process_time()
             if variant != TRAINED:
-                ADAPTING[variant](model, shown)
+                adapt(model, shown, ADAPTING[variant])
             seconds = time.process_time() - start
             unknown = ask(model, division.unknown) if len(division.unknown) else None
             scores = score(ask(model, rest), ask(model, division.test), unknown)
