@@ -234,7 +234,7 @@ def hold_out(splits: Mapping[str, Sequence[Tree]], column: str, value: str) -> d
 
 
 def write_listing(folder: Path, splits: Mapping[str, Sequence[Tree]], label_names: Sequence[str]) -> str:
-    """A `--data_dir` whose clips stay where they are."""
+    """The path of a table, for `--data_dir`, of clips that stay where they are."""
     columns = {"text": "transcription", "speaker": "speaker", "corpus": "corpus", "language": "language"}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
@@ -244,7 +244,7 @@ def write_listing(folder: Path, splits: Mapping[str, Sequence[Tree]], label_name
             for clip in clips:
                 row = [os.path.abspath(clip["audio"]), label_names[clip["labels"]], *(clip[key] for key in columns)]
                 writer.writerow([*row, split])
-    return str(folder)
+    return str(folder / "metadata.csv")
 
 
 # -------------------------------------------------------------------------------------------------------- 3. the study

@@ -101,7 +101,7 @@ def _from_to(checkpoint: Path, folder: Path) -> list[str]:
 
 def test_sets(options: argparse.Namespace) -> dict[str, list[Tree]]:
     """Clips by the name of their row: speakers, corpora and texts that the model has not seen."""
-    speech = load_emotion_dataset(str(options.work_dir / "speech"))[0]["test"]
+    speech = load_emotion_dataset(options.work_dir / "speech" / "metadata.csv")[0]["test"]
     sets = {NEW_SPEAKERS: [{"path": clip["audio"], "labels": clip["labels"]} for clip in speech]}
     wide = load_emotion_dataset(options.data_dir)[0]
     clips = [clip for split in options.splits for clip in wide[split]]

@@ -284,6 +284,17 @@ class SourceArguments:
         default=0.2,
         metadata={"help": "With --on_bad_example skip: more of the rows than this share end the run at once."},
     )
+    allow_urls: bool = field(
+        default=False,
+        metadata={"help": "Fetch audio from addresses that the data name. Without it such a row is a bad row."},
+    )
+    allow_outside_files: bool = field(
+        default=False,
+        metadata={
+            "help": "Read files outside of the folder of the data that they name or link to. A table given by "
+            "its name may name any file."
+        },
+    )
     max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are cropped, at random in training."})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate each split on that many clips, drawn at random."}
@@ -325,9 +336,15 @@ class SourceArguments:
         names = (
             *("data_dir", "manifest", "dataset_name", "dataset_config_name", "train_split", "validation_split"),
             *("test_split", "label_distribution_columns", "allow_speaker_overlap", "columns"),
-            "label_map",
+            *("label_map", "allow_urls", "allow_outside_files"),
         )
         return {name: getattr(self, name) for name in names} | {"on_bad_example": self.bad_rows}
+
+    @property
+    def of_further_clips(self) -> dict:
+        """Keyword arguments of `load_emotion_split`, for clips that are in none of the sources."""
+        reach = {"allow_urls": self.allow_urls, "allow_outside_files": self.allow_outside_files}
+        return {"columns": self.common_columns, "on_bad_example": self.bad_rows, **reach}
 
     @cached_property
     def bad_rows(self) -> "BadRows":

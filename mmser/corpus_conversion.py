@@ -95,6 +95,7 @@ class Conversion:
         splits = {clip.split for clip in self.clips}
         flags = f" --ood_dir {_quoted(self.folder / OPEN_SET)}" if OPEN_SET in splits else ""
         flags += " --allow_speaker_overlap" if self.corpus.shares_speakers else ""
+        flags += "" if self.options.copy else " --allow_outside_files"  # the tables name what lies elsewhere
         run = self.corpus.name.lower()
         return f"python train_hf.py --data_dir {_quoted(self.folder)}{flags} --output_dir runs/{run}"
 

@@ -135,9 +135,7 @@ def load_unknown(folders: list[str], source: SourceArguments, label_names: list[
         name = path.name if is_alone else "/".join(path.parts[-2:])
         if name in tables or name == "mean":  # the report has a row of that name
             raise ValueError(f"--ood_dir {path}: the name {name!r} is taken in the report; rename the folder.")
-        table = load_emotion_split(
-            path, columns=source.common_columns, label_names=label_names, on_bad_example=source.bad_rows
-        )
+        table = load_emotion_split(path, label_names=label_names, **source.of_further_clips)
         rows = [index for index, label in enumerate(table["labels"]) if label < 0]
         if not rows:
             raise ValueError(f"--ood_dir {path}: all of its clips have one of the classes {', '.join(label_names)}.")

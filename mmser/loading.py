@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from configuration_mmser import DEFAULT_LABELS
 from mmser.bad_rows import BadRows, rule_of
+from mmser.boundary import Reach, of_folder
 from mmser.corpora import (
     Source,
     agree_on_labels,
@@ -70,23 +71,21 @@ def load_emotion_dataset(
     seed: int = 42,
     allow_speaker_overlap: bool = False,
     on_bad_example: str | BadRows = "error",
+    allow_urls: bool = False,
+    allow_outside_files: bool = False,
     for_training: bool = True,
 ) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, list[str]]:
     """Load the training, validation and test data from one source or several, and check every row.
 
     Args:
-        data_dir: folder with `<split>/metadata.csv` (or `.tsv`, `.jsonl`), `<split>.csv`, or one `metadata.csv` at
-            the top with an optional `split` column; or a table as for `manifest`. Audio paths are relative to the
-            file that lists them. Without any such table: `<split>/<class>/<clip>`, or `<class>/<clip>`.
-        manifest: one CSV, TSV or JSONL file with an optional `split` column.
+        data_dir: folder with `<split>/metadata.csv` (or `.tsv`, `.jsonl`), `<split>.csv`, one `metadata.csv` with an
+            optional `split` column, or else `<split>/<class>/<clip>` or `<class>/<clip>`; or a table as for `manifest`.
+        manifest: a CSV, TSV or JSONL file with an optional `split` column. Its paths are relative to its folder.
         dataset_name, dataset_config_name: data set on the Hub (or a folder that `datasets.load_dataset` reads).
-        train_split, validation_split, test_split: names of the splits in the source; default: their usual names.
-        columns: names of the columns. Of several sources (in the order of the arguments above) these and the names of
-            splits are the same, or a list with one for each.
-        extra_columns: more columns to keep, as strings under their own names. The name of one of our own columns, such
-            as `corpus`, means that one.
-        auxiliary_tasks: tasks beside the emotion, as in `MMSERConfig`: the targets of those of which the source has a
-            column are read from it. An empty cell is no target.
+        train_split, validation_split, test_split: names of the splits; default: their usual names.
+        columns: names of the columns; of several sources, here as for splits, the same or a list with one for each.
+        extra_columns: more columns to keep, as strings; names of our own columns, as `corpus`, mean these.
+        auxiliary_tasks: tasks beside the emotion, as in `MMSERConfig`, whose targets are read where there are columns.
         label_distribution_columns: columns with votes or shares of the classes, whose majority is the label of a row.
         label_map: table with the columns corpus, label and target: see `LabelMap`.
         label_names: class names in the order of their ids; default: see `choose_label_names`.
@@ -98,6 +97,7 @@ def load_emotion_dataset(
         allow_speaker_overlap: accept a speaker or the same audio in two splits, or a random division of data without
             speakers.
         on_bad_example: "error", "skip" to leave bad rows out, or a `BadRows`; but an unknown label is an error.
+        allow_urls, allow_outside_files: let the data name addresses, and files outside of their folder (see `Reach`).
         for_training: False: messages speak of the evaluation of a model, whose `label_names` are given.
 
     Returns:
@@ -115,7 +115,8 @@ def load_emotion_dataset(
     places = {"data_dir": data_dir, "manifest": manifest, "dataset_name": dataset_name}
     sources = find_sources(places, dataset_config_name, columns, given)
     votes = vote_columns(label_distribution_columns)
-    request = Request(sources[0].columns, extra_columns, sources[0].split_names, auxiliary_tasks or {}, votes=votes)
+    tasks, reach = auxiliary_tasks or {}, Reach(allow_urls, allow_outside_files)
+    request = Request(sources[0].columns, extra_columns, sources[0].split_names, tasks, votes=votes, reach=reach)
     if streaming:
         _check_stream(sources, label_map)
         name, config = sources[0].location, sources[0].config_name
@@ -244,13 +245,15 @@ def load_emotion_split(
     label_names: Sequence[str] = DEFAULT_LABELS,
     allow_unknown: bool = True,
     on_bad_example: str | BadRows = "error",
+    allow_urls: bool = False,
+    allow_outside_files: bool = False,
 ) -> datasets.Dataset:
     """Load one folder (with `metadata.csv`, `.tsv` or `.jsonl`) or one manifest, such as an open-set folder.
 
     Args:
         path: the folder or the file. A `split` column is ignored. In a folder without metadata, sub-folders are
             classes, and for open-set data loose clips have none.
-        columns, extra_columns, on_bad_example: as in `load_emotion_dataset`.
+        columns, extra_columns, on_bad_example, allow_urls, allow_outside_files: as in `load_emotion_dataset`.
         label_names: class names in the order of their ids.
         allow_unknown: open-set data: -1, "unknown" and every name that is not in `label_names` become -1, and so
             does every row if there is no label column. False: the rules of `load_emotion_dataset`.
@@ -264,9 +267,12 @@ def load_emotion_split(
     rule = rule_of(on_bad_example)
     label_names = choose_label_names(label_names)
     path = Path(path)
-    request = Request(columns or DataColumns(), extra_columns, needs_labels=not allow_unknown)
+    reach = Reach(allow_urls, allow_outside_files)
+    request = Request(columns or DataColumns(), extra_columns, needs_labels=not allow_unknown, reach=reach)
     records = read_class_folders(path, request) if path.is_dir() and not any(map(is_table, path.iterdir())) else []
-    records = records or read_table(find_metadata(path) if path.is_dir() else path, request, root=path.parent)
+    if not records:
+        table, boundary = (find_metadata(path), of_folder(path, reach)) if path.is_dir() else (path, None)
+        records = read_table(table, request, root=path.parent, boundary=boundary)
     found = gather_labels((record.label, record.row) for record in records)
     if not allow_unknown:
         check_labels(found, None, label_names)
@@ -320,7 +326,9 @@ def _check_records(
             else:
                 record.labels = label_id(record.label, label_names, record.row, allow_unknown or record.role == OTHER)
             record.targets = read_targets(record.written_targets, tasks or {}, record.row)
-            if record.audio and "://" not in record.audio and not os.path.exists(record.audio):
+            if record.audio and "://" not in record.audio and not os.path.isfile(record.audio):
+                if os.path.exists(record.audio):  # a device or a pipe would be read without an end
+                    raise ValueError(f"{record.row}: {record.audio} is no file, but a folder, a device or a pipe")
                 missing += 1
                 raise ValueError(f"{record.row}: audio file {record.audio} does not exist")
             if not (record.audio or record.text or record.is_embedded):

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from mmser.groups import GROUPS, with_mean
+from mmser.table_files import is_table
 from mmser.tables import format_table
 from mmser.training_flags import MIN_STEPS
 
@@ -33,14 +34,16 @@ def describe_data(
     Describe the clips of a run, as far as their columns allow. A stream is not counted.
 
     Args:
-        name: of the folder or, with `is_hub`, of the data set on the Hub.
+        name: of the folder or the table or, with `is_hub`, of the data set on the Hub.
         splits: split name -> table.
         is_hub: whether the data come from the Hub.
     Returns: `name`, `type`, `clips` per split, `speakers` (a sentence), `overlap` (whether a speaker is in two
         splits) and `languages`.
     """
+    place = Path(name).resolve()
+    place = place.parent if is_table(place) and place.stem == "metadata" else place
     result: dict[str, Any] = {
-        "name": name if is_hub else Path(name).resolve().name,
+        "name": name if is_hub else place.name,
         "type": name if is_hub else "audiofolder",
         "clips": {},
         "speakers": "Speakers are not known.",

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow
+import pyarrow.compute
 from transformers.utils import logging
 
 from mmser.bad_rows import skip_or_raise
+from mmser.boundary import Boundary, Reach, is_elsewhere, of_folder, of_hub
 from mmser.labels import UNKNOWN_LABEL, choose_label_names, label_id
 from mmser.table_files import find_files, is_table, read_rows
 from mmser.targets import COLUMN, Tasks, no_target, read_targets
@@ -70,6 +74,7 @@ class Request:
     tasks: Tasks = field(default_factory=dict)  # whose targets are read where there is a column of their name
     needs_labels: bool = True  # False: a source without a label column has clips of an unknown class
     votes: VoteColumns = field(default_factory=dict)  # see `vote_columns`; with them no label column is needed
+    reach: Reach = field(default_factory=Reach)  # which files they may name
     problems: list[str] = field(default_factory=list)  # messages about bad rows; the readers add to them
 
 
@@ -227,7 +232,14 @@ def _pick_splits(available: Iterable[str], request: Request, source: object) -> 
     return picked
 
 
-def read_table(path: Path, request: Request, *, root: Path | None = None, split: str | None = None) -> list[Record]:
+def read_table(
+    path: Path,
+    request: Request,
+    *,
+    root: Path | None = None,
+    split: str | None = None,
+    boundary: Boundary | None = None,
+) -> list[Record]:
     """Read one CSV, TSV or JSONL file.
 
     Args:
@@ -235,10 +247,14 @@ def read_table(path: Path, request: Request, *, root: Path | None = None, split:
         request: what to read.
         root: messages name the file relative to this folder; default: its own.
         split: the split of all rows. None: the one that the `split` column says, if there is one, else train.
+        boundary: which files it may name. None: any on this machine, as the user named the table.
 
     Returns:
         A record for each good row; messages give its line in the file. Bad rows go to `request.problems`.
     """
+    boundary = boundary or Boundary(request.reach, None)
+    if refusal := boundary.refusal(str(path)):
+        raise ValueError(f"the table {refusal}")
     name = os.path.relpath(path, root or path.parent)
     rows = read_rows(path, name, request.problems)
     if not rows:
@@ -259,12 +275,25 @@ def read_table(path: Path, request: Request, *, root: Path | None = None, split:
             request.problems.append(f"{record.row}: the audio must be a path, got {record.audio!r:.60}")
         elif record.split is None:
             request.problems.append(f"{record.row}: split {value!r} is none of {', '.join(split_of)}")
+        elif is_elsewhere(record.audio) and (refusal := boundary.refusal(record.audio)):  # before anything looks there
+            request.problems.append(f"{record.row}: {refusal}")
         else:
             records.append(record)
     files = find_files(path.parent, {record.audio for record in records if record.audio}, name)
     for record in records:
         record.audio = files.get(record.audio, "")
-    return records
+    return _within(boundary, records, request)
+
+
+def _within(boundary: Boundary, records: Iterable[Record], request: Request) -> list[Record]:
+    """The records whose files the data may name; the others become problems."""
+    kept = []
+    for record in records:
+        if record.audio and (refusal := boundary.refusal(record.audio)):
+            request.problems.append(f"{record.row}: {refusal}")
+        else:
+            kept.append(record)
+    return kept
 
 
 def read_folder(folder: Path, request: Request) -> list[Record]:
@@ -282,14 +311,14 @@ def read_folder(folder: Path, request: Request) -> list[Record]:
     if not tables and (records := read_class_folders(folder, request)):
         return records
     if not any(name.casefold() in usual for name in tables):
-        return read_table(find_metadata(folder), request, root=folder)
+        return read_table(find_metadata(folder), request, root=folder, boundary=of_folder(folder, request.reach))
     tables.pop("metadata", None)
     unread = [path.name for path in _subfolders(folder) if path.name.casefold() in usual and path.name not in tables]
     if unread:
         logger.warning(f"{folder}: {', '.join(unread)} has no metadata.csv (or .tsv, .jsonl) and is not read")
-    records = []
+    records, boundary = [], of_folder(folder, request.reach)
     for split, name in _pick_splits(tables, request, folder).items():
-        records += read_table(_only_one(tables[name]), request, root=folder, split=split)
+        records += read_table(_only_one(tables[name]), request, root=folder, split=split, boundary=boundary)
     return records
 
 
@@ -331,7 +360,8 @@ def read_class_folders(folder: Path, request: Request) -> list[Record]:
     layout = find_layout(("file_name", "label"), request, f"{folder}, a folder without metadata,")
     classes = dict.fromkeys(str(raw["label"]) for _, raw, _ in rows)
     logger.info(f"{folder} has no metadata: its classes are the folders {', '.join(classes)}, without transcripts")
-    return [layout.record(raw, row, split) for split, raw, row in rows]
+    records = [layout.record(raw, row, split) for split, raw, row in rows]
+    return _within(of_folder(folder, request.reach), records, request)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -388,9 +418,30 @@ def read_hub(
         for split, dataset in splits.items()
         for index, raw in enumerate(dataset.select_columns([other for other in features if other in wanted]))
     ]
+    boundary = of_hub(name, request.reach)
+    if audio is None:
+        return _within(boundary, records, request), None, layout.declared_names()
     for record in records:
-        record.is_embedded = audio is not None
+        record.is_embedded = True
+    refused = _refused_paths(boundary, audio)
+    if refused:
+        request.problems += [f"{records[index].row}: {refusal}" for index, refusal in refused.items()]
+        kept = [index for index in range(len(records)) if index not in refused]
+        records, audio = [records[index] for index in kept], audio.select(kept)
     return records, audio, layout.declared_names()
+
+
+def _refused_paths(boundary: Boundary, audio: datasets.Dataset) -> dict[int, str]:
+    """Of a table with embedded audio: the rows that hold a path alone which they may not name. Audio is not read."""
+    refused, start = {}, 0
+    for chunk in audio.data.column("audio").chunks:
+        has_none = pyarrow.compute.is_null(chunk.field("bytes")).to_numpy(zero_copy_only=False)
+        paths = chunk.field("path").filter(pyarrow.array(has_none)).to_pylist()
+        for index, path in zip(np.flatnonzero(has_none).tolist(), paths, strict=True):
+            if path and (refusal := boundary.refusal(path)):
+                refused[start + index] = refusal
+        start += len(chunk)
+    return refused
 
 
 def stream_hub(
@@ -423,12 +474,20 @@ def stream_hub(
         label_names = choose_label_names(label_names, layout.declared_names(), checkpoint_names=checkpoint_names)
         options = {"layout": layout, "label_names": label_names, "on_bad_example": on_bad_example}
         options |= {"source": f"{name} {split_name}", "tasks": request.tasks}
+        options |= {"boundary": of_hub(name, request.reach)}
         streams[split] = stream.map(_stream_row, with_indices=True, remove_columns=available, fn_kwargs=options)
     return datasets.IterableDatasetDict(streams), list(label_names or ())
 
 
 def _stream_row(
-    raw: dict, index: int, layout: Layout, source: str, label_names: list[str], on_bad_example: str, tasks: Tasks
+    raw: dict,
+    index: int,
+    layout: Layout,
+    source: str,
+    label_names: list[str],
+    on_bad_example: str,
+    tasks: Tasks,
+    boundary: Boundary,
 ) -> dict[str, Any]:
     record = layout.record(raw, f"{source} row {index}")
     row: dict[str, Any] = {name: getattr(record, name) for name in layout.found if name != "label"}
@@ -436,6 +495,7 @@ def _stream_row(
     if layout.targets:
         row[COLUMN] = {task: no_target(tasks[task]) for task in layout.targets}
     try:
+        _refuse_streamed(record, boundary)
         row |= {COLUMN: read_targets(record.written_targets, tasks, record.row)} if layout.targets else {}
         if layout.votes:
             row["class_shares"] = None
@@ -446,6 +506,13 @@ def _stream_row(
     except ValueError as error:
         skip_or_raise(error, on_bad_example)
     return row
+
+
+def _refuse_streamed(record: Record, boundary: Boundary) -> None:
+    held = record.audio if isinstance(record.audio, dict) else {"path": record.audio}
+    path = held.get("path") if held.get("bytes") is None else None
+    if isinstance(path, str) and path and (refusal := boundary.refusal(path)):
+        raise ValueError(f"{record.row}: {refusal}")
 
 
 def _hub_layout(features: dict[str, Any], available: Sequence[str], request: Request, source: str) -> Layout:

@@ -203,8 +203,9 @@ def load_data(
     data.division = None if arguments.streaming else describe_division(splits, fractions, seed)
     data.unknown = [] if other is None else [other]
     if arguments.ood_dir:
-        options: Any = {"columns": arguments.common_columns, "on_bad_example": arguments.bad_rows}
-        data.unknown.append(load_emotion_split(arguments.ood_dir, label_names=label_names, **options))
+        data.unknown.append(
+            load_emotion_split(arguments.ood_dir, label_names=label_names, **arguments.of_further_clips)
+        )
     if arguments.streaming:
         # A stream comes in stored order, which often is by class
         data.splits["train"] = data.splits["train"].shuffle(seed=seed, buffer_size=STREAM_BUFFER)

@@ -1152,7 +1152,7 @@ def test_the_same_embedded_clip_in_two_splits_is_refused(hub, cache, log):
 
 
 def test_what_a_stream_cannot_know_is_said(tmp_path, cache, log):
-    write_table(tmp_path / "data" / "train.csv", [{"path": "a.wav", "label": 1, "text": "a"}])
+    write_table(tmp_path / "data" / "train.csv", [{"path": str(tmp_path / "data" / "a.wav"), "label": 1, "text": "a"}])
     data, names = load_emotion_dataset(dataset_name=str(tmp_path / "data"), streaming=True)
     assert names == NAMES and next(iter(data["train"]))["labels"] == 1
     assert "The labels of a stream are not known beforehand: they are taken as neutral, happy, sad, angry" in log.text

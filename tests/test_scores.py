@@ -86,6 +86,7 @@ def test_describe_data_counts_clips_speakers_and_languages():
         "test": table(2, speaker=["b", "c"], corpus=["y", "x"], language=["fr", "en"]),
     }
     result = describe_data("some/where/my_data", splits)
+    assert describe_data("some/where/my_data/metadata.csv", splits) == result
     assert result["name"] == "my_data"
     assert result["clips"] == {"train": 4, "test": 2}
     assert result["languages"] == ["de", "en", "fr"]
