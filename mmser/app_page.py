@@ -15,6 +15,7 @@ from mmser.app_answers import Answers
 from mmser.app_examples import Example
 from mmser.app_html import STYLE
 from mmser.plots import BLUE
+from mmser.tables import harmless
 
 TITLE = "MMSER: which emotion is in a voice?"
 FOLDER = "GRADIO_TEMP_DIR"  # what Gradio calls the place of recordings
@@ -61,7 +62,7 @@ def make_page(answers: Answers, examples: Sequence[Example] = (), reason: str = 
     check_gradio()
     import gradio
 
-    labels = answers.classifier.labels
+    labels = harmless(list(answers.classifier.labels))
     with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gradio.Markdown(
             f"# {TITLE}\n\nThe model answers {', '.join(labels[:-1])} or {labels[-1]}, with a score for each. "

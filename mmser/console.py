@@ -76,7 +76,9 @@ def run_command(main: Callable[[], Any]) -> None:
             # All processes of a run fail for the same reason as a rule; the launcher ends this one when the first has
             # said so
             time.sleep(RANK_DELAY)
-        print(f"error: {message}", file=sys.stderr)
+        from mmser.tables import without_controls  # here: it imports NumPy, and `--help` does not wait for that
+
+        print(f"error: {without_controls(message)}", file=sys.stderr)
         sys.exit(2)
     if isinstance(result, int) and result:
         sys.exit(result)

@@ -79,7 +79,7 @@ def load_emotion_dataset(
 
     Args:
         data_dir: folder with `<split>/metadata.csv` (or `.tsv`, `.jsonl`), `<split>.csv`, one `metadata.csv` with an
-            optional `split` column, or else `<split>/<class>/<clip>` or `<class>/<clip>`; or a table as for `manifest`.
+            optional `split` column, or `<split>/<class>/<clip>` or `<class>/<clip>`; or a table as for `manifest`.
         manifest: a CSV, TSV or JSONL file with an optional `split` column. Its paths are relative to its folder.
         dataset_name, dataset_config_name: data set on the Hub (or a folder that `datasets.load_dataset` reads).
         train_split, validation_split, test_split: names of the splits; default: their usual names.

@@ -23,7 +23,7 @@ from configuration_mmser import MMSERConfig
 from mmser import __version__
 from mmser.files import write_atomically
 from mmser.results import format_results
-from mmser.tables import format_table
+from mmser.tables import format_table, harmless, shown_results
 from modeling_mmser import MODALITY_BIASES, MMSERForAudioClassification
 
 logger = logging.get_logger(__name__)
@@ -114,7 +114,7 @@ def _loss_table(config: MMSERConfig) -> str:
     }
     weights = {text: getattr(config, f"{name}_loss_weight") for name, text in parts.items()}
     rows = [{"part of the loss": text, "weight": f"{weight:g}"} for text, weight in weights.items() if weight]
-    return format_table(rows, ["part of the loss", "weight"])
+    return format_table(harmless(rows), ["part of the loss", "weight"])
 
 
 def card_metadata(
@@ -215,6 +215,7 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
     folder = Path(output_dir)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: save the checkpoint before its card.")
+    results = shown_results(results)
     config = MMSERConfig.from_pretrained(folder)
     state = checkpoint_state(folder, config)
     split = "test" if "test" in results else "validation"

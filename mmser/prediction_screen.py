@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from mmser.prediction_arguments import PredictionArguments
 from mmser.prediction_files import UNKNOWN, answer, likeliest
 from mmser.prediction_run import Prediction, Segment
-from mmser.tables import format_table
+from mmser.tables import format_table, without_controls
 from mmser.timed_files import clock
 
 NONE_OF_THESE = "none of these"
@@ -94,6 +94,12 @@ def show(
         top_k: classes to show, the best ones; all by default.
         is_written: whether a file holds all of it, so that a long table can be left out.
     """
+    return without_controls(_shown(predictions, by_segment, screen, top_k, is_written))
+
+
+def _shown(
+    predictions: Sequence[Prediction], by_segment: bool, screen: Screen, top_k: int | None, is_written: bool
+) -> str:
     if len(predictions) > 1:
         rows = sum(max(1, len(one.segments)) for one in predictions) if by_segment else len(predictions)
         table = _segments_table(predictions, screen) if by_segment else _clips_table(predictions, screen)
@@ -332,7 +338,7 @@ def show_failures(predictions: Sequence[Prediction]) -> str:
         return ""
     counts = [_number(len(failed), "input")] if failed else []
     counts += [_number(len(pieces), "segment")] if pieces else []
-    return "\n".join([f"{' and '.join(counts)} could not be classified:", *lines])
+    return without_controls("\n".join([f"{' and '.join(counts)} could not be classified:", *lines]))
 
 
 def _number(count: int, what: str) -> str:

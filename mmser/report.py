@@ -38,7 +38,7 @@ from mmser.scores import (
     evaluate_open_set,
     open_set_scores,
 )
-from mmser.tables import format_table, strict_json
+from mmser.tables import format_table, harmless, shown_results, strict_json
 
 TEMPLATE = Path(__file__).parent / "report_template.md"
 ROW_NAMES = {
@@ -424,10 +424,11 @@ def write_report(report: Mapping[str, Any], plots: Mapping[str, str], output_dir
     folder = Path(output_dir)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = _percent
-    content = {**report, "verdict": verdict(report)}
-    words = {"fitted_calibration": None, **content, "subject": _subject(report), "few_clips": FEW_CLIPS}
+    shown = shown_results(report)
+    words = {"fitted_calibration": None, **shown, "subject": _subject(shown), "few_clips": FEW_CLIPS}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(**words, tables=_tables(report), plots=plots)
+    text = template.render(**words, verdict=verdict(shown), tables=_tables(shown), plots=harmless(plots))
+    content = {**report, "verdict": verdict(report)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(strict_json(content), encoding="utf-8")
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
@@ -436,6 +437,7 @@ def write_report(report: Mapping[str, Any], plots: Mapping[str, str], output_dir
 
 def console_summary(report: Mapping[str, Any]) -> str:
     """The end of the console's output: the verdict and the main tables."""
+    report = harmless(report)
     titles = {"summary": "Scores", "open_set": "Unknown clips", "augmentation": "Test-time augmentation"}
     tables = _tables(report)
     lines = [line.replace("**", "") for line in verdict(report)]

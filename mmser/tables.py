@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write Markdown tables, and JSON that every reader accepts."""
+"""Write Markdown tables, words of others so that they do nothing, and JSON that every reader accepts."""
 
 import json
 import math
 import numbers
+import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")  # all but line breaks
+ACTIVE = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")  # where HTML begins in Markdown, or a picture
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -40,6 +44,35 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*table, strict=True))
 
 
+def without_controls(text: str) -> str:
+    """A text without characters that steer a terminal (colours, titles, the direction of writing)."""
+    return CONTROLS.sub(" ", text)
+
+
+def harmless(value: Any) -> Any:
+    """
+    Words of others (labels, speakers, names of files) as a page in Markdown can show them: on one line, without HTML,
+    pictures and control characters. Mappings and lists: with all of their words made so.
+    """
+    if isinstance(value, Mapping):
+        return {harmless(key): harmless(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(harmless(item) for item in value)
+    if not isinstance(value, str):
+        return value
+    return ACTIVE.sub(lambda found: "&lt;" if found[0] == "<" else "&#33;", on_one_line(value))
+
+
+def shown_results(results: Mapping[str, Any]) -> dict[str, Any]:
+    """`harmless`; but a `command` stands in a block of code, where "<" is only "<"."""
+    return {name: on_one_line(value) if name == "command" else harmless(value) for name, value in results.items()}
+
+
+def on_one_line(text: str) -> str:
+    """A text without line breaks and control characters."""
+    return without_controls(text).replace("\n", " ")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
@@ -54,7 +87,7 @@ def _format_cell(value: Any) -> str:
         return ""
     if _is_number(value) and not isinstance(value, numbers.Integral):
         return "n/a" if math.isnan(value) else f"{value:.4f}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return " ".join(without_controls(str(value)).split()).replace("|", "\\|")
 
 
 def strict_json(value: Any) -> str:
