@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> dict:
     if trainer.is_world_process_zero():
         token = training_arguments.hub_token  # what is written here is for everyone to read
         command = [argument.replace(token, "...") if token else argument for argument in command]
-        folder, device = training_arguments.output_dir, training_arguments.device
-        print(training_run.write_results(results, folder, ["train_hf.py", *command], device))
+        folder, device, source = training_arguments.output_dir, training_arguments.device, data_arguments.flags
+        print(training_run.write_results(results, folder, ["train_hf.py", *command], device, source))
     if training_arguments.push_to_hub:
         publishing.publish_run(trainer)
     return results

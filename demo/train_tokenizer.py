@@ -18,7 +18,7 @@ def train_tokenizer(corpus: Path, vocab_size: int = 2000) -> BertTokenizer:
     with open(corpus / "train" / "metadata.csv", encoding="utf-8", newline="") as file:
         sentences = [row["transcription"] for row in csv.DictReader(file)]
     empty = BertTokenizer(vocab={token: index for index, token in enumerate(SPECIAL_TOKENS)}, do_lower_case=False)
-    return empty.train_new_from_iterator(sentences, vocab_size=vocab_size)
+    return empty.train_new_from_iterator(sentences, vocab_size=vocab_size, show_progress=False)
 
 
 def main() -> None:

@@ -357,6 +357,16 @@ class SourceArguments:
             raise ValueError(f"--{error}") from error
 
     @property
+    def flags(self) -> list[str]:
+        """Those that name the same clips to `eval_hf.py`."""
+        words = []
+        for item in fields(SourceArguments):
+            value = getattr(self, item.name)
+            if value != item.default and item.name != "max_eval_samples":
+                words += [f"--{item.name}", *([] if value is True else map(str, _as_list(value)))]
+        return words
+
+    @property
     def places(self) -> list[str]:
         """Where all sources are."""
         return [place for kind in PLACES for place in _as_list(getattr(self, kind))]
@@ -447,6 +457,11 @@ class DataArguments(SourceArguments):
     )
     text_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their text."})
     audio_dropout: float = field(default=0.1, metadata={"help": "Share of training clips that lose their audio."})
+
+    @property
+    def flags(self) -> list[str]:
+        """As of the clips, with those that are none of the classes."""
+        return [*super().flags, *(["--ood_dir", self.ood_dir] if self.ood_dir else [])]
 
     def __post_init__(self):
         super().__post_init__()

@@ -259,6 +259,7 @@ class EncoderStateCache:
             settings = processor.feature_extractor.to_dict() if kind == "audio" else _text_settings(processor)
             name = hash_of(FORMAT_VERSION, kind, encoder, row_shapes[kind], precision, settings)[:20]
             self.stores[kind] = StateStore(Path(folder) / f"{kind}-{name}", row_shapes[kind], dtype, shard_bytes)
+        self.told = set[str]()  # what was said once: the first, the training clips, are the most
 
     def fill(self, kind: str, clips: Sequence[Clip], read: Callable[[Clip], Any]) -> int:
         """Encode clips and put them into the store; states that were computed stay there if this is interrupted.
@@ -299,9 +300,11 @@ class EncoderStateCache:
         size = float(sum(array.size for array in states) * store.dtype.itemsize)
         size *= sum(clip.length for clip in clips) / max(1, sum(clip.length for clip in encoded))
         free = shutil.disk_usage(store.folder).free
-        logger.info(
-            f"The states of {len(clips)} {kind} clips take about {size / 1e6:,.0f} MB in {store.folder.parent}"
-        )
+        if kind not in self.told:
+            logger.info(
+                f"The states of {len(clips)} {kind} clips take about {size / 1e6:,.0f} MB in {store.folder.parent}"
+            )
+            self.told.add(kind)
         if size > free:
             raise ValueError(
                 f"The encoder states of {len(clips)} {kind} clips take about {size / 1e9:.1f} GB, but the disk of "
@@ -432,7 +435,9 @@ class CachedStatesDataset(EmotionDataset):
         reports = [self._encode_missing(kind, cache, [row[kind] for row in self.contents]) for kind in self.stores]
         self._skipped |= torch.from_numpy(self._bad)
         seconds = time.perf_counter() - start
-        logger.info(f"Encoder states of {len(self)} clips: {'; '.join(reports)}; {seconds:.1f} s")
+        if "report" not in cache.told or not all(each.startswith("0 of") for each in reports):
+            logger.info(f"Encoder states of {len(self)} clips: {'; '.join(reports)}; {seconds:.1f} s")
+            cache.told.add("report")
 
     def _example(self, index: int, rng: np.random.Generator, turn: int) -> dict[str, Any]:
         if self._bad[index]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command tells on the console: what it does while it works, and what was wrong where it cannot."""
 
+import contextlib
 import gc
 import linecache
 import logging as python_logging
@@ -8,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,29 @@ WORKER_ERROR = re.compile(r"^Caught \w+ in .*Original Traceback.*\n(?:\w+\.)*\w+
 RANK_DELAY = 5  # seconds
 
 
+class BesideBars(python_logging.Handler):
+    """
+    Messages on a line of their own, above a bar that moves. What we do is told as it is; warnings say that they are,
+    and whose they are if not ours.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.setFormatter(python_logging.Formatter("%(message)s"))
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        """Write one message."""
+        from tqdm import tqdm
+
+        kind, message = record.levelname.lower(), self.format(record)
+        is_own = record.name.split(".")[0] in OWN_LOGGERS
+        if not is_own:
+            message = f"{kind} ({record.name}): {message}"
+        elif record.levelno != python_logging.INFO:
+            message = f"{kind}: {message}"
+        tqdm.write(message, file=sys.stderr)
+
+
 def set_up_logging(arguments: "TrainingArguments") -> None:
     """Our own modules tell what they do, on the main process; others warn only. `--log_level` sets both."""
     from transformers.utils import logging
@@ -49,10 +73,27 @@ def set_up_logging(arguments: "TrainingArguments") -> None:
     logging.set_verbosity(level)
     logging.enable_default_handler()
     logging.enable_explicit_format()
-    python_logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    python_logging.basicConfig(handlers=[BesideBars()])
     tells = arguments.log_level == "passive" and arguments.should_log
     for name in OWN_LOGGERS:
         python_logging.getLogger(name).setLevel(python_logging.INFO if tells else level)
+
+
+@contextlib.contextmanager
+def without_bars_of_weights() -> Iterator[None]:
+    """Read or write a model: that takes a moment, and its bars say nothing. A download may take minutes: it shows."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    was_on, downloads_were_on = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # of both
+    if downloads_were_on:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def run_command(main: Callable[[], Any]) -> None:

@@ -18,15 +18,17 @@ from configuration_mmser import MMSERConfig
 from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, SourceArguments
 from mmser.bad_rows import BadRows
 from mmser.batches import MMSERDataCollator
+from mmser.console import without_bars_of_weights
 from mmser.division import divide_again
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.groups import duration_bands, split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.log_mel_probe import log_mel_probe
 from mmser.names import Named, reading
+from mmser.progress import calm, stage
 from mmser.report import Measured
 from mmser.results import describe_data, environment, reproducible
-from mmser.scores import audio_alone, evaluate_augmentation, predict_clips, predict_rows
+from mmser.scores import audio_alone, evaluate_augmentation, number_predictions, predict_clips, predict_rows
 from mmser.sources import OTHER
 from mmser.targets import derive_targets, split_targets
 from mmser.trainer import MMSERTrainer
@@ -170,6 +172,7 @@ def group_clips(dataset: EmotionDataset, names: list[str] | None) -> dict[str, l
     return {name: groups[name] for name in order if name in groups and (names or len(set(groups[name])) > 1)}
 
 
+@without_bars_of_weights()
 def store_calibration(
     model: MMSERForAudioClassification, processor: MMSERProcessor, arguments: EvaluationArguments, changed: bool = True
 ) -> Path:
@@ -230,17 +233,22 @@ def measure(
 ) -> Measured:
     """Run the model over everything that the report needs."""
 
-    def predict(name: str, table: datasets.Dataset) -> dict:
-        logger.info(f"Running the model over {len(table)} clips: {name}")
+    def predict(table: datasets.Dataset) -> dict:
         return predict_clips(trainer, make_dataset(table), table["row"])
 
-    logger.info(f"Running the model over {len(clips.evaluated)} clips: {clips.split}, and with each modality alone")
+    names = {clips.split: clips.evaluated, **clips.unknown, **({} if clips.train is None else {"train": clips.train})}
+    logger.info(f"Clips: {', '.join(f'{len(table)} of {name}' for name, table in names.items())}")
+    others = [*clips.unknown.values(), *([] if clips.train is None else [clips.train])]
+    with stage(trainer, "Evaluating", (number_predictions(trainer, clips.evaluated) or 0) + sum(map(len, others))):
+        rows = predict_rows(trainer, clips.evaluated, make_dataset)
+        unknown_sets = {name: predict(table) for name, table in clips.unknown.items()}
+        train_outputs = None if clips.train is None else predict(clips.train)
     return Measured(
         label_names=label_names,
-        rows=predict_rows(trainer, clips.evaluated, make_dataset),
+        rows=rows,
         groups=groups,
-        unknown_sets={name: predict(name, table) for name, table in clips.unknown.items()},
-        train_outputs=None if clips.train is None else predict("train", clips.train),
+        unknown_sets=unknown_sets,
+        train_outputs=train_outputs,
         class_counts=trainer.model.config.class_counts,
         temperature=trainer.model.temperature.item(),
         prediction_sets=trainer.model.prediction_sets if trainer.model.prediction_sets.is_fitted else None,
@@ -255,7 +263,7 @@ def try_log_mel_probe(
     """The row of `log_mel_probe`, over the clips that have audio, if it was asked for."""
     if not arguments.log_mel_probe or clips.train is None:
         return {}
-    logger.info(f"Log-mel probe: {len(clips.train)} training clips")
+    logger.info(f"A logistic regression learns from the log-mel bands of {len(clips.train)} training clips")
     heard = [
         split.select(np.flatnonzero([bool(audio) for audio in split["audio"]]))
         for split in (clips.train, clips.evaluated)
@@ -269,11 +277,14 @@ def load_processor(checkpoint: str) -> MMSERProcessor:
         return MMSERProcessor.from_pretrained(checkpoint)
 
 
+@without_bars_of_weights()
 def load_trainer(checkpoint: str, processor: MMSERProcessor, arguments: MMSERTrainingArguments) -> MMSERTrainer:
     """A trainer that only predicts, with the model of the checkpoint."""
     with reading([Named("--checkpoint", checkpoint)]):
         model = MMSERForAudioClassification.from_pretrained(checkpoint)
-    return MMSERTrainer(model, arguments, data_collator=MMSERDataCollator(processor), processing_class=processor)
+    trainer = MMSERTrainer(model, arguments, data_collator=MMSERDataCollator(processor), processing_class=processor)
+    calm(trainer)
+    return trainer
 
 
 def calibrate(
@@ -282,10 +293,11 @@ def calibrate(
     """Calibrate the model on the clips that were asked for. Returns what was fitted; None if nothing was asked for."""
     if clips.calibration is None:
         return None
-    logger.info(f"Calibrating on {len(clips.calibration)} clips: {arguments.calibration_split}")
     clips_alone = audio_alone(trainer, clips.calibration, make_dataset)
     before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}  # what is fitted is one of them
-    fitted = trainer.calibrate(make_dataset(clips.calibration), clips_alone)
+    tables = [clips.calibration, *([] if clips_alone is None else [clips_alone[0]])]
+    with stage(trainer, "Calibrating", sum(map(len, tables))):
+        fitted = trainer.calibrate(make_dataset(clips.calibration), clips_alone)
     changed = any(not torch.equal(buffer, before[name]) for name, buffer in trainer.model.named_buffers())
     return {"split": arguments.calibration_split, **fitted, "changed": changed}
 
@@ -296,10 +308,11 @@ def try_augmentation(
     """The scores with test-time augmentation, for each number of passes that was asked for."""
     if not arguments.tta:
         return []
-    logger.info(f"Test-time augmentation, passes: {', '.join(map(str, arguments.tta))}")
-    return evaluate_augmentation(
-        trainer, dataset, arguments.tta, label_names, arguments.seed, arguments.bootstrap_samples
-    )
+    passes = arguments.tta
+    with stage(trainer, "Test-time augmentation", len(dataset) * sum(passes)):
+        return evaluate_augmentation(
+            trainer, dataset, passes, label_names, arguments.seed, arguments.bootstrap_samples
+        )
 
 
 def describe_evaluation(

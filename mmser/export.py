@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
 from mmser.arguments import DTYPES, FORMATS, OPSET
+from mmser.console import without_bars_of_weights
 from mmser.model_loading import label_names_of
 from mmser.names import Named, reading
 from mmser.quantization import quantize_onnx
@@ -310,25 +311,29 @@ def compare(model: MMSERForAudioClassification, exported: Any, processor: MMSERP
         model: in float32.
         exported: `MMSEROnnxForAudioClassification`, or a model of the same class as `model`.
     """
-    results = []
+    results, sizes = [], dict[str, float]()
     longest = min(2.4, max_seconds(model, processor))
     for number, seconds in enumerate((longest / 8, longest / 3, longest)):
         for batch_size in (1, 3):
             inputs = example_inputs(model, processor, seconds, batch_size, seed=number)
             names = (input_names(model)[0] if "audio" in model.config.used_modalities else "", "input_ids")
             audio_length, text_length = (inputs[name].shape[-1] if name in inputs else 0 for name in names)
-            differences = _differences(model(**inputs), exported(**inputs))
+            differences, own = _differences(model(**inputs), exported(**inputs))
             results.append(Comparison(batch_size, audio_length, text_length, differences))
+            sizes = {name: max(value, sizes.get(name, 1.0)) for name, value in own.items()}
+    for result in results:
+        for name, size in sizes.items():
+            result.differences[name] /= size
     return results
 
 
-def _differences(expected, given) -> dict[str, float]:
+def _differences(expected, given) -> tuple[dict[str, float], dict[str, float]]:
     """
-    The largest difference of each output. Logits, rejection scores and the outputs of other tasks are divided by the
-    largest one in the batch (or 1); the rest are probabilities. For `is_unknown`, the share of clips with another
-    decision.
+    The largest difference of each output; for `is_unknown`, the share of clips with another decision. And the largest
+    value of those that are no probabilities: logits, rejection scores and the outputs of other tasks. Their
+    differences are shares of the largest of all batches: a clip of which the model can tell nothing has small ones.
     """
-    differences = {}
+    differences, sizes = {}, {}
     names = output_names(expected)
     if names != output_names(given):
         raise ValueError(f"The model has the outputs {names}, but its export has {output_names(given)}")
@@ -340,9 +345,9 @@ def _differences(expected, given) -> dict[str, float]:
         first, second = first.float(), second.float()
         difference = (first - second).abs()
         if name in ("logits", "rejection_score") or name.startswith(AUXILIARY):
-            difference = difference / first.abs().amax().clamp(min=1)
+            sizes[name] = first.abs().amax().item()
         differences[name] = (difference.mean() if name == "is_unknown" else difference.amax()).item()
-    return differences
+    return differences, sizes
 
 
 def check_tolerance(comparisons: Sequence[Comparison], tolerance: float) -> None:
@@ -358,7 +363,8 @@ def check_tolerance(comparisons: Sequence[Comparison], tolerance: float) -> None
                 raise ValueError(
                     f"The export differs from PyTorch by {value:.2g} in `{name}` (tolerance {tolerance:g}), for a "
                     f"batch of {comparison.batch_size} with audio of length {comparison.audio_length} and "
-                    f"{comparison.text_length} tokens. Nothing was written."
+                    f"{comparison.text_length} tokens. Nothing was written. Export in a larger --dtype, or let that "
+                    "through with a larger --tolerance."
                 )
 
 
@@ -396,6 +402,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
+@without_bars_of_weights()
 def export_checkpoint(
     name_or_path: str | os.PathLike,
     output_dir: str | os.PathLike,

@@ -15,6 +15,7 @@ from auxiliary_mmser import AuxiliaryHead
 from configuration_mmser import MODALITIES, MMSERConfig, check_names
 from mmser.arguments import SPEC_AUGMENT, ModelArguments
 from mmser.averaging import average_checkpoints
+from mmser.console import without_bars_of_weights
 from mmser.labels import match_label_names
 from mmser.lora import add_adapters
 from mmser.names import Named, reading
@@ -112,6 +113,7 @@ def _join_processor(arguments: ModelArguments) -> MMSERProcessor:
     return MMSERProcessor(feature_extractor, tokenizer)
 
 
+@without_bars_of_weights()
 def load_model(
     arguments: ModelArguments,
     label_names: list[str],
@@ -300,6 +302,7 @@ def encoder_name(arguments: ModelArguments, kind: str) -> str:
     return f"{name} architecture{changed}, started at random"
 
 
+@without_bars_of_weights()
 def load_teacher(
     arguments: ModelArguments, model: MMSERForAudioClassification, processor: MMSERProcessor
 ) -> MMSERForAudioClassification | None:

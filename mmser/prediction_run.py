@@ -4,7 +4,6 @@
 One input that cannot be read never stops the others: it gets its reason, in `Prediction.error`.
 """
 
-import contextlib
 import itertools
 import logging as python_logging
 import math
@@ -16,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tqdm.auto import tqdm
 from transformers import pipeline
 from transformers.utils import logging
 
 from audio_mmser import MIN_SECONDS, SILENT, stream_audio
 from configuration_mmser import MMSERConfig
+from mmser.console import without_bars_of_weights
 from mmser.model_loading import load_config
 from mmser.names import Named, reading
 from mmser.prediction_arguments import PredictionArguments
@@ -137,22 +136,8 @@ def load_classifier(checkpoint: str, device: str | None = None) -> MMSERPipeline
     load_config(checkpoint)  # refuses other models
     if device is not None:
         _check_device(device)
-    with reading(flag), _without_the_bar_of_the_weights():
+    with reading(flag), without_bars_of_weights():
         return pipeline("audio-classification", model=checkpoint, device=device)  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def _without_the_bar_of_the_weights() -> Iterator[None]:
-    """They take a moment. A download may take minutes, and keeps its bar."""
-    was_on, downloads_were_on = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.disable_progress_bar()  # of both
-    if downloads_were_on:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def _check_device(device: str) -> None:

@@ -29,6 +29,7 @@ from mmser.model_card import (
     without_signature,
     write_model_card,
 )
+from mmser.progress import CURVES_NAME
 from mmser.results import RESULTS_NAME
 from mmser.trainer import MMSERTrainer
 from pipeline_mmser import MMSEROnnxConfig
@@ -38,7 +39,7 @@ HANDLER = Path(__file__).parent / "handler.py"
 SUFFIXES = (".json", ".safetensors", ".onnx", ".data", ".py", ".md", ".txt", ".model")  # no pickle among them
 NAMES = ("LICENSE", "NOTICE", "merges.txt")
 FILES_OF_A_RUN = ("trainer_state.json", "training_args.json")  # they name folders of this machine
-PICTURES = ("evaluation/plots/*.png", "plots/*.png")  # of `eval_hf.py`
+PICTURES = (CURVES_NAME, "evaluation/plots/*.png", "plots/*.png")  # of the training, and of `eval_hf.py`
 REPORT = "evaluation/report.md"
 # What the code of a checkpoint imports, and `handler.py`; the versions are those of setup.cfg
 REQUIREMENTS = (
@@ -329,7 +330,7 @@ def _what_is_missing(source: Path, into: Path, config: Mapping[str, Any], data: 
         "no data set: --datasets user/data, if it is on the Hub": not data.get("datasets"),
         "no results: train_hf.py writes eval_results.json, and the page shows its scores": "model-index" not in data,
         f"no plots: mmser eval --checkpoint {shlex.quote(str(source))} --data_dir DATA draws them": not any(
-            into.rglob("*.png")
+            path.name != CURVES_NAME for path in into.rglob("*.png")
         ),
     }
     return [note for note, is_missing in notes.items() if is_missing]

@@ -24,6 +24,16 @@ from mmser.tables import format_table
 from mmser.training_flags import MIN_STEPS
 
 RESULTS_NAME = "eval_results.json"
+# Names of scores that fit a terminal; the unweighted average recall is the mean of the recalls of the classes
+SHORT_TITLES = {
+    "weighted_f1": "weighted F1",
+    "unweighted_average_recall": "recall",
+    "expected_calibration_error": "ECE",
+    "error_auroc_of_uncertainty": "error AUROC",
+    "auroc": "AUROC",
+    "fpr_at_95_tpr": "FPR95",
+    "oscr": "OSCR",
+}
 LEAST_GAP = 0.03  # of weighted F1 between a probe and the head that is worth a word
 
 
@@ -118,12 +128,12 @@ def advise(results: Mapping[str, Any]) -> list[str]:
     return advice
 
 
-def next_steps(folder: str | Path) -> list[str]:
-    """What can be done with a checkpoint, a command a line."""
+def next_steps(folder: str | Path, data: Sequence[str]) -> list[str]:
+    """What can be done with a checkpoint, a command a line. `data`: the flags that name its clips."""
     own = shlex.quote(str(folder))
     steps = [
         f"  use it:         mmser predict clip.wav --checkpoint {own}",
-        f"  judge it:       mmser eval --checkpoint {own} --data_dir DATA",
+        f"  judge it:       mmser eval --checkpoint {own} {shlex.join(data)}",
     ]
     config = Path(folder) / "config.json"
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("int8_weights"):
@@ -170,12 +180,15 @@ def _remedy(training: Mapping[str, Any]) -> str:
     )
 
 
-def task_tables(described: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
+def task_tables(
+    described: Mapping[str, Mapping[str, Mapping[str, Any]]], titles: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """
     The tables `tasks` and `tasks_of_numbers`, of the tasks beside the emotion.
 
     Args:
         described: split -> task -> metrics of `describe_tasks`.
+        titles: of `format_table`.
     """
     rows = [
         {"split": split, "task": task, **values}
@@ -185,14 +198,14 @@ def task_tables(described: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dic
     classes = ["clips", "weighted_f1", "unweighted_average_recall", "accuracy", "majority_f1"]
     numbers = ["clips", "ccc", "pearson", "mean_absolute_error", "deviation_of_targets"]
     return {
-        "tasks": format_table([row for row in rows if "ccc" not in row], ["split", "task", *classes]),
+        "tasks": format_table([row for row in rows if "ccc" not in row], ["split", "task", *classes], titles),
         "tasks_of_numbers": format_table([row for row in rows if "ccc" in row], ["split", "task", *numbers]),
     }
 
 
-def format_results(results: Mapping[str, Any]) -> dict[str, str]:
+def format_results(results: Mapping[str, Any], titles: Mapping[str, str] | None = None) -> dict[str, str]:
     """
-    Tables of `results` in Markdown.
+    Tables of `results` in Markdown, with other `titles` for some scores.
 
     Returns: `summary`, `classes`, `confusion`, `corpus`, `language`, `sex`, `open_set`, `tasks`, `tasks_of_numbers`
         and `parameters`; a table without rows is an empty string.
@@ -211,16 +224,16 @@ def format_results(results: Mapping[str, Any]) -> dict[str, str]:
     ]
 
     def by_name(title: str, entries: Mapping[str, Mapping], columns: list[str]) -> str:
-        return format_table([{title: name, **values} for name, values in entries.items()], [title, *columns])
+        return format_table([{title: name, **values} for name, values in entries.items()], [title, *columns], titles)
 
     classes = {row: {name: values[f"f1_{name}"] for name in names} for row, values in rows.items()}
     per_group = ["count", *main, *(f"f1_{name}" for name in names)]
     return {
-        "summary": format_table(summary, ["split", "row", "clips", *scores]),
+        "summary": format_table(summary, ["split", "row", "clips", *scores], titles),
         "classes": by_name("row", classes, names),
         "confusion": format_table(confusion, [corner, *names]),
         **{group: by_name(group, with_mean(model.get(f"by_{group}", {}), group), per_group) for group in GROUPS},
-        **task_tables(results.get("auxiliary", {})),
+        **task_tables(results.get("auxiliary", {}), titles),
         "open_set": by_name("score", results.get("open_set", {}), ["clips", "auroc", "fpr_at_95_tpr", "oscr"]),
         "parameters": format_table(results["parameters"], ["part", "parameters", "trainable"]),
     }

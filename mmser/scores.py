@@ -106,15 +106,30 @@ def predict_rows(
     if not isinstance(split, datasets.Dataset):
         outputs = trainer.predict_outputs(make_dataset(split))
         return {"model": {**outputs, "index": np.arange(len(outputs["labels"]))}}
-    rows = {"model": {**predict_clips(trainer, make_dataset(split), split["row"]), "index": np.arange(len(split))}}
+    rows = {}
+    for name, (index, hidden) in _rows_of(trainer, split).items():
+        table = split.select(index) if hidden else split
+        outputs = predict_clips(trainer, make_dataset(table, **dict.fromkeys(hidden, False)), table["row"])
+        rows[name] = {**outputs, "index": index}
+    return rows
+
+
+def _rows_of(trainer: MMSERTrainer, split: datasets.Dataset) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """The rows of `predict_rows`: the positions of their clips, and which of `use_audio` and `use_text` is off."""
+    rows: dict[str, tuple[np.ndarray, list[str]]] = {"model": (np.arange(len(split)), [])}
     if {"audio", "text"} <= set(split.column_names) and len(trainer.used_modalities) > 1:
         for name, column, hidden in (("audio_only", "audio", "use_text"), ("text_only", "text", "use_audio")):
             index = np.flatnonzero([bool(value) for value in split[column]])
             if len(index):
-                table = split.select(index)
-                outputs = predict_clips(trainer, make_dataset(table, **{hidden: False}), table["row"])
-                rows[name] = {**outputs, "index": index}
+                rows[name] = (index, [hidden])
     return rows
+
+
+def number_predictions(trainer: MMSERTrainer, split: datasets.Dataset | datasets.IterableDataset) -> int | None:
+    """How many clips `predict_rows` predicts, a clip once for each row; None of a stream."""
+    if not isinstance(split, datasets.Dataset):
+        return None
+    return sum(len(index) for index, _ in _rows_of(trainer, split).values())
 
 
 def predict_passes(

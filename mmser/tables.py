@@ -16,12 +16,15 @@ CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 ACTIVE = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")  # where HTML begins in Markdown, or a picture
 
 
-def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def format_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], titles: Mapping[str, str] | None = None
+) -> str:
     """Markdown table, padded so that it also reads well on a console.
 
     Args:
         rows: one mapping per line; a missing key or None gives an empty cell, floats have 4 decimals, nan is `n/a`.
         columns: the keys to show, in this order; they are the header.
+        titles: other words for some of them in the header.
     Returns: The table as one string without a trailing line break; an empty string without rows. Columns of numbers
         are right-aligned.
     """
@@ -32,7 +35,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
     table = []  # column by column
     for column in columns:
         values = [row.get(column) for row in rows]
-        cells = [_format_cell(value) for value in (column, *values)]
+        cells = [_format_cell(value) for value in ((titles or {}).get(column, column), *values)]
         width = max(3, *map(_columns, cells))
         given = [value for value in values if value is not None]
         blanks = [" " * (width - _columns(cell)) for cell in cells]

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
@@ -43,6 +44,7 @@ from mmser.batches import (
     is_filled_up,
     weigh_batches,
 )
+from mmser.console import without_bars_of_weights
 from mmser.contrastive import ContrastivePool
 from mmser.examples import EmotionDataset, class_counts
 from mmser.files import write_atomically
@@ -415,7 +417,7 @@ class MMSERTrainer(Trainer):
                 own = [group for group in groups if group["name"] == name]
                 size = sum(parameter.numel() for group in own for parameter in group["params"])
                 decay = max(group["weight_decay"] for group in own)
-                logger.info(
+                logger.debug(
                     f"Parameter group {name}: {size:,} parameters, lr {own[0]['lr']:.2e}, weight decay {decay}"
                 )
             if self._domain_head is not None:
@@ -574,7 +576,7 @@ class MMSERTrainer(Trainer):
         if adapters is not None and adapters["save"] == "merged" and not self._is_saving_checkpoint:
             weights = model.state_dict() if state_dict is None else state_dict
             state_dict = merged_weights(weights, adapters["alpha"] / adapters["rank"])
-        with sharding.own_class(model):
+        with sharding.own_class(model), without_bars_of_weights():
             super()._save(output_dir, state_dict)
         if self.processing_class is None:
             logger.warning_once(
@@ -663,9 +665,16 @@ class MMSERTrainer(Trainer):
         drop_last, concatenate = self.args.dataloader_drop_last, self.args.eval_do_concat_batches
         self.args.dataloader_drop_last, self.args.eval_do_concat_batches = False, True
         compute_metrics, self.compute_metrics, self._is_predicting = self.compute_metrics, None, True
+        # The trackers of --report_to would take it for a run of its own, after that of the training
+        callbacks, trackers = (
+            self.callback_handler.callbacks,
+            tuple(get_reporting_integration_callbacks(self.args.report_to)),
+        )
+        self.callback_handler.callbacks = [each for each in callbacks if not isinstance(each, trackers)]
         try:
             prediction = self.predict(dataset, ignore_keys=ignored)
         finally:
+            self.callback_handler.callbacks = callbacks
             self.compute_metrics, self._is_predicting = compute_metrics, False
             self.args.dataloader_drop_last, self.args.eval_do_concat_batches = drop_last, concatenate
         outputs = dict(zip(wanted, prediction.predictions, strict=True))

@@ -7,6 +7,7 @@ Read in this order: `find_checkpoint` (to resume from), `load_data`, `Examples` 
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from mmser.model_card import write_model_card
 from mmser.model_loading import encoder_name, load_config, load_label_names
 from mmser.names import reading
 from mmser.optimizer import parameter_table
-from mmser.progress import CURVES_NAME, calm, draw_curves
+from mmser.progress import CURVES_NAME, calm, draw_curves, stage
 from mmser.results import (
     RESULTS_NAME,
+    SHORT_TITLES,
     advise,
     describe_data,
     earlier_training,
@@ -50,6 +52,7 @@ from mmser.scores import (
     describe_rows,
     describe_tasks,
     evaluate_open_set,
+    number_predictions,
     predict_clips,
     predict_rows,
 )
@@ -62,6 +65,7 @@ from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
+JUDGED = ("validation", "test")  # splits that the scores at the end are of
 STREAM_BUFFER = 1000  # clips held to shuffle a stream
 STREAM_SAMPLE = 2000  # clips of a stream that OpenMax is fitted on
 
@@ -355,12 +359,14 @@ def make_trainer(
         counts = class_counts(data.splits["train"], len(data.label_names), draws)
         model.config.class_counts = counts
         what = "Training clips" if draws is None else "Draws of an epoch"
-        logger.info(f"{what} per class: {dict(zip(data.label_names, counts, strict=True))}")
+        each = [f"{name} {number:g}" for name, number in zip(data.label_names, counts, strict=True)]
+        logger.info(f"{what} per class: {', '.join(each)}")
         if draws is not None:
             rows = describe_draws(data.splits["train"], draws, data.label_names)
             logger.info(f"Sampling:\n{format_table(rows, list(rows[0]))}")
-    parameters = format_table(parameter_table(model), ["part", "parameters", "trainable"])
-    logger.info(f"Parameters:\n{parameters}")
+    rows = parameter_table(model)
+    logger.info(f"Parameters: {rows[-1]['parameters']:,}, of which {rows[-1]['trainable']:,} are trained")
+    logger.debug(f"Parameters:\n{format_table(rows, ['part', 'parameters', 'trainable'])}")
     train_dataset = None if arguments.adapt else examples.for_training(data.splits["train"])
     held_out = data.splits.get("validation")
     if held_out is None:
@@ -404,12 +410,12 @@ def train(
     training["skipped_clips"] = train_dataset.num_skipped if is_stream else data.skipped_clips
     known_clips = data.splits["train"].take(STREAM_SAMPLE) if is_stream else data.splits["train"]
     held_out = data.splits.get("validation")
-    calibration = trainer.finalize(
-        examples.for_evaluation(known_clips),
-        None if held_out is None else examples.for_evaluation(held_out),
-        audio_alone(trainer, known_clips, examples.for_evaluation),
-        audio_alone(trainer, held_out, examples.for_evaluation),
-    )
+    known = examples.for_evaluation(known_clips)
+    held_out_examples = None if held_out is None else examples.for_evaluation(held_out)
+    alone = [audio_alone(trainer, split, examples.for_evaluation) for split in (known_clips, held_out)]
+    tables = [known, *([] if held_out is None else [held_out_examples]), *(pair[0] for pair in alone if pair)]
+    with stage(trainer, "Calibrating", None if is_stream else sum(map(len, tables))):
+        calibration = trainer.finalize(known, held_out_examples, *alone)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -444,9 +450,17 @@ def _describe_finished(trainer: MMSERTrainer) -> str:
 
 def evaluate(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dict[str, Any]:
     """The scores on the validation and test clips, and on those that are none of the classes, by name."""
+    tables = [data.splits[name] for name in JUDGED if name in data.splits]
+    numbers = [number_predictions(trainer, table) for table in tables] + [len(table) for table in data.unknown]
+    known = [number for number in numbers if number is not None]
+    with stage(trainer, "Evaluating", sum(known) if tables and len(known) == len(numbers) else None):
+        return _evaluate(trainer, data, examples)
+
+
+def _evaluate(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> dict[str, Any]:
     results: dict[str, Any] = {}
     known = None
-    for name in ("validation", "test"):
+    for name in JUDGED:
         if name in data.splits:
             split = data.splits[name]
             rows = predict_rows(trainer, split, examples.for_evaluation)
@@ -483,9 +497,10 @@ def write_results(
     output_dir: str | Path,
     command: list[str] | None = None,
     device: torch.device | None = None,
+    data: Sequence[str] = ("--data_dir", "DATA"),
 ) -> str:
     """
-    Write `eval_results.json` and the model card into `output_dir`.
+    Write `eval_results.json` and the model card into `output_dir`. `data`: the flags that name the clips.
 
     Returns: the tables, to print at the end of a run.
     """
@@ -493,7 +508,8 @@ def write_results(
     results = {**results, "environment": environment(device), "command": reproducible(command or sys.argv)}
     write_atomically(folder / RESULTS_NAME, strict_json(results))
     card = write_model_card(results, folder)
-    tables = format_results(results)
+    short = SHORT_TITLES | {f"f1_{name}": f"F1 {name}" for name in results["label_names"]}
+    tables = format_results(results, short)
     titles = {
         "summary": "Summary",
         "classes": "F1 of each class",
@@ -510,4 +526,4 @@ def write_results(
         parts.append("\n".join(["What to do", *advice]))
     curves = f", {CURVES_NAME}" if (folder / CURVES_NAME).is_file() else ""
     parts.append(f"Checkpoint, eval_results.json{curves} and {card.name} (the model card): {folder}")
-    return "\n\n".join([*parts, "\n".join(["What comes next", *next_steps(folder)])])
+    return "\n\n".join([*parts, "\n".join(["What comes next", *next_steps(folder, data)])])

@@ -298,6 +298,11 @@ def test_second_run_encodes_nothing_and_says_so(splits, tmp_path, monkeypatch, l
             parameter.add_(1)
     second = CachedStatesDataset(EmotionDataset(splits["test"]), make_cache(tmp_path, model))
     assert not seen and "0 of audio encoded, 16 reused" in log.text
+    log.clear()
+    cache = make_cache(tmp_path, model)
+    for _ in range(3):
+        CachedStatesDataset(EmotionDataset(splits["test"]), cache)
+    assert log.text.count("16 reused") == 1, "a run looks at its clips several times, and says so once"
     np.testing.assert_array_equal(first[3]["audio_states"], second[3]["audio_states"])
 
 

@@ -97,6 +97,30 @@ def test_the_nearest_flag_is_named(wrong, said):
     assert str(raised.value).startswith(said)
 
 
+def test_the_clips_of_a_training_are_named_to_an_evaluation():
+    """`mmser train` ends with the command that judges the model, to be copied."""
+    given = (
+        "--manifest calls/a b.csv|--audio_column|Datei|--text_column|none|--allow_speaker_overlap|--max_seconds|9.5"
+    )
+    words = [
+        *given.replace("--manifest ", "--manifest|").split("|"),
+        "--ood_dir",
+        "x",
+        "--epochs",
+        "3",
+        "--output_dir",
+        "y",
+    ]
+    _, data, _ = parse_arguments(TRAINING_ARGUMENTS, words)
+    _, source = parse_arguments(EVALUATION_ARGUMENTS, ["--checkpoint", "y", *data.flags])
+    assert source.flags == data.flags[:-2] and data.flags[-2:] == ["--ood_dir", "x"]
+    assert (source.manifest, source.audio_column, source.max_seconds) == ("calls/a b.csv", "Datei", 9.5)
+    assert source.allow_speaker_overlap and source.columns == data.columns
+    several = ["--data_dir", "a", "b", "--label_column", "x", "y", "--max_eval_samples", "5"]
+    _, data, _ = parse_arguments(TRAINING_ARGUMENTS, [*several, "--output_dir", "y"])
+    assert data.flags == several[:-2]
+
+
 def test_a_wrong_value_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         parse_arguments(TRAINING_ARGUMENTS, ["--lr", "fast"])

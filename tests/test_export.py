@@ -30,6 +30,7 @@ from mmser.export import (
     Comparison,
     ExportedForward,
     check_tolerance,
+    compare,
     example_inputs,
     export_checkpoint,
     min_audio_length,
@@ -38,7 +39,7 @@ from mmser.export import (
 from mmser.metrics import softmax
 from mmser.quantization import quantize_onnx
 from mmser.stream import MMSERStream
-from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from modeling_mmser import MMSERForAudioClassification, MMSEROutput, register_auto_classes
 from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
 
 pytest.importorskip("onnx")
@@ -381,6 +382,31 @@ def test_too_large_a_difference_leaves_nothing(tmp_path):
             tmp_path / "checkpoint", tmp_path / "out", formats=["safetensors"], dtype="float16", tolerance=1e-12
         )
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_small_logits_of_one_batch_are_no_reason_to_refuse():
+    """A clip of which the model can tell nothing has small ones; rounding moves them as it moves the others."""
+
+    class Model:
+        config = SimpleNamespace(used_modalities=["audio"], auxiliary_tasks={})
+
+        def __init__(self, error):
+            self.error, self.calls = error, 0
+
+        def __call__(self, **inputs):
+            self.calls += 1
+            logits = torch.tensor([[0.5, 0.0]]) if self.calls == 1 else torch.tensor([[8.0, -8.0]])
+            return MMSEROutput(logits=logits + torch.tensor([[self.error, 0.0]]), uncertainty=torch.zeros(1, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mmser.export.example_inputs", lambda *arguments, **options: {"input_values": torch.zeros(1, 80)}
+        )
+        patch.setattr("mmser.export.input_names", lambda model: ["input_values"])
+        patch.setattr("mmser.export.max_seconds", lambda *arguments: 30.0)
+        comparisons = compare(Model(0), Model(0.2), None)
+    assert [comparison.differences["logits"] for comparison in comparisons] == [pytest.approx(0.025)] * 6
+    check_tolerance(comparisons, 0.05)
 
 
 def test_a_number_that_is_none_is_too_large_a_difference():

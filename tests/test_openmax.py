@@ -111,6 +111,8 @@ def test_a_class_without_clips_takes_those_of_all_and_is_named(rng, warnings):
     embeddings, labels = rng.normal(size=(50, SIZE)), np.arange(50) % 2 * 2
     openmax = with_centroids(embeddings, labels)
     assert len(warnings) == 1 and "class 1 has no training clips" in warnings[0]
+    with_centroids(embeddings, labels, label_names=["calm", "sad", "glad"])
+    assert "sad has no training clips" in warnings[1]
     assert torch.equal(openmax.centroids[1], with_centroids(embeddings, np.ones(50, dtype=int)).centroids[1])
     assert len(distinct(openmax.centroids[1])) == 8 and not torch.equal(openmax.centroids[0], openmax.centroids[1])
 
@@ -251,20 +253,34 @@ def test_new_clips_are_accepted_with_at_least_the_share(rng, size, acceptance):
     np.testing.assert_allclose(np.mean(accepted, axis=0), expected, atol=0.015)
 
 
+def test_classes_without_a_weibull_of_their_own_are_named_once(rng, warnings):
+    distances, labels = rng.random((60, 3)), np.repeat([0, 1, 2], 20)
+    OpenMax(3, alpha=2).fit(distances, labels, np.repeat([0, 0, 2], 20), label_names=["calm", "sad", "glad"])
+    assert len(warnings) == 1 and "too few clips of sad are classified correctly" in warnings[0]
+    OpenMax(3, alpha=2).fit(distances, labels, np.zeros(60, dtype=int))
+    assert len(warnings) == 2 and "of class 1, class 2 are" in warnings[1] and "which takes 5;" in warnings[1]
+
+
 def test_predicted_classes_with_too_few_clips_share_a_threshold_and_are_named(warnings):
     scores, predictions = np.linspace(0.01, 0.5, 50), np.repeat([0, 1], [40, 10])
     openmax = OpenMax(3, alpha=2)
     openmax.fit_thresholds(scores, predictions, 0.95)
     # ceil(41 * 0.95) = 39th of 40 and ceil(51 * 0.95) = 49th of 50
     np.testing.assert_allclose(openmax.rejection_thresholds, [0.39, 0.49, 0.49], rtol=1e-6)
-    assert len(warnings) == 1 and "predicted as class 1, 2 for" in warnings[0] and "over all classes" in warnings[0]
+    assert (
+        len(warnings) == 1 and "predicted as class 1, class 2 for" in warnings[0] and "over all classes" in warnings[0]
+    )
     openmax.fit_thresholds(scores[:18], predictions[:18], 0.95)
     assert (openmax.rejection_thresholds == NO_THRESHOLD).all() and not openmax.has_thresholds
-    assert "class 0, 1, 2 for" in warnings[1] and "the probability of unknown decides" in warnings[1]
+    assert "class 0, class 1, class 2 for" in warnings[1] and "the probability of unknown decides" in warnings[1]
     openmax.fit_thresholds(scores[:19], predictions[:19], 0.95)  # 19 is the smallest number for 95 %
     assert openmax.has_thresholds and openmax.rejection_thresholds[0].item() == pytest.approx(0.19)
     openmax.fit_thresholds(np.zeros(30), np.zeros(30, dtype=int), 0.95)
     assert (openmax.rejection_thresholds == 0).all() and "over all classes" in warnings[-1]
+    openmax.fit_thresholds(scores, predictions, 0.95, label_names=["calm", "sad", "glad"])
+    assert "predicted as sad, glad for a rejection threshold of their own, which takes 19 clips;" in warnings[-1]
+    openmax.fit_thresholds(scores, predictions, 0.9, np.arange(50) // 2)
+    assert "class 1, class 2" in warnings[-1] and "which takes 9 speakers;" in warnings[-1]
 
 
 @pytest.mark.parametrize(
@@ -398,7 +414,7 @@ def test_too_few_speakers_are_no_promise_for_new_ones(warnings):
     said = [
         message for message in warnings if "18 held-out speakers are too few to accept 95 % of the clips" in message
     ]
-    assert len(said) == 1
+    assert len(said) == 1 and "of new speakers, which takes 19." in said[0]
 
 
 def test_thresholds_reach_scores_beyond_every_probability(rng):

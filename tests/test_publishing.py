@@ -88,6 +88,18 @@ def test_a_run_becomes_a_complete_page(hub, run):
     assert is_own_card(run / "README.md")
 
 
+def test_the_curves_of_the_training_are_on_the_page(run, tmp_path):
+    (run / "training_curves.png").write_bytes(DOT)
+    page = complete_page(run, tmp_path / "page", "me/page")
+    files = contents(page.folder)
+    assert files["training_curves.png"] == DOT
+    shown = card_of(files).text.split("## Plots")[1]
+    assert shown.index("(training_curves.png)") < shown.index("(evaluation/plots/confusion_matrix.png)")
+    shutil.rmtree(run / "evaluation")
+    page = complete_page(run, tmp_path / "other", "me/page")
+    assert any(note.startswith("no plots") for note in page.notes), "of an evaluation there are none"
+
+
 def test_files_of_a_run_name_no_folders_of_this_machine(hub, run):
     for name in ("trainer_state.json", "training_args.json"):
         content = {"best_model_checkpoint": str(run / "checkpoint-8"), "more": [{"output_dir": str(run)}], "step": 3}

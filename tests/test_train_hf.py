@@ -430,12 +430,14 @@ def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, m
     assert [kwargs["augmenter"] for kwargs in made if kwargs.get("training")] == [None]
 
 
-def test_the_run_tells_what_it_does(run, caplog, capsys):
+def test_the_run_tells_what_it_does(run, corpus, tmp_path, caplog, capsys):
     with caplog.at_level(python_logging.INFO, logger="root"):
         run(max_steps=1)
-    assert "Training clips per class: {'neutral': 8, 'happy': 8, 'sad': 8, 'angry': 8}" in caplog.text
-    assert "Parameter group audio_encoder:" in caplog.text
+    assert "Training clips per class: neutral 8, happy 8, sad 8, angry 8\n" in caplog.text
+    assert re.search(r"Parameters: [\d,]+, of which [\d,]+ are trained\n", caplog.text)
+    assert "Parameter group" not in caplog.text and "| part" not in caplog.text  # details are for --log_level debug
     printed = capsys.readouterr().out
+    assert f"mmser eval --checkpoint {tmp_path / 'out'} --data_dir {corpus}\n" in printed
     assert "Summary\n| split" in printed and "linear_probe" in printed and "README.md (the model card)" in printed
 
 

@@ -226,6 +226,7 @@ def test_an_unknown_group_name_is_an_error():
 
 def test_the_optimiser_has_the_groups_and_the_log_their_names_and_sizes(splits, tmp_path, log):
     trainer = make_trainer(tiny_model(), splits, tmp_path, learning_rate=1e-3, lr_multipliers={"pooling": 7.0})
+    log.set_level(python_logging.DEBUG, "mmser.trainer")
     optimizer = trainer.create_optimizer()
     assert {group["name"]: group["lr"] for group in optimizer.param_groups}["pooling"] == pytest.approx(7e-3)
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -966,6 +967,28 @@ def test_predictions_come_in_the_order_of_the_data_and_without_a_loss(trained, s
             np.testing.assert_allclose(outputs[name][index], single[name][0].numpy(), atol=1e-4)
         assert outputs["uncertainty"][index] == pytest.approx(single.uncertainty.item(), abs=1e-4)
     assert outputs["fused"].shape == (7, model.config.fusion_hidden_size)
+
+
+def test_predictions_for_calibration_are_not_told_to_trackers(trained, splits, monkeypatch):
+    """trackio would begin a second run for them after that of the training (`--report_to`)."""
+
+    class Tracker(TrainerCallback):
+        told = 0
+
+        def on_predict(self, *args, **kwargs):
+            self.told += 1
+
+    monkeypatch.setattr("mmser.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
+    tracker = Tracker()
+    trained.add_callback(tracker)
+    try:
+        dataset = EmotionDataset(splits["test"])
+        trained.predict_outputs(dataset)
+        assert tracker.told == 0
+        trained.predict(dataset)  # what a user predicts is told
+        assert tracker.told == 1
+    finally:
+        trained.remove_callback(tracker)
 
 
 def test_unreadable_clips_are_left_out_up_front_so_that_predictions_match_the_rows(trained, splits, tmp_path, log):

@@ -179,7 +179,7 @@ class OpenMax(nn.Module):
         if self.has_centroids and not self.centroids.any():
             if train is None:
                 raise OpenMaxFitError("OpenMax has no centroids: they come from training clips, and none are given.")
-            self.fit_centroids(train["fused"], train["labels"])
+            self.fit_centroids(train["fused"], train["labels"], label_names=label_names)
         enough = self.min_tail * len(self.weibull_shape)
         sources = [held_out, train] if self.has_centroids else [train]
         source = next((outputs for outputs in sources if outputs and _num_correct(outputs) >= enough), None)
@@ -191,7 +191,7 @@ class OpenMax(nn.Module):
         if held_out is not None and acceptance is not None:
             logits = torch.as_tensor(held_out["logits"]).float().to(self.fitted.device) / temperature
             scores = self.rejection_scores(logits, self._distances_of(held_out))
-            self.fit_thresholds(scores, logits.argmax(dim=-1), acceptance, held_out.get("speakers"))
+            self.fit_thresholds(scores, logits.argmax(dim=-1), acceptance, held_out.get("speakers"), label_names)
 
     def _distances_of(self, outputs: Mapping[str, Any]) -> Tensor:
         fused, anchor_distances = (
@@ -199,7 +199,9 @@ class OpenMax(nn.Module):
         )
         return self.distances(fused, anchor_distances)
 
-    def fit_centroids(self, embeddings: Array, labels: Array, seed: int = 0) -> None:
+    def fit_centroids(
+        self, embeddings: Array, labels: Array, seed: int = 0, label_names: Sequence[str] | None = None
+    ) -> None:
         """
         Place the centroids of each class by k-means (k-means++ start) over its L2-normalised members.
 
@@ -211,6 +213,7 @@ class OpenMax(nn.Module):
             embeddings: [N, D], of training clips.
             labels: class ids, [N].
             seed: of the k-means++ start.
+            label_names: for the warning, in the order of the class ids.
         Raises:
             ValueError: shapes that do not match, no clip, or values that are not finite.
         """
@@ -227,7 +230,8 @@ class OpenMax(nn.Module):
         for label in range(num_labels):
             members = directions[labels == label]
             if not len(members):
-                logger.warning(f"OpenMax: class {label} has no training clips; the centroids of all clips stand in.")
+                name = _named([label], label_names)
+                logger.warning(f"OpenMax: {name} has no training clips; the centroids of all clips stand in.")
                 members = directions
             self.centroids[label] = torch.from_numpy(self._k_means(members, seed))
 
@@ -283,13 +287,12 @@ class OpenMax(nn.Module):
                 f"OpenMax needs at least {self.min_tail} correctly classified clips with different distances, "
                 f"got {len(own_distance)} correct of {len(labels)}."
             )
-        for label, (tail, fit) in enumerate(zip(tails, fits, strict=True)):
-            if fit is None:
-                name = label_names[label] if label_names else label
-                logger.warning(
-                    f"OpenMax: class {name} has {len(tail)} correctly classified clips, too few or too alike for a "
-                    "Weibull of its own; the fit over all classes stands in."
-                )
+        if lacking := [label for label, fit in enumerate(fits) if fit is None]:
+            logger.warning(
+                f"OpenMax: too few clips of {_named(lacking, label_names)} are classified correctly, or they are too "
+                f"alike, for a Weibull of their own, which takes {self.min_tail}; the fit over all classes stands in."
+            )
+        for label, fit in enumerate(fits):
             shape, scale, shift = fit or cast(tuple[float, float, float], pooled)
             self.weibull_shape[label], self.weibull_scale[label], self.weibull_shift[label] = shape, scale, shift
         self.fitted.fill_(self.kind)
@@ -322,6 +325,7 @@ class OpenMax(nn.Module):
         predictions: Array,
         acceptance: float = 0.95,
         speakers: Sequence[str] | None = None,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         """
         Choose for each predicted class the smallest threshold that accepts the share `acceptance` of known clips.
@@ -339,6 +343,7 @@ class OpenMax(nn.Module):
             predictions: their predicted class ids, [N].
             acceptance: in (0, 1).
             speakers: N names, or None if they are not known.
+            label_names: for the warnings, in the order of the class ids.
         Raises:
             ValueError: shapes that do not match, scores that are not finite, a share outside (0, 1).
         """
@@ -353,11 +358,12 @@ class OpenMax(nn.Module):
         if units.shape != scores.shape:
             raise ValueError(f"`speakers` must be {len(scores)} names, got {len(units)}.")
         pooled = conformal_threshold(scores, acceptance, units)
+        fewest = math.ceil(acceptance / (1 - acceptance) - 1e-9)
         if pooled is None and speakers is not None:
             logger.warning(
                 f"OpenMax: {units.max() + 1} held-out speakers are too few to accept {100 * acceptance:g} % of the "
-                "clips of new speakers. The thresholds of rejection are made for clips of these speakers: expect them "
-                "to reject more clips of others."
+                f"clips of new speakers, which takes {fewest}. The thresholds of rejection are made for clips of "
+                "these speakers: expect them to reject more clips of others."
             )
             units = np.arange(len(scores))
             pooled = conformal_threshold(scores, acceptance, units)
@@ -373,9 +379,11 @@ class OpenMax(nn.Module):
             instead = "the one over all classes stands in"
             if pooled is None:
                 instead = "the probability of unknown decides, and no share of acceptance is promised"
+            what = "clips" if len(units) == len(np.unique(units)) else "speakers"
             logger.warning(
-                f"OpenMax: too few of the {len(scores)} held-out clips are predicted as class "
-                f"{', '.join(map(str, too_few))} for a rejection threshold of its own; {instead}."
+                f"OpenMax: too few of the {len(scores)} held-out clips are predicted as "
+                f"{_named(too_few, label_names)} for a rejection threshold of their own, which takes {fewest} {what}; "
+                f"{instead}."
             )
         self._read_fits()
 
@@ -466,6 +474,11 @@ def as_array(values: Array) -> np.ndarray:
 
 def _normalized(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _named(labels: Sequence[int], label_names: Sequence[str] | None) -> str:
+    """Classes in a message."""
+    return ", ".join(str(label_names[label]) if label_names else f"class {label}" for label in labels)
 
 
 def _num_correct(outputs: Mapping[str, Any]) -> int:
