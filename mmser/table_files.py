@@ -31,10 +31,28 @@ def is_table(path: Path) -> bool:
 
 
 def near_name(path: Path) -> str:
-    """A question after the name of something that is not there: whether one beside it is meant; or nothing."""
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, 1)
-    return f" Did you mean {path.with_name(near[0])}?" if near else f" It is looked for in {path.parent.resolve()}."
+    """What to say after the name of something that is not there: whether something near it is meant, or where it is
+    looked for."""
+    near = _near(path)
+    if near is not None:
+        return f" Did you mean {near}?"
+    missing = [folder for folder in path.parents if not folder.exists()]
+    return f" There is no folder {missing[-1]}." if missing else f" It is looked for in {path.parent.resolve()}."
+
+
+def _near(path: Path) -> Path | None:
+    """What is there and has nearly this name, with folders that have nearly those of its folders."""
+    folder: Path | None = path.parent
+    if folder == path:
+        return None
+    if not path.parent.is_dir():
+        folder = _near(path.parent)
+    if folder is None or not folder.is_dir():
+        return None
+    if folder != path.parent and (folder / path.name).exists():
+        return folder / path.name
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], 1)
+    return folder / near[0] if near else None
 
 
 def _what_it_may_be(path: Path) -> str:

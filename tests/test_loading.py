@@ -223,6 +223,13 @@ def test_a_place_that_is_nearly_right_is_named(tmp_path):
         load_emotion_dataset(manifest=folder / "anruf.csv")
     with pytest.raises(ValueError, match=r"is not a folder\. Did you mean \S*/calls\?"):
         load_emotion_dataset(tmp_path / "cals")
+    for wrong in ("cals/anrufe.csv", "cals/anruf.csv"):
+        with pytest.raises(ValueError, match=r"does not exist\. Did you mean \S*/calls/anrufe\.csv\?"):
+            load_emotion_dataset(manifest=tmp_path / wrong)
+    with pytest.raises(ValueError, match=r"does not exist\. There is no folder \S*/elsewhere\."):
+        load_emotion_dataset(manifest=tmp_path / "elsewhere" / "below" / "table.csv")
+    with pytest.raises(ValueError, match=r"does not exist\. It is looked for in \S*/calls\."):
+        load_emotion_dataset(manifest=folder / "xyzzy.csv")
     write_table(
         tmp_path / "anrufe.csv", [{"file_name": f"{number}.mp3", "label": "ab"[number % 2]} for number in range(4)]
     )
