@@ -14,7 +14,6 @@ python eval_hf.py --checkpoint me/model --dataset_name me/my_data --group_by lan
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mmser.arguments import EVALUATION_ARGUMENTS, parse_arguments
@@ -69,8 +68,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "test_time_augmentation": augmented,
     }
     if trainer.is_world_process_zero():
-        plots = report.draw(measured, judged, Path(options.output_dir) / "plots")
-        path = report.write_report(judged, plots, options.output_dir)
+        path = report.write_with_plots(measured, judged, options.output_dir)
         print(f"{report.console_summary(judged)}\n\nThe report with its plots: {path}")
     return judged
 

@@ -186,7 +186,11 @@ class MMSERProcessor(ProcessorMixin):
         return output if "text" in self.modalities else {**output, "tokenizer": None}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """As always; afterwards the object still equals its reloaded copy."""
+        """As always; afterwards the object still equals its reloaded copy, and nothing of its last call is saved."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # a call leaves its truncation and padding there
+            backend.no_truncation()
+            backend.no_padding()
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         for part in (self, *([] if self.feature_extractor is None else [self.feature_extractor])):
             vars(part).pop("auto_map", None)  # meant for the files, the library leaves it on the objects

@@ -33,6 +33,7 @@ from mmser.augmentation import augmentation_generator
 from mmser.bad_rows import skip_or_raise
 from mmser.batches import MASK_NAMES
 from mmser.examples import NUM_THREADS, EmotionDataset, map_in_threads, targets_of
+from mmser.files import hidden_path, naming_full_disk, remove_remains
 from mmser.targets import COLUMN as TARGETS
 from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 
@@ -81,6 +82,7 @@ class StateStore:
         self.dtype = np.dtype(dtype)
         self.shard_bytes = shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_remains(self.folder / "*")
         self._names: list[str] = []  # a shard's number is its index here
         self._indices: dict[int, dict[str, Place]] = {}  # what each shard holds
         self._verified: set[int] = set()
@@ -146,13 +148,14 @@ class StateStore:
         for key, (states, samples) in self._pending.items():
             index[key] = [start, len(states), samples]
             start += len(states)
-        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+        temporary = hidden_path(self.folder / uuid.uuid4().hex)
         try:
-            states = np.concatenate([states for states, _ in self._pending.values()])
-            save_file({"states": states}, temporary, {"index": json.dumps(index)})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self._path(_checksum(np.memmap(temporary, np.uint8, "r"))))
+            with naming_full_disk(self.folder):
+                states = np.concatenate([states for states, _ in self._pending.values()])
+                save_file({"states": states}, temporary, {"index": json.dumps(index)})
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, self._path(_checksum(np.memmap(temporary, np.uint8, "r"))))
         finally:
             temporary.unlink(missing_ok=True)
         self._pending, self._pending_bytes = {}, 0

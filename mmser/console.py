@@ -2,6 +2,7 @@
 """What a command tells on the console: what it does while it works, and what was wrong where it cannot."""
 
 import contextlib
+import errno
 import gc
 import linecache
 import logging as python_logging
@@ -39,6 +40,7 @@ FOREIGN_ERRORS = (
     "safetensors_rust",
 )
 WORKER_ERROR = re.compile(r"^Caught \w+ in .*Original Traceback.*\n(?:\w+\.)*\w+: ", re.DOTALL)
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 RANK_DELAY = 5  # seconds
 
 
@@ -133,7 +135,11 @@ def mistake(error: Exception) -> str | None:
     code refuses with `raise ValueError`. A ValueError of an operation, such as of an unpacking, is no refusal.
     """
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        # Of a copy that failed, the second name is the one that was written
+        message = f"{error.filename2 or error.filename}: {error.strerror}"
+        return (
+            message if error.errno not in DISK_IS_FULL else f"{message}. Free some, and give the same command again."
+        )
     is_about_an_input = isinstance(error, OSError) or type(error).__module__.split(".")[0] in FOREIGN_ERRORS
     frame = _innermost_frame(error)
     if is_about_an_input or (isinstance(error, (ValueError, ImportError)) and _is_at_a_raise(frame)):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from configuration_mmser import DEFAULT_LABELS
+from mmser.files import whole_folder
 from mmser.known_corpora import CORPORA, OTHER, SEXES, KnownCorpus, describe_corpus
 from mmser.sources import AUDIO_SUFFIXES, SPLIT_NAMES, Record
 from mmser.splits import divide_by_speaker
@@ -367,18 +368,22 @@ def _labels(targets: Iterable[str]) -> list[str]:
 
 def write_data(result: Conversion) -> None:
     """Write a table for each split, `left_out.csv` and a README; copy the audio if that is wanted."""
+    with whole_folder(result.folder) as folder:
+        _write_into(folder, result)
+
+
+def _write_into(folder: Path, result: Conversion) -> None:
     splits: dict[str, list[Clip]] = defaultdict(list)
     for clip in result.clips:
         splits[clip.split].append(clip)
-    result.folder.mkdir(parents=True, exist_ok=True)
     if result.options.copy:
         for clip in tqdm(result.clips, desc="Copying", unit="file", disable=None):
-            target = result.folder / clip.split / clip.name
+            target = folder / clip.split / clip.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(clip.path, target)
     columns = (*COLUMNS, *result.corpus.extra)
     for split, clips in splits.items():
-        (result.folder / split).mkdir(exist_ok=True)
+        (folder / split).mkdir(exist_ok=True)
         rows = [
             [
                 # Slashes, so that a copied folder can be read on other systems
@@ -388,10 +393,10 @@ def write_data(result: Conversion) -> None:
             ]
             for clip in clips
         ]
-        _write_table(result.folder / split / "metadata.csv", ["file_name", "label", *columns], rows)
+        _write_table(folder / split / "metadata.csv", ["file_name", "label", *columns], rows)
     if result.left_out:
-        _write_table(result.folder / LEFT_OUT_NAME, ["file_name", "reason"], result.left_out)
-    (result.folder / "README.md").write_text(describe_result(result), encoding="utf-8")
+        _write_table(folder / LEFT_OUT_NAME, ["file_name", "reason"], result.left_out)
+    (folder / "README.md").write_text(describe_result(result), encoding="utf-8")
 
 
 def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of `eval_hf.py`: clips, groups, what the model says of them, calibration."""
 
-import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from mmser.batches import MMSERDataCollator
 from mmser.console import without_bars_of_weights
 from mmser.division import divide_again
 from mmser.examples import EmotionDataset, drop_unreadable
+from mmser.files import files_together
 from mmser.groups import duration_bands, split_groups
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.log_mel_probe import log_mel_probe
@@ -31,7 +32,7 @@ from mmser.results import describe_data, environment, reproducible
 from mmser.scores import audio_alone, evaluate_augmentation, number_predictions, predict_clips, predict_rows
 from mmser.sources import OTHER
 from mmser.targets import derive_targets, split_targets
-from mmser.trainer import MMSERTrainer
+from mmser.trainer import WEIGHT_FILES, MMSERTrainer
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
@@ -189,14 +190,12 @@ def store_calibration(
     if not changed:
         logger.info(f"Calibrating changed nothing: {folder} is as it was.")
         return folder
-    # Never half a file: each takes its place whole, the weights (with the calibration) last. The code too, as older
-    # code might read the calibration in another way
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model.save_pretrained(temporary)
+    # The code too: older code might read the calibration in another way
+    with files_together(folder, last=WEIGHT_FILES) as hidden, tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(hidden)
         processor.save_pretrained(temporary)  # of this only the code
-        weights = sorted(Path(temporary).glob("model*.safetensors*"))
-        for file in (*sorted(Path(temporary).glob("*.py")), Path(temporary) / "config.json", *weights):
-            os.replace(file, folder / file.name)
+        for file in Path(temporary).glob("*.py"):
+            shutil.copy(file, hidden)
     logger.info(f"The calibrated checkpoint is in {folder}")
     return folder
 

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
 from mmser.arguments import DTYPES, FORMATS, OPSET
 from mmser.console import without_bars_of_weights
+from mmser.files import whole_folder
 from mmser.model_loading import label_names_of
 from mmser.names import Named, reading
 from mmser.quantization import quantize_onnx
@@ -452,11 +452,8 @@ def export_checkpoint(
         report.changed = change(model, processor)
     if languages or texts is not None:
         processor, report.trimmed = trim_vocabulary(model, processor, texts, languages, vocabulary_size)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        folder, scratch = Path(temporary) / "export", Path(temporary) / "scratch"
-        folder.mkdir()
-        scratch.mkdir()
+    with whole_folder(output_dir) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
+        scratch = Path(temporary)
         for name in sorted(formats, reverse=True):  # safetensors first: both then share its config.json
             if name == "safetensors":
                 exported = _write_safetensors(model, processor, folder, scratch, dtype)
@@ -466,9 +463,6 @@ def export_checkpoint(
                 report.comparisons[name] = compare(model, exported, processor)
                 check_tolerance(report.comparisons[name], TOLERANCES[dtype] if tolerance is None else tolerance)
             del exported  # before the other format needs the memory
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        os.replace(folder, output_dir)
     report.sizes = {path.name: path.stat().st_size for path in sorted(output_dir.iterdir())}
     return report
 

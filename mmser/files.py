@@ -1,18 +1,160 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there: a run may be killed at any moment, and a later one reads them.
 
+What is not whole yet has a hidden name, which says the computer and the process that write it. When that process is
+gone, the next one to write the same thing removes what is left of it.
+"""
+
+import contextlib
+import errno
+import glob
 import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from mmser.console import DISK_IS_FULL
+
+DAY = 24 * 60 * 60  # seconds: what another computer has not touched for so long is no longer written
+OLD = "replaced"  # in the hidden name of a folder that another one is about to replace
+
+
+def hidden_path(path: Path) -> Path:
+    """The name of `path` while this process writes it, in the same folder."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
+def remove_remains(path: Path) -> None:
+    """
+    Remove what processes that were killed left of `path`, whose name may be a pattern.
+
+    A folder that was about to be replaced comes back, if nothing has taken its place.
+    """
+    for remains in sorted(path.parent.glob(f".{path.name}.*-*.tmp")):
+        if not _is_abandoned(remains):
+            continue
+        target = path.with_name(remains.name[1:].partition(f".{OLD}.")[0])
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            if f".{OLD}." in remains.name and not target.exists():
+                os.replace(remains, target)
+            elif remains.is_dir():
+                shutil.rmtree(remains)
+            else:
+                remains.unlink()
+
+
+def _is_abandoned(hidden: Path) -> bool:
+    """Whether the process is gone that wrote this; of another computer, whether it has rested for a day."""
+    name, _, number = hidden.name.removesuffix(".tmp").rpartition("-")
+    if name.endswith(f".{platform.node()}") and number.isdigit():
+        return not psutil.pid_exists(int(number))
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - hidden.stat().st_mtime > DAY
+    return False
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Say of a full disk, within the block, that `path` cannot be written: each library says it in its own way."""
+    try:
+        yield
+    except Exception as error:
+        # Of torch, which does not tell the reason, when it writes an archive
+        torch_says = isinstance(error, RuntimeError) and re.search(r"iostream|inline_container|file write", str(error))
+        is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
+        if is_full or torch_says or os.strerror(errno.ENOSPC) in str(error):
+            # Of a copy that could not be written, `filename` is what was read
+            name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(name)) from error
+        raise
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which takes the place of `path` if the block ends without an error."""
+    remove_remains(path.with_name(glob.escape(path.name)))
+    hidden = hidden_path(path)
+    try:
+        with naming_full_disk(path):
+            yield hidden
+            with open(hidden, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(hidden, path)
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file as a whole or not at all: a run may be killed at any moment, and a later one reads the file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file as a whole or not at all."""
+    with whole_file(path) as hidden:
+        hidden.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """
+    Yield an empty folder to fill, which takes the place of `path` if the block ends without an error.
+
+    `path` may be there, with files in it or without: it is gone only when all of the new one is in its place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_remains(path.with_name(glob.escape(path.name)))
+    hidden, old = hidden_path(path), hidden_path(path.with_name(f"{path.name}.{OLD}"))
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming_full_disk(path):
+            hidden.mkdir()
+            yield hidden
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(hidden, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for remains in (hidden, old):
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def files_together(folder: Path, last: Sequence[str] = (), afresh: bool = False) -> Iterator[Path]:
+    """
+    Yield an empty folder to fill, whose files take their places in `folder` if the block ends without an error.
+
+    Args:
+        folder: may have other files, which stay.
+        last: patterns of names. These files come last, and say that the others are there. Files of such a name that
+            are not among the new ones are removed.
+        afresh: the files of such a name that are there are removed before the first new one takes its place: never do
+            they stand beside new ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "new"
+    remove_remains(place)
+    hidden = hidden_path(place)
+
+    def is_last(name: Path) -> bool:
+        return any(fnmatch(name.as_posix(), pattern) for pattern in last)
+
+    try:
+        with naming_full_disk(folder):
+            hidden.mkdir()
+            yield hidden
+        names = sorted(path.relative_to(hidden) for path in hidden.rglob("*") if path.is_file())
+        told = [path.relative_to(folder) for pattern in last for path in folder.glob(pattern)]
+        for name in told if afresh else ():
+            (folder / name).unlink()
+        for name in sorted(names, key=is_last):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(hidden / name, folder / name)
+        for name in set(told) - set(names):
+            (folder / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmser.calibration import expected_calibration_error, reliability_bins, risk_coverage_curve
 from mmser.checks import check_floats, check_label_names
+from mmser.files import whole_file
 from mmser.groups import FEW_CLIPS
 from mmser.open_set import auroc, fpr_at_95_tpr, oscr, oscr_curve, roc_curve
 from mmser.timed_files import clock
@@ -73,7 +74,8 @@ def _save(figure: Any, path: str | Path, legend_columns: int = 1) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Cut to what is drawn: the layout engine alone leaves labels outside where the axes have a fixed shape
-    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.12)
+    with whole_file(path) as hidden:
+        figure.savefig(hidden, format="png", bbox_inches="tight", pad_inches=0.12)
     return path
 
 

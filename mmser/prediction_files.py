@@ -7,7 +7,6 @@ table), `answer` (what counts as the answer).
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,21 +68,16 @@ def draw(prediction: Prediction, labels: Sequence[str], path: Path, waveform: An
     """The picture of one recording over time; `waveform` as of `plot_timeline`."""
     segments = [segment for segment in prediction.segments if segment.scores]
     by_label = [{entry["label"]: entry["score"] for entry in segment.scores} for segment in segments]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        plot_timeline(
-            [(segment.start, segment.end) for segment in segments],
-            [[scores[label] for label in labels] for scores in by_label],
-            labels,
-            [answer(segment.scores) for segment in segments],
-            temporary,
-            speakers=[segment.speaker for segment in segments],
-            title=Path(prediction.input.name).name,
-            waveform=waveform,
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    plot_timeline(
+        [(segment.start, segment.end) for segment in segments],
+        [[scores[label] for label in labels] for scores in by_label],
+        labels,
+        [answer(segment.scores) for segment in segments],
+        path,
+        speakers=[segment.speaker for segment in segments],
+        title=Path(prediction.input.name).name,
+        waveform=waveform,
+    )
 
 
 def answer(scores: Sequence[dict]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from conformal_mmser import PredictionSets
 from mmser.calibration import area_under_risk_coverage, error_rate_interval
+from mmser.files import files_together, write_atomically
 from mmser.groups import FEW_CLIPS, group_gap, with_mean
 from mmser.metrics import softmax
 from mmser.plots import (
@@ -430,9 +431,23 @@ def write_report(report: Mapping[str, Any], plots: Mapping[str, str], output_dir
     text = template.render(**words, verdict=verdict(shown), tables=_tables(shown), plots=harmless(plots))
     content = {**report, "verdict": verdict(report)}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(strict_json(content), encoding="utf-8")
-    (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / "report.json", strict_json(content))
+    write_atomically(folder / "report.md", text + "\n")
     return folder / "report.md"
+
+
+def write_with_plots(measured: Measured, report: Mapping[str, Any], output_dir: str | Path) -> Path:
+    """
+    `draw` and `write_report`, all of it or nothing: what is in `output_dir` belongs together.
+
+    Args:
+        measured: of the clips, for `draw`.
+        report, output_dir: as of `write_report`.
+    Returns: the path of `report.md`.
+    """
+    with files_together(Path(output_dir), last=("report.json", "report.md"), afresh=True) as hidden:
+        write_report(report, draw(measured, report, hidden / "plots"), hidden)
+    return Path(output_dir) / "report.md"
 
 
 def console_summary(report: Mapping[str, Any]) -> str:

@@ -24,8 +24,16 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    IntervalStrategy,
+    SaveStrategy,
+    has_length,
+    rotate_checkpoints,
+)
 from transformers.utils import PushInProgress, logging
 
 from adapters_mmser import merged_weights
@@ -47,7 +55,7 @@ from mmser.batches import (
 from mmser.console import without_bars_of_weights
 from mmser.contrastive import ContrastivePool
 from mmser.examples import EmotionDataset, class_counts
-from mmser.files import write_atomically
+from mmser.files import files_together, naming_full_disk, whole_file, write_atomically
 from mmser.groups import MEAN_OVER_CORPORA, compute_corpus_metrics, corpora_of, speakers_of
 from mmser.metrics import build_compute_metrics
 from mmser.model_calibration import calibrate_outputs, fit_openmax, join_audio_alone, reset_calibration
@@ -63,6 +71,8 @@ from processing_mmser import MMSERProcessor
 logger = logging.get_logger(__name__)
 # Of a batch: what the model learns from, and is no input
 TARGET_NAMES = ("labels", "class_shares", "auxiliary_targets", "teacher_logits", WEIGHT_NAME)
+# Of a saved model
+WEIGHT_FILES = ("model.safetensors*", "model-*-of-*.safetensors", "adapter_model.safetensors")
 # Share of the answers right with the text. With 0.92 (real speech) OpenMax gained by it; with 0.90 (the demo) it no
 # longer rejected other emotions: 16 % in place of 98 %
 RIGHT_WITHOUT_TEXT = 0.91
@@ -104,6 +114,37 @@ class TrainingTime(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds_before, self.start = self.seconds, None
+
+
+class CheckpointFiles(TrainerCallback, ExportableState):
+    """
+    Each checkpoint says in its state, which is written last, which files it has and how large they are: one that lost
+    some of them, as it was being deleted or copied, is not taken for whole.
+    """
+
+    def __init__(self):
+        self.folder: Path | None = None  # of the checkpoint that is being saved
+
+    def state(self) -> dict[str, Any]:
+        paths = [] if self.folder is None else sorted(path for path in self.folder.rglob("*") if path.is_file())
+        files = {path.relative_to(cast(Path, self.folder)).as_posix(): path.stat().st_size for path in paths}
+        return {"args": {}, "attributes": {"files": files}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+
+class _LogAtSave(TrainerCallback):
+    """
+    A line of the log before each checkpoint: what was summed up for the next line is in no checkpoint, and the first
+    line of a run that goes on would be about other steps than without the stop.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        saves = control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
+        control.should_log |= saves and args.logging_strategy != IntervalStrategy.NO
+
+    on_epoch_end = on_step_end
 
 
 class MMSERTrainer(Trainer):
@@ -179,6 +220,9 @@ class MMSERTrainer(Trainer):
         self.add_callback(self._set_epoch)
         self.training_time = TrainingTime()
         self.add_callback(self.training_time)
+        self._checkpoint_files = CheckpointFiles()
+        self.add_callback(self._checkpoint_files)
+        self.add_callback(_LogAtSave())
         if hasattr(self.train_dataset, "set_epoch"):
             self._set_epoch.targets.append(self.train_dataset)
         self._average: WeightAverage | None = None  # while training with `args.weight_averaging`
@@ -238,10 +282,15 @@ class MMSERTrainer(Trainer):
         A calibration that the model brought is forgotten: it is not that of the weights to come. See `finalize`.
         """
         self._forget_calibration()
+        if self.args.should_save and self.args.save_total_limit:
+            remove_half_deleted(self.args.output_dir)
         with self._contrastive_pool():
             output = (
                 self._train_averaged(*args, **kwargs) if self.args.weight_averaging else super().train(*args, **kwargs)
             )
+        if self.args.should_save:  # a run that was killed after it saved the last one has not come to that
+            folder, limit = self.args.output_dir, self.args.save_total_limit
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
         self._note_untrained_modalities()
         return output
 
@@ -348,13 +397,35 @@ class MMSERTrainer(Trainer):
                     f"{', '.join(sorted(corpora)) or 'none that is named'}."
                 )
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        self._is_saving_checkpoint = True
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As usual; a run that goes on from its last step takes no further one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As usual; a checkpoint that is replaced counts as half-written from the start."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self._is_saving_checkpoint, self._checkpoint_files.folder = True, folder
         try:
-            with self._with_average():
-                super()._save_checkpoint(*args, **kwargs)
+            with self._with_average(), naming_full_disk(folder):
+                super()._save_checkpoint(model, trial)
         finally:
-            self._is_saving_checkpoint = False
+            self._is_saving_checkpoint, self._checkpoint_files.folder = False, None
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As usual; the files of all processes are there when the state is written, which says that they are."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def save_state(self) -> None:
+        """As usual, as a whole or not at all."""
+        if self.args.should_save:
+            with whole_file(Path(self.args.output_dir) / TRAINER_STATE_NAME) as hidden:
+                self.state.save_to_json(str(hidden))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save what is for resuming only; to it belong the weights that the optimiser last had."""
@@ -500,7 +571,20 @@ class MMSERTrainer(Trainer):
                 mean = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean")
                 logs[f"loss_{name}"] = round(mean.item(), 4)
             self._loss_parts.clear()
+        if "train_loss" in logs:
+            logs["train_loss"] = self._whole_train_loss(logs["train_loss"])
         super().log(logs, start_time)
+
+    def _whole_train_loss(self, mean: float) -> float:
+        """The mean loss of all steps, by that of the steps since a checkpoint and by the lines of the log before."""
+        before, step = self._initial_global_step, 0.0
+        total = mean * (self.state.global_step - before)
+        for entry in self.state.log_history:
+            if "loss" in entry and entry["step"] <= before:
+                total += entry["loss"] * (entry["step"] - step)
+                step = entry["step"]
+        counted = self.state.global_step - before + step  # of a run without a log, the steps since the checkpoint
+        return round(total / max(counted, 1), 6)
 
     def _get_train_sampler(self, train_dataset=None):
         """
@@ -567,8 +651,17 @@ class MMSERTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """
         Save as usual, with the training arguments as JSON in place of a pickle. What training goes on from keeps its
-        adapters; a model for use has them merged, if `config.lora` says so.
+        adapters; a model for use has them merged, if `config.lora` says so, and replaces an earlier one when all of it
+        is written, the weights last.
         """
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self._is_saving_checkpoint:  # its state, which comes last, says that it is whole
+            self._write_model(folder, state_dict)
+        else:
+            with files_together(folder, last=WEIGHT_FILES) as hidden:
+                self._write_model(hidden, state_dict)
+
+    def _write_model(self, folder: Path, state_dict: dict | None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if state_dict is not None and self.is_fsdp_enabled:
             state_dict = sharding.whole_weights(state_dict, self._scalars)
@@ -577,13 +670,12 @@ class MMSERTrainer(Trainer):
             weights = model.state_dict() if state_dict is None else state_dict
             state_dict = merged_weights(weights, adapters["alpha"] / adapters["rank"])
         with sharding.own_class(model), without_bars_of_weights():
-            super()._save(output_dir, state_dict)
+            super()._save(str(folder), state_dict)
         if self.processing_class is None:
             logger.warning_once(
                 "Checkpoints are saved without a processor, and pipelines cannot load them: give the trainer "
                 "`processing_class=processor`, or call `processor.save_pretrained` with the same folder."
             )
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
@@ -800,20 +892,40 @@ def _fit_targets(model: MMSERForAudioClassification, dataset: EmotionDataset) ->
         )
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint in `output_dir` that was written to its end: a run may be killed while it saves one."""
+def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders of checkpoints, whole or not, the newest first."""
     folders = {
         int(step): folder
         for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (step := folder.name.rsplit("-", 1)[1]).isdigit()
     }
-    for number in sorted(folders, reverse=True):
-        try:  # the trainer writes its state last, and not at once
-            json.loads((folders[number] / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(folders[number])
-    return None
+    return [folders[step] for step in sorted(folders, reverse=True)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its state, which the trainer writes last, and the files that this names."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        callbacks = state.get("stateful_callbacks", {})  # without the files if an earlier version wrote it
+        files = callbacks.get(CheckpointFiles.__name__, {}).get("attributes", {}).get("files", {})
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint in `output_dir`: a run may be killed while it saves or deletes one."""
+    return next((str(folder) for folder in checkpoints_of(output_dir) if is_complete(folder)), None)
+
+
+def remove_half_deleted(output_dir: str | os.PathLike) -> None:
+    """Delete the rest of checkpoints whose deletion was interrupted: those before a whole one that are not whole."""
+    folders = checkpoints_of(output_dir)
+    newest = next((place for place, folder in enumerate(folders) if is_complete(folder)), len(folders))
+    for folder in folders[newest + 1 :]:
+        if not is_complete(folder):
+            logger.info(f"{folder} was being deleted when its run was stopped: the rest of it is deleted.")
+            shutil.rmtree(folder)
 
 
 def labels_of(checkpoint: str | os.PathLike) -> list[str] | None:

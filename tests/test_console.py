@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of mmser.flags and mmser.console: flags that are wrong, help, and how a command ends when it cannot work."""
 
+import errno
 import os
 import re
 import subprocess
@@ -47,6 +48,7 @@ except (SystemExit, ValueError) as error:
 print("heavy:", sorted({{"torch", "datasets", "scipy"}} & set(sys.modules)))
 """
 NO_MEMORY = "The device has not enough memory: lower --batch_size or --max_seconds."
+NO_SPACE = "Free some, and give the same command again."
 FROM_A_WORKER = """Caught ValueError in DataLoader worker process 0.
 Original Traceback (most recent call last):
   File "x.py", line 1, in f
@@ -245,6 +247,10 @@ def failing(error):
     [
         (ValueError("row 3: no label"), "row 3: no label"),
         (FileNotFoundError(2, "No such file or directory", "gone.csv"), "gone.csv: No such file or directory"),
+        (
+            OSError(errno.ENOSPC, "No space left", "read.py", None, "runs/a.py"),
+            f"runs/a.py: No space left. {NO_SPACE}",
+        ),
         (OSError("no checkpoint"), "no checkpoint"),
         (ImportError("Pictures need matplotlib"), "Pictures need matplotlib"),
         (HFValidationError("Repo id must be"), "Repo id must be"),

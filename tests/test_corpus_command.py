@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pytest
 
 from configuration_mmser import DEFAULT_LABELS
-from mmser import corpus_command
+from mmser import corpus_command, corpus_conversion
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.corpus_tables import read_esd, read_shemo
 from mmser.known_corpora import CORPORA, TUREV_WORDS, describe_corpus, table_of_known_corpora
@@ -453,6 +453,22 @@ def results(trees, tmp_path_factory):
     for name in TREES:
         run(name, trees / name, top / name)
     return top
+
+
+def test_a_conversion_that_fails_leaves_no_folder(trees, tmp_path, monkeypatch):
+    """Half of the splits would be taken for a corpus without the others."""
+    original, written = corpus_conversion._write_table, []
+
+    def fail(path, *args):
+        if written:
+            raise OSError(28, "No space left on device", str(path))
+        original(path, *args)
+        written.append(path)
+
+    monkeypatch.setattr(corpus_conversion, "_write_table", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        run("ravdess", trees / "ravdess", tmp_path / "out", "--copy")
+    assert written and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- the entries

@@ -390,6 +390,14 @@ class TestProcessor:
             assert isinstance(pt[key], torch.Tensor) and isinstance(arrays[key], np.ndarray)
             np.testing.assert_array_equal(pt[key].numpy(), arrays[key])
 
+    def test_what_is_saved_does_not_depend_on_the_last_call(self, processor, tmp_path):
+        saved = []
+        for _ in range(2):
+            processor.save_pretrained(tmp_path)
+            saved.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+            processor(text=["no", "sad and long"])  # leaves its padding and truncation in a fast tokenizer
+        assert saved[0] == saved[1]
+
     def test_save_and_load(self, processor, tmp_path):
         processor.save_pretrained(tmp_path)
         again = MMSERProcessor.from_pretrained(tmp_path)

@@ -5,13 +5,14 @@ import math
 import re
 import shlex
 
+import jinja2
 import numpy as np
 import pytest
 import scipy.special
 import sklearn.metrics
 from tiny_corpus import parse_strict_json
 
-from mmser.report import Measured, draw, judge, verdict, write_report
+from mmser.report import Measured, draw, judge, verdict, write_report, write_with_plots
 from mmser.results import reproducible
 
 NAMES = ["neutral", "happy", "sad", "angry"]
@@ -74,6 +75,18 @@ def write(measured, folder, **more):
     path = write_report(report, draw(measured, report, folder / "plots"), folder)
 
     return path.read_text(encoding="utf-8"), parse_strict_json((folder / "report.json").read_text())
+
+
+def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    """Also its pictures: what is in the folder belongs together."""
+    report = make_report(make_measured())
+    write_with_plots(make_measured(), report, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"report.md", "report.json"} < {path.name for path in before}
+    other = make_measured(temperature=1.0, label_names=["a", "b", "c", "d"])
+    with pytest.raises(jinja2.UndefinedError):  # after the pictures
+        write_with_plots(other, {name: report[name] for name in report if name != "command"}, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture(scope="module")

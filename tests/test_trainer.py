@@ -5,6 +5,7 @@ References are independent: module membership, closed formulas, plain PyTorch, a
 """
 
 import copy
+import errno
 import json
 import logging as python_logging
 import math
@@ -825,6 +826,90 @@ def test_the_trainer_writes_its_state_last(splits, tmp_path, monkeypatch):
     assert sorted({*written[-1], "trainer_state.json"}) == final
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.json"} <= set(final)
     assert "training_args.bin" not in final
+
+
+@pytest.mark.parametrize("change", ["lost", "cut"])
+def test_a_checkpoint_with_a_file_lost_or_cut_is_not_taken_for_whole(splits, tmp_path, change):
+    """It was being deleted or copied: without its optimiser, or its random numbers, training would quietly differ."""
+    make_trainer(tiny_model(), splits, tmp_path, save_strategy="steps", save_steps=1, save_total_limit=9).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    file = tmp_path / "checkpoint-2" / ("rng_state.pth" if change == "lost" else "optimizer.pt")
+    if change == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_that_is_replaced_is_half_written_from_the_start(splits, tmp_path, monkeypatch):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    make_trainer(tiny_model(), splits, tmp_path, **saving).train()
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*args):
+        raise full
+
+    monkeypatch.setattr(MMSERTrainer, "_save_optimizer_and_scheduler", fail)
+    trainer = make_trainer(tiny_model(), splits, tmp_path, **saving)
+    with pytest.raises(OSError, match=r"No space left on device: .*checkpoint-2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_what_an_interrupted_deletion_left_is_deleted(splits, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    make_trainer(tiny_model(), splits, tmp_path, save_total_limit=9, **saving).train()
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()  # killed while deleting it, and before deleting 2
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-mine")
+    trainer = make_trainer(tiny_model(), splits, tmp_path, save_total_limit=2, **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-mine"]
+
+
+def test_a_run_that_goes_on_from_its_last_step_takes_no_further_one(splits, tmp_path):
+    """The last step is within an epoch, which has 4."""
+    arguments = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    make_trainer(tiny_model(), splits, tmp_path, **arguments).train()
+    model = tiny_model()
+    trainer = make_trainer(model, splits, tmp_path, **arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert trainer.state.global_step == 3 and [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_the_log_of_a_run_that_goes_on_is_that_of_one_without_a_stop(splits, tmp_path, strategy):
+    """Also between two lines of the log: a line is the mean since the last one. So is the mean of the whole run."""
+    arguments = {"save_strategy": strategy, "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2, "max_steps": 6}
+    arguments |= {"logging_steps": 3, "save_total_limit": 9, "metric_for_best_model": "loss"}
+    whole = make_trainer(tiny_model(), splits, tmp_path, **arguments)
+    expected = whole.train().metrics
+    rest = make_trainer(tiny_model(), splits, tmp_path, **arguments)
+    metrics = rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).metrics
+    assert training_lines(whole) == training_lines(rest) and metrics["train_loss"] == expected["train_loss"]
+    assert [line["step"] for line in training_lines(whole)] == [2, 3, 4, 6]
+
+
+def test_the_model_is_saved_as_a_whole_or_not_at_all(splits, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model(), splits, tmp_path)
+    trainer.save_model()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert not (tmp_path / "training_args.bin").exists() and (tmp_path / "training_args.json").exists()
+    with torch.no_grad():
+        trainer.model.classifier.output.bias.add_(1)
+    trainer.model.config.openmax_threshold = 0.5
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(MMSERProcessor, "save_pretrained", fail)  # it comes after the weights
+        trainer.save_model()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    trainer.save_model()
+    changed = {path.name for path in before if path.read_bytes() != before[path]}
+    assert {"model.safetensors", "config.json"} <= changed and {path for path in tmp_path.iterdir()} == {*before}
 
 
 # --- batches of similar length ---------------------------------------------------------------------------------------

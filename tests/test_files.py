@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of `files`: a file, a folder or files that belong together are whole or not there, whatever happens."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from mmser.files import files_together, hidden_path, remove_remains, whole_file, whole_folder, write_atomically
+
+
+class Stop(Exception):
+    """What ends a block before its end."""
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def gone():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "scores[1].json"
+    write_atomically(path, "old")
+    with pytest.raises(Stop), whole_file(path) as hidden:
+        hidden.write_text("ne")
+        raise Stop
+    assert path.read_text() == "old" and names(tmp_path) == [path.name]
+    write_atomically(path, b"new")
+    assert path.read_text() == "new" and names(tmp_path) == [path.name]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, gone):
+    host = platform.node()
+    kept = [f".a.txt.{host}-{os.getppid()}.tmp", f".b.txt.{host}-{gone}.tmp", ".a.txt.other-computer-1.tmp"]
+    for name in (*kept, f".a.txt.{host}-{gone}.tmp"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / f".a.txt.old-computer-{gone}.tmp").mkdir()
+    os.utime(tmp_path / f".a.txt.old-computer-{gone}.tmp", (0, 0))
+    write_atomically(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == sorted([*kept, "a.txt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a.txt"])
+
+
+@pytest.mark.parametrize("earlier", [None, {}, {"a": "old", "only here": "old"}])
+def test_a_folder_is_replaced_as_a_whole(tmp_path, earlier):
+    folder = tmp_path / "deep" / "export"
+    if earlier is not None:
+        folder.mkdir(parents=True)
+        for name, text in earlier.items():
+            (folder / name).write_text(text)
+    with pytest.raises(Stop), whole_folder(folder) as hidden:
+        (hidden / "a").write_text("new")
+        raise Stop
+    assert names(folder) == sorted(earlier or {})
+    with whole_folder(folder) as hidden:
+        (hidden / "a").write_text("new")
+        assert names(folder) == sorted(earlier or {})
+    assert names(tmp_path) == ["deep/export/a"] and (folder / "a").read_text() == "new"
+
+
+def test_a_folder_that_was_about_to_be_replaced_comes_back(tmp_path, gone):
+    """Killed between the two renames: nothing else is left of it."""
+    old = tmp_path / f".export.replaced.{platform.node()}-{gone}.tmp"
+    old.mkdir()
+    (old / "a").write_text("old")
+    with pytest.raises(Stop), whole_folder(tmp_path / "export"):
+        raise Stop
+    assert names(tmp_path) == ["export/a"]
+
+
+def test_files_that_belong_together_take_their_places_at_the_end(tmp_path):
+    for name in ("config.json", "model-1.safetensors", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(Stop), files_together(tmp_path, last=("model*",)) as hidden:
+        (hidden / "config.json").write_text("new")
+        raise Stop
+    assert (tmp_path / "config.json").read_text() == "old"
+    with files_together(tmp_path, last=("model*",)) as hidden:
+        (hidden / "plots").mkdir()
+        for name in ("model.safetensors", "config.json", "plots/z.png"):
+            (hidden / name).write_text("new")
+    assert names(tmp_path) == ["config.json", "mine.txt", "model.safetensors", "plots/z.png"]
+    assert (tmp_path / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("afresh", [False, True])
+def test_the_last_file_says_that_the_others_are_there(tmp_path, monkeypatch, afresh):
+    """Ended at any of the renames: with `afresh` the file that tells is never beside the others of another set."""
+    original, seen = os.replace, []
+
+    def watch(source, target):
+        told = tmp_path / "report.md"
+        parts = {name: (tmp_path / name).read_text() for name in names(tmp_path) if not name.startswith(".")}
+        seen.append((told.read_text() if told.exists() else None, parts))
+        original(source, target)
+
+    for turn in ("first", "second"):
+        if turn == "second":
+            monkeypatch.setattr(os, "replace", watch)
+        with files_together(tmp_path, last=("report.md",), afresh=afresh) as hidden:
+            for name in ("a.png", "report.md", "z.png"):
+                (hidden / name).write_text(turn)
+    assert [told for told, _ in seen] == ([None] * 3 if afresh else ["first"] * 3)
+    assert seen[-1][1]["a.png"] == seen[-1][1]["z.png"] == "second"
+
+
+def test_a_living_process_keeps_what_it_writes(tmp_path):
+    hidden = hidden_path(tmp_path / "a")
+    hidden.write_text("half")
+    remove_remains(tmp_path / "*")
+    assert hidden.exists()
