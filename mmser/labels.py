@@ -18,6 +18,7 @@ logger = logging.get_logger(__name__)
 
 UNKNOWN_LABEL = -1  # "none of the known classes": only in open-set data
 FEW = 5  # labels and rows that a message lists
+FEW_PER_CLASS = 20  # training clips, on average: with fewer, a class that lacks some is no mistake but a try
 
 Found = Mapping[str, Sequence[str]]  # label as it is written -> where its rows are, for messages
 
@@ -239,7 +240,7 @@ def _warn_of_rare_labels(counts: dict[str, int]) -> None:
     if absent:
         logger.warning(f"No training row has the label {', '.join(absent)}: the model cannot learn it")
     rare = {name: count for name, count in counts.items() if 0 < count < 5}
-    if rare and sum(counts.values()) >= 20 * len(counts):
+    if rare and sum(counts.values()) >= FEW_PER_CLASS * len(counts):
         logger.warning(
             f"Labels with fewer than 5 training clips: {rare} of {list(counts)}. Is a name misspelt? "
             "Otherwise collect more clips, or join the class with another one by --label_map."

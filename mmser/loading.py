@@ -26,7 +26,7 @@ from mmser.corpora import (
     table_of_corpora,
 )
 from mmser.label_map import LabelMap, read_label_map
-from mmser.labels import check_labels, choose_label_names, gather_labels, label_id
+from mmser.labels import FEW_PER_CLASS, check_labels, choose_label_names, gather_labels, label_id
 from mmser.sources import (
     LEFT_OUT,
     OTHER,
@@ -127,6 +127,8 @@ def load_emotion_dataset(
     rule.report(request.problems, loaded=len(usable) + len(request.problems))
     fractions = {"test": test_fraction, "validation": validation_fraction}
     splits = _divide(joined, usable, label_names, fractions, seed, allow_speaker_overlap)
+    if for_training:
+        _check_held_out(joined.records, splits, label_names)
     table = _to_dataset(joined.records, extra_columns, joined.audio, request.tasks)
     return datasets.DatasetDict({split: table.select(indices) for split, indices in splits.items()}), label_names
 
@@ -209,6 +211,28 @@ def _divide(
     if unknown:
         splits[OTHER] = choose_unknown(records, unknown, splits.get("train", []))
     return splits
+
+
+def _check_held_out(records: Sequence[Record], splits: dict[str, list[int]], label_names: Sequence[str]) -> None:
+    """Refuse a division that holds out all training clips of a class, as of a class of one clip or one speaker."""
+    training = [record for record in records if record.split == "train" and not record.role]
+    if len(training) < FEW_PER_CLASS * len(label_names):
+        return
+    left = {records[index].labels for index in splits.get("train", [])}
+    for label, name in enumerate(label_names):
+        taken = {
+            split: sum(record.labels == label and record.split == "train" for record in map(records.__getitem__, rows))
+            for split, rows in splits.items()
+        }
+        number = sum(taken.values())
+        if number and label not in left:
+            where = " and ".join(split for split, count in taken.items() if count)
+            what = f"The only clip of {name!r} is" if number == 1 else f"All {number} clips of {name!r} are"
+            raise ValueError(
+                f"{what} held out for {where}, as whole speakers are, and nothing is left to train on. Add clips of "
+                f"{name!r} by more speakers, join it with another class or leave it out by --label_map, or give "
+                "splits of your own."
+            )
 
 
 def _named(sources: Sequence[Source]) -> str:

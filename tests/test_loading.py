@@ -206,6 +206,34 @@ def test_folder_without_metadata(tmp_path):
         load_emotion_dataset(manifest=tmp_path / "nowhere.xlsx")
 
 
+def test_a_class_that_is_wholly_held_out_is_refused(tmp_path):
+    """As one clip of a class is, whose speaker is drawn for the test: no model can learn it."""
+    rows = [
+        {"file_name": f"{number}.wav", "label": "ab"[number % 2], "speaker": f"s{number % 10}"} for number in range(60)
+    ]
+    for row in rows:
+        (tmp_path / row["file_name"]).touch()
+    refused = 0
+    for speaker in range(10):
+        write_table(tmp_path / "table.csv", [*rows[:-1], {**rows[-1], "label": "rare", "speaker": f"s{speaker}"}])
+        try:
+            splits, names = load_emotion_dataset(manifest=tmp_path / "table.csv", validation_fraction=0.2)
+        except ValueError as error:
+            refused += 1
+            assert re.match(
+                r"The only clip of 'rare' is held out for (validation|test), .*Add clips of 'rare' by more speakers, "
+                "join it with another class or leave it out by --label_map, or give splits of your own",
+                str(error),
+            )
+        else:
+            assert names.index("rare") in splits["train"]["labels"]
+    assert 0 < refused < 10
+    splits, _ = load_emotion_dataset(
+        manifest=tmp_path / "table.csv", validation_fraction=0.2, label_names=["a", "b", "rare"], for_training=False
+    )
+    assert sum(map(len, splits.values())) == 60, "an evaluation divides them as it is told"
+
+
 def test_a_place_that_is_nearly_right_is_named(tmp_path):
     """A table for a folder, a folder for a table, a misspelt name, a spreadsheet, a table with a name of its own."""
     folder = tmp_path / "calls"
