@@ -16,6 +16,7 @@ from pathlib import Path
 from mmser.console import run_command
 from mmser.explanation import MIN_WINDOW, explain, split_words
 from mmser.prediction_arguments import check_encoding, chosen_checkpoint
+from mmser.table_files import near_name
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.clip is not None and Path(options.clip).is_dir():
         raise ValueError(f"{options.clip} is a folder: name one audio file.")
     if options.clip is not None and not Path(options.clip).is_file():
-        raise FileNotFoundError(f"{options.clip} does not exist.")
+        raise FileNotFoundError(f"{options.clip} does not exist.{near_name(Path(options.clip))}")
     check_encoding(options.text, "--text")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}.")
@@ -81,7 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
     rate = getattr(classifier.processor.feature_extractor, "sampling_rate", 16_000)
     waveform = None if options.clip is None else load_audio(options.clip, rate)
     found = explain(classifier, waveform, rate, options.text, options.label, options.window, options.batch_size)
-    print(f"{found.label}  {found.score:.2f}\n")
+    name = options.clip or f'"{options.text}"'
+    print(f"{name}: {found.label} {found.score:.2f}\n")
+    if found.rows:
+        print("What each piece adds to that score: by so much it falls where the piece is taken away.\n")
     rows = [{**row, "change": f"{row['change']:+.3f}"} for row in found.rows]
     kept = [name for name in ("start", "end", "word", "change") if any(row[name] not in ("", None) for row in rows)]
     print(format_table(rows, kept) if rows else "There is nothing to take away from one word.")
@@ -90,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         sound = [(one.start, one.end, one.change) for one in found.sound]
         words = [(one.word, one.change) for one in found.words]
-        title = f"What speaks for {found.label} ({found.score:.2f}), in blue, and against it, in red"
-        print(f"\n{plot_explanation(sound, words, options.plot, waveform, rate, title)}")
+        title = f"What speaks for {found.label} ({found.score:.2f}), in blue, and against it, in orange"
+        print(f"\nWritten: {plot_explanation(sound, words, options.plot, waveform, rate, title)}")
     return 0
 
 

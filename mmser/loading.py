@@ -126,9 +126,7 @@ def load_emotion_dataset(
     usable = _check_records(joined.records, label_names, request.problems, tasks=request.tasks)
     rule.report(request.problems, loaded=len(usable) + len(request.problems))
     fractions = {"test": test_fraction, "validation": validation_fraction}
-    splits = _divide(joined, usable, label_names, fractions, seed, allow_speaker_overlap)
-    if for_training:
-        _check_held_out(joined.records, splits, label_names)
+    splits = _divide(joined, usable, label_names, fractions, seed, allow_speaker_overlap, for_training)
     table = _to_dataset(joined.records, extra_columns, joined.audio, request.tasks)
     return datasets.DatasetDict({split: table.select(indices) for split, indices in splits.items()}), label_names
 
@@ -196,6 +194,7 @@ def _divide(
     fractions: dict[str, float],
     seed: int,
     allow_speaker_overlap: bool,
+    for_training: bool,
 ) -> dict[str, list[int]]:
     """Split -> indices of its clips (see `divide_by_speaker`); `other` -> clips of none of the classes, if any."""
     records = joined.records
@@ -206,6 +205,8 @@ def _divide(
     empty = [split for split, indices in splits.items() if not indices]
     if empty or not splits:
         raise ValueError(f"no usable row is left in {_named(joined.sources)} {' '.join(empty)}")
+    if for_training:
+        _check_held_out(records, splits, label_names)
     if not joined.is_plain:
         logger.info(f"Clips:\n{table_of_corpora(records, splits, unknown, label_names)}")
     if unknown:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import validate_repo_id
 
 from mmser.console import first_sentence
+from mmser.table_files import near_path
 
 CONFIG = "config.json"
 NO_ANSWER = (407, 408, 429)  # of a proxy, or of a Hub that is too busy
@@ -28,7 +29,9 @@ class Named:
     is_dataset: bool = False
 
     def error(self, what: str) -> FileNotFoundError:
-        return FileNotFoundError(f"{self.flag} {self.name} {what} {self.advice}".rstrip())
+        near = None if self.is_dataset else near_path(Path(self.name))
+        meant = f" Did you mean {near}?" if near is not None and near.is_dir() else ""
+        return FileNotFoundError(f"{self.flag} {self.name} {what}{meant} {self.advice}".rstrip())
 
 
 def checkpoint_folder(name: str, flag: str) -> str:
@@ -52,7 +55,11 @@ def checkpoint_folder(name: str, flag: str) -> str:
     if path.exists():
         raise FileNotFoundError(f"{flag} {name} is a file; a checkpoint is a folder with {CONFIG} and weights.")
     if _is_path(name):
-        raise FileNotFoundError(f"{flag} {name} does not exist; a checkpoint is a folder, or a name on the Hub.")
+        near = near_path(path)
+        meant = f" Did you mean {near}?" if near is not None else ""
+        raise FileNotFoundError(
+            f"{flag} {name} does not exist; a checkpoint is a folder, or a name on the Hub.{meant}"
+        )
     return name
 
 

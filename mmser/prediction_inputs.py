@@ -17,7 +17,7 @@ from audio_mmser import audio_length, why_silent
 from mmser.console import mistake
 from mmser.prediction_arguments import PredictionArguments
 from mmser.sources import AUDIO_SUFFIXES, find_column
-from mmser.table_files import find_files, read_rows
+from mmser.table_files import find_files, near_name, read_rows
 from mmser.timed_files import Span, read_rttm, read_srt
 
 RATE = 16_000  # Hz, in which lengths are counted
@@ -73,7 +73,8 @@ def find_inputs(words: Sequence[str]) -> list[Input]:
         if "://" not in one.source and not os.path.isfile(one.source):
             one.error = "there is no such file"
     if found and all(one.error for one in found.values()):
-        raise FileNotFoundError(f"{next(iter(found.values())).name}: there is no such file or folder.")
+        name = next(iter(found.values())).name
+        raise FileNotFoundError(f"{name}: there is no such file or folder.{near_name(Path(name))}")
     return list(found.values())
 
 

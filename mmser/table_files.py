@@ -33,20 +33,20 @@ def is_table(path: Path) -> bool:
 def near_name(path: Path) -> str:
     """What to say after the name of something that is not there: whether something near it is meant, or where it is
     looked for."""
-    near = _near(path)
+    near = near_path(path)
     if near is not None:
         return f" Did you mean {near}?"
     missing = [folder for folder in path.parents if not folder.exists()]
     return f" There is no folder {missing[-1]}." if missing else f" It is looked for in {path.parent.resolve()}."
 
 
-def _near(path: Path) -> Path | None:
+def near_path(path: Path) -> Path | None:
     """What is there and has nearly this name, with folders that have nearly those of its folders."""
     folder: Path | None = path.parent
     if folder == path:
         return None
     if not path.parent.is_dir():
-        folder = _near(path.parent)
+        folder = near_path(path.parent)
     if folder is None or not folder.is_dir():
         return None
     if folder != path.parent and (folder / path.name).exists():

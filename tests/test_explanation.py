@@ -2,6 +2,7 @@
 """Tests of `mmser.explanation` and `mmser explain`: what is known to have moved an answer is found."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -118,7 +119,8 @@ def test_the_command_explains_a_clip(tmp_path, capsys):
     shown = capsys.readouterr().out
     rows = [line for line in shown.splitlines() if line.startswith("|")][2:]
     assert len(rows) == 4 + 2 and "| so " in rows[4] and "| sad " in rows[5]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG") and shown.endswith(f"\nWritten: {picture}\n")
+    assert re.match(rf"{re.escape(words[1])}: \w+ 0\.\d\d\n\nWhat each piece adds to that score: ", shown)
     with pytest.raises(FileExistsError, match="exists: give another name, or --overwrite"):
         main(words[1:])
 

@@ -15,6 +15,7 @@ from mmser.evaluation_run import load_trainer
 from mmser.export import export_checkpoint
 from mmser.model_loading import load_label_names
 from mmser.names import Named, checkpoint_folder, reading
+from mmser.prediction_inputs import find_inputs
 from mmser.training_run import load_data
 
 AUDIO, TEXT = "--audio_model_name_or_path", "--text_model_name_or_path"
@@ -204,3 +205,19 @@ def test_a_user_who_is_offline_is_not_asked_for_a_network(no_hub, monkeypatch):
 def test_errors_of_other_kinds_pass(checkpoint):
     with pytest.raises(KeyError), reading([Named("--checkpoint", str(checkpoint))]):
         {}["key"]
+
+
+def test_a_folder_of_nearly_that_name_is_asked_about(tmp_path, monkeypatch):
+    """A checkpoint that is misspelt looks like a name on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "calls").mkdir(parents=True)
+    (tmp_path / "runs" / "calls" / "clip.wav").touch()
+    for name in ("runs/cals", "run/calls"):
+        error = Named("--checkpoint", name).error("is neither a folder nor on the Hub.")
+        assert str(error) == f"--checkpoint {name} is neither a folder nor on the Hub. Did you mean runs/calls?"
+    error = Named("--checkpoint", "user/other").error("is neither a folder nor on the Hub.")
+    assert str(error) == "--checkpoint user/other is neither a folder nor on the Hub."
+    with pytest.raises(FileNotFoundError, match=r"a name on the Hub\. Did you mean runs/calls\?"):
+        checkpoint_folder("./runs/cals", "--checkpoint")
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder\. Did you mean runs/calls/clip\.wav\?"):
+        find_inputs(["runs/calls/klip.wav"])
