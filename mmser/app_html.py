@@ -29,6 +29,10 @@ STYLE = """
 .mmser .scroll { overflow-x: auto; }
 .mmser .scroll img { min-width: 34rem; width: 100%; max-width: none; background: white; }
 .mmser .scroll table { width: auto; min-width: 100%; }
+.mmser .more { display: none; }
+@media (max-width: 640px) {
+    .mmser .more { display: block; font-size: .85rem; margin: .25rem 0 0; }
+}
 @media (max-width: 480px) {
     .mmser .lines { font-size: .85rem; }
     .mmser .lines th, .mmser .lines td { padding-right: .4rem; }
@@ -124,6 +128,7 @@ def over_time(prediction: Prediction, picture: bytes, table: bytes) -> str:
     return _inside(
         f"<p>{_escaped(shares)}.</p>",
         f'<div class="scroll" tabindex="0" role="region" aria-label="Timeline">{image}</div>',
+        '<p class="more">Move the picture to the left to see the rest of it.</p>',
         _table("Segments", ["start", "end", "answer", "score", "uncertainty"], rows),
         _link(table, "segments.csv"),
     )

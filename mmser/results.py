@@ -24,7 +24,7 @@ from mmser.tables import format_table
 from mmser.training_flags import MIN_STEPS
 
 RESULTS_NAME = "eval_results.json"
-# Names of scores that fit a terminal; the unweighted average recall is the mean of the recalls of the classes
+# Names of scores that fit a terminal and a page. The unweighted average recall is the mean of those of the classes
 SHORT_TITLES = {
     "weighted_f1": "weighted F1",
     "unweighted_average_recall": "recall",
@@ -203,14 +203,15 @@ def task_tables(
     }
 
 
-def format_results(results: Mapping[str, Any], titles: Mapping[str, str] | None = None) -> dict[str, str]:
+def format_results(results: Mapping[str, Any]) -> dict[str, str]:
     """
-    Tables of `results` in Markdown, with other `titles` for some scores.
+    Tables of `results` in Markdown.
 
     Returns: `summary`, `classes`, `confusion`, `corpus`, `language`, `sex`, `open_set`, `tasks`, `tasks_of_numbers`
         and `parameters`; a table without rows is an empty string.
     """
     names = results["label_names"]
+    titles = SHORT_TITLES | {f"f1_{name}": f"F1 {name}" for name in names}
     splits = [split for split in ("validation", "test") if split in results]
     rows = results[splits[-1]] if splits else {}
     model = rows.get("model", {})

@@ -36,7 +36,6 @@ from mmser.optimizer import parameter_table
 from mmser.progress import CURVES_NAME, calm, draw_curves, stage
 from mmser.results import (
     RESULTS_NAME,
-    SHORT_TITLES,
     advise,
     describe_data,
     earlier_training,
@@ -508,8 +507,7 @@ def write_results(
     results = {**results, "environment": environment(device), "command": reproducible(command or sys.argv)}
     write_atomically(folder / RESULTS_NAME, strict_json(results))
     card = write_model_card(results, folder)
-    short = SHORT_TITLES | {f"f1_{name}": f"F1 {name}" for name in results["label_names"]}
-    tables = format_results(results, short)
+    tables = format_results(results)
     titles = {
         "summary": "Summary",
         "classes": "F1 of each class",

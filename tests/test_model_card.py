@@ -27,7 +27,7 @@ from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.groups import split_groups
 from mmser.model_card import TEMPLATE, is_own_card, write_model_card
 from mmser.optimizer import parameter_table
-from mmser.results import describe_data
+from mmser.results import SHORT_TITLES, describe_data
 from mmser.scores import describe_rows
 from mmser.training_run import write_results
 from modeling_mmser import MMSERForAudioClassification
@@ -442,6 +442,10 @@ SENTENCES: list[tuple[Said, Callable[[Case], bool]]] = [
     ),
     ("`majority` always answers the most frequent class.", lambda case: "majority" in case.rows),
     (
+        "`recall` is the mean over classes.",
+        lambda case: len(case.rows) > 0,
+    ),
+    (
         "**There is no test split: these clips also calibrated the model, so the scores are too good.**",
         lambda case: "validation" in case.results and "test" not in case.results,
     ),
@@ -606,10 +610,11 @@ def test_the_card_says_nothing_of_other_models(name, cases):
 
 
 def table_rows(text, first_column):
-    """Rows of the Markdown table in `text` whose first column is `first_column`, as dictionaries."""
+    """Rows of the Markdown table in `text` whose first column is `first_column`, by the names of eval_results.json."""
+    names = {title: name for name, title in SHORT_TITLES.items()}
     lines = text[text.index(f"| {first_column} ") :].split("\n\n")[0].splitlines()
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return [dict(zip(header, row, strict=True)) for row in rows]
+    return [dict(zip([names.get(cell, cell) for cell in header], row, strict=True)) for row in rows]
 
 
 def read(folder):
