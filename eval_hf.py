@@ -14,6 +14,7 @@ python eval_hf.py --checkpoint me/model --dataset_name me/my_data --group_by lan
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mmser.arguments import EVALUATION_ARGUMENTS, parse_arguments
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     from mmser import evaluation_run, model_loading, report
     from mmser.examples import EmotionDataset, reading_options
+    from mmser.files import check_writable
     from mmser.plots import check_matplotlib
     from modeling_mmser import register_auto_classes
 
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> dict:
     config = model_loading.load_config(options.model_name_or_path)
     label_names = model_loading.label_names_of(config)
     if training_arguments.process_index == 0:
+        check_writable(Path(str(options.output_dir)))
         source.bad_rows.list_in(str(options.output_dir))
     clips = evaluation_run.load_clips(source, options, label_names, config)
     processor = evaluation_run.load_processor(options.model_name_or_path)

@@ -26,7 +26,7 @@ from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
 from mmser.arguments import DTYPES, FORMATS, OPSET
 from mmser.console import without_bars_of_weights
-from mmser.files import whole_folder
+from mmser.files import check_writable, whole_folder
 from mmser.model_loading import label_names_of
 from mmser.names import Named, reading
 from mmser.quantization import quantize_onnx
@@ -441,6 +441,7 @@ def export_checkpoint(
     source = Path(name_or_path).resolve()
     if source.exists() and output_dir.resolve() in (source, *source.parents):
         raise ValueError(f"The export would replace {output_dir}, where the checkpoint itself is: give another folder")
+    check_writable(output_dir.parent)
     register_auto_classes()  # use this code of MMSER, not the copy in the checkpoint
     with reading([Named("--checkpoint", os.fspath(name_or_path))]):
         model = MMSERForAudioClassification.from_pretrained(name_or_path, dtype=torch.float32)

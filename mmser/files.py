@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -61,7 +62,7 @@ def _is_abandoned(hidden: Path) -> bool:
 
 @contextlib.contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Say of a full disk, within the block, that `path` cannot be written: each library says it in its own way."""
+    """Let errors within the block name `path` where its hidden name, or a disk that is full, stopped a library."""
     try:
         yield
     except Exception as error:
@@ -71,8 +72,25 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         if is_full or torch_says or os.strerror(errno.ENOSPC) in str(error):
             # Of a copy that could not be written, `filename` is what was read
             name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(name)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(_told(name, path))) from error
+        if isinstance(error, OSError) and error.filename and _told(error.filename, path) is path:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+def _told(name: str | os.PathLike, path: Path) -> str | os.PathLike:
+    """A name as a user knows it: for a hidden one the `path` that it stands for."""
+    return path if any(part.startswith(".") and part.endswith(".tmp") for part in Path(name).parts) else name
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before the work whether its results can be written: make the folder, and a file in it for a moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from mmser.files import write_atomically
+from mmser.files import check_writable, write_atomically
 from mmser.plots import check_matplotlib, plot_timeline
 from mmser.prediction_arguments import PredictionArguments
 from mmser.prediction_run import Prediction, Segment
@@ -32,7 +32,7 @@ def check_outputs(options: PredictionArguments) -> None:
     if options.plot:
         check_matplotlib()
     for path in filter(None, (options.output, options.plot)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(Path(path).parent)
 
 
 def write(

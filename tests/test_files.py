@@ -1,14 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `files`: a file, a folder or files that belong together are whole or not there, whatever happens."""
 
+import errno
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from mmser.files import files_together, hidden_path, remove_remains, whole_file, whole_folder, write_atomically
+import eval_hf
+import export_hf
+import predict_hf
+from mmser.files import (
+    check_writable,
+    files_together,
+    hidden_path,
+    naming_full_disk,
+    remove_remains,
+    whole_file,
+    whole_folder,
+    write_atomically,
+)
+
+SMALL = Path(__file__).parent.parent / "checkpoints" / "mmser-small"
 
 
 class Stop(Exception):
@@ -111,6 +128,61 @@ def test_the_last_file_says_that_the_others_are_there(tmp_path, monkeypatch, afr
                 (hidden / name).write_text(turn)
     assert [told for told, _ in seen] == ([None] * 3 if afresh else ["first"] * 3)
     assert seen[-1][1]["a.png"] == seen[-1][1]["z.png"] == "second"
+
+
+def test_an_error_names_what_the_user_named(tmp_path):
+    path = tmp_path / "runs" / "report.md"  # there is no such folder
+    with pytest.raises(FileNotFoundError) as raised:
+        write_atomically(path, "x")
+    assert raised.value.filename == str(path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "read.py", None, "runs/.a.pc-1.tmp/read.py"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 28544 vs 28436"),
+        RuntimeError("basic_ios::clear: iostream error"),
+    ],
+)
+def test_a_full_disk_is_said_in_one_way(said, tmp_path):
+    with pytest.raises(OSError, match="No space left on device") as raised, naming_full_disk(tmp_path):
+        raise said
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path)
+    with pytest.raises(RuntimeError, match="another"), naming_full_disk(tmp_path):
+        raise RuntimeError("another")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir() and not names(tmp_path)
+
+    def fail(dir):
+        raise OSError(errno.EROFS, "Read-only file system", f"{dir}/tmpx")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(OSError, match="Read-only file system") as raised:
+        check_writable(tmp_path)
+    assert raised.value.filename == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (eval_hf, "--checkpoint {checkpoint} --data_dir nowhere --output_dir {out}"),
+        (export_hf, "--checkpoint nowhere --format safetensors --output_dir {out}/export"),
+        (predict_hf, "nowhere.wav --checkpoint nowhere --output {out}/answers.csv"),
+    ],
+)
+def test_a_command_finds_a_read_only_folder_first(command, arguments, tmp_path, monkeypatch):
+    def fail(dir):
+        raise OSError(errno.EROFS, "Read-only file system", f"{dir}/tmpx")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(OSError, match="Read-only file system"):
+        command.main(arguments.format(checkpoint=SMALL, out=tmp_path).split())
 
 
 def test_a_living_process_keeps_what_it_writes(tmp_path):
