@@ -206,7 +206,11 @@ def build_pooling(config: MMSERConfig, input_size: int) -> StatisticsPooling:
 
 class ResidualBlock(nn.Module):
     """
-    Bottleneck residual block with LayerNorm after it, in a stack of `classifier_num_layers`.
+    Bottleneck residual block with LayerNorm, in a stack of `classifier_num_layers`.
+
+    As published the norm is after each block; `classifier_norm_first` puts it at the beginning of the branch (Xiong et
+    al. 2020, "On layer normalization in the transformer architecture"). In training `classifier_drop_path_rate` lets
+    clips pass the branch by (Huang et al. 2016, "Deep networks with stochastic depth"), and scales it for the others.
 
     Two things make a deep stack of them train. The last Linear starts at zero: at first the block passes its input
     through (Zhang et al. 2019). And the branch is scaled by one over the square root of the depth (Hayou et al. 2021,
@@ -221,11 +225,16 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.layer_norm = nn.LayerNorm(config.classifier_hidden_size)
         self.branch_scale = config.classifier_num_layers**-0.5 if config.scale_branches_by_depth else 1.0
+        self.drop_path_rate, self.norm_first = config.classifier_drop_path_rate, config.classifier_norm_first
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, classifier_hidden_size] -> the same."""
-        branch = self.dropout(self.up(F.relu(self.down(hidden_states))))
-        return self.layer_norm(hidden_states + self.branch_scale * branch)
+        inputs = self.layer_norm(hidden_states) if self.norm_first else hidden_states
+        branch = self.dropout(self.up(F.relu(self.down(inputs))))
+        if self.training and self.drop_path_rate:  # dropout of one number for each clip
+            branch = branch * F.dropout(branch.new_ones(len(branch), 1), self.drop_path_rate)
+        hidden_states = hidden_states + self.branch_scale * branch
+        return hidden_states if self.norm_first else self.layer_norm(hidden_states)
 
 
 class DeepClassifier(nn.Module):

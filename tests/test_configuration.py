@@ -81,6 +81,7 @@ def test_labels(given, expected):
         ({"classifier_num_layers": -1}, "`classifier_num_layers` must be 0 or more, got -1"),
         ({"classifier_checkpoint_interval": 0}, "classifier_checkpoint_interval"),
         ({"classifier_dropout": 1.0}, r"`classifier_dropout` must be in \[0, 1\), got 1.0"),
+        ({"classifier_drop_path_rate": 1.0}, r"`classifier_drop_path_rate` must be in \[0, 1\), got 1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"focal_loss_weight": -1}, "`focal_loss_weight` must be 0 or more, got -1"),
         ({"class_balanced_beta": 1.0}, "class_balanced_beta"),

@@ -40,6 +40,7 @@ from modeling_mmser import (
     DeepClassifier,
     MMSERForAudioClassification,
     MMSERModel,
+    ResidualBlock,
     StatisticsPooling,
     UncertaintyHead,
     WeightedLayerSum,
@@ -1032,6 +1033,65 @@ def test_every_layer_of_the_classifier_learns(default_config):
     norms = {name: p.grad.norm().item() for name, p in head.named_parameters()}
     assert min(norms.values()) > 0, [name for name, norm in norms.items() if norm == 0]
     assert norms["blocks.0.down.weight"] > 0.01 * norms["blocks.34.down.weight"]
+
+
+def test_blocks_with_the_norm_first_start_as_if_there_were_none():
+    torch.manual_seed(0)
+    head = MMSERForAudioClassification(tiny_config(classifier_num_layers=6, classifier_norm_first=True)).classifier
+    inputs = torch.randn(5, 32)
+    logits, features = head.eval()(inputs)
+    head.blocks = head.blocks[:0]
+    assert torch.equal(head(inputs)[0], logits) and torch.equal(head(inputs)[1], features)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_block_against_its_formula(norm_first):
+    """In float64, with numpy: x + s W2 relu(W1 x), with the norm before the branch or after the sum."""
+    torch.manual_seed(0)
+    options = {"zero_init_branches": False, "classifier_norm_first": norm_first}
+    block = ResidualBlock(tiny_config(classifier_num_layers=4, **options))
+    for parameter in block.layer_norm.parameters():
+        nn.init.normal_(parameter)
+    block, inputs = block.double().eval(), torch.randn(5, 32, dtype=torch.float64)
+    value = {name: parameter.detach().numpy() for name, parameter in block.named_parameters()}
+
+    def norm(rows):
+        rows = (rows - rows.mean(axis=1, keepdims=True)) / np.sqrt(rows.var(axis=1, keepdims=True) + 1e-5)
+        return rows * value["layer_norm.weight"] + value["layer_norm.bias"]
+
+    rows = inputs.numpy()
+    hidden = np.maximum((norm(rows) if norm_first else rows) @ value["down.weight"].T + value["down.bias"], 0)
+    expected = rows + (hidden @ value["up.weight"].T + value["up.bias"]) / 2  # one over the root of four blocks
+    np.testing.assert_allclose(block(inputs).detach(), expected if norm_first else norm(expected), rtol=0, atol=1e-10)
+
+
+def test_stochastic_depth_drops_the_branch_of_whole_clips_and_keeps_its_mean():
+    torch.manual_seed(0)
+    options = {"zero_init_branches": False, "classifier_norm_first": True, "classifier_dropout": 0.0}
+    block = ResidualBlock(tiny_config(classifier_drop_path_rate=0.25, **options))
+    inputs = torch.randn(1, 32).expand(40_000, 32)
+    branch = block.eval()(inputs)[0] - inputs[0]
+    found = block.train()(inputs) - inputs
+    dropped = (found == 0).all(dim=1)
+    assert 0.24 < dropped.float().mean() < 0.26  # 4.6 standard deviations on each side
+    torch.testing.assert_close(
+        found[~dropped], (branch / 0.75).expand(int((~dropped).sum()), 32), rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(found.mean(dim=0), branch, rtol=0.05, atol=1e-3)
+
+
+def test_blocks_with_the_norm_first_and_stochastic_depth_are_saved_and_checkpointed(tmp_path):
+    options = {"classifier_norm_first": True, "classifier_drop_path_rate": 0.5, "classifier_num_layers": 7}
+    model = tiny_model(**options)
+    batch = tiny_batch(model, [6000, 2100, 5500, 0], TEXT_LENGTHS)
+    model.save_pretrained(tmp_path)
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
+    assert loaded.config.classifier_norm_first and loaded.config.classifier_drop_path_rate == 0.5
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    model.train()
+    plain_loss = train_step(model, batch).loss
+    model.activation_checkpointing_enable()
+    assert torch.equal(train_step(model, batch).loss, plain_loss)
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 7])

@@ -64,7 +64,10 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "0 or more",
     ),
     (
-        ("cross_attention_dropout", "fusion_dropout", "classifier_dropout", "label_smoothing", "class_balanced_beta"),
+        (
+            *("cross_attention_dropout", "fusion_dropout", "classifier_dropout", "classifier_drop_path_rate"),
+            *("label_smoothing", "class_balanced_beta"),
+        ),
         lambda value: 0 <= value < 1,
         "in [0, 1)",
     ),
@@ -255,6 +258,10 @@ class MMSERConfig(PreTrainedConfig):
         classifier_num_layers (`int`): number of residual blocks, 0 or more.
         classifier_hidden_size, classifier_bottleneck, classifier_dropout:
             Width of the blocks, their inner width, and the dropout probability.
+        classifier_drop_path_rate (`float`): probability with which a training clip passes a block by: stochastic depth
+            (Huang et al. 2016). It keeps the deep classifier from learning the voices of the training by heart.
+        classifier_norm_first (`bool`): normalise what the branch of a block reads. The blocks then start as if there
+            were none, and what goes past them stays as it is. False normalises the sum after each block, as published.
         classifier_checkpoint_interval (`int`): residual blocks per group under gradient checkpointing.
         zero_init_branches (`bool`): start the last linear layer of each residual block and of the attention between
             the modalities at zero. False starts them at random, as published.
@@ -369,6 +376,8 @@ class MMSERConfig(PreTrainedConfig):
     classifier_hidden_size: int = 512
     classifier_bottleneck: int = 44  # 35 blocks of 512 -> 44 -> 512 make the whole classifier 2.0 M parameters
     classifier_dropout: float | int = 0.15
+    classifier_drop_path_rate: float | int = 0.0
+    classifier_norm_first: bool = False
     classifier_checkpoint_interval: int = 5
     zero_init_branches: bool = True
     scale_branches_by_depth: bool = True
