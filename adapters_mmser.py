@@ -54,7 +54,7 @@ class LoadsAdapters:
         Raises:
             OSError: the encoder of the adapters cannot be read.
             ValueError: it has other weights, or an encoder is named for a checkpoint that has its own; or the
-                configuration is not that of the weights: layers are missing, or there are others.
+                configuration is not that of the weights: layers are missing, or there are others; or weights are NaN.
         """
         load = partial(_load_whole, super().from_pretrained)
         name = pretrained_model_name_or_path
@@ -95,7 +95,18 @@ def _load_whole(
             f"The configuration of {name} is not that of its weights: the file {what} {first} and "
             f"{len(missing | unexpected) - 1} others. Take config.json and the weights from one checkpoint."
         )
+    if broken := broken_weights(model):
+        raise ValueError(
+            f"{name} is damaged: {len(broken)} of its weights hold numbers that are NaN or infinite, the first is "
+            f"{broken[0]}. Take another checkpoint, such as an earlier one of the same training."
+        )
     return (model, report) if output_loading_info else model
+
+
+def broken_weights(model: nn.Module) -> list[str]:
+    """The names of a model's weights that hold numbers which are NaN or infinite."""
+    own = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    return [name for name, weight in own if not weight.is_meta and not bool(weight.isfinite().all())]
 
 
 def _part(key: str) -> str:

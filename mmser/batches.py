@@ -16,7 +16,8 @@ from mmser.targets import COLUMN as TARGETS
 from processing_mmser import MMSERProcessor
 
 MASK_NAMES = {"audio": "attention_mask", "text": "text_attention_mask"}
-ID_NAMES = ("corpus_ids", "speaker_ids")  # of `EmotionDataset.add_ids`
+ROW_IDS = "row_ids"  # of `EmotionDataset.number_rows`
+ID_NAMES = ("corpus_ids", "speaker_ids", ROW_IDS)  # of `EmotionDataset.add_ids`
 WEIGHT_NAME = "batch_weight"  # of a batch of training: what its loss is multiplied by
 
 

@@ -142,7 +142,8 @@ def mistake(error: Exception) -> str | None:
         )
     is_about_an_input = isinstance(error, OSError) or type(error).__module__.split(".")[0] in FOREIGN_ERRORS
     frame = _innermost_frame(error)
-    if is_about_an_input or (isinstance(error, (ValueError, ImportError)) and _is_at_a_raise(frame)):
+    kinds = (ValueError, ImportError, FloatingPointError)
+    if is_about_an_input or (isinstance(error, kinds) and _is_at_a_raise(frame)):
         message = WORKER_ERROR.sub("", str(error)).strip()
         return message if _is_own(frame) else first_sentence(message)
     if type(error).__name__ == "OutOfMemoryError":

@@ -314,6 +314,12 @@ class EmotionDataset(_SeededExamples, torch.utils.data.Dataset):
         self._ids[f"{column}_ids"] = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
         return names
 
+    def number_rows(self, is_wanted: bool) -> None:
+        """From now on each example says, as `row_ids`, which row it is of; or no longer."""
+        self._ids.pop("row_ids", None)
+        if is_wanted:
+            self._ids["row_ids"] = np.arange(len(self), dtype=np.int64)
+
     def __getitem__(self, index: int | Repeat) -> dict[str, Any] | None:
         """
         The example (see `ExampleReader`) at `index`, or None if it is bad and `on_bad_example` is "skip". A `Repeat`

@@ -34,15 +34,16 @@ from transformers.trainer_utils import (
     has_length,
     rotate_checkpoints,
 )
-from transformers.utils import PushInProgress, logging
+from transformers.utils import PushInProgress, is_torch_xla_available, logging
 
-from adapters_mmser import merged_weights
+from adapters_mmser import broken_weights, merged_weights
 from losses_mmser import check_finite_losses
 from mmser import sharding
 from mmser.adversarial import DomainHead, FreshGradients, StatePerturbation, reversal_strength
 from mmser.averaging import WeightAverage
 from mmser.batches import (
     ID_NAMES,
+    ROW_IDS,
     WEIGHT_NAME,
     LengthGroupedSampler,
     MMSERDataCollator,
@@ -61,6 +62,7 @@ from mmser.metrics import build_compute_metrics
 from mmser.model_calibration import calibrate_outputs, fit_openmax, join_audio_alone, reset_calibration
 from mmser.model_card import CARD_NAME, sign_card
 from mmser.model_loading import check_teacher, label_names_of
+from mmser.numerics import Watch
 from mmser.optimizer import parameter_groups
 from mmser.sampling import TemperatureSampler, expected_draws, number_groups
 from mmser.targets import split_targets
@@ -69,6 +71,7 @@ from modeling_mmser import MMSERForAudioClassification, MMSEROutput
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
+NO_INPUTS = ("speaker_ids", ROW_IDS, WEIGHT_NAME)  # of a batch: what the model does not take, even in training
 # Of a batch: what the model learns from, and is no input
 TARGET_NAMES = ("labels", "class_shares", "auxiliary_targets", "teacher_logits", WEIGHT_NAME)
 # Of a saved model
@@ -229,6 +232,7 @@ class MMSERTrainer(Trainer):
         self._check_whole_model()
         if self.is_fsdp_enabled and model is not None:
             self._scalars = sharding.make_shardable(self.accelerator.state.fsdp_plugin, model)
+        self._watch = Watch(self.train_dataset, lambda: last_complete_checkpoint(self.args.output_dir))
         self._adversary: StatePerturbation | None = None
         if self.args.adversarial != "none":
             backbone = self.accelerator.unwrap_model(self.model).base_model
@@ -284,10 +288,14 @@ class MMSERTrainer(Trainer):
         self._forget_calibration()
         if self.args.should_save and self.args.save_total_limit:
             remove_half_deleted(self.args.output_dir)
-        with self._contrastive_pool():
-            output = (
-                self._train_averaged(*args, **kwargs) if self.args.weight_averaging else super().train(*args, **kwargs)
-            )
+        self._watch.begin()
+        try:
+            with self._contrastive_pool():
+                train = self._train_averaged if self.args.weight_averaging else super().train
+                output = train(*args, **kwargs)
+        finally:
+            self._watch.end()
+        self._check_weights()
         if self.args.should_save:  # a run that was killed after it saved the last one has not come to that
             folder, limit = self.args.output_dir, self.args.save_total_limit
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
@@ -404,8 +412,15 @@ class MMSERTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _check_weights(self) -> None:
+        """Raise FloatingPointError for weights that are not finite: they are never saved."""
+        names = [] if self._shares_weights_out else broken_weights(self.accelerator.unwrap_model(self.model))
+        if names:
+            raise self._watch.weights(self.state.global_step, names)
+
     def _save_checkpoint(self, model, trial) -> None:
         """As usual; a checkpoint that is replaced counts as half-written from the start."""
+        self._check_weights()
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
@@ -513,7 +528,35 @@ class MMSERTrainer(Trainer):
             loader.remainder = 0 if self.args.dataloader_drop_last else len(self.train_dataset) % size
         if self.compute_loss_func is None:
             weigh_batches(batches, self.accelerator)
+        self._watch.batches = batches
         return batches, num_items_in_batch
+
+    def _clip_grad_norm(self, model):
+        """As usual; gradients that are not finite stay as they are, to be told apart."""
+        norm = self._own_norm(model)
+        if norm is None:
+            return super()._clip_grad_norm(model)
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As usual; a gradient that is not finite is an error before it changes a weight."""
+        own = self._own_norm(model) if grad_norm is None else None
+        norm = super()._get_grad_norm(model, grad_norm if own is None else own)
+        if not self.is_deepspeed_enabled:  # it scales the loss itself
+            unwrapped, scaler = self.accelerator.unwrap_model(self.model), self.accelerator.scaler
+            error = self._watch.gradient(float(norm), self.state.global_step + 1, unwrapped, scaler is not None)
+            if error is not None:
+                raise error
+        return norm
+
+    def _own_norm(self, model) -> torch.Tensor | None:
+        """The norm of the gradient, without any change to it; None if other code has to find it."""
+        if self._shares_weights_out or is_torch_xla_available() or self._has_mixed_mesh_grads(model):
+            return None
+        self.accelerator.unscale_gradients()
+        return nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As usual; with `args.adversarial` two passes, see `StatePerturbation`."""
@@ -523,7 +566,7 @@ class MMSERTrainer(Trainer):
         step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
 
         def predict() -> torch.Tensor:  # with labels too: all that is drawn at random is drawn as in the other passes
-            own = {name: value for name, value in inputs.items() if name not in ("speaker_ids", WEIGHT_NAME)}
+            own = {name: value for name, value in inputs.items() if name not in NO_INPUTS}
             with self.compute_loss_context_manager():
                 return self.accelerator.unwrap_model(model)(**own).logits
 
@@ -541,7 +584,7 @@ class MMSERTrainer(Trainer):
         """The model's loss; its parts are kept for the log, and a part that is not finite is an error naming it."""
         domains = {name: inputs[name] for name in ID_NAMES if name in inputs}
         weight = inputs.get(WEIGHT_NAME, 1.0)
-        inputs = {name: value for name, value in inputs.items() if name not in ("speaker_ids", WEIGHT_NAME)}
+        batch, inputs = inputs, {name: value for name, value in inputs.items() if name not in NO_INPUTS}
         if self._pool is not None:
             self._pool.is_spare = weight == 0
         inputs = self._with_teacher_logits(inputs)
@@ -557,12 +600,25 @@ class MMSERTrainer(Trainer):
             strength *= self.args.adversarial_head_weight
             own = self._domain_head(outputs["features"], domains[f"{self.args.adversarial_head}_ids"], strength)
             loss, parts = loss + own, parts | {"adversarial_head": own.detach()}
-        check_finite_losses(parts)
+        try:
+            check_finite_losses(parts)
+        except FloatingPointError as error:
+            raise self._explained(error, batch, inputs, outputs.get("logits")) from error
         if model.training and "losses" in outputs:
             for name, value in parts.items():
                 self._loss_parts[name].append(weight * value)
         loss = weight * loss
         return (loss, outputs) if return_outputs else loss
+
+    def _explained(self, error: FloatingPointError, batch, inputs, logits) -> FloatingPointError:
+        """The error of a loss that is not finite, with where it comes from."""
+        model, step = self.accelerator.unwrap_model(self.model), self.state.global_step + 1
+
+        def run() -> None:
+            with self.compute_loss_context_manager():
+                model(**inputs)
+
+        return self._watch.loss(str(error), step, model, batch, logits, run)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each part of the loss since the last log line."""

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what a checkpoint of a stranger, or a damaged one, cannot do: see SECURITY.md."""
 
+import io
 import json
 import pickle
 import re
 import time
 
+import numpy as np
 import pytest
+import soundfile
 import tiny_corpus
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_model
 from transformers import AutoModelForAudioClassification, pipeline
 
+import audio_mmser
 import train_hf
+from audio_mmser import load_audio, stream_audio
 from configuration_mmser import MMSERConfig
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
 
@@ -121,3 +126,14 @@ def test_weights_in_a_pickle_run_nothing(folder, tmp_path):
 def test_a_huge_number_of_labels_is_refused():
     with pytest.raises(ValueError, match="`num_labels` must be at most 65,536, got 1,000,000,000"):
         MMSERConfig(num_labels=10**9)
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused(monkeypatch):
+    """An hour of silence in FLAC; a file that is no longer than a clip may be all silence."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(300_000, dtype=np.float32), 16_000, format="FLAC")
+    assert len(load_audio(file.getvalue())) == 300_000
+    monkeypatch.setattr(audio_mmser, "MANY_SAMPLES", 200_000)
+    with pytest.raises(ValueError, match=r"more than 500 times as many become.*chunk_length_s"):
+        load_audio(file.getvalue())
+    assert sum(map(len, stream_audio(file.getvalue()))) == 300_000  # which holds a block at a time

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 MIN_SECONDS = 0.025  # 400 samples at 16 kHz: the receptive field of one wav2vec2 frame, and one Whisper STFT window
 MIN_SAMPLING_RATE = 1000  # Hz; below this the caller has most likely given kHz
 MAX_SAMPLING_RATE = 10_000_000  # Hz; above it a header is broken, and resampling would take seconds
+MAX_SAMPLE = 1e12  # above it squares and their sums overflow, and no sound is meant
+MANY_SAMPLES, MAX_GROWTH = 2**26, 500  # a file beyond both is not read whole; Opus of speech grows 100-fold
 LOUD = 10.0  # floats lie in [-1, 1]; samples of 16 bits that were only cast reach some thousands
 SILENT = 10 ** (-61 / 20)  # -61 dB of full scale: what is no louder is silence, as in `mmser.voice_activity`
 INTEGER_FORMATS = {  # dtype: (zero level, full scale)
@@ -72,8 +74,8 @@ def load_audio(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: empty, NaN or infinite samples; a file that is unreadable or cut short; samples without a rate or
-            of a dtype or shape that has no clear meaning.
+        ValueError: empty, NaN or infinite samples, or ones beyond all sound; a file that is unreadable or cut short;
+            samples without a rate or of a dtype or shape that has no clear meaning.
         TypeError: `audio` is none of the above.
     """
     audio, sampling_rate = unwrap_audio(audio, sampling_rate, name)
@@ -283,7 +285,15 @@ def _decode_whole(audio, name: str) -> tuple[np.ndarray, int]:
     """A file, or its content -> (mono float32 samples, sampling rate in Hz)."""
     if not isinstance(audio, (bytes, bytearray)):
         audio = _check_is_file(Path(audio), name).read_bytes()
-    decoded = list(decode(bytes(audio), io.BytesIO(audio), name))
+    decoded, held = [], 0
+    for block in decode(bytes(audio), io.BytesIO(audio), name):
+        decoded.append(block)
+        held += len(block[1])
+        if held > MANY_SAMPLES and held * block[1].itemsize > MAX_GROWTH * len(audio):
+            raise ValueError(
+                f"{name}: of {len(audio):,} bytes more than {MAX_GROWTH} times as many become, which is silence or "
+                "made to fill the memory. Cut it, or read it in pieces (`chunk_length_s`)"
+            )
     if not decoded:
         raise ValueError(f"{name}: empty, the file holds no samples")
     return np.concatenate([samples for _, samples in decoded]), decoded[0][0]
@@ -299,6 +309,8 @@ def _check_samples(samples: np.ndarray, name: str, start: int = 0) -> None:
         raise ValueError(
             f"{name}: {bad.size} of {samples.size} samples are NaN or infinite, the first at {start + bad[0]}"
         )
+    if peak > MAX_SAMPLE:
+        raise ValueError(f"{name}: samples reach {peak:.0e}, which is no sound: floating samples lie in [-1, 1]")
     if peak > LOUD:
         warn_once(
             "loud",

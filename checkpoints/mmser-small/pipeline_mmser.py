@@ -806,6 +806,11 @@ class MMSERPipeline(Pipeline):
             scores = scores.softmax(-1)
         elif function_to_apply == "sigmoid":
             scores = scores.sigmoid()
+        if not bool(scores.isfinite().all()):
+            raise ValueError(
+                "the scores are not finite (NaN): the model overflowed, as in float16, or its weights are damaged. "
+                "Load it with dtype=torch.float32"
+            )
         best = scores.argsort(descending=True)[:top_k].tolist()
         results = [{"label": labels[kept[index]], "score": scores[index].item()} for index in best]
         if return_uncertainty:
