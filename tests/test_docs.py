@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -249,11 +250,15 @@ def serve_encoders(hub, folder):
 
 
 def serve_data(hub, corpus, folder):
-    """Put the corpus on the Hub as tables of paths."""
+    """Put the corpus on the Hub, with the audio in its tables."""
     for split in ("train", "validation"):
         with open(corpus / split / "metadata.csv", newline="", encoding="utf-8") as file:
-            rows = [{**row, "file_name": str(corpus / split / row["file_name"])} for row in csv.DictReader(file)]
-        write_table(folder / f"{split}.csv", rows)
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            name = row.pop("file_name")
+            row["audio"] = {"bytes": (corpus / split / name).read_bytes(), "path": name}
+        table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
+        table.to_parquet(folder / f"{split}.parquet")
     hub.repositories["dataset", "user/data"] = Repository()
     hub.repositories["dataset", "user/data"].add({path.name: path.read_bytes() for path in folder.iterdir()})
 
