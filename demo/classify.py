@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import pipeline
+from transformers.utils import logging
 
 
 def describe(best: dict[str, Any]) -> str:
@@ -42,6 +43,7 @@ def main() -> None:
         rows += [(split, row) for row in clips[:: max(1, len(clips) // count)][:count]]  # from all over the split
 
     with tempfile.TemporaryDirectory() as folder:
+        logging.disable_progress_bar()  # the weights take a moment
         os.chdir(folder)  # an empty folder: nothing of MMSER can be imported from it
         classifier = pipeline("audio-classification", model=str(checkpoint), trust_remote_code=True, device="cpu")
         for split, row in rows:
