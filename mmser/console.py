@@ -47,11 +47,12 @@ RANK_DELAY = 5  # seconds
 class BesideBars(python_logging.Handler):
     """
     Messages on a line of their own, above a bar that moves. What we do is told as it is; warnings say that they are,
-    and whose they are if not ours.
+    and whose they are if not ours. What was told is not told again: an evaluation may read its table twice.
     """
 
     def __init__(self):
         super().__init__()
+        self._told = set[str]()
         self.setFormatter(python_logging.Formatter("%(message)s"))
 
     def emit(self, record: python_logging.LogRecord) -> None:
@@ -59,6 +60,9 @@ class BesideBars(python_logging.Handler):
         from tqdm import tqdm
 
         kind, message = record.levelname.lower(), self.format(record)
+        if record.levelno == python_logging.INFO and message in self._told:
+            return
+        self._told.add(message)
         is_own = record.name.split(".")[0] in OWN_LOGGERS
         if not is_own:
             message = f"{kind} ({record.name}): {message}"

@@ -190,6 +190,7 @@ def test_a_message_leaves_a_moving_bar_whole(capsys):
     handler = console.BesideBars()
     for name, level, message in (
         ("mmser.x", python_logging.INFO, "Labels: a, b"),
+        ("mmser.x", python_logging.INFO, "Labels: a, b"),
         ("openmax_mmser", python_logging.WARNING, "too few"),
         ("torch.x", python_logging.WARNING, "no GPU"),
     ):
