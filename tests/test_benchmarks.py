@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what all benchmarks share, of the committed results, and of `open_set.py`, `head_depth.py`, `judged.py`,
-`compatibility.py`, `bad_data.py`."""
+`compatibility.py`, `bad_data.py`, `faults.py`."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,6 +128,7 @@ def committed_tables():
     tables |= soft_targets.make_tables(read_results(RESULTS / "soft_targets.json")[1])
     tables |= {"adapters": adapters.make_table(read_results(RESULTS / "adapters.json")[1])}
     tables |= {"bad_data": table(read_results(RESULTS / "bad_data.json")[0]["rows"], str)}
+    tables |= {"faults": table(read_results(RESULTS / "faults.json")[0]["rows"], "{:.2g}".format)}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
@@ -514,3 +517,40 @@ def test_of_spoilt_files_those_that_cannot_be_used_are_left_out(tmp_path):
     left = {Path(clip).name for split in splits.values() for clip in drop_unreadable(split, rule)["audio"]}
     bad = {name for name, kind in spoilt.items() if kind in bad_data.UNREADABLE}
     assert left == {f"{number}.wav" for number in range(140)} - bad and len(rule.problems) == len(bad) == 20
+
+
+# ---- faults.py
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    ("now", "wrong"),
+    [
+        ({}, []),
+        ({"a.png": "old", "report.md": "old"}, []),
+        ({"a.png": "new", "report.md": "new", ".report.md.pc-1.tmp": "half", "checkpoint-2/x": "half"}, []),
+        ({"a.png": "new"}, []),
+        ({"a.png": "half"}, ["a.png"]),
+        ({"a.png": "new", "report.md": "old"}, ["a.png of report.md"]),
+        ({"report.md": "new"}, ["a.png of report.md"]),
+    ],
+)
+def test_what_a_user_would_take_for_whole(now, wrong):
+    from benchmarks import faults
+
+    campaign = faults.Campaign(print, lambda folder: [], {"report.md": ("*.png",)})
+    before, after = ({"a.png": age, "report.md": age} for age in ("old", "new"))
+    assert faults.half_written(campaign, before, now, after) == wrong
+
+
+@needs_fork
+def test_a_training_that_was_killed_ends_as_one_that_was_not(tmp_path):
+    command = [sys.executable, SCRIPT.parent / "faults.py", "--cases", "1", "--commands", "train, frozen, cached"]
+    command += ["--kinds", "operation", "--output", tmp_path / "faults.json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
+    (row,) = json.loads((tmp_path / "faults.json").read_text())["rows"]
+    assert row["cases"] == row["hit"] == 1
+    assert row["lost"] == row["wrong"] == row["hung"] == row["largest difference"] == 0

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left when a command is killed at any moment, or its disk is full or read-only: does the same command, given
+again, end as if nothing had happened, and is a half-written file ever taken for a whole one?
+
+    python benchmarks/faults.py --cases 30
+
+Each campaign runs a command of the project on a tiny corpus, first undisturbed, then once for each fault, and again
+after it. Processes are forked from this one, which has imported all they need. The full disk is a tmpfs, which only
+root can mount; others go without these rows.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import functools
+import gc
+import hashlib
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import tiny_corpus  # type: ignore[import-not-found]
+from tiny import fit_openmax_by_chance  # type: ignore[import-not-found]
+
+import eval_hf
+import export_hf
+import predict_hf
+import train_hf
+from benchmarks.fault_injection import Fault, Run, run
+from benchmarks.tables import Row, parse_arguments, publish, read_results, table
+from mmser.results import environment
+from mmser.trainer import last_complete_checkpoint
+from modeling_mmser import register_auto_classes
+
+# What the commands import late, so that the forks have it
+LATE = (
+    *("mmser.adaptation", "mmser.evaluation_run", "mmser.export", "mmser.microphone", "mmser.prediction_run"),
+    *("mmser.prediction_screen", "mmser.publishing", "mmser.report", "mmser.search", "mmser.training_run"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
+KINDS = ("operation", "within a file", "moment", "full disk", "read-only")
+# Of what is compared: seconds, and what is made of them
+TIMES = re.compile(r"^.*(runtime|_per_second|seconds|^It took|Written by MMSER).*$", re.MULTILINE)
+
+
+class Campaign(NamedTuple):
+    """
+    A command that writes into a folder.
+
+    Args:
+        main: of the command.
+        arguments: by the name of the folder.
+        parts: by the name of a file that says that something is whole: patterns of what it is made of.
+        earlier: arguments of the run that was there before; None for none.
+        start: a folder with what was there before both.
+    """
+
+    main: Callable[[list[str]], Any]
+    arguments: Callable[[Path], list[str]]
+    parts: Mapping[str, Sequence[str]]
+    earlier: Callable[[Path], list[str]] | None = None
+    start: Path | None = None
+
+
+# ---- what is in a folder -------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The checksum of each file by its name, without seconds in JSON and Markdown. A cache is its checked files."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, data = str(path.relative_to(folder)), path.read_bytes()
+        if path.suffix in (".json", ".md"):
+            data = TIMES.sub("", data.decode(errors="replace")).encode()
+        if name.startswith("states") and path.suffix == ".safetensors":
+            is_whole = hashlib.blake2b(data, digest_size=20).hexdigest() == path.stem
+            name, data = f"{path.parent.relative_to(folder)}/{'whole' if is_whole else path.name}", b""
+        found[name] = hashlib.blake2b(data, digest_size=10).hexdigest()
+    return found
+
+
+def losses(folder: Path) -> dict[tuple[int, str], float]:
+    """All that was logged of each step, times apart."""
+    path = folder / "trainer_state.json"
+    history = json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.is_file() else []
+    return {
+        (entry["step"], name): value
+        for entry in history
+        for name, value in entry.items()
+        if not TIMES.match(name) and isinstance(value, float)
+    }
+
+
+def half_written(campaign: Campaign, before: Mapping, now: Mapping, after: Mapping) -> list[str]:
+    """Files that a user would take for whole ones, and that are neither those of before nor those of a whole run."""
+    seen = {name: now[name] for name in now if not re.search(r"(^|/)(\.|checkpoint-)|\.tmp$", name)}
+    wrong = [name for name in seen if seen[name] not in (before.get(name), after.get(name))]
+    for marker, patterns in campaign.parts.items():
+        for whole, other in ((before, after), (after, before)):
+            for name in fnmatch.filter(whole, marker):
+                if now.get(name) == whole[name] != other.get(name):
+                    parts = {part for pattern in patterns for part in fnmatch.filter({*whole, *seen}, pattern)}
+                    wrong += [f"{part} of {name}" for part in parts if whole.get(part) != now.get(part)]
+    return sorted(set(wrong))
+
+
+# ---- the campaigns -------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What one fault did: whether it hit, what is wrong (of the kinds "lost", "wrong" and "hung") and the seconds."""
+
+    hit: bool
+    problems: list[tuple[str, str]]
+    difference: float
+    seconds: float
+
+
+def start_over(campaign: Campaign, folder: Path) -> dict[str, str]:
+    """Leave in the folder what was there before the command. Returns: its `contents`."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if campaign.start is not None:
+        shutil.copytree(campaign.start, folder, dirs_exist_ok=True)
+    return contents(folder)
+
+
+def suffer(campaign: Campaign, folder: Path, fault: Fault, whole: Mapping, curve: Mapping) -> Outcome:
+    """One fault, and the same command again."""
+    before = start_over(campaign, folder)
+    arguments, problems = campaign.arguments(folder), []
+    with scarce(folder, fault):
+        first = run(campaign.main, arguments, folder, fault)
+        problems += [("wrong", name) for name in half_written(campaign, before, contents(folder), whole)]
+    is_refused = fault.kind in ("full disk", "read-only")
+    if is_refused and first.code and (first.said.count("error: ") != 1 or "Traceback" in first.said):
+        problems.append(("wrong", f"no clear error: {first.said[-2000:]}"))
+    checkpoint = last_complete_checkpoint(folder)
+    again = run(campaign.main, arguments, folder)
+    for one in (first, again):
+        problems += [("hung", one.said[-300:])] if one.code is None else []
+    if again.code or (checkpoint and f"Resuming from {checkpoint}" not in again.said):
+        problems.append(("lost", again.said[-2000:]))
+    now, own = contents(folder), losses(folder)
+    problems += [("wrong", f"{name} at the end") for name in {*now, *whole} if now.get(name) != whole.get(name)]
+    problems += [("wrong", f"step and name {key} at the end") for key in own.keys() ^ curve.keys()]
+    difference = max((abs(own[key] - curve[key]) for key in own.keys() & curve.keys()), default=0.0)
+    return Outcome(first.code != 0, problems, difference, first.seconds + again.seconds)
+
+
+@contextlib.contextmanager
+def scarce(folder: Path, fault: Fault) -> Iterator[None]:
+    """A folder on a disk that is too small, or read-only."""
+    if fault.kind == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    elif fault.kind == "full disk":
+        subprocess.run(["mount", "-o", f"remount,size={int(fault.size)}", folder], check=True)
+    try:
+        yield
+    finally:
+        if fault.kind in ("full disk", "read-only"):
+            subprocess.run(["mount", "-o", "remount,rw,size=4G", folder], check=True)
+
+
+def plan(kind: str, cases: int, calm: Run, before: int, after: int, rng: np.random.Generator) -> list[Fault]:
+    """Faults of one kind, spread evenly over a run, each at random within its share."""
+    shares = (np.arange(cases) + rng.random(cases)) / cases
+    if kind == "moment":
+        return [Fault(kind, share * calm.seconds) for share in shares]
+    if kind == "full disk":
+        return [Fault(kind, 0, before + share * after) for share in shares]
+    sizes = 10 ** rng.uniform(2, 5, cases)
+    numbers = 1 + (shares * calm.changes).astype(int)
+    return [Fault(kind, int(number), int(size)) for number, size in zip(numbers, sizes, strict=True)]
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def undisturbed(name: str, campaign: Campaign, arguments: Callable[[Path], list[str]], folder: Path) -> Run:
+    """A run without a fault, whose results stay in the folder."""
+    start_over(campaign, folder)
+    done = run(campaign.main, arguments(folder), folder)
+    if done.code:
+        raise RuntimeError(f"{name} fails without a fault: {done.said[-3000:]}")
+    return done
+
+
+def measure(name: str, campaign: Campaign, folder: Path, cases: Mapping[str, int]) -> list[Row]:
+    """The rows of a campaign: `cases` of each kind of fault."""
+    if campaign.earlier is not None:
+        undisturbed(name, campaign, campaign.earlier, folder)
+        campaign = campaign._replace(start=folder.parent / f"earlier {name}")
+        shutil.copytree(folder, cast(Path, campaign.start))
+    # Twice where the seconds matter: the first run of a process is slower
+    turns = range(2 if "moment" in cases else 1)
+    calm = min((undisturbed(name, campaign, campaign.arguments, folder) for _ in turns), key=lambda run: run.seconds)
+    before = size_of(campaign.start) if campaign.start else 0
+    whole, curve, after = contents(folder), losses(folder), size_of(folder)
+    rows, rng = [], np.random.default_rng(0)
+    for kind, number in cases.items():
+        if kind in ("full disk", "read-only") and not folder.is_mount():
+            continue
+        outcomes = []
+        for fault in plan(kind, number, calm, before, after, rng):
+            outcomes.append(outcome := suffer(campaign, folder, fault, whole, curve))
+            for problem in outcome.problems:
+                print(f"{name}, {fault}: {': '.join(problem)}", file=sys.stderr, flush=True)
+        kinds = [{problem for problem, _ in one.problems} for one in outcomes]
+        rows.append(
+            {
+                "command": name,
+                "fault": kind,
+                "cases": len(outcomes),
+                "hit": sum(one.hit for one in outcomes),
+                **{problem: sum(problem in own for own in kinds) for problem in ("lost", "wrong", "hung")},
+                "largest difference": max(one.difference for one in outcomes) if curve else "-",
+                "seconds a case": round(float(np.mean([one.seconds for one in outcomes])), 1),
+                "changes": calm.changes,
+                "MB": round(after / 1e6, 2),
+            }
+        )
+    return rows
+
+
+def flags(**given: Any) -> list[str]:
+    """Arguments of a command; a tuple gives a flag several values."""
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
+    return [part for name, own in values.items() for part in (f"--{name}", *map(str, own))]
+
+
+def make_checkpoint(folders: Sequence[str]) -> None:
+    """A checkpoint with weights by chance, for what is done with one."""
+    torch.manual_seed(3)
+    model = tiny_corpus.tiny_model(dropout=False, class_counts=[8, 9, 7, 8])
+    fit_openmax_by_chance(model)
+    register_auto_classes()
+    model.save_pretrained(folders[0])
+    tiny_corpus.tiny_processor().save_pretrained(folders[0])
+
+
+def campaigns(base: Path) -> dict[str, Campaign]:
+    """All of them; `base` has the corpus, the tokenizer and a checkpoint."""
+    corpus, checkpoint = base / "corpus", base / "start" / "checkpoint"
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "learning_rate": 1e-3, "ood_dir": corpus / "ood"}
+    usable = ("config.json", "processor_config.json", "tokenizer*", "*.py")
+
+    def training(**more: Any) -> Campaign:
+        def arguments(folder: Path) -> list[str]:
+            named = {name: folder / value if name == "cache_encoder_states" else value for name, value in more.items()}
+            return tiny_corpus.tiny_flags(corpus, folder, base / "tokenizer", **steps, **named)
+
+        return Campaign(train_hf.main, arguments, {"model.safetensors": usable, "README.md": ("*",)})
+
+    def evaluate(folder: Path, **more: Any) -> list[str]:
+        return flags(
+            **{"checkpoint": folder / "checkpoint", "output_dir": folder / "report", "data_dir": corpus},
+            **{
+                "ood_dir": corpus / "ood",
+                "use_cpu": True,
+                "dataloader_num_workers": 0,
+                "bootstrap_samples": 20,
+                **more,
+            },
+        )
+
+    def to_export(folder: Path, **more: Any) -> list[str]:
+        own = {"format": ("onnx", "safetensors"), **more}
+        return flags(checkpoint=checkpoint, output_dir=folder / "export", overwrite_output_dir=True, **own)
+
+    def predict(folder: Path, split: str = "test") -> list[str]:
+        own = flags(checkpoint=checkpoint, output=folder / "answers.csv", overwrite=True, device="cpu")
+        return [str(corpus / split), *own]
+
+    frozen = {"freeze_audio": True, "freeze_text": True, "cache_encoder_states": "states", "augmented_copies": 2}
+    part = functools.partial
+    return {
+        "train, frozen, cached": training(**frozen, max_steps=9, eval_steps=3, save_steps=3, save_total_limit=2),
+        "train, all parts": training(
+            max_steps=12, eval_steps=4, save_steps=4, logging_steps=3, save_total_limit=1, weight_averaging=0.9
+        ),
+        "eval": Campaign(
+            eval_hf.main,
+            evaluate,
+            {"report/report.md": ("report/*",)},
+            part(evaluate, bootstrap_samples=10),
+            base / "start",
+        ),
+        "export": Campaign(
+            export_hf.main,
+            to_export,
+            {"export/*": ("export/*",)},
+            part(to_export, format="safetensors", dtype="float16"),
+        ),
+        "predict": Campaign(predict_hf.main, predict, {}, part(predict, split="validation")),
+    }
+
+
+def measure_all(cases: int, names: Sequence[str], kinds: Sequence[str]) -> list[Row]:
+    """The rows of the campaigns with these names: `cases` operations, a third of each other kind, read-only once."""
+    rows, base = [], Path(tempfile.mkdtemp(prefix="faults_"))
+    folder = base / "run"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4G", "tmpfs", folder], check=False, stderr=subprocess.DEVNULL)
+    for module in LATE:
+        importlib.import_module(module)
+    gc.freeze()  # trainers collect garbage often, and what was imported is none
+    try:
+        tiny_corpus.write_corpus(base / "corpus", validation=(7, 8))
+        tiny_corpus.tiny_tokenizer().save_pretrained(base / "tokenizer")
+        run(make_checkpoint, [str(base / "start" / "checkpoint")], folder)
+        numbers = {kind: 1 if kind == "read-only" else cases if kind == KINDS[0] else -(-cases // 3) for kind in kinds}
+        for name in names:
+            rows += measure(name, campaigns(base)[name], folder, numbers)
+    finally:
+        if folder.is_mount():
+            subprocess.run(["umount", folder], check=True)
+        shutil.rmtree(base)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(campaigns(Path()))
+    parser.add_argument("--cases", type=int, default=30, help="kills of each command at a change of the disk")
+    parser.add_argument("--commands", nargs="+", choices=names, default=names)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of faults")
+    options = parse_arguments(parser, "faults", arguments)
+    report: Mapping[str, Any]
+    if options.from_results:
+        report, _ = read_results(options.output)
+    else:
+        report = {"environment": environment(), "rows": measure_all(options.cases, options.commands, options.kinds)}
+    publish({"faults": table(report["rows"], "{:.2g}".format)}, report, [], options)
+    return dict(report)
+
+
+if __name__ == "__main__":
+    main()
