@@ -84,10 +84,11 @@ def _told(name: str | os.PathLike, path: Path) -> str | os.PathLike:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before the work whether its results can be written: make the folder, and a file in it for a moment."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Find out before the work whether its results can be written, by a file that is there for a moment."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(
+            dir=next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        ):
             pass
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(folder)) from error

@@ -33,6 +33,7 @@ def check_outputs(options: PredictionArguments) -> None:
         check_matplotlib()
     for path in filter(None, (options.output, options.plot)):
         check_writable(Path(path).parent)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write(

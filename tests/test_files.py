@@ -157,7 +157,7 @@ def test_a_full_disk_is_said_in_one_way(said, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
     check_writable(tmp_path / "new" / "folder")
-    assert (tmp_path / "new" / "folder").is_dir() and not names(tmp_path)
+    assert not list(tmp_path.iterdir())
 
     def fail(dir):
         raise OSError(errno.EROFS, "Read-only file system", f"{dir}/tmpx")
