@@ -210,6 +210,8 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is not JSON: {error}. Names and texts need double quotes.") from error
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply.") from error
     if not isinstance(value, dict):
         raise ValueError(f'{name} must be a JSON object, as in {{"name": 1}}, got {text.strip()[:80]}.')
     return value

@@ -128,6 +128,8 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict | str]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             yield number, f"is not valid JSON: {error}"
+        except RecursionError:
+            yield number, "is nested too deeply"
         else:
             yield number, row if isinstance(row, dict) else f"is not a JSON object: {line.strip()[:60]}"
 

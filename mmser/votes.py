@@ -77,7 +77,7 @@ def _listed(value: Any, where: str) -> dict[str, Any]:
         text = value.strip()
         try:
             value = json.loads(text) if text[:1] in ("[", "{") else re.split(SEPARATORS, text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is no JSON ({error}): {text!r:.60}") from error
     if isinstance(value, Mapping):
         return {str(label).strip(): number for label, number in value.items()}

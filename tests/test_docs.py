@@ -294,6 +294,8 @@ def fill_start(folder, corpus):
         other = {"happy": "joy", "sad": "fear"}
         rows = [{**row, "label": other.get(row["label"], row["label"])} for row in read_rows(corpus, split)]
         rows = [{name: cell for name, cell in row.items() if name not in ("corpus", "split")} for row in rows]
+        shutil.copytree(corpus / split, folder / "more_data" / "audio" / split)
+        rows = [{**row, "file_name": f"audio/{split}/{Path(row['file_name']).name}"} for row in rows]
         write_table(folder / "more_data" / f"{split}.csv", rows)
     (folder / "labels.csv").write_text(block_that_starts("corpus,label,target"), encoding="utf-8")
     for name in ("recipes", "checkpoints"):

@@ -20,6 +20,7 @@ from transformers.models.auto import AutoConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+DTYPES = ("float32", "float16", "bfloat16", "float64", "float", "half", "double")
 
 DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 DEFAULT_REJECTION = 0.3  # a larger probability of "unknown" rejects a clip, unless a threshold is set or fitted
@@ -430,6 +431,11 @@ class MMSERConfig(PreTrainedConfig):
         self._warn_of_misspelt(kwargs)
         if (kwargs.get("num_labels") or 0) > LARGEST_SIZE:  # Transformers would make a name for each
             raise ValueError(f"`num_labels` must be at most {LARGEST_SIZE:,}, got {kwargs['num_labels']:,}.")
+        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}.")
+        for name in ("id2label", "label2id"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise TypeError(f"`{name}` must be a dict, got {getattr(self, name)!r:.80}.")
         if self.label2id is not None:
             self.label2id = {label: int(i) for label, i in self.label2id.items()}
         if self.id2label is None and self.label2id is not None:

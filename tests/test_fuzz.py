@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of `benchmarks/fuzz.py`: a small part of its cases, and the faults that the whole of them found."""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import pytest
+
+from configuration_mmser import MMSERConfig
+from mmser.flags import parse_json
+from mmser.loading import load_emotion_dataset
+from mmser.votes import read_votes
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import fuzz
+
+CASES = 15  # of each target
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_generated_cases_are_answered_or_refused(name, tmp_path, monkeypatch, quiet):
+    monkeypatch.chdir(tmp_path)  # a word that names a file here would be found
+    outcome = fuzz.feed(fuzz.TARGETS[name], CASES, number=1)
+    assert outcome.faults == [] and outcome.cases >= CASES
+
+
+def test_spoilt_media_end_in_an_error_or_in_sound():
+    outcome, _ = fuzz.feed_media(40, number=1, start_method="fork")  # which imports nothing anew
+    assert outcome.faults == [] and outcome.cases == 40 and outcome.refused
+
+
+def _crash(*_):
+    import os
+
+    os.abort()
+
+
+def test_faults_crashes_and_numbers_that_are_not_finite_are_found(monkeypatch):
+    """The benchmark itself: it would be of no use if it found nothing."""
+
+    def run(case):
+        if case == 0:
+            raise KeyError(case)
+        if case == 1:
+            raise ValueError("refused")
+        fuzz.check_finite({"a": [float("nan") if case == 2 else 0.5]}, "a number")
+
+    outcome = fuzz.Outcome()
+    for case in range(4):
+        outcome.take(run, case)
+    assert (outcome.cases, outcome.refused, len(outcome.faults)) == (4, 1, 2)
+    monkeypatch.setattr(fuzz, "_media_process", _crash)
+    outcome, _ = fuzz.feed_media(3, start_method="fork")
+    assert len(outcome.faults) == 1 and "ended with" in outcome.faults[0]
+    assert not multiprocessing.active_children()
+
+
+DEEP = "[" * 100_000
+
+
+def test_what_is_nested_too_deeply_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe\.json is nested too deeply"):
+        parse_json(DEEP, "recipe.json")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": ' + DEEP + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl row 1 is nested too deeply"):
+        load_emotion_dataset(tmp_path / "metadata.jsonl")
+    with pytest.raises(ValueError, match="row 1"):
+        read_votes({"votes": DEEP}, {"votes": None}, "row 1")
+
+
+@pytest.mark.parametrize("name", ["id2label", "label2id"])
+def test_labels_of_a_configuration_are_a_dict(name):
+    with pytest.raises(TypeError, match=f"`{name}` must be a dict, got 0.5"):
+        MMSERConfig(**{name: 0.5})
+
+
+def test_a_dtype_of_a_configuration_is_one_of_torch():
+    assert MMSERConfig(dtype="bfloat16").dtype is not None
+    with pytest.raises(ValueError, match=r"`dtype` must be one of float32, .*, got 'none'"):
+        MMSERConfig(dtype="none")
