@@ -128,11 +128,8 @@ def committed_tables():
     tables |= soft_targets.make_tables(read_results(RESULTS / "soft_targets.json")[1])
     tables |= {"adapters": adapters.make_table(read_results(RESULTS / "adapters.json")[1])}
     tables |= {"bad_data": table(read_results(RESULTS / "bad_data.json")[0]["rows"], str)}
-<<<<<<< HEAD
     tables |= {"faults": table(read_results(RESULTS / "faults.json")[0]["rows"], "{:.2g}".format)}
-=======
     tables |= {"fuzz": table(read_results(RESULTS / "fuzz.json")[0]["rows"], str)}
->>>>>>> fe2a659 (Feed generated input to all that takes some, and refuse what broke: deep JSON, labels that are no dict, an unknown dtype)
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
