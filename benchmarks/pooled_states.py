@@ -18,11 +18,12 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoFeatureExtractor, get_cosine_schedule_with_warmup
+from transformers import AutoFeatureExtractor, TrainerState, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
 from mmser.adversarial import DomainHead, reversal_strength
+from mmser.averaging import WeightAverage
 from mmser.batches import pad_states
 from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.examples import EmotionDataset
@@ -166,6 +167,7 @@ class Schedule:
         lr_multipliers: besides `LR_MULTIPLIERS`.
         sampling_temperature: as `--sampling_temperature`; None takes each clip once in an epoch.
         hides_corpus: as `--adversarial_head corpus`.
+        weight_averaging: as `--weight_averaging`.
     """
 
     epochs: int = field(default_factory=lambda: EPOCHS)
@@ -174,6 +176,7 @@ class Schedule:
     lr_multipliers: Mapping[str, float] = field(default_factory=dict)
     sampling_temperature: float | None = None
     hides_corpus: bool = False
+    weight_averaging: float = 0.0
 
     def draws(self, clips: Clips) -> np.ndarray:
         """How often an epoch takes each clip on average, [N]."""
@@ -244,6 +247,7 @@ def train(
     per_epoch = max(1, len(clips) // schedule.batch_size)
     steps = schedule.epochs * per_epoch
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    average = WeightAverage(model.parameters(), schedule.weight_averaging)
     model.train()
     for step in range(steps):
         if step % per_epoch == 0:
@@ -255,6 +259,10 @@ def train(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        if schedule.weight_averaging:
+            average.on_step_end(None, TrainerState(global_step=step + 1), None)
+    if schedule.weight_averaging:
+        average.put(average.averages)
     return model.eval()
 
 

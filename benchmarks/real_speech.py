@@ -51,6 +51,7 @@ from benchmarks.real_speech_tables import (
     TABLES,
     TUNED,
     WIDE,
+    WIDE_TUNED,
     make_tables,
 )
 from benchmarks.tables import ROOT, parse_arguments, publish, read_results, table
@@ -67,8 +68,9 @@ RECIPE = "real_speech.json"  # all that comes after frozen encoders; the parts a
 PUBLISHED = "real_speech_published.json"  # the published design, nothing of which is left to a default
 STAGES = STAGE_1, STAGE_2, STAGE_3 = tuple(f"real_speech_{name}.json" for name in ("audio", "finetune", "fuse"))
 ALL_PARTS = "real_speech_all_parts.json"  # in place of the first
-WIDE_RECIPE = "wide.json"  # frozen encoders and every part on, for many corpora
-RECIPES = RECIPE, PUBLISHED, *STAGES, ALL_PARTS, WIDE_RECIPE
+# For many corpora, every part on: first with frozen encoders, then with the audio encoder too
+WIDE_RECIPES = WIDE_1, WIDE_2 = "wide.json", "wide_finetune.json"
+RECIPES = RECIPE, PUBLISHED, *STAGES, ALL_PARTS, *WIDE_RECIPES
 SEED_STEP = 10  # between the seeds of checkpoints that are averaged
 DATA_SEED = 42  # one choice of augmented clips for all seeds, so that cached encoder states are reused
 
@@ -137,10 +139,15 @@ TUNING = [
     Row(LORA, "tuning", STAGE_2, changes={"lora_rank": 16}, starts_from=HEARD, note="adapters in place of all weights")
 ]
 BOTH_SETS: Tree = {"table": "wide", "data": "wide"}
+NORM_AFTER = tuple(f"{name}, norm after each block" for name in (WIDE, WIDE_TUNED))
+AS_PUBLISHED = config(classifier_norm_first=False, classifier_drop_path_rate=0.0)
 WIDE_ROWS = [
     Row("hand-made features + logistic regression, both sets", function="hand-made features", once=True, **BOTH_SETS),
     Row("frozen encoder + linear probe, both sets", function="linear probe", once=True, **BOTH_SETS),
-    Row(WIDE, recipe=WIDE_RECIPE, keep=True, **BOTH_SETS),
+    Row(WIDE, recipe=WIDE_1, keep=True, **BOTH_SETS),
+    Row(WIDE_TUNED, recipe=WIDE_2, starts_from=WIDE, keep=True, **BOTH_SETS),
+    Row(NORM_AFTER[0], recipe=WIDE_1, changes=AS_PUBLISHED, keep=True, **BOTH_SETS),
+    Row(NORM_AFTER[1], recipe=WIDE_2, changes={"sampling_temperature": None}, starts_from=NORM_AFTER[0], **BOTH_SETS),
 ]
 _PARTS: dict[str, Tree] = {
     "last layer only": config(use_weighted_layer_sum=False),
@@ -167,7 +174,8 @@ TEXT = [
     Row("trained on both", "text", RECIPE, changes=PLAIN, data="mix", examine=True),
 ]
 COMPACT = [
-    Row(f"{BEST}, fewer tokens{name}", "compact", function="compact", starts_from=BEST, changes={"dtype": dtype})
+    Row(f"{base}, fewer tokens{name}", "compact", None, "compact", {"dtype": dtype}, data, starts_from=base)
+    for base, data in ((BEST, "speech"), (WIDE_TUNED, "wide"))
     for name, dtype in (("", "float32"), (", int8", "int8"))
 ]
 

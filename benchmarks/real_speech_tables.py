@@ -15,7 +15,7 @@ PLAIN_HEAD, ALL_ON = "plain head", "every part on"
 FOLD_STAGES = "first stage", "second stage"
 LONGER = f"{ALL_ON}, twice the epochs"
 ALL_HEARD, ALL_TUNED, ALL_ALONE = (f"{ALL_ON}, {name}" for name in (*FOLD_STAGES, "tuned once"))
-WIDE = "MMSER, frozen encoder, both sets"
+WIDE, WIDE_TUNED = "MMSER, frozen encoder, both sets", "MMSER, both sets"
 LORA = "MMSER, second stage, LoRA of rank 16"
 # What a run has besides scores; in the CSV file it stands on the run's first line
 RUN_COLUMNS = ("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes")
@@ -110,7 +110,7 @@ def study_table(results: Results) -> str:
 
 def wide_table(results: Results) -> str:
     """What is trained on both sets, beside the best of the study, which is trained on the first."""
-    tables = groups_tables(results, (BEST, WIDE), WIDE)
+    tables = groups_tables(results, (BEST, WIDE, WIDE_TUNED), WIDE_TUNED)
     return "\n\n".join([models_table(results, [FROZEN, BEST, *results.names("wide")]), *tables])
 
 
@@ -192,16 +192,17 @@ def generalisation_table(results: Results) -> str:
 
 
 def compact_table(results: Results) -> str:
-    """Beside the checkpoint that they were made of, which has four bytes for each parameter."""
+    """Beside the checkpoints that they were made of, which have four bytes for each parameter."""
+    made_of = {name: results.rows[name]["starts_from"] for name in results.names("compact")}
     rows = []
-    for name in [BEST, *results.names("compact")]:
-        parameters = results.run(name, "parameters")
-        megabytes = results.run(name, "megabytes")
-        if name == BEST and parameters is not None:
-            megabytes = 4e-6 * parameters
-        row = {"model": name, "parameters": millions(parameters)}
-        row["MB"] = "-" if megabytes is None else f"{megabytes:.1f}"
-        rows.append(row | compared(results, name, BEST))
+    for base in dict.fromkeys(made_of.values()):
+        for name in [base, *(name for name in made_of if made_of[name] == base)]:
+            parameters, megabytes = results.run(name, "parameters"), results.run(name, "megabytes")
+            if name == base and parameters is not None:
+                megabytes = 4e-6 * parameters
+            row = {"model": name, "parameters": millions(parameters)}
+            row["MB"] = "-" if megabytes is None else f"{megabytes:.1f}"
+            rows.append(row | compared(results, name, base))
     return table(rows)
 
 

@@ -43,6 +43,7 @@ from mmser.results import environment
 
 EPOCHS = 8  # of about 7,000 clips: 875 steps
 START = Schedule(epochs=EPOCHS)
+BLOCKS = {"classifier_norm_first": True, "classifier_drop_path_rate": 0.5}  # of every trial that says nothing else
 SPEAKERS, CORPORA = "speakers held out", "corpora held out"
 CORPUS_FOLDS = 4
 Folds = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -61,8 +62,12 @@ class Trial:
 TRIALS: dict[str, Trial | None] = {
     **{name: Trial(overrides) for name, overrides in WITHOUT.items()},
     SMALL: None,
+    "norm after each block": Trial({"classifier_norm_first": False, "classifier_drop_path_rate": 0.0}),
+    "no stochastic depth": Trial({"classifier_drop_path_rate": 0.0}),
     "no mixup": Trial({"mixup_alpha": 0.0}),
     "sampling temperature 3": Trial(schedule=replace(START, sampling_temperature=3.0)),
+    "sampling temperature 2": Trial(schedule=replace(START, sampling_temperature=2.0)),
+    "weight averaging": Trial(schedule=replace(START, weight_averaging=0.998)),
     "four layers": Trial(layers=5),
     "twice the epochs": Trial(schedule=replace(START, epochs=2 * EPOCHS)),
     "hides the corpus": Trial(schedule=replace(START, hides_corpus=True)),
@@ -99,7 +104,9 @@ def answers_of(trial: Trial | None, shown: Clips, others: Clips, seed: int) -> n
     if trial is None:
         return train_small_network(shown, seed)(others)
     shown = shown.take(~np.isin(shown.corpora, trial.leaves_out)).layers(trial.layers)
-    return predict(train(shown, trial.overrides, seed, trial.schedule), others.layers(trial.layers))["logits"]
+    return predict(train(shown, {**BLOCKS, **trial.overrides}, seed, trial.schedule), others.layers(trial.layers))[
+        "logits"
+    ]
 
 
 def held_out_answers(trial: Trial | None, clips: Clips, folds: Folds, seed: int) -> np.ndarray:
@@ -174,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clips = load_both(options)
         lines = measure(clips, range(options.seeds), options.trials, options.output.with_suffix(".csv"))
         sizes = {"clips": len(clips), "speakers": len(set(clips.speakers)), "corpora": len(set(clips.corpora))}
-        settings = {"epochs": EPOCHS, "batch_size": START.batch_size, **sizes, **FIELDS}
+        settings = {"epochs": EPOCHS, "batch_size": START.batch_size, **sizes, **FIELDS, **BLOCKS}
         report = {"environment": environment(), "settings": settings, "summary": summarise(lines)}
     publish(make_tables(lines), report, lines, options)
 

@@ -10,6 +10,7 @@ from benchmarks import pooled_states, wide
 from benchmarks.pooled_states import Clips, Schedule
 from benchmarks.tables import read_csv
 from mmser.metrics import softmax
+from mmser.optimizer import parameter_groups
 
 SMALL_PARTS = {"classifier_num_layers": 2, "classifier_hidden_size": 32, "fusion_hidden_size": 32, "feature_size": 16}
 
@@ -32,15 +33,36 @@ def quick(monkeypatch):
     monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, **SMALL_PARTS})
 
 
-@pytest.mark.parametrize(
-    "schedule", [Schedule(20, 16, 3e-3, hides_corpus=True), Schedule(20, 16, 3e-3, sampling_temperature=3.0)]
-)
-def test_a_schedule_learns(clips, quick, schedule):
+@pytest.mark.parametrize("changes", [{"hides_corpus": True}, {"sampling_temperature": 3.0}, {"weight_averaging": 0.9}])
+def test_a_schedule_learns(clips, quick, changes):
+    schedule = Schedule(20, 16, 3e-3, **changes)
     model = pooled_states.train(clips, {}, 0, schedule)
     answers = pooled_states.predict(model, clips)["logits"].argmax(axis=1)
     assert (answers == clips.labels.numpy()).mean() > 0.9
     counts = np.bincount(clips.labels, weights=schedule.draws(clips))
     np.testing.assert_allclose(model.config.class_counts, counts, atol=0.51)
+
+
+def test_an_average_is_of_the_weights_of_all_steps(clips, quick, monkeypatch):
+    """Of three steps, with the decay of the first ones: 2/11, 3/12 and then 4/13."""
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: (step(self, *args), seen.append(first(self)))[0]
+    )
+
+    def first(optimizer):
+        return optimizer.param_groups[0]["params"][0].detach().double().clone()
+
+    few = clips.take(np.arange(48))
+    model = pooled_states.train(few, {}, 0, Schedule(1, 16, 3e-3, weight_averaging=0.9))
+    torch.manual_seed(0)
+    start = pooled_states.build(few, {}, np.ones(48))
+    average = parameter_groups(start, 1.0)[0]["params"][0].detach().double()
+    for weights, decay in zip(seen, (2 / 11, 3 / 12, 4 / 13), strict=True):
+        average = decay * average + (1 - decay) * weights
+    found = parameter_groups(model, 1.0)[0]["params"][0].detach().double()
+    torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
 
 
 def test_draws_are_those_of_the_classes_of_corpora(clips):
