@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
@@ -81,7 +82,7 @@ class TrainingBar(ProgressCallback):
 
     def begin_stage(self, title: str, clips: int) -> None:
         """Show one bar until so many clips are predicted."""
-        self._stage = logging.tqdm(total=clips, desc=title, unit="clip", dynamic_ncols=True, bar_format=LAYOUT)
+        self._stage = tqdm(total=clips, desc=title, unit="clip", dynamic_ncols=True, bar_format=LAYOUT)
         self._done = self._clips = 0
 
     def end_stage(self, is_done: bool = True) -> None:
@@ -95,7 +96,7 @@ class TrainingBar(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar = logging.tqdm(
+            self.training_bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="Training",
@@ -116,7 +117,7 @@ class TrainingBar(ProgressCallback):
             return
         if self.prediction_bar is None:  # a silent one during training: it counts the batches alone
             inside = self.training_bar is not None
-            self.prediction_bar = logging.tqdm(
+            self.prediction_bar = tqdm(
                 total=len(eval_dataloader), desc="Predicting", leave=False, dynamic_ncols=True, disable=inside
             )
             self._evaluated = 0

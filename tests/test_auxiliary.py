@@ -428,7 +428,11 @@ def test_a_stream_has_targets_too(annotated, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
     splits, label_names = load_emotion_dataset(
-        dataset_name="me/data", streaming=True, label_names=NAMES, auxiliary_tasks=TASKS
+        dataset_name="me/data",
+        streaming=True,
+        label_names=NAMES,
+        auxiliary_tasks=TASKS,
+        allow_outside_files=True,
     )
     assert derive_targets({"train": iter(())}, label_names, {})[1] == {}  # no row of a stream is read without tasks
     splits, used = derive_targets(splits, label_names, TASKS)

@@ -545,9 +545,9 @@ def test_a_class_without_a_fit_of_its_own_falls_back_and_is_named(rng, monkeypat
     monkeypatch.setattr(openmax_mmser.logger, "warning", warnings.append)
     openmax = OpenMax(3, alpha=2)
     openmax.fit(distances, labels, predictions)
-    assert len(warnings) == 1 and "class 1 " in warnings[0]
+    assert len(warnings) == 1 and "of class 1 " in warnings[0]
     OpenMax(3, alpha=2).fit(distances, labels, predictions, label_names=["neutral", "happy", "sad"])
-    assert len(warnings) == 2 and "class happy has " in warnings[1]
+    assert len(warnings) == 2 and "of happy " in warnings[1]
     own = distances[np.arange(len(labels)), labels][labels == predictions]
     tail = np.sort(own)[-20:]
     shape, _, scale = weibull_min.fit(tail - tail[0] + 1, floc=0)

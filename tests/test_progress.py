@@ -68,10 +68,8 @@ def run(callback, state):
 
 def test_one_bar_with_the_parts_of_the_loss(state, monkeypatch):
     screen = io.StringIO()
-    bar = logging.tqdm
-    monkeypatch.setattr(
-        progress.logging, "tqdm", lambda **options: bar(file=screen, mininterval=0, miniters=1, **options)
-    )
+    bar = progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bar(file=screen, mininterval=0, miniters=1, **options))
     write = classmethod(lambda cls, text, **options: screen.write(f"\n{text}\n"))
     monkeypatch.setattr("tqdm.std.tqdm.write", write)
     logging.enable_progress_bar()
@@ -85,7 +83,7 @@ def test_one_bar_with_the_parts_of_the_loss(state, monkeypatch):
 
 def test_a_run_that_goes_on_starts_its_bar_there(state, monkeypatch):
     bars = []
-    monkeypatch.setattr(progress.logging, "tqdm", lambda **options: bars.append(options) or SimpleNamespace())
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(options) or SimpleNamespace())
     state.global_step = 3
     TrainingBar().on_train_begin(None, state, TrainerControl())
     assert bars[0]["initial"] == 3 and bars[0]["total"] == 4
@@ -93,9 +91,7 @@ def test_a_run_that_goes_on_starts_its_bar_there(state, monkeypatch):
 
 def test_predictions_outside_training_have_a_bar(state, monkeypatch):
     bars = []
-    monkeypatch.setattr(
-        progress.logging, "tqdm", lambda **options: bars.append(options) or SimpleNamespace(update=int)
-    )
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(options) or SimpleNamespace(update=int))
     TrainingBar().on_prediction_step(None, state, TrainerControl(), eval_dataloader=[0, 1])
     assert bars == [{"total": 2, "desc": "Predicting", "leave": False, "dynamic_ncols": True, "disable": False}]
 
@@ -121,11 +117,9 @@ def trainer_with(callback):
 
 
 def test_a_stage_of_several_predictions_has_one_bar(state, monkeypatch):
-    screen, bar = io.StringIO(), logging.tqdm
-    monkeypatch.setattr(
-        progress.logging, "tqdm", lambda **options: bar(file=screen, mininterval=0, miniters=1, **options)
-    )
-    logging.enable_progress_bar()
+    screen, bar = io.StringIO(), progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bar(file=screen, mininterval=0, miniters=1, **options))
+    monkeypatch.setattr(logging, "_tqdm_active", False)  # as while a model is exported: other bars are off
     shown = TrainingBar()
     with stage(trainer_with(shown), "Evaluating", 20):
         predict(shown, state, 2, 7)
@@ -139,10 +133,8 @@ def test_a_stage_of_several_predictions_has_one_bar(state, monkeypatch):
 
 
 def test_a_stage_that_ends_early_ends_its_bar(state, monkeypatch):
-    screen, bar = io.StringIO(), logging.tqdm
-    monkeypatch.setattr(
-        progress.logging, "tqdm", lambda **options: bar(file=screen, mininterval=0, miniters=1, **options)
-    )
+    screen, bar = io.StringIO(), progress.tqdm
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bar(file=screen, mininterval=0, miniters=1, **options))
     logging.enable_progress_bar()
     shown = TrainingBar()
     with pytest.raises(ValueError, match="stop"), stage(trainer_with(shown), "Evaluating", 20):
@@ -161,7 +153,7 @@ def test_a_stage_of_nobody_knows_how_many_clips(state, capsys, monkeypatch):
     """Of a stream: each prediction has its own bar, if any."""
     bars = []
     bar = SimpleNamespace(update=int, close=int)
-    monkeypatch.setattr(progress.logging, "tqdm", lambda **options: bars.append(options["desc"]) or bar)
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(options["desc"]) or bar)
     for shown in (TrainingBar(), TrainingLines()):
         with stage(trainer_with(shown), "Evaluating", None):
             if isinstance(shown, TrainingBar):

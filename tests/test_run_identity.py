@@ -18,6 +18,7 @@ from tiny_corpus import (
     NAMES,
     RATE,
     TEXT,
+    bring,
     read_rows,
     tiny_flags,
     tiny_model,
@@ -59,7 +60,7 @@ def with_other_labels(corpus, folder):
     other = {"neutral": "calm", "happy": "glad", "sad": "blue", "angry": "cross"}
     for split in ("train", "validation", "test"):
         rows = [{**row, "label": other[row["label"]]} for row in read_rows(corpus, split)]
-        write_table(folder / f"{split}.csv", rows)
+        write_table(folder / f"{split}.csv", bring(rows, folder))
     return folder
 
 

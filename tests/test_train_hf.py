@@ -20,6 +20,7 @@ from tiny_corpus import (
     JOINT,
     NAMES,
     WORDS,
+    bring,
     parse_strict_json,
     read_rows,
     tiny_flags,
@@ -558,10 +559,12 @@ def test_sample_limits(run):
 
 
 def test_a_streamed_data_set(run, corpus, tmp_path):
-    for split in ("train", "validation"):
-        write_table(tmp_path / "data" / f"{split}.csv", read_rows(corpus, split))
-    with open(tmp_path / "data" / "train.csv", "a", encoding="utf-8") as file:
-        file.write(f"{corpus / 'gone.wav'},happy,words,one,en,sine,train\n")
+    data = tmp_path / "data"
+    for split in ("train", "validation"):  # nothing says what paths of such a table are relative to
+        rows = bring(read_rows(corpus, split), data)
+        write_table(data / f"{split}.csv", [{**row, "file_name": str(data / row["file_name"])} for row in rows])
+    with open(data / "train.csv", "a", encoding="utf-8") as file:
+        file.write(f"{data / 'gone.wav'},happy,words,one,en,sine,train\n")
     flags = {"data_dir": None, "dataset_name": tmp_path / "data", "streaming": True, "max_steps": 6}
     results = run(**flags, on_bad_example="skip", text_dropout=0, audio_dropout=0)
     assert len(losses(tmp_path / "out")) == 6

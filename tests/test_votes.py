@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 from tiny import tiny_batch
 from tiny import tiny_model as any_model
-from tiny_corpus import JOINT, NAMES, read_rows, tiny_flags, tiny_model, tiny_processor, write_table
+from tiny_corpus import JOINT, NAMES, bring, read_rows, tiny_flags, tiny_model, tiny_processor, write_table
 
 import train_hf
 from losses_mmser import class_balanced_focal_loss, class_balanced_weights
@@ -143,7 +143,7 @@ def voted(corpus, folder, change=lambda row, votes: None, form="columns"):
             if form == "list":
                 cells = {"votes": json.dumps([name for name, number in votes.items() for _ in range(number)])}
             rows.append({key: value for key, value in row.items() if key != "split"} | cells)
-        write_table(folder / split / "metadata.csv", rows)
+        write_table(folder / split / "metadata.csv", bring(rows, folder / split))
     return folder
 
 

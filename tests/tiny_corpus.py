@@ -7,6 +7,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -188,6 +190,12 @@ def read_rows(corpus, *splits):
                 for row in csv.DictReader(file)
             ]
     return rows
+
+
+def bring(rows, folder):
+    """Copy the clips of rows into a folder, beside the table that will name them; returns the rows for that table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [{**row, "file_name": Path(shutil.copy(row["file_name"], folder)).name} for row in rows]
 
 
 def parse_strict_json(text):
