@@ -247,7 +247,7 @@ def train(
     per_epoch = max(1, len(clips) // schedule.batch_size)
     steps = schedule.epochs * per_epoch
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    average = WeightAverage(model.parameters(), schedule.weight_averaging)
+    average = WeightAverage(model.parameters(), schedule.weight_averaging) if schedule.weight_averaging else None
     model.train()
     for step in range(steps):
         if step % per_epoch == 0:
@@ -259,9 +259,9 @@ def train(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if schedule.weight_averaging:
+        if average:
             average.on_step_end(None, TrainerState(global_step=step + 1), None)
-    if schedule.weight_averaging:
+    if average:
         average.put(average.averages)
     return model.eval()
 
