@@ -10,6 +10,7 @@ mmser predict clip.wav --checkpoint runs/mine --text "What a day!"
 mmser predict recordings --checkpoint runs/mine --output answers.csv
 mmser predict meeting.flac --checkpoint runs/mine --output meeting.srt --plot meeting.png
 mmser predict --live --checkpoint runs/mine
+torchrun --nproc_per_node 8 predict_hf.py calls --checkpoint runs/mine --output_dir answers
 
 Exit code 0: all is classified. 1: some files could not be read; they are listed. 2: wrong usage.
 """
@@ -18,7 +19,7 @@ import sys
 
 from mmser.arguments import parse_arguments
 from mmser.console import run_command
-from mmser.prediction_arguments import PREDICTION_ARGUMENTS
+from mmser.prediction_arguments import PREDICTION_ARGUMENTS, Share
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,12 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     (options,) = parse_arguments(PREDICTION_ARGUMENTS, command, __doc__)
 
     # Late: `--help` and a wrong flag do not wait for torch
-    from mmser import microphone, prediction_files, prediction_run, prediction_screen
+    from mmser import microphone, prediction_files, prediction_parts, prediction_run, prediction_screen
 
     if options.live:
         return microphone.print_live(
             options.model_name_or_path, options.device, options.chunk_length_s, options.stride_length_s
         )
+    if options.output_dir:
+        return prediction_parts.run(options, Share.of_environment())
     prediction_files.check_outputs(options)
     job = prediction_run.find_job(options)
     for note in job.notes:

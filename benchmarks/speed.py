@@ -554,11 +554,35 @@ def forward_table(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
+def predict_million_hours(report: Mapping[str, Any]) -> list[Row]:
+    """What 1,000,000 hours of recordings would take, computed from what was measured: nobody has run it."""
+    hour = max(report["stream"]["rows"], key=lambda row: row["recording, min"])
+    factors = {"stream, 60 min": (hour["real-time factor"], report["stream"]["setting"]["threads"])}
+    for dtype in DTYPES:
+        (row,) = (
+            row for row in report["forward"]["rows"] if (row["batch"], row["dtype"], row["model"]) == (8, dtype, OURS)
+        )
+        seconds = row["ms per clip"] / 1000 / SECONDS
+        factors[f"forward, batch 8, {dtype}"] = (seconds, report["forward"]["setting"]["threads"])
+    return [
+        {
+            "measured in": name,
+            "seconds per second of audio": seconds,
+            "threads": threads,
+            "core-hours for 1,000,000 h": round(1e6 * seconds * threads, -2),
+            "days on 1,000 cores": 1e6 * seconds * threads / 1000 / 24,
+        }
+        for name, (seconds, threads) in factors.items()
+    ]
+
+
 def make_tables(report: Mapping[str, Any]) -> dict[str, str]:
     tables = {}
     for name, section in report.items():
         rows = forward_table(section["rows"]) if name.startswith("forward") else section["rows"]
         tables[f"speed:{name.replace(', ', '_').replace(' ', '_')}"] = table(rows, three_digits)
+    if {"forward", "stream"} <= report.keys() and report["forward"]["setting"]["size"] == "full":
+        tables["speed:million_hours"] = table(predict_million_hours(report), three_digits)
     return tables
 
 

@@ -203,13 +203,15 @@ def weigh_batches(batches: list[Any], accelerator: Any) -> None:
 
     Args:
         batches: what this process sees in the step. Each gets its weight under `WEIGHT_NAME`, and the last one loses
-            the clips that are not its own. If these are all, its weight is 0.
+            the clips that are not its own. If these are all, its weight is 0. So is that of a batch that already has
+            a weight: it fills up a stream.
         accelerator: the `Accelerator` of the trainer.
     """
     if not batches:
         return
     sizes = [*map(find_batch_size, batches[:-1]), count_own_clips(batches[-1], accelerator)]
     batches[-1] = first_clips(batches[-1], sizes[-1])
+    sizes = [0 if WEIGHT_NAME in batch else size for batch, size in zip(batches, sizes, strict=True)]
     total = float(sum(sizes))
     if accelerator.num_processes > 1:
         total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum").item()

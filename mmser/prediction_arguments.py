@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PredictionArguments`: the flags of `mmser predict`, checked without an import of torch."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ from mmser.names import CONFIG, checkpoint_folder
 LONG_SECONDS = 30.0  # what training crops clips to by default, and what a Whisper encoder hears
 CHUNK_SECONDS = 6.0  # clips of emotional speech last 2 to 6 s
 BATCH_SIZE = 8
+PART_SIZE = 1000
+PART_FORMATS = ("parquet", "jsonl", "csv")
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # where no launcher says it
 ENDINGS = {  # of --output: the format
     ".csv": "csv",
     ".json": "json",
@@ -47,6 +51,39 @@ def chosen_checkpoint(name: str | None) -> str:
             "on the Hub, or a folder that `mmser export` wrote."
         )
     return checkpoint_folder(name, "--checkpoint")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is, as torchrun and `accelerate launch` say it in the environment."""
+
+    rank: int = 0
+    processes: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> "Share":
+        """
+        Raises:
+            ValueError: RANK, WORLD_SIZE or LOCAL_RANK is no number that makes sense.
+        """
+        given = {name: os.environ.get(name) or default for name, default in LAUNCHED.items()}
+        try:
+            rank, processes, local_rank = (int(word) for word in given.values())
+        except ValueError:
+            rank = processes = local_rank = -1
+        if not (0 <= rank < processes and local_rank >= 0):
+            words = ", ".join(f"{name}={word}" for name, word in given.items())
+            raise ValueError(f"The environment says {words}: RANK is a number from 0 to WORLD_SIZE - 1.")
+        return cls(rank, processes, local_rank)
+
+    def device(self, wanted: str | None) -> str | None:
+        """The device of this process: of several GPUs that of its number on this machine."""
+        import torch
+
+        if wanted not in (None, "cuda") or self.processes == 1 or not torch.cuda.is_available():
+            return wanted
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
 
 def check_encoding(text: str | None, flag: str) -> None:
@@ -142,6 +179,15 @@ class PredictionArguments:
             "help": "Format of --output, whatever its ending; without --output, of what is printed.",
         },
     )
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FOLDER",
+            "help": "For many files: write the answers in parts, and one file of them all. The same command goes on "
+            "after a stop, and with `accelerate launch` or `torchrun` each process takes its share.",
+        },
+    )
+    part_size: int = field(default=PART_SIZE, metadata={"help": "Inputs of each part of --output_dir."})
     overwrite: bool = field(default=False, metadata={"help": "Replace --output and --plot where they exist."})
     plot: str | None = field(
         default=None,
@@ -171,7 +217,7 @@ class PredictionArguments:
         for name in ("segments_above", "chunk_length_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is a time in seconds, more than 0, got {getattr(self, name)}.")
-        for name in ("batch_size", "top_k"):
+        for name in ("batch_size", "top_k", "part_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.allowed_labels is not None and self.return_set is not None:
@@ -183,6 +229,7 @@ class PredictionArguments:
         elif not self.inputs and not self.text:
             raise ValueError("There is nothing to classify: name audio files or folders, or give --text.")
         self._check_texts()
+        self._check_parts()
         self._check_outputs()
         self.model_name_or_path = chosen_checkpoint(self.model_name_or_path)
 
@@ -208,8 +255,8 @@ class PredictionArguments:
 
     def _check_live(self) -> None:
         flags = (
-            *("inputs", "text", "transcripts", "segments", "speakers", "output", "format", "plot", "top_k"),
-            *("allowed_labels", "return_set"),
+            *("inputs", "text", "transcripts", "segments", "speakers", "output", "output_dir", "format", "plot"),
+            *("top_k", "allowed_labels", "return_set"),
         )
         for name in flags:
             if getattr(self, name):
@@ -226,13 +273,30 @@ class PredictionArguments:
         if self.transcripts and not self.inputs:
             raise ValueError("--transcripts says what is said in audio files: name these too.")
 
+    def _check_parts(self) -> None:
+        if self.output_dir is None:
+            processes = Share.of_environment().processes
+            if processes > 1 and not self.live:
+                raise ValueError(f"{processes} processes would each classify all: give --output_dir, not --output.")
+            return
+        self.format = self.format or PART_FORMATS[0]
+        if self.format not in PART_FORMATS:
+            raise ValueError(f"--output_dir: the --format of its parts is {', '.join(PART_FORMATS)}.")
+        for name in ("output", "overwrite", "plot", "top_k", "text", "subtitles"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"--output_dir is for many files: leave out --{name.replace('subtitles', 'transcripts')}."
+                )
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"--output_dir {self.output_dir} is a file: name a folder.")
+
     def _check_outputs(self) -> None:
         ending = Path(self.output or "").suffix.lower()
         if self.output and self.format is None:
             if ending not in ENDINGS:
                 raise ValueError(f"--output {self.output}: the ending must be one of {', '.join(ENDINGS)}.")
             self.format = ENDINGS[ending]
-        if self.format == "parquet" and not self.output:
+        if self.format == "parquet" and not (self.output or self.output_dir):
             raise ValueError("--format parquet is no text: name a file with --output.")
         if self.plot and Path(self.plot).suffix.lower() != ".png":
             raise ValueError(f"--plot {self.plot}: the picture is a PNG file, so its name must end in .png.")

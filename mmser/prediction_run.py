@@ -96,15 +96,21 @@ def find_job(options: PredictionArguments) -> Job:
             f"--text has no times, and {long[0].name} lasts {long[0].seconds:.0f} s, so it is cut into segments: give "
             "subtitles (--transcripts words.srt), or raise --segments_above."
         )
-    with_text = [one for one in long if one.text is not None]
-    if with_text:
+    without_times = leave_long_texts_out(inputs, options)
+    if without_times:
         notes.append(
             f"recordings above {options.segments_above:g} s, whose texts have no times and are left out, as they are "
-            f"cut into segments: {len(with_text)}"
+            f"cut into segments: {without_times}"
         )
+    return Job(inputs, turns, notes, options.by_segment or (len(inputs) == 1 and bool(long)))
+
+
+def leave_long_texts_out(inputs: Sequence[Input], options: PredictionArguments) -> int:
+    """Take the texts of recordings that are cut away: nothing says which words belong to which segment."""
+    with_text = [one for one in inputs if _is_long(one, options) and one.text is not None]
     for one in with_text:
         one.text = None
-    return Job(inputs, turns, notes, options.by_segment or (len(inputs) == 1 and bool(long)))
+    return len(with_text)
 
 
 def _is_long(one: Input, options: PredictionArguments) -> bool:

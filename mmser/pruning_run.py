@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from mmser.arguments import DataArguments, ExportArguments
 from mmser.batches import MMSERDataCollator
+from mmser.examples import EmotionDataset
 from mmser.pruning import prune
 from mmser.training_arguments import MMSERTrainingArguments
 from mmser.training_run import Examples, TrainingData, leave_out_unreadable, load_data, make_trainer, some_clips, train
@@ -51,7 +52,7 @@ def prune_and_recover(
         arguments = _training_arguments(options, folder)
         examples = Examples(data_arguments, arguments, model, processor)
         chosen = some_clips(data.splits["train"], options.calibration_clips)
-        clips: Any = examples.dataset_class(chosen, **examples.options)
+        clips: Any = EmotionDataset(chosen, **examples.options)
         collate = MMSERDataCollator(processor)
         batches = (collate([clips[index]]) for index in range(len(clips)))
         report = prune(model, batches, options.prune, options.prune_layers)

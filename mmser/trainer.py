@@ -55,7 +55,7 @@ from mmser.batches import (
 )
 from mmser.console import without_bars_of_weights
 from mmser.contrastive import ContrastivePool
-from mmser.examples import EmotionDataset, class_counts
+from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts
 from mmser.files import files_together, naming_full_disk, whole_file, write_atomically
 from mmser.groups import MEAN_OVER_CORPORA, compute_corpus_metrics, corpora_of, speakers_of
 from mmser.metrics import build_compute_metrics
@@ -65,6 +65,7 @@ from mmser.model_loading import check_teacher, label_names_of
 from mmser.numerics import Watch
 from mmser.optimizer import parameter_groups
 from mmser.sampling import TemperatureSampler, expected_draws, number_groups
+from mmser.streams import SpareBatch, fill_up, is_shared_out, share_of, share_out
 from mmser.targets import split_targets
 from mmser.training_arguments import MMSERTrainingArguments
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput
@@ -219,6 +220,7 @@ class MMSERTrainer(Trainer):
         self._is_saving_checkpoint = False
         self._scalars: set[str] = set()  # parameters that FSDP wants in another shape
         self._pool: ContrastivePool | None = None  # while training with a contrastive loss
+        self._spare: SpareBatch | None = None  # while training on a stream
         self._set_epoch = _SetEpoch()
         self.add_callback(self._set_epoch)
         self.training_time = TrainingTime()
@@ -409,8 +411,28 @@ class MMSERTrainer(Trainer):
         """As usual; a run that goes on from its last step takes no further one."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if isinstance(self.train_dataset, EmotionIterableDataset):
+            self._spare = SpareBatch(self.train_dataset, self.data_collator)
+        super()._run_epoch(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As usual; of a stream each process reads its own share."""
+        if not is_shared_out(self.train_dataset, self.accelerator):
+            return super().get_train_dataloader()
+        args, own = self.args, share_out(cast(EmotionIterableDataset, self.train_dataset), self.accelerator)
+        loader = DataLoader(
+            own,
+            self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+        )
+        return self.accelerator.prepare(share_of(loader, self.accelerator))
 
     def _check_weights(self) -> None:
         """Raise FloatingPointError for weights that are not finite: they are never saved."""
@@ -521,6 +543,9 @@ class MMSERTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As usual; each clip of a step counts once, and as much as any other. A loss of the user's own sees to it."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, EmotionIterableDataset):
+            batches = [] if self._spare is None else fill_up(batches, num_batches, self._spare, self.accelerator)
+            self._spare = self._spare if batches else None  # the epoch has ended, on all processes
         loader = self.accelerator.gradient_state.active_dataloader
         if loader is not None and loader.remainder < 0 and has_length(self.train_dataset):
             # Accelerate does not know it in the epoch within which a run goes on

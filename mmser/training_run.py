@@ -56,6 +56,7 @@ from mmser.scores import (
     predict_rows,
 )
 from mmser.sources import OTHER
+from mmser.streams import number_skipped, read_stream
 from mmser.tables import format_table, strict_json
 from mmser.targets import check_targets, derive_targets, split_targets
 from mmser.trainer import MMSERTrainer, last_complete_checkpoint
@@ -131,7 +132,7 @@ class TrainingData:
         splits: "train" and, as far as there are any, "validation" and "test".
         label_names: in the order of the class ids.
         unknown: tables of clips that are none of the classes.
-        skipped_clips: how many could not be read and were left out; 0 for a stream, which is not tried beforehand.
+        skipped_clips: how many could not be read and were left out; of a stream those that are not trained on.
         auxiliary: fields of the configuration that say which tasks are learnt beside the emotion.
         division: of `describe_division`; None for a stream.
     """
@@ -201,7 +202,10 @@ def load_data(
     if learns_tasks:
         check_targets(splits["train"], tasks)
     limits = {name: arguments.max_eval_samples for name in splits} | {"train": arguments.max_train_samples}
-    data = TrainingData({name: draw_clips(split, limits[name], seed) for name, split in splits.items()}, label_names)
+    drawn = {name: draw_clips(split, limits[name], seed) for name, split in splits.items()}
+    if arguments.streaming:
+        drawn |= {name: read_stream(split) for name, split in drawn.items() if name != "train"}
+    data = TrainingData(drawn, label_names)
     data.auxiliary = auxiliary
     data.division = None if arguments.streaming else describe_division(splits, fractions, seed)
     data.unknown = [] if other is None else [other]
@@ -246,20 +250,20 @@ def _auxiliary_fields(arguments: DataArguments, checkpoint: str | None) -> dict[
 
 
 def leave_out_unreadable(data: TrainingData, arguments: DataArguments, processor: MMSERProcessor) -> None:
-    """Try every clip once, before work is spent; a stream is tried while it is read."""
-    if arguments.streaming:
-        return
+    """Try every clip once, before work is spent; those of a stream that are trained on while they are read."""
     options = reading_options(processor.modalities, processor.sampling_rate) | {"max_seconds": arguments.max_seconds}
-    num_clips = sum(map(len, data.splits.values()))
-    data.splits = {name: drop_unreadable(split, arguments.bad_rows, **options) for name, split in data.splits.items()}
-    data.skipped_clips = num_clips - sum(map(len, data.splits.values()))
+    tables = {name: split for name, split in data.splits.items() if isinstance(split, datasets.Dataset)}
+    num_clips = sum(map(len, tables.values()))
+    tables = {name: drop_unreadable(split, arguments.bad_rows, **options) for name, split in tables.items()}
+    data.splits |= tables
+    data.skipped_clips = num_clips - sum(map(len, tables.values()))
     data.unknown = [drop_unreadable(table, arguments.bad_rows, **options) for table in data.unknown]
 
 
 def some_clips(split, number: int):
     """Clips from all over a split, the same on every process; the first ones of a stream."""
     if isinstance(split, datasets.IterableDataset):
-        return split.take(number)
+        return read_stream(split.take(number))
     return split.select(np.unique(np.linspace(0, len(split) - 1, min(number, len(split))).round().astype(int)))
 
 
@@ -286,7 +290,6 @@ class Examples:
         teacher: MMSERForAudioClassification | None = None,
     ):
         self.arguments, self.training_arguments = arguments, training_arguments
-        self.dataset_class = EmotionIterableDataset if arguments.streaming else EmotionDataset
         self.options = {
             "seed": data_seed(training_arguments),
             "on_bad_example": arguments.on_bad_example,
@@ -312,7 +315,7 @@ class Examples:
         """Examples with augmentation and with modalities dropped."""
         rate = self.options.get("sampling_rate", Augmenter.sampling_rate)  # a model of text alone has none
         augmenter = Augmenter(effects=tuple(self.arguments.augmentations), sampling_rate=rate)
-        dataset = self.dataset_class(
+        dataset = _examples_of(split)(
             split,
             training=True,
             augmenter=augmenter if self.arguments.augment else None,
@@ -328,7 +331,12 @@ class Examples:
         Examples as the clips are; `use_audio=False` or `use_text=False` hides a modality. `with_teacher`: for the
         loss, in a run with a teacher.
         """
-        return self._cached(self.dataset_class(split, **{**self.options, **modalities}), 0, with_teacher)
+        return self._cached(_examples_of(split)(split, **{**self.options, **modalities}), 0, with_teacher)
+
+    def readable(self, table: datasets.Dataset) -> datasets.Dataset:
+        """The clips of a table that can be read, as far as the rest may be left out."""
+        reading = {name: value for name, value in self.options.items() if name != "seed"}
+        return drop_unreadable(table, **reading)
 
     def _cached(self, dataset, copies: int, with_teacher: bool):
         if self.cache is None:
@@ -337,6 +345,10 @@ class Examples:
             if with_teacher and self.teacher is not None:
                 return DistilledDataset(dataset, self.cache, copies, self.teacher)
             return CachedStatesDataset(dataset, self.cache, copies)
+
+
+def _examples_of(split: datasets.Dataset | datasets.IterableDataset) -> type[EmotionDataset | EmotionIterableDataset]:
+    return EmotionDataset if isinstance(split, datasets.Dataset) else EmotionIterableDataset
 
 
 def data_seed(arguments: MMSERTrainingArguments) -> int:
@@ -406,8 +418,11 @@ def train(
         training |= earlier_training(Path(resumed.folder).parent) or {}
     is_stream = isinstance(data.splits["train"], datasets.IterableDataset)
     train_dataset: Any = trainer.train_dataset
-    training["skipped_clips"] = train_dataset.num_skipped if is_stream else data.skipped_clips
-    known_clips = data.splits["train"].take(STREAM_SAMPLE) if is_stream else data.splits["train"]
+    training["skipped_clips"] = data.skipped_clips
+    known_clips = data.splits["train"]
+    if is_stream:
+        training["skipped_clips"] += number_skipped(train_dataset, trainer.accelerator)
+        known_clips = examples.readable(some_clips(known_clips, STREAM_SAMPLE))
     held_out = data.splits.get("validation")
     known = examples.for_evaluation(known_clips)
     held_out_examples = None if held_out is None else examples.for_evaluation(held_out)
