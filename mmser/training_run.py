@@ -174,8 +174,10 @@ def load_data(
             among them.
         learns_tasks: whether the tasks beside the emotion are learnt, and need targets.
     Raises:
-        ValueError: there is nothing to train on, or see `load_emotion_dataset`.
+        ValueError: there is nothing to train on, a cache is asked for a stream, or see `load_emotion_dataset`.
     """
+    if arguments.streaming and arguments.cache_encoder_states is not None:
+        raise ValueError("--cache_encoder_states reads the clips before training: it cannot with --streaming.")
     auxiliary = _auxiliary_fields(arguments, checkpoint)
     tasks = auxiliary["auxiliary_tasks"]
     fractions = {name: getattr(arguments, name) for name in ("validation_fraction", "test_fraction")}
@@ -278,7 +280,7 @@ class Examples:
         processor: of the model.
         teacher: whose logits are kept in the cache too.
     Raises:
-        ValueError: a cache is asked for a stream, or without a frozen encoder.
+        ValueError: a cache is asked for without a frozen encoder.
     """
 
     def __init__(
@@ -298,8 +300,6 @@ class Examples:
         }
         self.cache = self.teacher = None
         if arguments.cache_encoder_states is not None:
-            if arguments.streaming:
-                raise ValueError("--cache_encoder_states reads the clips before training: it cannot with --streaming.")
             backbone: Any = model.base_model
             if teacher is not None and {"audio"} & {*processor.modalities} - backbone.frozen_encoders():
                 raise ValueError(NEEDS_FROZEN_AUDIO)

@@ -93,7 +93,7 @@ SHORTER = {
 NOT_RUN = ("make", "pip", "python -m pytest", "mmser corpus", "mmser serve", "mmser app", "python app.py")
 SHELL_WORDS = ("make", "pip", "python", "accelerate", "torchrun", "hf", "mmser")
 # Names in backquotes that are neither ours nor of Transformers
-OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre"}
+OUTSIDE = {"accelerate", "torchrun", "foreign_class", "pre", "sbatch"}
 YOURS = re.compile(
     r"(runs|my_data|more_data|calls|anrufe|clip|doubtful|meeting|demo_output|states|train|validation|test|user|mmser-small)\b"
 )  # a reader's own paths
@@ -552,6 +552,16 @@ def known_flags():
 
 def test_every_flag_is_one_of_the_command_lines():
     own = {"--nproc_per_node", "--config_file"}  # of torchrun and of Accelerate
+    own |= {
+        "--nnodes",
+        "--node_rank",
+        "--master_addr",
+        "--master_port",
+        "--rdzv_id",
+        "--rdzv_backend",
+        "--rdzv_endpoint",
+    }
+    own |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--time", "--requeue"}  # of SLURM, up to a hyphen
     for script in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("mmser/*_command.py")):
         own |= set(re.findall(r'"(--\w+)"', script.read_text(encoding="utf-8")))
     for page, text in PAGES.items():
