@@ -22,7 +22,7 @@ from mmser.console import without_bars_of_weights
 from mmser.division import divide_again
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.files import files_together
-from mmser.groups import duration_bands, split_groups
+from mmser.groups import duration_bands, split_groups, split_speakers
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.log_mel_probe import log_mel_probe
 from mmser.names import Named, reading
@@ -246,6 +246,7 @@ def measure(
         label_names=label_names,
         rows=rows,
         groups=groups,
+        speakers=split_speakers(clips.evaluated),
         unknown_sets=unknown_sets,
         train_outputs=train_outputs,
         class_counts=trainer.model.config.class_counts,

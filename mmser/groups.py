@@ -54,15 +54,21 @@ def speakers_of(dataset: Any) -> list[str] | None:
     It is None where speakers are not known: a stream, a data set of another kind, a table without speakers. A clip
     without a speaker, among others that have one, is a speaker of its own. Rows that were skipped are left out.
     """
-    table, skipped = getattr(dataset, "dataset", None), getattr(dataset, "skipped", None)
+    names, skipped = split_speakers(getattr(dataset, "dataset", None)), getattr(dataset, "skipped", None)
+    if names is None or skipped is None:
+        return names
+    return [name for name, left_out in zip(names, skipped, strict=True) if not left_out]
+
+
+def split_speakers(table: Any) -> list[str] | None:
+    """As `speakers_of`, for each row of a table."""
     if not isinstance(table, datasets.Dataset) or "speaker" not in table.column_names or not any(table["speaker"]):
         return None
     corpora = table["corpus"] if "corpus" in table.column_names else [""] * len(table)
-    names = [
+    return [
         speaker_key(speaker, corpus) if speaker else f"clip {index}"
         for index, (corpus, speaker) in enumerate(zip(corpora, table["speaker"], strict=True))
     ]
-    return names if skipped is None else [name for name, left_out in zip(names, skipped, strict=True) if not left_out]
 
 
 def duration_bands(seconds: Sequence[float] | np.ndarray) -> list[str]:
@@ -88,6 +94,7 @@ def grouped_metrics(
     probabilities: Any = None,
     is_unknown: Any = None,
     num_samples: int = 1000,
+    speakers: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The metrics of each group of clips.
 
@@ -98,7 +105,7 @@ def grouped_metrics(
         label_names: C names; the position is the class index.
         probabilities: float [N, C], for the calibration within each group.
         is_unknown: bool [N], whether the model rejects the clip.
-        num_samples: resamples for the interval.
+        num_samples, speakers: as of `bootstrap_classification`, for the interval.
     Returns: Group name -> `count`, `compute_classification_metrics`, `weighted_f1_interval` (95 %, bootstrap) and, if
         the arrays are given, `mean_confidence` and `expected_calibration_error`, and the share of clips `rejected`;
         sorted by name.
@@ -115,13 +122,18 @@ def grouped_metrics(
         arrays["probabilities"] = probabilities = check_probabilities(probabilities)
     if is_unknown is not None:
         arrays["is_unknown"] = is_unknown = check_flags(is_unknown, "is_unknown")
+    drawn = None if speakers is None else np.array(speakers)
+    if drawn is not None:
+        arrays["speakers"] = drawn
     check_same_length(**arrays)
     report: dict[str, dict[str, Any]] = {}
     for group in np.unique(group_names).tolist():
         rows = group_names == group
         own = predictions[rows], references[rows]
         values: dict[str, Any] = {"count": int(rows.sum()), **compute_classification_metrics(*own, names)}
-        values["weighted_f1_interval"] = bootstrap_classification(*own, names, num_samples)["weighted_f1"]
+        own_speakers = None if drawn is None else drawn[rows].tolist()
+        intervals = bootstrap_classification(*own, names, num_samples, speakers=own_speakers)
+        values["weighted_f1_interval"] = intervals["weighted_f1"]
         if probabilities is not None:
             values["mean_confidence"] = float(probabilities[rows].max(axis=1).mean())
             values["expected_calibration_error"] = expected_calibration_error(probabilities[rows], references[rows])

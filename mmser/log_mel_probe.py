@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers.audio_utils import mel_filter_bank
 
 from mmser.examples import EmotionDataset, map_in_threads
-from mmser.groups import speakers_of
+from mmser.groups import speakers_of, split_speakers
 
 BANDS = 40
 WINDOW, HOP = 0.025, 0.010  # seconds
@@ -62,14 +62,14 @@ def _labels(dataset: EmotionDataset) -> np.ndarray:
     return np.array(dataset.dataset["labels"])
 
 
-def log_mel_probe(train: EmotionDataset, evaluated: EmotionDataset) -> dict[str, np.ndarray]:
+def log_mel_probe(train: EmotionDataset, evaluated: EmotionDataset) -> dict[str, Any]:
     """
     Answer with a logistic regression on `log_mel_statistics`; its cost is chosen by cross-validation over the speakers
     of the training clips, or over the clips where speakers are not known.
 
     Args:
         train, evaluated: clips that all have audio, of two classes or more for `train`.
-    Returns: `predictions` and `labels` of the evaluated clips, class ids [N].
+    Returns: `predictions` and `labels` of the evaluated clips, class ids [N], and their `speakers`, N names or None.
     """
     features, labels = _statistics(train), _labels(train)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
@@ -80,4 +80,5 @@ def log_mel_probe(train: EmotionDataset, evaluated: EmotionDataset) -> dict[str,
         probe.fit(features, labels, groups=speakers)
     else:
         probe.fit(features, labels)
-    return {"predictions": probe.predict(_statistics(evaluated)), "labels": _labels(evaluated)}
+    speakers = split_speakers(evaluated.dataset)
+    return {"predictions": probe.predict(_statistics(evaluated)), "labels": _labels(evaluated), "speakers": speakers}

@@ -96,10 +96,11 @@ class Measured:
         unknown_sets: outputs for each set of unknown clips, by name.
         train_outputs: outputs for training clips, if there are any.
         class_counts: training clips per class, if known without them.
-        baselines: row name -> `predictions` and `labels` of what the model is compared with, class ids.
+        baselines: row name -> `predictions`, `labels` (class ids) and `speakers` of what the model is compared with.
         temperature: that the model divides its logits by.
         prediction_sets: of the model, if they are fitted.
         tasks, targets: the tasks beside the emotion, and the target of each clip, by task.
+        speakers: of each clip, for the intervals; None where they are not known.
     """
 
     label_names: list[str]
@@ -108,11 +109,12 @@ class Measured:
     unknown_sets: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     train_outputs: dict[str, np.ndarray] | None = None
     class_counts: list[int] | None = None
-    baselines: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     temperature: float = 1.0
     prediction_sets: PredictionSets | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
     targets: dict[str, list] = field(default_factory=dict)
+    speakers: list[str] | None = None
 
     @property
     def outputs(self) -> dict[str, np.ndarray]:
@@ -155,7 +157,9 @@ def judge(measured: Measured, num_samples: int = 1000) -> dict[str, Any]:
     """
     outputs, names, sets = measured.outputs, measured.label_names, measured.unknown_sets
     training = measured.train_outputs
-    rows = describe_rows(measured.rows, names, measured.groups, training, measured.class_counts, num_samples)
+    rows = describe_rows(
+        measured.rows, names, measured.groups, training, measured.class_counts, num_samples, measured.speakers
+    )
     for name, baseline in measured.baselines.items():
         rows[name] = describe_decisions(**baseline, label_names=names, num_samples=num_samples)
     rows = {name: rows[name] for name in ROW_NAMES if name in rows}
@@ -244,7 +248,7 @@ def _verdict_on_answers(report: Mapping[str, Any]) -> str:
     low, high = model["weighted_f1_interval"]
     text = (
         f"For {_percent(model['accuracy'])} of {model['clips']} clips. Its weighted F1 is {model['weighted_f1']:.3f} "
-        f"(95 % interval {low:.3f} to {high:.3f})."
+        f"(95 % interval {low:.3f} to {high:.3f}{_drawn(model)})."
     )
     if "majority" in rows:
         text += f" Always answering the most frequent class reaches {rows['majority']['weighted_f1']:.3f}."
@@ -254,6 +258,10 @@ def _verdict_on_answers(report: Mapping[str, Any]) -> str:
     if best == "model":
         return f"{text} No other row does better." if len(same) > 1 else text
     return f"{text} The best row is `{ROW_NAMES[best]}`, with {same[best]:.3f}."
+
+
+def _drawn(row: Mapping[str, Any]) -> str:
+    return f", over {row['speakers']} speakers" if "speakers" in row else ""
 
 
 def _verdict_on_scores(report: Mapping[str, Any]) -> str:

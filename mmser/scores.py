@@ -38,6 +38,7 @@ from mmser.metrics import (
     compute_regression_metrics,
     concordance_correlation,
     confusion_matrix,
+    draws_speakers,
     softmax,
 )
 from mmser.open_set import auroc, energy_score, fpr_at_95_tpr, knn_distance, oscr
@@ -181,12 +182,21 @@ def average_passes(outputs: Mapping[str, Any], num_passes: int) -> dict[str, np.
 
 
 def describe_decisions(
-    predictions: np.ndarray, labels: np.ndarray, label_names: list[str], num_samples: int = 1000
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    label_names: list[str],
+    num_samples: int = 1000,
+    speakers: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Closed-set metrics of class ids [N] against the true ones [N], with 95 % intervals as `<metric>_interval`."""
-    intervals = bootstrap_classification(predictions, labels, label_names, num_samples)
+    """
+    Closed-set metrics of class ids [N] against the true ones [N], with 95 % intervals as `<metric>_interval`.
+
+    Where the intervals draw speakers, as `bootstrap_classification` says, `speakers` is how many there are.
+    """
+    intervals = bootstrap_classification(predictions, labels, label_names, num_samples, speakers=speakers)
     return {
         "clips": len(labels),
+        **({"speakers": len(set(speakers))} if speakers is not None and draws_speakers(speakers) else {}),
         **compute_classification_metrics(predictions, labels, label_names),
         **{f"{name}_interval": interval for name, interval in intervals.items()},
     }
@@ -234,6 +244,7 @@ def describe_predictions(
     label_names: list[str],
     groups: Mapping[str, list] | None = None,
     num_samples: int = 1000,
+    speakers: list[str] | None = None,
 ) -> dict[str, Any]:
     """
     All metrics of one pass over one split.
@@ -242,7 +253,7 @@ def describe_predictions(
         outputs: of `MMSERTrainer.predict_outputs`.
         label_names: C names, in the order of the class ids.
         groups: name of a grouping (`"corpus"`) -> the group of each clip, N names.
-        num_samples: resamples for the intervals.
+        num_samples, speakers: as of `bootstrap_classification`, for the intervals.
     Returns: closed-set metrics, calibration, how well the uncertainty finds errors, the confusion matrix,
         `by_<grouping>` and, of two or more corpora, `mean_over_corpora_weighted_f1`.
     """
@@ -250,7 +261,7 @@ def describe_predictions(
     predictions, probabilities = logits.argmax(axis=1), softmax(logits)
     wrong = predictions != labels
     result = {
-        **describe_decisions(predictions, labels, label_names, num_samples),
+        **describe_decisions(predictions, labels, label_names, num_samples, speakers),
         **describe_calibration(logits, labels),
         "error_auroc_of_uncertainty": error_detection_auroc(outputs["uncertainty"], wrong),
         "error_auroc_of_max_probability": error_detection_auroc(1 - probabilities.max(axis=1), wrong),
@@ -259,7 +270,7 @@ def describe_predictions(
     }
     for name, values in (groups or {}).items():
         result[f"by_{name}"] = grouped_metrics(
-            predictions, labels, values, label_names, probabilities, outputs.get("is_unknown"), num_samples
+            predictions, labels, values, label_names, probabilities, outputs.get("is_unknown"), num_samples, speakers
         )
     corpora = with_mean(result.get("by_corpus", {}), "corpus")
     if "mean over corpora" in corpora:
@@ -281,6 +292,7 @@ def describe_rows(
     train_outputs: Outputs | None = None,
     class_counts: list[int] | None = None,
     num_samples: int = 1000,
+    speakers: list[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     Score every row, and the simple answers that the model has to beat on the same clips.
@@ -292,12 +304,18 @@ def describe_rows(
         train_outputs: of the training clips, for the row `linear_probe`, which is left out without them.
         class_counts: training clips per class, for the row `majority`; by default those of `train_outputs`.
         num_samples: resamples for the intervals.
+        speakers: of each clip of the split, for the intervals, as of `bootstrap_classification`.
     Returns: row name -> metrics.
     """
-    described = {}
+
+    def of_row(values: list, outputs: Outputs) -> list:
+        return [values[index] for index in outputs["index"]]
+
+    described, speakers_of_row = {}, {}
     for name, outputs in rows.items():
-        own = {key: [values[i] for i in outputs["index"]] for key, values in (groups or {}).items()}
-        described[name] = describe_predictions(outputs, label_names, own, num_samples)
+        own = {key: of_row(values, outputs) for key, values in (groups or {}).items()}
+        speakers_of_row[name] = None if speakers is None else of_row(speakers, outputs)
+        described[name] = describe_predictions(outputs, label_names, own, num_samples, speakers_of_row[name])
     labels = rows["model"]["labels"]
     others = {}
     if train_outputs is not None:
@@ -307,7 +325,7 @@ def describe_rows(
     if class_counts:
         others["majority"] = np.full(len(labels), np.argmax(class_counts))
     for name, predictions in others.items():
-        described[name] = describe_decisions(predictions, labels, label_names, num_samples)
+        described[name] = describe_decisions(predictions, labels, label_names, num_samples, speakers_of_row["model"])
     return described
 
 

@@ -27,7 +27,7 @@ from mmser.distillation import NEEDS_FROZEN_AUDIO, DistilledDataset, TeacherLogi
 from mmser.division import describe_division
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
 from mmser.files import write_atomically
-from mmser.groups import split_groups
+from mmser.groups import split_groups, split_speakers
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
 from mmser.model_loading import encoder_name, load_config, load_label_names
@@ -478,7 +478,9 @@ def _evaluate(trainer: MMSERTrainer, data: TrainingData, examples: Examples) -> 
         if name in data.splits:
             split = data.splits[name]
             rows = predict_rows(trainer, split, examples.for_evaluation)
-            results[name] = describe_rows(rows, data.label_names, split_groups(split), trainer.train_outputs)
+            results[name] = describe_rows(
+                rows, data.label_names, split_groups(split), trainer.train_outputs, speakers=split_speakers(split)
+            )
             known = rows["model"]
             if tasks := trainer.model.config.auxiliary_tasks:
                 described = describe_tasks(known, split_targets(split), tasks)

@@ -201,6 +201,30 @@ def test_bootstrap_of_matrices_is_the_bootstrap_of_clips():
     np.testing.assert_allclose(intervals["accuracy"], exact, atol=0.0101)  # the count of right clips is binomial
 
 
+def test_bootstrap_of_speakers_is_that_of_whole_speakers():
+    """Against drawing the speakers by hand, with scikit-learn's metric: the same interval up to chance."""
+    rng = np.random.default_rng(4)
+    speakers = np.repeat(np.arange(15), rng.integers(4, 30, size=15))
+    labels = rng.integers(4, size=len(speakers))
+    is_right = rng.random(len(speakers)) < np.linspace(0.2, 1, 15)[speakers]  # some speakers are easier than others
+    predictions = np.where(is_right, labels, (labels + rng.integers(1, 4, size=len(labels))) % 4)
+    names = [f"corpus/{speaker}" for speaker in speakers]
+    interval = bootstrap_classification(predictions, labels, LABEL_NAMES, num_samples=4000, speakers=names)
+    values = []
+    for _ in range(800):
+        rows = np.concatenate([np.flatnonzero(speakers == drawn) for drawn in rng.integers(15, size=15)])
+        values.append(sklearn.metrics.f1_score(labels[rows], predictions[rows], average="weighted"))
+    np.testing.assert_allclose(interval["weighted_f1"], np.quantile(values, [0.025, 0.975]), atol=0.02)
+    over_clips = bootstrap_classification(predictions, labels, LABEL_NAMES, num_samples=4000)["weighted_f1"]
+    assert np.ptp(interval["weighted_f1"]) > 1.5 * np.ptp(over_clips)  # clips of a speaker are alike
+    alone = bootstrap_classification(predictions, labels, LABEL_NAMES, 4000, speakers=np.arange(len(labels)).tolist())
+    np.testing.assert_allclose(alone["weighted_f1"], over_clips, atol=0.01)
+    few = [f"speaker {speaker % 9}" for speaker in speakers]
+    assert bootstrap_classification(predictions, labels, LABEL_NAMES, 4000, speakers=few)["weighted_f1"] == over_clips
+    with pytest.raises(ValueError, match="`speakers` 3"):
+        bootstrap_classification([0, 1], [0, 1], LABEL_NAMES, speakers=["a", "b", "c"])
+
+
 def test_bootstrap_of_missing_classes_and_single_clips():
     assert set(bootstrap_classification([0, 1, 1], [0, 1, 1], LABEL_NAMES).values()) == {(1.0, 1.0)}
     assert set(bootstrap_classification([2], [3], LABEL_NAMES).values()) == {(0.0, 0.0)}

@@ -14,6 +14,7 @@ import torch
 from tiny_corpus import parse_strict_json
 
 from mmser.groups import split_groups
+from mmser.metrics import bootstrap_classification
 from mmser.results import advise, describe_data, format_results
 from mmser.scores import (
     describe_predictions,
@@ -131,6 +132,26 @@ def test_describe_predictions_agrees_with_scikit_learn():
     german = sklearn.metrics.accuracy_score(labels[1::2], predictions[1::2])
     assert result["by_language"]["de"]["accuracy"] == pytest.approx(german)
     assert result["by_language"]["en"]["count"] == 100
+
+
+def test_intervals_draw_the_speakers_where_enough_are_known():
+    outputs = fake_outputs(np.random.default_rng(3).integers(4, size=60))
+    index = np.arange(60)[::-1]  # another order than that of the split
+    split_order = [f"speaker {row // 5}" for row in range(60)]
+    groups = {"language": ["en"] * 55 + ["de"] * 5}
+    rows = describe_rows({"model": {**outputs, "index": index}}, NAMES, groups, outputs, speakers=split_order)
+    own, predictions = [split_order[row] for row in index], outputs["logits"].argmax(1)
+    expected = bootstrap_classification(predictions, outputs["labels"], NAMES, speakers=own)
+    assert rows["model"]["weighted_f1_interval"] == expected["weighted_f1"]
+    assert rows["model"]["speakers"] == rows["linear_probe"]["speakers"] == 12
+    english = index < 55
+    expected = bootstrap_classification(
+        predictions[english], outputs["labels"][english], NAMES, speakers=np.array(own)[english].tolist()
+    )
+    assert rows["model"]["by_language"]["en"]["weighted_f1_interval"] == expected["weighted_f1"]
+    few = describe_rows({"model": {**outputs, "index": index}}, NAMES, speakers=["one"] * 60)["model"]
+    assert "speakers" not in few
+    assert few == describe_rows({"model": {**outputs, "index": index}}, NAMES)["model"]
 
 
 def test_the_linear_probe_reads_the_fused_vectors():
