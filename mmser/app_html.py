@@ -8,7 +8,7 @@ import base64
 import html
 from collections.abc import Sequence
 
-from mmser.prediction_files import UNKNOWN, answer
+from mmser.prediction_files import SILENCE, UNKNOWN, answer
 from mmser.prediction_run import Prediction
 from mmser.prediction_screen import counts_of, in_words, shares_of_time
 from mmser.timed_files import clock
@@ -124,7 +124,10 @@ def over_time(prediction: Prediction, picture: bytes, table: bytes) -> str:
     shares = shares_of_time(prediction.segments)
     told = _escaped(f"Timeline of {prediction.input.name}. {shares}. The table below has every segment.")
     image = f'<img alt="{told}" src="{_address(picture, "image/png")}" />'
-    rows = [[clock(one.start, 1), clock(one.end, 1), *_cells(one.scores, one.error)] for one in prediction.segments]
+    rows = []
+    for one in prediction.segments:
+        cells = [SILENCE, "", ""] if one.is_silent else _cells(one.scores, one.error)
+        rows.append([clock(one.start, 1), clock(one.end, 1), *cells])
     return _inside(
         f"<p>{_escaped(shares)}.</p>",
         f'<div class="scroll" tabindex="0" role="region" aria-label="Timeline">{image}</div>',

@@ -313,6 +313,7 @@ def plot_timeline(
     speakers: Sequence[str] = (),
     title: str = "",
     waveform: Any = None,
+    seconds: float | None = None,
 ) -> Path:
     """A recording over time: the scores as stacked bars, the answers as a strip above; for each speaker, if known.
     A waveform is drawn above them, in the colours of the answers.
@@ -325,7 +326,8 @@ def plot_timeline(
         path: of the picture.
         speakers: of each segment.
         title: of the picture.
-        waveform: [N, 2], the lowest and the highest sample of N equal times, from 0 to the end of the last segment.
+        waveform: [N, 2], the lowest and the highest sample of N equal times, from 0 to the end of the picture.
+        seconds: where the picture ends; by default at the end of the last segment.
     """
     names = check_label_names(label_names)
     spans = check_floats(times, "times", num_dimensions=2)
@@ -333,6 +335,7 @@ def plot_timeline(
     who = np.array(list(speakers) or [""] * len(spans))
     if not len(spans) == len(heights) == len(answers) == len(who):
         raise ValueError("`times`, `scores`, `answers` and `speakers` must have a row for each segment.")
+    end = spans[:, 1].max() if seconds is None else seconds
     rows = list(dict.fromkeys(who.tolist()))
     num_extra = int(waveform is not None)
     figure = _new_figure(9.0, 1.3 + 1.5 * len(rows) + 0.9 * num_extra)
@@ -358,16 +361,16 @@ def plot_timeline(
             style = styles[names.index(answer)] if answer in names else rejected
             axes.bar(start, 0.2, width, 1.08, align="edge", **style)
         _label(axes, "", "", row or "score")
-        axes.set(xlim=(0, spans[:, 1].max()), ylim=(0, 1.3), yticks=[0, 0.5, 1, 1.18])
+        axes.set(xlim=(0, end), ylim=(0, 1.3), yticks=[0, 0.5, 1, 1.18])
         axes.set_yticklabels(["0", ".5", "1", "answer"])
         axes.spines["left"].set_bounds(0, 1)
         axes.tick_params(axis="y", length=0)
-    panels[-1].set_xlabel("time (minutes:seconds)" if spans.max() < 3600 else "time (hours:minutes:seconds)")
-    panels[-1].xaxis.set_major_locator(_time_ticks(spans.max()))
+    panels[-1].set_xlabel("time (minutes:seconds)" if end < 3600 else "time (hours:minutes:seconds)")
+    panels[-1].xaxis.set_major_locator(_time_ticks(end))
     panels[-1].xaxis.set_major_formatter(lambda value, _: clock(value))
     if waveform is not None:
         colours = [styles[names.index(one)]["facecolor"] if one in names else GREY for one in answers]
-        _draw_waveform(top, check_floats(waveform, "waveform", num_dimensions=2), spans, colours)
+        _draw_waveform(top, check_floats(waveform, "waveform", num_dimensions=2), spans, colours, end)
     top.set_title(title, loc="left", fontweight="bold")
     for name, style in zip(names, styles, strict=True):
         panels[0].bar(0, 0, 0, **style, label=name)
@@ -376,9 +379,9 @@ def plot_timeline(
     return _save(figure, path, legend_columns=len(names) + 1)
 
 
-def _draw_waveform(axes: Any, outline: np.ndarray, spans: np.ndarray, colours: Sequence[Any]) -> None:
+def _draw_waveform(axes: Any, outline: np.ndarray, spans: np.ndarray, colours: Sequence[Any], seconds: float) -> None:
     """The lowest and highest samples [N, 2] over time, each segment [S, 2] in its colour."""
-    edges = np.linspace(0, spans[:, 1].max(), len(outline) + 1)
+    edges = np.linspace(0, seconds, len(outline) + 1)
     times, values, middles = np.repeat(edges, 2)[1:-1], np.repeat(outline, 2, axis=0), (edges[1:] + edges[:-1]) / 2
     for (start, end), colour in zip(spans, colours, strict=True):
         is_inside = np.repeat((start <= middles) & (middles < end), 2)

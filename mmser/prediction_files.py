@@ -24,6 +24,7 @@ from mmser.timed_files import Span, format_audacity, format_rttm, format_srt
 
 AUXILIARY = "auxiliary_"  # in front of the columns of other tasks
 UNKNOWN = "unknown"  # the answer to a clip that is none of the classes
+SILENCE = "silence"  # that of a segment in which nothing can be heard
 ABOUT_A_CLIP = ("score", "uncertainty", "unknown_probability", "is_unknown")
 
 
@@ -78,6 +79,7 @@ def draw(prediction: Prediction, labels: Sequence[str], path: Path, waveform: An
         speakers=[segment.speaker for segment in segments],
         title=Path(prediction.input.name).name,
         waveform=waveform,
+        seconds=max(segment.end for segment in prediction.segments),
     )
 
 
@@ -116,7 +118,9 @@ def table_rows(predictions: Sequence[Prediction], labels: Sequence[str], by_segm
             continue
         for segment in prediction.segments:
             about = {"start": segment.start, "end": segment.end, "speaker": segment.speaker, "text": segment.text}
-            rows.append({"file": one.name, **about, **_columns(segment.scores, labels), "error": segment.error})
+            columns = _columns(segment.scores, labels)
+            columns["answer"] = SILENCE if segment.is_silent else columns["answer"]
+            rows.append({"file": one.name, **about, **columns, "error": segment.error})
         if not prediction.segments:  # one that cannot be read has a row too
             about = {"start": None, "end": None, "speaker": "", "text": ""}
             rows.append({"file": one.name, **about, **_columns([], labels), "error": one.error})

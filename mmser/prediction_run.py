@@ -27,9 +27,12 @@ from mmser.names import Named, reading
 from mmser.prediction_arguments import PredictionArguments
 from mmser.prediction_inputs import Input, add_texts, find_inputs, measure, reason, speaker_turns
 from mmser.timed_files import Span
+from mmser.voice_activity import Silence
 from modeling_mmser import register_auto_classes
 from pipeline_mmser import MMSEROnnxConfig, mean_over_time, text_of_chunk
 from processing_mmser import MMSERPipeline
+
+UNHEARD = "nothing can be heard in it"
 
 
 @dataclass
@@ -40,8 +43,9 @@ class Segment:
     Args:
         start, end (`float`, seconds): its times.
         scores (`list`): a dict for each label, best first, as the pipeline gives them with `return_uncertainty=True`;
-            empty with an error.
+            empty with an error, and in silence.
         speaker, text, error (`str`): as far as there is one.
+        is_silent (`bool`): nothing can be heard in it, and nothing is known to be said.
     """
 
     start: float
@@ -50,6 +54,7 @@ class Segment:
     speaker: str = ""
     text: str = ""
     error: str = ""
+    is_silent: bool = False
 
 
 @dataclass
@@ -309,15 +314,26 @@ def _classify_recording(
     except (ValueError, OSError) as error:
         one.error = reason(error, one)
         return
+    if turns is None:
+        take_silence_out(done, one.source, classifier.processor.feature_extractor.sampling_rate)
     answered = [segment for segment in done if segment.scores]
     if not answered:
-        one.error = done[0].error if done else "no turn of a speaker lies in it"
+        one.error = (done[0].error or UNHEARD) if done else "no turn of a speaker lies in it"
         return
     prediction.segments = done
     prediction.scores = mean_over_time(
         [{"timestamp": (segment.start, segment.end), "scores": segment.scores} for segment in answered]
     )
     one.seconds = one.seconds or done[-1].end
+
+
+def take_silence_out(segments: Sequence[Segment], audio: Any, rate: int) -> None:
+    """Drop what the model says of the segments of a recording in which nothing is heard: it is as sure of silence as
+    of speech. What is said in a segment, as far as it is known, has an answer without any sound."""
+    silence = Silence(stream_audio(audio, None, rate), rate)
+    for segment in segments:
+        if not segment.text and silence.holds(segment.start, segment.end):
+            segment.scores, segment.is_silent = [], True
 
 
 def _chunks(
@@ -367,7 +383,7 @@ def _turns(
                 is_outside = not len(samples)
                 segment.error = "begins after the recording" if is_outside else f"shorter than {MIN_SECONDS} s"
             elif np.abs(samples).max() <= SILENT:
-                segment.error = "nothing can be heard in it"
+                segment.error = UNHEARD
             else:
                 yield {"raw": samples, "sampling_rate": rate, "text": text}
 

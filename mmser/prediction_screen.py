@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from mmser.prediction_arguments import PredictionArguments
-from mmser.prediction_files import UNKNOWN, answer, likeliest
+from mmser.prediction_files import SILENCE, UNKNOWN, answer, likeliest
 from mmser.prediction_run import Prediction, Segment
 from mmser.tables import format_table, without_controls
 from mmser.timed_files import clock
@@ -254,6 +254,7 @@ def _segments_table(predictions: Sequence[Prediction], screen: Screen) -> str:
             times = {"start": clock(segment.start, 1), "end": clock(segment.end, 1)}
             about = {"speaker": segment.speaker, "text": segment.text}
             cells = _cells(segment.scores, segment.error, screen)
+            cells["answer"] = SILENCE if segment.is_silent else cells["answer"]
             rows.append({"file": one.input.name, **times, **about, **cells})
         if not one.segments:
             rows.append({"file": one.input.name, **_cells([], one.error, screen)})
@@ -266,8 +267,9 @@ def shares_of_time(segments: Sequence[Segment]) -> str:
     """How much of the time has which answer."""
     times: Counter[str] = Counter()
     for segment in segments:
-        if segment.scores:
-            name = NONE_OF_THESE if answer(segment.scores) == UNKNOWN else answer(segment.scores)
+        if segment.scores or segment.is_silent:
+            name = answer(segment.scores) or SILENCE
+            name = NONE_OF_THESE if name == UNKNOWN else name
             times[name] += segment.end - segment.start  # type: ignore[assignment]  # a sum of seconds
     whole = sum(times.values())
     shares = ", ".join(f"{name} {100 * time / whole:.0f} %" for name, time in times.most_common())
@@ -287,7 +289,7 @@ def _timeline(prediction: Prediction, screen: Screen, top_k: int | None) -> str:
         rows[f"{speaker} {NONE_OF_THESE}".strip()] = (UNKNOWN, own)
     names = max(map(len, rows))
     cells = max(20, screen.width - names - 5)
-    end = max(segment.end for segment in segments)
+    end = max(segment.end for segment in prediction.segments)
     lines = [f"  {'':<{names}} {_ruler(end, cells)}"]
     for name, (label, own) in rows.items():
         if label != UNKNOWN or any(answer(segment.scores) == UNKNOWN for segment in own):

@@ -32,7 +32,7 @@ from mmser import __version__
 from mmser.prediction_arguments import BATCH_SIZE, CHUNK_SECONDS, LONG_SECONDS
 from mmser.prediction_files import nested
 from mmser.prediction_inputs import Input, reason
-from mmser.prediction_run import Prediction, Segment, hide_moot_unknown
+from mmser.prediction_run import UNHEARD, Prediction, Segment, hide_moot_unknown, take_silence_out
 from pipeline_mmser import mean_over_time
 from processing_mmser import MMSERPipeline
 
@@ -91,10 +91,12 @@ class Verdict(BaseModel):
 
 
 class SegmentVerdict(Verdict):
-    """Of a segment; its times are in seconds."""
+    """Of a segment; its times are in seconds. Where nothing is heard the answer is "silence", and scores are null."""
 
     start: float
     end: float
+    score: float | None  # type: ignore[assignment]
+    scores: dict[str, float | None]  # type: ignore[assignment]
 
 
 class Answer(Verdict):
@@ -169,8 +171,13 @@ def classify_upload(
             prediction.segments.append(Segment(start, end, chunk["scores"]))
             if given_up is not None and given_up.is_set():
                 raise GivenUp
-        spans = [{"timestamp": (part.start, part.end), "scores": part.scores} for part in prediction.segments]
-        prediction.scores = mean_over_time(spans)
+        take_silence_out(prediction.segments, {"bytes": sound}, classifier.processor.feature_extractor.sampling_rate)
+        heard = [part for part in prediction.segments if part.scores]
+        if not heard:
+            raise ValueError(f"file: {UNHEARD}.")
+        prediction.scores = mean_over_time(
+            [{"timestamp": (part.start, part.end), "scores": part.scores} for part in heard]
+        )
     else:
         item = {**({} if sound is None else {"bytes": sound}), **({} if text is None else {"text": text})}
         prediction.scores = classifier(item, return_uncertainty=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`VoiceActivity`: which moments of a stream are loud enough, against the noise of the place, to be speech.
+"""`VoiceActivity`: which moments of a stream are loud enough, against the noise of the place, to be speech; `Silence`:
+where a recording has none.
 
 Energy with two thresholds (Rabiner & Sambur 1975, An algorithm for determining the endpoints of isolated utterances,
 Bell System Technical Journal 54(2)) above a noise floor that follows the place: the minimum of the smoothed power over
@@ -8,7 +9,9 @@ statistics, IEEE Transactions on Speech and Audio Processing 9(5), here for the 
 voices: music, or other people, are speech to it.
 """
 
+import math
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.signal import butter, sosfilt, sosfilt_zi
@@ -21,6 +24,7 @@ FIRST_FLOOR, LOWEST_FLOOR = -55.0, -70.0  # dB full scale: at most at the start,
 ON, OFF = 9.0, 5.0  # dB above the floor
 START_FRAMES = 3  # as many in a row above ON start speech: a click is shorter
 LEAD_FRAMES = 5  # before them are speech too: a word may begin softly
+LOUD = 0.01  # -40 dB full scale: what is louder is no silence of a recording, even if it is steady as noise is
 HANGOVER_FRAMES = 15  # as many in a row below OFF end it: a pause between words is shorter
 
 
@@ -104,3 +108,33 @@ class VoiceActivity:
         self._minimum = min(self._minimum, self._power)
         self._count += 1
         return max(min(self._minimum, self._lowest), _ratio(LOWEST_FLOOR))
+
+
+class Silence:
+    """
+    Where a whole recording is silent: no speech is heard, and nothing is louder than `LOUD`.
+
+    The second keeps speech in a loud and steady noise, which `VoiceActivity` may take for the noise.
+
+    Args:
+        blocks: the samples of shape (time,), in order, of any lengths.
+        sampling_rate (`int`, Hz): of the samples.
+    """
+
+    def __init__(self, blocks: Iterable[np.ndarray], sampling_rate: int):
+        activity, flags, peaks, rest = VoiceActivity(sampling_rate), [], [], np.zeros(0, dtype=np.float32)
+        self.sampling_rate, self.frame_length = sampling_rate, activity.frame_length
+        for block in blocks:
+            flags += activity.push(block)
+            samples = np.concatenate([rest, block])
+            count = len(samples) // self.frame_length
+            whole, rest = np.split(samples, [count * self.frame_length])
+            peaks.append(np.abs(whole).reshape(count, self.frame_length).max(axis=1, initial=0.0))
+        self._is_speech = np.array(flags + activity.flush(), dtype=bool)
+        self._peaks = np.concatenate(peaks) if peaks else np.zeros(0)
+
+    def holds(self, start: float, end: float) -> bool:
+        """Whether there is nothing but silence between two times, in seconds."""
+        first, last = (math.ceil(round(time * self.sampling_rate) / self.frame_length) for time in (start, end))
+        peaks = self._peaks[first:last]
+        return len(peaks) > 0 and not self._is_speech[first:last].any() and bool(peaks.max() <= LOUD)

@@ -468,7 +468,7 @@ def test_the_prediction_commands_leave_what_the_page_says(story):
     assert all(row["text"] and not row["error"] for row in rows)
     columns = [*rows[0], "start", "end", "speaker"]
     said = PAGES["docs/use.md"].split("The columns are", 1)[1].split("\n\n")[0]
-    named = set(re.findall(r"`(\w+)`", said)) - {"unknown"}
+    named = set(re.findall(r"`(\w+)`", said)) - {"unknown", "silence"}
     assert named == {name for name in columns if not name.startswith("score_")}
     (meeting,) = json.loads((folder / "meeting.json").read_text(encoding="utf-8"))
     assert {segment["speaker"] for segment in meeting["segments"]} == {"anna", "ben"}

@@ -31,6 +31,7 @@ from mmser.prediction_inputs import find_inputs
 from mmser.prediction_run import cut_out
 from mmser.timed_files import Span, clock, format_rttm, format_srt, read_rttm, read_srt
 from modeling_mmser import register_auto_classes
+from pipeline_mmser import mean_over_time
 from processing_mmser import MMSERPipeline
 
 ROOT = Path(__file__).parents[1]
@@ -399,6 +400,37 @@ def test_a_long_recording_is_cut_and_among_others_it_is_one_row(predict, place):
     assert_row(second, place.classifier(str(place.clips / "a.wav"), return_uncertainty=True))
     both = predict("long.wav", "clips/a.wav", *LONG, "--segments", "--format", "jsonl").out.splitlines()
     assert [Path(json.loads(line)["file"]).name for line in both] == ["long.wav"] * len(alone) + ["a.wav"]
+
+
+def test_silence_in_a_long_recording_has_no_emotion(predict, place, tmp_path):
+    path = tmp_path / "pauses.wav"
+    soundfile.write(path, np.concatenate([tone(1, 200), np.zeros(2 * RATE), tone(1, 900), np.zeros(2 * RATE)]), RATE)
+    (found,) = json.loads(predict(path, *LONG, "--format", "json").out)
+    chunks = place.classifier(str(path), **CHUNKS)["chunks"]
+    silent = [segment["answer"] == "silence" for segment in found["segments"]]
+    assert silent == [all(1.3 < time < 3 or time > 4.3 for time in chunk["timestamp"]) for chunk in chunks]
+    assert sum(silent) >= 2 and len(silent) - sum(silent) >= 2
+    heard = [chunk for chunk, is_silent in zip(chunks, silent, strict=True) if not is_silent]
+    expected = {entry["label"]: entry["score"] for entry in mean_over_time(heard)}
+    assert found["scores"] == pytest.approx(expected, abs=1e-5)
+    for segment, is_silent in zip(found["segments"], silent, strict=True):
+        assert (segment["label"] == "") == (segment["uncertainty"] is None) == is_silent and segment["error"] == ""
+    done = predict(path, *LONG, "--plot", tmp_path / "over_time.png")
+    assert done.code == 0 and done.out.count("| silence ") == sum(silent) and re.search(r"silence \d+ %", done.out)
+    for name in ("srt", "rttm", "audacity"):
+        assert "silence" not in predict(path, *LONG, "--format", name).out
+    words = tmp_path / "pauses.srt"  # who knows what is said there is not told that nothing is
+    words.write_text(f"1\n{srt(1.9)} --> {srt(2.3)}\nstop it now\n", encoding="utf-8")
+    (told,) = json.loads(predict(path, "--transcripts", words, *LONG, "--format", "json").out)
+    answers = {segment["text"]: segment["answer"] for segment in told["segments"]}
+    assert answers["stop it now"] not in ("", "silence")
+
+
+def test_a_recording_of_a_quiet_room_is_not_classified(predict, tmp_path):
+    path = tmp_path / "room.wav"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.001, 3 * RATE), RATE)
+    done = predict(path, *LONG)
+    assert done.code == 1 and f"{path}: nothing can be heard in it" in done.err + done.out
 
 
 def test_a_text_without_times_is_not_shared_out_over_segments(predict, place):

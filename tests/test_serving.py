@@ -142,6 +142,21 @@ def test_a_long_recording_has_segments(port, classifier, monkeypatch):
     )
 
 
+def test_silence_in_a_long_recording_has_no_answer(port, monkeypatch):
+    monkeypatch.setattr(serving, "LONG_SECONDS", 1.0)
+    monkeypatch.setattr(serving, "CHUNK_SECONDS", 0.6)
+    samples, file = soundfile.read(io.BytesIO(wav(1.2)))[0], io.BytesIO()
+    soundfile.write(file, np.concatenate([samples, np.zeros(24_000)]), 16000, format="WAV")
+    status, answer, _ = ask(port, body=form(file.getvalue()))
+    assert status == 200
+    assert [part["answer"] == "silence" for part in answer["segments"]] == [
+        part["start"] > 1.5 for part in answer["segments"]
+    ]
+    soundfile.write(file := io.BytesIO(), np.random.default_rng(0).normal(0, 0.001, 24_000), 16000, format="WAV")
+    status, answer, _ = ask(port, body=form(file.getvalue()))
+    assert (status, answer["detail"]) == (422, "file: nothing can be heard in it.")
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

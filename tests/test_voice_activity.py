@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies
 
 from benchmarks.noisy_speech import mix, pink_noise
 from demo.synthesize_corpus import Espeak, Prosody
-from mmser.voice_activity import FRAME_SECONDS, LEAD_FRAMES, START_FRAMES, VoiceActivity
+from mmser.voice_activity import FRAME_SECONDS, LEAD_FRAMES, START_FRAMES, Silence, VoiceActivity
 
 RATE = 16000
 FRAME = round(FRAME_SECONDS * RATE)
@@ -125,3 +125,17 @@ def test_how_samples_come_does_not_matter(cuts, rate, loud):
     delay = 3 * RATE // activity.frame_length - len(found)
     assert delay == START_FRAMES + LEAD_FRAMES - 1
     assert found + activity.flush() == decide(samples, rate).tolist()
+
+
+def test_a_recording_is_silent_where_nothing_is_said_and_nothing_is_loud():
+    rng = np.random.default_rng(0)
+    room = 10 ** (-60 / 20) * rng.standard_normal(6 * RATE)
+    voice = 0.1 * rng.standard_normal(2 * RATE) * np.sin(np.arange(2 * RATE) * 6 * np.pi / RATE) ** 2  # six syllables
+    fan = 0.05 * rng.standard_normal(8 * RATE)  # steady: it is no speech after four seconds, and yet no silence
+    samples = np.concatenate([room, voice, room, fan, np.zeros(RATE + 7)]).astype(np.float32)
+    silences = [Silence([samples], RATE), Silence(np.array_split(samples, [5, 5000, 5001, 99_999]), RATE)]
+    assert not decide(samples)[round(20 / FRAME_SECONDS) : round(22 / FRAME_SECONDS)].any()
+    for silence in silences:
+        pieces = [(0, 2), (2, 5.5), (5, 7), (6, 8), (7.5, 9), (9, 13.8), (13, 15), (16, 18), (20, 22), (22, 23)]
+        assert [silence.holds(*times) for times in pieces] == [True] * 2 + [False] * 3 + [True] + [False] * 3 + [True]
+        assert not silence.holds(23.5, 24) and not Silence([], RATE).holds(0, 1)  # nothing is known of these
