@@ -76,7 +76,7 @@ class MMSERStream:
     has heard its piece and the context behind it, which is `stride_length_s` long. Little more than two chunks are
     held, however long the stream is. A model that takes texts is asked without one.
 
-    A stream has no lock: push from one thread at a time. Several streams may share one model in the same thread.
+    A stream has no lock: push from one thread at a time. Several streams, each in its thread, may share a pipeline.
 
     Example:
         >>> stream = MMSERStream(classifier, sampling_rate=48000)

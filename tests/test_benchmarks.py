@@ -95,6 +95,7 @@ def committed_tables():
         fusion,
         head_depth,
         judged,
+        load,
         never_heard,
         noise,
         open_set,
@@ -130,6 +131,7 @@ def committed_tables():
     tables |= {"bad_data": table(read_results(RESULTS / "bad_data.json")[0]["rows"], str)}
     tables |= {"faults": table(read_results(RESULTS / "faults.json")[0]["rows"], "{:.2g}".format)}
     tables |= {"fuzz": table(read_results(RESULTS / "fuzz.json")[0]["rows"], str)}
+    tables |= {"load": load.make_table(read_results(RESULTS / "load.json")[0]["rows"])}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])

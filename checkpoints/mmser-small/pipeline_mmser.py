@@ -62,6 +62,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 TEXT_KEYS = ("text", "transcription")
+PROCESS = SimpleNamespace(number=os.getpid())  # that imported this module, or its fork that has computed since
 AUXILIARY = "auxiliary_"  # in front of the name of a task, where its output has to have a name of its own
 
 
@@ -478,6 +479,24 @@ def _size(item) -> tuple[float, int]:
     return seconds, characters
 
 
+def compute_in_a_fork() -> None:
+    """
+    Let a process that was forked compute with one thread, from its first call on and until it says otherwise.
+
+    GNU OpenMP does not survive a fork: where the parent has computed with several threads, a fork that does so too
+    hangs (https://github.com/pytorch/pytorch/issues/17199). The workers of a DataLoader have one thread as well.
+    """
+    if os.getpid() == PROCESS.number:
+        return
+    PROCESS.number = os.getpid()
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        logger.warning(
+            "This process was forked, and with several threads of torch it might hang: it computes with one. Start "
+            "workers by spawning them where each of them is to have more."
+        )
+
+
 class MMSERPipeline(Pipeline):
     """Audio classification with optional text: `pipeline("audio-classification", model, trust_remote_code=True)`.
 
@@ -631,6 +650,7 @@ class MMSERPipeline(Pipeline):
 
     def preprocess(self, inputs, sampling_rate: int | None = None) -> dict[str, Any]:  # type: ignore[override]
         """One input of any kind -> model inputs with a batch axis of 1, as NumPy arrays."""
+        compute_in_a_fork()
         audio, text, own_rate, name = _unpack(inputs, TEXT_KEYS)
         sampling_rate = own_rate or sampling_rate
         has_words = text is not None and not (isinstance(text, str) and not text.strip())
@@ -778,6 +798,7 @@ class MMSERPipeline(Pipeline):
             yield {"timestamp": times[number], "scores": labels}
 
     def _forward(self, input_tensors, **forward_parameters):
+        compute_in_a_fork()
         inputs = BatchFeature(input_tensors, tensor_type="pt").to(self.device, dtype=self.dtype)
         outputs = self.model(**inputs)
         names = ("logits", "uncertainty", "unknown_probability", "is_unknown")
