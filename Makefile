@@ -13,7 +13,12 @@ RECIPE ?= recipes/demo.json
 # Processes that share the tests
 JOBS ?= 2
 
-.PHONY: demo app test format lint docs docs-check clean
+# What `make test-oldest` runs: the files that reach into other packages, in a few minutes
+OLDEST_TESTS ?= tests/test_configuration.py tests/test_modeling.py tests/test_processing.py tests/test_trainer.py \
+	tests/test_train_hf.py tests/test_predict.py tests/test_prediction_parts.py tests/test_loading.py \
+	tests/test_serving.py tests/test_lora.py tests/test_search.py tests/test_export.py tests/test_openmax.py
+
+.PHONY: demo app test test-oldest test-newest format lint docs docs-check clean
 
 # One thread computes (the tensors are small) while the data are decoded on the other cores
 demo: $(VENV)/installed $(DEMO)/corpus $(DEMO)/tokenizer $(DEMO)/non_speech
@@ -37,6 +42,24 @@ app: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# The oldest versions that setup.cfg allows, in an environment of their own
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python -m pytest -n $(JOBS) $(OLDEST_TESTS)
+
+$(VENV)-oldest/installed: setup.cfg tests/oldest_versions.py
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/python tests/oldest_versions.py > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
+		--editable ".[av,onnx,report,app,live,lora,search,serve,dev]"
+	touch $@
+
+# The newest ones that there are, today
+test-newest:
+	rm -rf $(VENV)-newest
+	$(MAKE) test VENV=$(VENV)-newest
 
 # The reference of all public names and commands, as pages for a browser
 docs: $(VENV)/installed
@@ -63,4 +86,4 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(DEMO)

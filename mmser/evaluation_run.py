@@ -190,6 +190,8 @@ def store_calibration(
     if not changed:
         logger.info(f"Calibrating changed nothing: {folder} is as it was.")
         return folder
+    # The weights are mapped from the file that is about to be replaced, which Windows refuses: no more of them is
+    model._apply(torch.clone)
     # The code too: older code might read the calibration in another way
     with files_together(folder, last=WEIGHT_FILES) as hidden, tempfile.TemporaryDirectory() as temporary:
         model.save_pretrained(hidden)
