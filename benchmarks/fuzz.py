@@ -623,7 +623,9 @@ def _media_process(cases: int, number: int, are_bombs: bool, answers: Any) -> No
         if are_bombs
         else (spoilt(content, rng) for content in itertools.islice(itertools.cycle(originals.values()), cases))
     )
-    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmSize: 0 kB"
+    status = (
+        Path("/proc/self/status").read_text(encoding="utf-8") if Path("/proc/self/status").exists() else "VmSize: 0 kB"
+    )
     size = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmSize"))
     first = next(items)  # what makes the bombs is made without the limit
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
@@ -691,7 +693,7 @@ def with_total(rows: Sequence[Row]) -> list[Row]:
 
 def resident() -> float:
     """MB of memory that this process takes now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 

@@ -533,7 +533,7 @@ def test_workers_map_the_files_themselves(splits, tmp_path):
     torch.testing.assert_close(logits(model, cached), expected, atol=0, rtol=0)
     assert not cached[0]["audio_states"].flags.writeable
     maps = Path("/proc/self/maps")
-    assert not maps.exists() or all(str(path) in maps.read_text() for path in shards(tmp_path))
+    assert not maps.exists() or all(str(path) in maps.read_text(encoding="utf-8") for path in shards(tmp_path))
 
 
 def test_files_are_verified_once(splits, tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_a_failure_is_told_and_stops_only_what_needs_it(script, done, flags, mon
     assert "study / next, seed 0: RuntimeError: not done, because this failed: study / bad, seed 0" in printed.err
     assert "Not finished: bad; next" in printed.out and "0.600 ± 0.141" in printed.out
     output = Path(flags[-1])
-    assert [row["seeds"] for row in json.loads(output.read_text())["rows"]] == [[], [], [0, 2]]
+    assert [row["seeds"] for row in json.loads(output.read_text(encoding="utf-8"))["rows"]] == [[], [], [0, 2]]
     assert script.main([*flags, "--list", "--rows", "go*"]) == 0
     assert "0, 2" in capsys.readouterr().out
     # the tables come from the two files alone

@@ -351,7 +351,7 @@ def test_a_folder_that_no_trainer_wrote_stays_beside_the_run_that_is_deleted(sta
 
 def test_the_card_of_a_deleted_run_goes_unless_somebody_changed_it(started):
     (started / "model_card.md").write_text((started / "README.md").read_text())
-    with open(started / "README.md", "a") as file:
+    with open(started / "README.md", "a", encoding="utf-8") as file:
         file.write("mine\n")
     delete_run(started)
     assert [path.name for path in started.glob("*.md")] == ["README.md"]

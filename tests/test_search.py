@@ -29,7 +29,7 @@ class Trainings:
         self.recipes, self.fails = [], fails
 
     def __call__(self, words):
-        recipe = json.loads(Path(words[0]).read_text())
+        recipe = json.loads(Path(words[0]).read_text(encoding="utf-8"))
         self.recipes.append(recipe)
         if self.fails(len(self.recipes)):
             raise ValueError("The loss is not finite")
