@@ -43,7 +43,7 @@ PICTURES = (CURVES_NAME, "evaluation/plots/*.png", "plots/*.png")  # of the trai
 REPORT = "evaluation/report.md"
 # What the code of a checkpoint imports, and `handler.py`; the versions are those of setup.cfg
 REQUIREMENTS = (
-    *("huggingface_hub>=1.0", "numpy>=1.26", "safetensors>=0.4", "scipy>=1.15", "soundfile>=0.13", "soxr>=0.5"),
+    *("huggingface_hub>=1.31", "numpy>=1.26", "safetensors>=0.8", "scipy>=1.15", "soundfile>=0.13", "soxr>=0.5"),
     *("torch>=2.6", "transformers>=5.23"),
 )
 ONNX_REQUIREMENT = "onnxruntime>=1.22"

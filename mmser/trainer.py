@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import transformers.trainer
 from huggingface_hub import upload_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,7 +33,6 @@ from transformers.trainer_utils import (
     IntervalStrategy,
     SaveStrategy,
     has_length,
-    rotate_checkpoints,
 )
 from transformers.utils import PushInProgress, is_torch_xla_available, logging
 
@@ -299,8 +299,7 @@ class MMSERTrainer(Trainer):
             self._watch.end()
         self._check_weights()
         if self.args.should_save:  # a run that was killed after it saved the last one has not come to that
-            folder, limit = self.args.output_dir, self.args.save_total_limit
-            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+            self._delete_older(self.args.output_dir)
         self._note_untrained_modalities()
         return output
 
@@ -448,10 +447,25 @@ class MMSERTrainer(Trainer):
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self._is_saving_checkpoint, self._checkpoint_files.folder = True, folder
         try:
-            with self._with_average(), naming_full_disk(folder):
+            with self._with_average(), naming_full_disk(folder), without_stock_rotation():
                 super()._save_checkpoint(model, trial)
         finally:
             self._is_saving_checkpoint, self._checkpoint_files.folder = False, None
+        if self.args.should_save:
+            self._delete_older(folder.parent)
+
+    def _delete_older(self, output_dir: str | os.PathLike) -> None:
+        """
+        Delete the oldest checkpoints beyond `save_total_limit`, neither the best nor the last one; no other folder.
+
+        The library goes by the times of folders, and takes `checkpoint-mine` for one of them.
+        """
+        folders, limit = checkpoints_of(output_dir), self.args.save_total_limit or 0
+        kept = {folders[0]} if folders else set()
+        kept |= {folder for folder in folders if str(folder) == str(Path(self.state.best_model_checkpoint or ""))}
+        excess = len(folders) - max(limit, len(kept)) if limit > 0 else 0
+        for folder in [each for each in reversed(folders) if each not in kept][: max(excess, 0)]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As usual; the files of all processes are there when the state is written, which says that they are."""
@@ -971,6 +985,17 @@ def _fit_targets(model: MMSERForAudioClassification, dataset: EmotionDataset) ->
             f"The training set has no targets of {', '.join(missing)}, which the model will not learn: load it with "
             "`auxiliary_tasks=model.config.auxiliary_tasks`, and see `derive_targets` of `mmser.targets`."
         )
+
+
+@contextlib.contextmanager
+def without_stock_rotation():
+    """Let the library save a checkpoint without deleting others."""
+    stock = transformers.trainer.rotate_checkpoints
+    transformers.trainer.rotate_checkpoints = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers.trainer.rotate_checkpoints = stock
 
 
 def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:

@@ -9,6 +9,7 @@ import errno
 import json
 import logging as python_logging
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -856,14 +857,34 @@ def test_a_checkpoint_that_is_replaced_is_half_written_from_the_start(splits, tm
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
-def test_what_an_interrupted_deletion_left_is_deleted(splits, tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_what_an_interrupted_deletion_left_is_deleted(splits, tmp_path, seconds):
+    """Whatever the times of the folders are: one that is no checkpoint was deleted, or counted as the newest."""
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
-    make_trainer(tiny_model(), splits, tmp_path, save_total_limit=9, **saving).train()
+    first = make_trainer(tiny_model(), splits, tmp_path, save_total_limit=9, **saving)
+    first.add_callback(Pause(seconds))
+    first.train()
     (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()  # killed while deleting it, and before deleting 2
-    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-mine")
+    mine = ["checkpoint-2-mine", "checkpoint-mine"]
+    for name in mine:
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    os.utime(tmp_path / "checkpoint-2-mine", (0, 0))
     trainer = make_trainer(tiny_model(), splits, tmp_path, save_total_limit=2, **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["checkpoint-3", "checkpoint-4", *mine])
+    further = make_trainer(tiny_model(), splits, tmp_path, save_total_limit=2, **{**saving, "max_steps": 6})
+    further.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["checkpoint-5", "checkpoint-6", *mine])
+
+
+class Pause(TrainerCallback):
+    """Waits after each checkpoint: a second between the first and the last makes the library trust their times."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_save(self, args, state, control, **kwargs):
+        time.sleep(self.seconds)
 
 
 def test_a_run_that_goes_on_from_its_last_step_takes_no_further_one(splits, tmp_path):
