@@ -80,5 +80,5 @@ def log_mel_probe(train: EmotionDataset, evaluated: EmotionDataset) -> dict[str,
         probe.fit(features, labels, groups=speakers)
     else:
         probe.fit(features, labels)
-    speakers = split_speakers(evaluated.dataset)
-    return {"predictions": probe.predict(_statistics(evaluated)), "labels": _labels(evaluated), "speakers": speakers}
+    judged = {"labels": _labels(evaluated), "speakers": split_speakers(evaluated.dataset)}
+    return {"predictions": probe.predict(_statistics(evaluated)), **judged}
