@@ -39,7 +39,7 @@ import export_hf
 import predict_hf
 import train_hf
 from benchmarks.fault_injection import Fault, Run, run
-from benchmarks.tables import Row, parse_arguments, publish, read_results, table
+from benchmarks.tables import Row, parse_arguments, publish, read_results, table, three_digits
 from mmser.results import environment
 from mmser.trainer import last_complete_checkpoint
 from modeling_mmser import register_auto_classes
@@ -354,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report, _ = read_results(options.output)
     else:
         report = {"environment": environment(), "rows": measure_all(options.cases, options.commands, options.kinds)}
-    publish({"faults": table(report["rows"], "{:.2g}".format)}, report, [], options)
+    publish({"faults": table(report["rows"], three_digits)}, report, [], options)
     return dict(report)
 
 

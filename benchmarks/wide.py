@@ -43,6 +43,9 @@ from mmser.results import environment
 
 EPOCHS = 8  # of about 7,000 clips: 875 steps
 START = Schedule(epochs=EPOCHS)
+AVERAGED = replace(START, weight_averaging=0.998)
+EQUAL_LAYERS = replace(START, lr_multipliers={"layer_weights": 0.0})  # all layers of the encoder count alike
+NONE = WITHOUT["none of these"]
 BLOCKS = {"classifier_norm_first": True, "classifier_drop_path_rate": 0.5}  # of every trial that says nothing else
 SPEAKERS, CORPORA = "speakers held out", "corpora held out"
 CORPUS_FOLDS = 4
@@ -67,7 +70,10 @@ TRIALS: dict[str, Trial | None] = {
     "no mixup": Trial({"mixup_alpha": 0.0}),
     "sampling temperature 3": Trial(schedule=replace(START, sampling_temperature=3.0)),
     "sampling temperature 2": Trial(schedule=replace(START, sampling_temperature=2.0)),
-    "weight averaging": Trial(schedule=replace(START, weight_averaging=0.998)),
+    "weight averaging": Trial(schedule=AVERAGED),
+    "weight averaging, none of these": Trial(NONE, AVERAGED),
+    "layer weights not learned": Trial(schedule=EQUAL_LAYERS),
+    "layer weights not learned, none of these": Trial(NONE, EQUAL_LAYERS),
     "four layers": Trial(layers=5),
     "twice the epochs": Trial(schedule=replace(START, epochs=2 * EPOCHS)),
     "hides the corpus": Trial(schedule=replace(START, hides_corpus=True)),
@@ -82,7 +88,10 @@ TRIALS: dict[str, Trial | None] = {
     "slower blocks": Trial(schedule=replace(START, lr_multipliers={"classifier": 0.5})),
     "without EmoSpeechCmd": Trial(leaves_out=("EmoSpeechCmd",)),
 }
-WITH_CORPORA = (ALL, "no blocks", "none of these", SMALL, "sampling temperature 3", "hides the corpus")
+WITH_CORPORA = (
+    *(ALL, "no blocks", "none of these", SMALL, "sampling temperature 3", "hides the corpus"),
+    *("layer weights not learned", "layer weights not learned, none of these"),
+)
 
 
 def load_both(options: argparse.Namespace) -> Clips:
