@@ -108,7 +108,7 @@ def committed_tables():
         speed,
         wide,
     )
-    from benchmarks.tables import read_results, table
+    from benchmarks.tables import read_results, table, three_digits
 
     report, lines = read_results(RESULTS / "real_speech.json")
     tables = real_speech_tables.make_tables(report, lines)
@@ -129,7 +129,7 @@ def committed_tables():
     tables |= soft_targets.make_tables(read_results(RESULTS / "soft_targets.json")[1])
     tables |= {"adapters": adapters.make_table(read_results(RESULTS / "adapters.json")[1])}
     tables |= {"bad_data": table(read_results(RESULTS / "bad_data.json")[0]["rows"], str)}
-    tables |= {"faults": table(read_results(RESULTS / "faults.json")[0]["rows"], "{:.2g}".format)}
+    tables |= {"faults": table(read_results(RESULTS / "faults.json")[0]["rows"], three_digits)}
     tables |= {"fuzz": table(read_results(RESULTS / "fuzz.json")[0]["rows"], str)}
     tables |= {"load": load.make_table(read_results(RESULTS / "load.json")[0]["rows"])}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
