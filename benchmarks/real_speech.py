@@ -139,6 +139,7 @@ TUNING = [
     Row(LORA, "tuning", STAGE_2, changes={"lora_rank": 16}, starts_from=HEARD, note="adapters in place of all weights")
 ]
 BOTH_SETS: Tree = {"table": "wide", "data": "wide"}
+EQUAL_LAYERS = f"{WIDE}, layer weights not learned"
 NORM_AFTER = tuple(f"{name}, norm after each block" for name in (WIDE, WIDE_TUNED))
 AS_PUBLISHED = config(classifier_norm_first=False, classifier_drop_path_rate=0.0)
 WIDE_ROWS = [
@@ -146,6 +147,7 @@ WIDE_ROWS = [
     Row("frozen encoder + linear probe, both sets", function="linear probe", once=True, **BOTH_SETS),
     Row(WIDE, recipe=WIDE_1, keep=True, **BOTH_SETS),
     Row(WIDE_TUNED, recipe=WIDE_2, starts_from=WIDE, keep=True, **BOTH_SETS),
+    Row(EQUAL_LAYERS, recipe=WIDE_1, changes={"lr_multipliers": {"layer_weights": 0.0}}, **BOTH_SETS),
     Row(NORM_AFTER[0], recipe=WIDE_1, changes=AS_PUBLISHED, keep=True, **BOTH_SETS),
     Row(NORM_AFTER[1], recipe=WIDE_2, changes={"sampling_temperature": None}, starts_from=NORM_AFTER[0], **BOTH_SETS),
 ]
