@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import sys
+import types
 from pathlib import Path, PureWindowsPath
 
 ROOT = Path(__file__).parents[1]
@@ -53,18 +54,21 @@ def in_use(path: str | os.PathLike) -> bool:
     return any(name == real or name.startswith(f"{real}/") for name in open_files())
 
 
-def is_ours(frame) -> bool:
-    """Whether code of this repository calls, perhaps by way of pathlib; libraries know which system this is."""
+def our_caller(frame) -> types.FrameType | None:
+    """The frame, if code of this repository calls, perhaps by way of pathlib; libraries know which system this is."""
     while frame is not None and frame.f_code.co_filename.endswith("pathlib.py"):
         frame = frame.f_back
-    return frame is not None and Path(frame.f_code.co_filename).is_relative_to(ROOT)
+    if frame is None:
+        return None
+    path = Path(frame.f_code.co_filename)  # the libraries of an environment in the repository are not ours
+    return frame if path.is_relative_to(ROOT) and not path.is_relative_to(sys.prefix) else None
 
 
 def missing_for_us(name: str, call):
     """A call that our code does not find; nobody forks."""
 
     def checked(*arguments, **options):
-        if is_ours(sys._getframe(1)) or name == "os.fork":
+        if our_caller(sys._getframe(1)) or name == "os.fork":
             raise AttributeError(f"Windows: there is no {name}")
         return call(*arguments, **options)
 
@@ -79,7 +83,7 @@ def become_windows(folder: Path) -> None:
     import_module = builtins.__import__
 
     def import_what_is_there(name, *arguments, **options):
-        if name.split(".")[0] in MISSING_MODULES and is_ours(sys._getframe(1)):
+        if name.split(".")[0] in MISSING_MODULES and our_caller(sys._getframe(1)):
             raise ModuleNotFoundError(f"Windows: No module named {name!r}")
         return import_module(name, *arguments, **options)
 
@@ -130,11 +134,8 @@ def watch_encodings() -> None:
     real = builtins.open
 
     def checked(file, mode="r", buffering=-1, encoding=None, *arguments, **options):
-        caller = sys._getframe(1)
-        while caller is not None and caller.f_code.co_filename.endswith("pathlib.py"):
-            caller = caller.f_back
-        is_ours = caller is not None and Path(caller.f_code.co_filename).is_relative_to(ROOT)
-        if "b" not in mode and encoding is None and is_ours:
+        caller = our_caller(sys._getframe(1))
+        if "b" not in mode and encoding is None and caller is not None:
             raise AssertionError(
                 f"{caller.f_code.co_filename}:{caller.f_lineno}: {file} is opened without an encoding"
             )
