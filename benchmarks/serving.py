@@ -195,7 +195,7 @@ def measure_memory(server: Server, request: tuple[bytes, dict[str, str]], reques
             "before, MB": sizes[0],
             "half-way, MB": sizes[half],
             "after, MB": sizes[-1],
-            "slope of the second half, kB per request": 1000 * slope,
+            "slope of the second half, kB per request": round(1000 * slope, 3),
         }
     ]
 
