@@ -90,6 +90,11 @@ def answer(scores: Sequence[dict]) -> str:
     return UNKNOWN if scores[0].get("is_unknown") else scores[0]["label"]
 
 
+def answer_of(segment: Segment) -> str:
+    """As `answer`, and "silence" where nothing can be heard."""
+    return SILENCE if segment.is_silent else answer(segment.scores)
+
+
 def confidence(scores: Sequence[dict]) -> float | None:
     """The probability of the answer, as far as the model gives one."""
     if not scores:
@@ -118,8 +123,7 @@ def table_rows(predictions: Sequence[Prediction], labels: Sequence[str], by_segm
             continue
         for segment in prediction.segments:
             about = {"start": segment.start, "end": segment.end, "speaker": segment.speaker, "text": segment.text}
-            columns = _columns(segment.scores, labels)
-            columns["answer"] = SILENCE if segment.is_silent else columns["answer"]
+            columns = _columns(segment.scores, labels) | {"answer": answer_of(segment)}
             rows.append({"file": one.name, **about, **columns, "error": segment.error})
         if not prediction.segments:  # one that cannot be read has a row too
             about = {"start": None, "end": None, "speaker": "", "text": ""}

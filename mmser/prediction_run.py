@@ -316,15 +316,18 @@ def _classify_recording(
         return
     if turns is None:
         take_silence_out(done, one.source, classifier.processor.feature_extractor.sampling_rate)
-    answered = [segment for segment in done if segment.scores]
-    if not answered:
+    scores = mean_scores(done)
+    if not scores:
         one.error = (done[0].error or UNHEARD) if done else "no turn of a speaker lies in it"
         return
-    prediction.segments = done
-    prediction.scores = mean_over_time(
-        [{"timestamp": (segment.start, segment.end), "scores": segment.scores} for segment in answered]
-    )
+    prediction.segments, prediction.scores = done, scores
     one.seconds = one.seconds or done[-1].end
+
+
+def mean_scores(segments: Iterable[Segment]) -> list[dict]:
+    """The mean over time of the segments that have scores; empty if none has."""
+    spans = [{"timestamp": (one.start, one.end), "scores": one.scores} for one in segments if one.scores]
+    return mean_over_time(spans) if spans else []
 
 
 def take_silence_out(segments: Sequence[Segment], audio: Any, rate: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from mmser.prediction_arguments import PredictionArguments
-from mmser.prediction_files import SILENCE, UNKNOWN, answer, likeliest
+from mmser.prediction_files import SILENCE, UNKNOWN, answer, answer_of, likeliest
 from mmser.prediction_run import Prediction, Segment
 from mmser.tables import format_table, without_controls
 from mmser.timed_files import clock
@@ -267,8 +267,7 @@ def shares_of_time(segments: Sequence[Segment]) -> str:
     """How much of the time has which answer."""
     times: Counter[str] = Counter()
     for segment in segments:
-        if segment.scores or segment.is_silent:
-            name = answer(segment.scores) or SILENCE
+        if name := answer_of(segment):
             name = NONE_OF_THESE if name == UNKNOWN else name
             times[name] += segment.end - segment.start  # type: ignore[assignment]  # a sum of seconds
     whole = sum(times.values())

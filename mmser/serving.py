@@ -32,8 +32,7 @@ from mmser import __version__
 from mmser.prediction_arguments import BATCH_SIZE, CHUNK_SECONDS, LONG_SECONDS
 from mmser.prediction_files import nested
 from mmser.prediction_inputs import Input, reason
-from mmser.prediction_run import UNHEARD, Prediction, Segment, hide_moot_unknown, take_silence_out
-from pipeline_mmser import mean_over_time
+from mmser.prediction_run import UNHEARD, Prediction, Segment, hide_moot_unknown, mean_scores, take_silence_out
 from processing_mmser import MMSERPipeline
 
 PAGE = Path(__file__).parent / "serving_page.html"
@@ -172,12 +171,9 @@ def classify_upload(
             if given_up is not None and given_up.is_set():
                 raise GivenUp
         take_silence_out(prediction.segments, {"bytes": sound}, classifier.processor.feature_extractor.sampling_rate)
-        heard = [part for part in prediction.segments if part.scores]
-        if not heard:
+        prediction.scores = mean_scores(prediction.segments)
+        if not prediction.scores:
             raise ValueError(f"file: {UNHEARD}.")
-        prediction.scores = mean_over_time(
-            [{"timestamp": (part.start, part.end), "scores": part.scores} for part in heard]
-        )
     else:
         item = {**({} if sound is None else {"bytes": sound}), **({} if text is None else {"text": text})}
         prediction.scores = classifier(item, return_uncertainty=True)

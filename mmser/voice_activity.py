@@ -33,6 +33,13 @@ def _ratio(decibels: float) -> float:
     return 10 ** (decibels / 10)
 
 
+def _cut_into_frames(rest: np.ndarray, samples: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What was left and what comes next -> the frames [N, length] that are whole, and what is left now."""
+    samples = np.concatenate([rest, samples])
+    whole, rest = np.split(samples, [len(samples) // length * length])
+    return whole.reshape(-1, length), rest.copy()
+
+
 class VoiceActivity:
     """
     Tells of each frame of `FRAME_SECONDS` whether it is speech, `START_FRAMES + LEAD_FRAMES - 1` frames later.
@@ -64,10 +71,8 @@ class VoiceActivity:
         Returns:
             Of the next frames that are decided now, in order, whether they are speech.
         """
-        samples = np.concatenate([self._rest, samples])
-        count = len(samples) // self.frame_length
-        whole, self._rest = np.split(samples, [count * self.frame_length])
-        self._rest = self._rest.copy()
+        frames, self._rest = _cut_into_frames(self._rest, samples, self.frame_length)
+        whole, count = frames.ravel(), len(frames)
         if not count:
             return []
         if self._filter_state is None:  # as if the first sample had lasted for ever: an offset is no click
@@ -126,10 +131,8 @@ class Silence:
         self.sampling_rate, self.frame_length = sampling_rate, activity.frame_length
         for block in blocks:
             flags += activity.push(block)
-            samples = np.concatenate([rest, block])
-            count = len(samples) // self.frame_length
-            whole, rest = np.split(samples, [count * self.frame_length])
-            peaks.append(np.abs(whole).reshape(count, self.frame_length).max(axis=1, initial=0.0))
+            frames, rest = _cut_into_frames(rest, block, self.frame_length)
+            peaks.append(np.abs(frames).max(axis=1, initial=0.0))
         self._is_speech = np.array(flags + activity.flush(), dtype=bool)
         self._peaks = np.concatenate(peaks) if peaks else np.zeros(0)
 
