@@ -63,6 +63,7 @@ class FakeInput:
 
 @pytest.fixture
 def sounddevice(monkeypatch):
+    microphone.logger.warning_once.cache_clear()  # another test of this process may have warned
     module = types.ModuleType("sounddevice")
     module.InputStream = type("InputStream", (FakeInput,), {"made": []})
     module.PortAudioError = PortAudioError
