@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow.parquet
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -47,7 +48,8 @@ from modeling_mmser import register_auto_classes
 # What the commands import late, so that the forks have it
 LATE = (
     *("mmser.adaptation", "mmser.evaluation_run", "mmser.export", "mmser.microphone", "mmser.prediction_run"),
-    *("mmser.prediction_screen", "mmser.publishing", "mmser.report", "mmser.search", "mmser.training_run"),
+    *("mmser.prediction_parts", "mmser.prediction_screen", "mmser.publishing", "mmser.report", "mmser.search"),
+    "mmser.training_run",
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 KINDS = ("operation", "within a file", "moment", "full disk", "read-only")
@@ -68,6 +70,8 @@ class Campaign(NamedTuple):
         parts: by the name of a file that says that something is whole: patterns of what it is made of.
         earlier: arguments of the run that was there before; None for none.
         start: a folder with what was there before both.
+        goes_on: from the folder after a fault, what the command must say when it is given again.
+        check: of the folder at the end: what is wrong with it.
     """
 
     main: Callable[[list[str]], Any]
@@ -75,6 +79,8 @@ class Campaign(NamedTuple):
     parts: Mapping[str, Sequence[str]]
     earlier: Callable[[Path], list[str]] | None = None
     start: Path | None = None
+    goes_on: Callable[[Path], str] = lambda folder: ""
+    check: Callable[[Path], list[str]] = lambda folder: []
 
 
 # ---- what is in a folder -------------------------------------------------------------------------------------------
@@ -150,15 +156,16 @@ def suffer(campaign: Campaign, folder: Path, fault: Fault, whole: Mapping, curve
     is_refused = fault.kind in ("full disk", "read-only")
     if is_refused and first.code and (first.said.count("error: ") != 1 or "Traceback" in first.said):
         problems.append(("wrong", f"no clear error: {first.said[-2000:]}"))
-    checkpoint = last_complete_checkpoint(folder)
+    must_say = campaign.goes_on(folder)
     again = run(campaign.main, arguments, folder)
     for one in (first, again):
         problems += [("hung", one.said[-300:])] if one.code is None else []
-    if again.code or (checkpoint and f"Resuming from {checkpoint}" not in again.said):
+    if again.code or must_say not in again.said:
         problems.append(("lost", again.said[-2000:]))
     now, own = contents(folder), losses(folder)
     problems += [("wrong", f"{name} at the end") for name in {*now, *whole} if now.get(name) != whole.get(name)]
     problems += [("wrong", f"step and name {key} at the end") for key in own.keys() ^ curve.keys()]
+    problems += [] if again.code else [("wrong", problem) for problem in campaign.check(folder)]
     difference = max((abs(own[key] - curve[key]) for key in own.keys() & curve.keys()), default=0.0)
     return Outcome(first.code != 0, problems, difference, first.seconds + again.seconds)
 
@@ -199,6 +206,8 @@ def undisturbed(name: str, campaign: Campaign, arguments: Callable[[Path], list[
     done = run(campaign.main, arguments(folder), folder)
     if done.code:
         raise RuntimeError(f"{name} fails without a fault: {done.said[-3000:]}")
+    if problems := campaign.check(folder):
+        raise RuntimeError(f"{name} is wrong without a fault: {', '.join(problems)}")
     return done
 
 
@@ -255,6 +264,26 @@ def make_checkpoint(folders: Sequence[str]) -> None:
     tiny_corpus.tiny_processor().save_pretrained(folders[0])
 
 
+def resumes(folder: Path) -> str:
+    """What a training says that goes on from a checkpoint; nothing where there is none."""
+    checkpoint = last_complete_checkpoint(folder)
+    return f"Resuming from {checkpoint}" if checkpoint else ""
+
+
+def makes_the_rest(folder: Path, parts: int) -> str:
+    """What a prediction in parts says that makes those alone that are not there."""
+    missing = parts - len(list(folder.glob("answers/parts/part-*")))
+    return f" 1 of {missing} to make\n" if missing else "Written: "
+
+
+def not_each_once(folder: Path, clips: Path) -> list[str]:
+    """Clips that are not there once, and in their order, in the one file of all answers."""
+    path = folder / "answers" / "answers.parquet"
+    answers = pyarrow.parquet.read_table(path)["file"].to_pylist() if path.is_file() else []
+    expected = sorted(str(path) for path in clips.glob("*.wav"))
+    return [] if answers == expected else [f"the answers are to {answers}, not to {expected}"]
+
+
 def campaigns(base: Path) -> dict[str, Campaign]:
     """All of them; `base` has the corpus, the tokenizer and a checkpoint."""
     corpus, checkpoint = base / "corpus", base / "start" / "checkpoint"
@@ -266,7 +295,8 @@ def campaigns(base: Path) -> dict[str, Campaign]:
             named = {name: folder / value if name == "cache_encoder_states" else value for name, value in more.items()}
             return tiny_corpus.tiny_flags(corpus, folder, base / "tokenizer", **steps, **named)
 
-        return Campaign(train_hf.main, arguments, {"model.safetensors": usable, "README.md": ("*",)})
+        whole = {"model.safetensors": usable, "README.md": ("*",)}
+        return Campaign(train_hf.main, arguments, whole, goes_on=resumes)
 
     def evaluate(folder: Path, **more: Any) -> list[str]:
         return flags(
@@ -287,6 +317,10 @@ def campaigns(base: Path) -> dict[str, Campaign]:
     def predict(folder: Path, split: str = "test") -> list[str]:
         own = flags(checkpoint=checkpoint, output=folder / "answers.csv", overwrite=True, device="cpu")
         return [str(corpus / split), *own]
+
+    def predict_in_parts(folder: Path) -> list[str]:
+        own = flags(checkpoint=checkpoint, output_dir=folder / "answers", part_size=2, device="cpu")
+        return [str(corpus / "test"), *own]
 
     frozen = {"freeze_audio": True, "freeze_text": True, "cache_encoder_states": "states", "augmented_copies": 2}
     part = functools.partial
@@ -316,6 +350,13 @@ def campaigns(base: Path) -> dict[str, Campaign]:
             part(to_export, format="safetensors", dtype="float16"),
         ),
         "predict": Campaign(predict_hf.main, predict, {}, part(predict, split="validation")),
+        "predict in parts": Campaign(
+            predict_hf.main,
+            predict_in_parts,
+            {"answers/answers.parquet": ("answers/run.json", "answers/parts/*")},
+            goes_on=part(makes_the_rest, parts=8),
+            check=part(not_each_once, clips=corpus / "test"),
+        ),
     }
 
 

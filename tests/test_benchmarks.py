@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -550,10 +551,31 @@ def test_what_a_user_would_take_for_whole(now, wrong):
 
 
 @needs_fork
-def test_a_training_that_was_killed_ends_as_one_that_was_not(tmp_path):
-    command = [sys.executable, SCRIPT.parent / "faults.py", "--cases", "1", "--commands", "train, frozen, cached"]
+def test_a_command_that_was_killed_ends_as_one_that_was_not(tmp_path):
+    names = ["train, frozen, cached", "predict in parts"]
+    command = [sys.executable, SCRIPT.parent / "faults.py", "--cases", "1", "--commands", *names]
     command += ["--kinds", "operation", "--output", tmp_path / "faults.json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
-    (row,) = json.loads((tmp_path / "faults.json").read_text())["rows"]
-    assert row["cases"] == row["hit"] == 1
-    assert row["lost"] == row["wrong"] == row["hung"] == row["largest difference"] == 0
+    rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
+    assert [row["command"] for row in rows] == names
+    assert all(row["cases"] == row["hit"] == 1 for row in rows)
+    assert not any(row[problem] for row in rows for problem in ("lost", "wrong", "hung"))
+    assert rows[0]["largest difference"] == 0
+
+
+@needs_fork
+def test_answers_in_parts_are_checked(tmp_path):
+    from benchmarks import faults
+
+    folder = tmp_path / "answers"
+    (folder / "parts").mkdir(parents=True)
+    assert faults.makes_the_rest(tmp_path, 2) == " 1 of 2 to make\n"
+    for number in range(2):
+        (folder / "parts" / f"part-{number}").touch()
+        (tmp_path / f"{number}.wav").touch()
+    assert faults.makes_the_rest(tmp_path, 2) == "Written: "
+    clips = [str(tmp_path / f"{number}.wav") for number in range(2)]
+    assert faults.not_each_once(tmp_path, tmp_path), "there is no file of all answers"
+    for answered, is_right in ((clips, True), (clips[:1], False), ([*clips, clips[0]], False), (clips[::-1], False)):
+        pyarrow.parquet.write_table(pyarrow.table({"file": answered}), folder / "answers.parquet")
+        assert (not faults.not_each_once(tmp_path, tmp_path)) == is_right
