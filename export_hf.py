@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> "ExportReport":
     from transformers.utils import logging
 
     from mmser.export import export_checkpoint
+    from mmser.results import next_steps
     from mmser.vocabulary import read_texts
 
     logging.set_verbosity_warning()
@@ -56,7 +57,9 @@ def main(arguments: list[str] | None = None) -> "ExportReport":
         opset=options.opset,
         overwrite=options.overwrite_output_dir,
     )
-    print(f"{report}\nThe export is in {report.folder}")
+    data = data_arguments.flags if data_arguments.name else ("--data_dir", "DATA")
+    steps = "\n".join(next_steps(report.folder, data))
+    print(f"{report}\nThe export is in {report.folder}\n\nWhat comes next\n{steps}")
     return report
 
 

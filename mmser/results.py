@@ -129,13 +129,18 @@ def advise(results: Mapping[str, Any]) -> list[str]:
 
 
 def next_steps(folder: str | Path, data: Sequence[str]) -> list[str]:
-    """What can be done with a checkpoint, a command a line. `data`: the flags that name its clips."""
+    """
+    What can be done with a checkpoint or an export, a command a line. `data`: the flags that name its clips; an ONNX
+    file alone cannot be judged by a command.
+    """
     own = shlex.quote(str(folder))
     steps = [
         f"  use it:         mmser predict clip.wav --checkpoint {own}",
         f"  judge it:       mmser eval --checkpoint {own} {shlex.join(data)}",
     ]
     config = Path(folder) / "config.json"
+    if any(Path(folder).glob("*.onnx")):
+        return steps if any(Path(folder).glob("*.safetensors")) else steps[:1]
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("int8_weights"):
         return steps  # it is small
     small = shlex.quote(f"{folder}-int8")

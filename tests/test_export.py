@@ -38,6 +38,7 @@ from mmser.export import (
 )
 from mmser.metrics import softmax
 from mmser.quantization import quantize_onnx
+from mmser.results import next_steps
 from mmser.stream import MMSERStream
 from modeling_mmser import MMSERForAudioClassification, MMSEROutput, register_auto_classes
 from processing_mmser import MMSEROnnxForAudioClassification, MMSERPipeline
@@ -352,6 +353,12 @@ def test_the_command_line(tmp_path, capsys):
         "largest differences to PyTorch, onnx" in printed and "largest differences to PyTorch, safetensors" in printed
     )
     assert str(tmp_path / "small") in printed and str(report.trimmed) in printed
+    assert f"mmser eval --checkpoint {tmp_path / 'small'} --data_dir DATA" in printed
+    assert "make it small" not in printed
+    (tmp_path / "small" / "model.safetensors").rename(tmp_path / "weights")  # an ONNX file alone is not judged
+    steps = next_steps(tmp_path / "small", ("--data_dir", "DATA"))
+    assert [step.split()[:2] for step in steps] == [["use", "it:"]]
+    (tmp_path / "weights").rename(tmp_path / "small" / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
     model = MMSERForAudioClassification.from_pretrained(tmp_path / "small")
