@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 EPILOG = "A mistake ends in one sentence and exit code 2, with --debug in a traceback."
 POSITIONAL = "positional"  # in the metadata of a field: its values stand on the command line without a flag
+KINDS = {int: "a whole number", float: "a number", string_to_bool: "true or false", str: "a text"}
 
 
 class FlagParser(HfArgumentParser):
@@ -48,6 +49,8 @@ class FlagParser(HfArgumentParser):
         self._essentials = essentials or {}
         self._shows_all = not essentials
         self._is_intermixing = False
+        kinds = list(kinds)
+        self._texts = set().union(*map(_texts_of, kinds))
         super().__init__(
             kinds,
             prog=Path(sys.argv[0]).name,
@@ -124,15 +127,54 @@ class FlagParser(HfArgumentParser):
         }
 
     def set_recipe(self, recipe: dict[str, Any], name: str) -> None:
-        """Take the values of a recipe as defaults; raises ValueError for a key that is no flag."""
+        """
+        Take the values of a recipe as defaults.
+
+        Raises:
+            ValueError: a key is no flag, or a value of another kind than that of its flag.
+        """
         destination = self.destinations()
         unknown = sorted(set(recipe) - set(destination))
         if unknown:
             raise ValueError(f"{name} has the unknown key {unknown[0]}: {_hint(unknown[0], destination)}")
         given = {destination[key]: value for key, value in recipe.items()}
+        for key, value in recipe.items():
+            self._check_kind(f"{name}: {key}", value, destination[key])
         self.set_defaults(**given)
         for action in self._actions:
             action.required = action.required and action.dest not in given
+
+    def _check_kind(self, where: str, value: Any, destination: str) -> None:
+        """Raise ValueError for a value of a recipe that its flag could not have."""
+        action = next(one for one in self._actions if one.dest == destination and one.const is not False)
+        kind: Any = action.type
+        is_free = kind not in KINDS or (kind is str and destination not in self._texts)
+        if is_free or (value is None and action.default in (None, argparse.SUPPRESS)):
+            return
+        several = action.nargs in ("+", "*") and isinstance(value, list)
+        if several and all(_fits(one, kind) for one in value):
+            return
+        if not several and (isinstance(value, str) or _fits(value, kind)):  # a text is read as on the command line
+            return
+        what = f"{KINDS[kind]}, or a list of such" if action.nargs in ("+", "*") else KINDS[kind]
+        raise ValueError(f"{where} must be {what}, got {json.dumps(value):.80}.")
+
+
+def _texts_of(kind: type) -> set[str]:
+    """The fields of ours that hold a text or texts, and no object of JSON; Transformers checks its own."""
+    own = [vars(base).get("__annotations__", {}) for base in kind.__mro__ if base.__module__.startswith("mmser")]
+    hints = {name: str(hint) for annotations in own for name, hint in annotations.items()}
+    return {name for name, hint in hints.items() if "str" in hint and "dict" not in hint}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of the kind that `argparse` makes of a word by `kind`."""
+    if kind is string_to_bool or isinstance(value, bool):
+        return kind is string_to_bool and isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str)
+    is_number = isinstance(value, (int, float))
+    return is_number and (kind is float or isinstance(value, int) or value.is_integer())
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 """Tests of mmser.flags and mmser.console: flags that are wrong, help, and how a command ends when it cannot work."""
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -39,13 +40,13 @@ COMMANDS = {
     "app": APP_ARGUMENTS,
 }
 WITHOUT_TORCH = """
-import sys
-import {command}
-try:
-    {command}.main({words!r})
-except (SystemExit, ValueError) as error:
-    print(getattr(error, "code", error))
-print("heavy:", sorted({{"torch", "datasets", "scipy"}} & set(sys.modules)))
+import importlib, json, sys
+for command, words in json.loads(sys.argv[1]):
+    try:
+        importlib.import_module(command).main(words)
+    except (SystemExit, ValueError) as error:
+        print(getattr(error, "code", error))
+    print("heavy:", sorted({"torch", "datasets", "scipy"} & set(sys.modules)), end="\\f")
 """
 NO_MEMORY = "The device has not enough memory: lower --batch_size or --max_seconds."
 NO_SPACE = "Free some, and give the same command again."
@@ -73,14 +74,21 @@ def test_the_quick_parser_has_the_flags_of_the_real_one():
     assert defaults <= {"--optim", "--include_for_metrics", "--include-for-metrics"}  # computed in the source
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(("words", "said"), [(["--help"], "usage: "), (["--pleas"], "Unknown flag --pleas")])
-def test_help_and_wrong_flags_do_not_wait_for_torch(command, words, said):
-    needs = command in ("eval_hf", "export_hf")
-    required = ["--checkpoint", "x", "--output_dir", "y"] if needs else []
-    code = WITHOUT_TORCH.format(command=command, words=[*required, *words])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert said in done.stdout and done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
+def test_help_and_wrong_flags_do_not_wait_for_torch():
+    """One process asks all commands, one after the other: what one of them imports stays."""
+    asked, said = [], []
+    for command in COMMANDS:
+        needs = command in ("eval_hf", "export_hf")
+        required = ["--checkpoint", "x", "--output_dir", "y"] if needs else []
+        for words, answer in ((["--help"], "usage: "), (["--pleas"], "Unknown flag --pleas")):
+            asked.append([command, [*required, *words]])
+            said.append(answer)
+    words = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(asked)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    answers = done.stdout.split("\f")[:-1] if done.returncode == 0 else []
+    assert len(answers) == len(asked), done.stderr
+    for (command, _), answer, expected in zip(asked, answers, said, strict=True):
+        assert expected in answer and answer.endswith("heavy: []"), f"{command}: {answer}"
 
 
 @pytest.mark.parametrize(
@@ -212,6 +220,37 @@ def test_a_recipe_that_is_none_is_named(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"The recipe .*list.json must be a JSON object"):
         parse_arguments(TRAINING_ARGUMENTS, [str(tmp_path / "list.json")])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "recipe", "said"),
+    [
+        (TRAINING_ARGUMENTS, {"lora_rank": {"a": 1}}, r"lora_rank must be a whole number, got {\"a\": 1}\."),
+        (TRAINING_ARGUMENTS, {"lora_rank": 2.5}, r"lora_rank must be a whole number, got 2\.5\."),
+        (TRAINING_ARGUMENTS, {"lr": [1]}, r"lr must be a number, got \[1\]\."),
+        (TRAINING_ARGUMENTS, {"augment": 1}, "augment must be true or false, got 1"),
+        (TRAINING_ARGUMENTS, {"augmentations": None}, "augmentations must be a text, or a list of such, got null"),
+        (TRAINING_ARGUMENTS, {"data_dir": [1]}, r"data_dir must be a text, or a list of such, got \[1\]"),
+        (EVALUATION_ARGUMENTS, {"tta": ["x"]}, r"tta must be a whole number, or a list of such, got \[\"x\"\]"),
+        (EXPORT_ARGUMENTS, {"prune": None}, "prune must be a number, got null"),
+        (EXPORT_ARGUMENTS, {"output_dir": 5}, "output_dir must be a text, got 5"),
+    ],
+)
+def test_a_value_of_another_kind_in_a_recipe_is_named(kinds, recipe, said, tmp_path):
+    """As a word on the command line would be; it was an error of Python's, such as "'<' not supported"."""
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=rf"recipe\.json: {said}"):
+        parse_arguments(kinds, [str(tmp_path / "recipe.json")])
+
+
+def test_values_of_the_right_kinds_in_a_recipe_are_taken(tmp_path):
+    recipe = {"data_dir": "x", "label_column": ["a", "b"], "lora_rank": None, "max_steps": 1e3, "epochs": "3"}
+    recipe |= {"config_overrides": {"fusion_dropout": 0.2}, "lr_scheduler_kwargs": {"num_cycles": 1}, "use_cpu": True}
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "lr_scheduler_type": "cosine"}))
+    model, data, training = parse_arguments(TRAINING_ARGUMENTS, [str(tmp_path / "recipe.json")])
+    assert (model.config_overrides, data.data_dir) == ({"fusion_dropout": 0.2}, "x")
+    assert (data.label_column, training.max_steps, training.num_train_epochs) == (["a", "b"], 1000, 3.0)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 1}
 
 
 def test_debug_alone_is_ours_and_with_a_value_the_trainers():
