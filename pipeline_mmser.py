@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import urllib.request
-from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -632,7 +632,8 @@ class MMSERPipeline(Pipeline):
         if function is not None and function not in self.functions:
             raise ValueError(f"`function_to_apply` must be one of {list(self.functions)}, got {function!r}")
         allowed = kwargs.get("allowed_labels")
-        if allowed is not None and (isinstance(allowed, str) or not allowed or not set(allowed) <= set(self.labels)):
+        is_list = isinstance(allowed, Collection) and not isinstance(allowed, str) and len(allowed) > 0
+        if allowed is not None and not (is_list and all(label in self.labels for label in allowed)):
             raise ValueError(f"`allowed_labels` must be a non-empty list out of {self.labels}, got {allowed!r}")
         if kwargs.get("return_set"):
             self._prediction_sets.threshold(check_coverage(kwargs["return_set"]))

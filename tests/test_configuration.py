@@ -253,6 +253,41 @@ def test_labels_with_gaps_or_names_twice_are_refused(labels, message, tmp_path):
     assert MMSERConfig.from_dict(old).num_labels == len(labels)  # what was saved with them loads as it did
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        (
+            {"id2label": {"first": "calm", "1": "loud"}},
+            ValueError,
+            r"ids of `id2label` must be whole numbers, got \['f",
+        ),
+        ({"label2id": {"calm": "0", "loud": None}}, ValueError, r"ids of `label2id` must be whole numbers, got \['0'"),
+        ({"id2label": {0: ["calm"], 1: "loud"}}, TypeError, "`id2label` must have one name for each id"),
+    ],
+)
+def test_labels_that_are_no_ids_and_names_are_refused(fields, kind, message):
+    with pytest.raises(kind, match=message):
+        MMSERConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("modality", "key", "value"),
+    [
+        ("text", "vocab_size", 0),
+        ("text", "hidden_size", -16),
+        ("audio", "hidden_size", 0),
+        ("audio", "num_attention_heads", 0),
+        ("audio", "num_conv_pos_embeddings", 0),
+        ("audio", "num_conv_pos_embedding_groups", 0),
+    ],
+)
+def test_an_encoder_of_nothing_is_refused_by_its_field(modality, key, value):
+    """PyTorch and Transformers divided by zero, or looked up an index that was not there."""
+    encoder = getattr(tiny_config(), f"{modality}_config").to_dict() | {key: value}
+    with pytest.raises(StrictDataclassError, match=rf"`{modality}_config\.{key}` must be at least 1, got"):
+        MMSERConfig(**{f"{modality}_config": encoder})
+
+
 def test_names_of_fields_can_be_checked():
     MMSERConfig.check_fields(["feature_size", "num_labels", "id2label", "label2id", "problem_type"])
     with pytest.raises(TypeError, match="`feature_sise` is no field of MMSERConfig: did you mean `feature_size`"):

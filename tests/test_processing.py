@@ -600,7 +600,7 @@ class TestPipeline:
         some = {entry["label"]: entry["score"] for entry in result}
         total = whole["sad"] + whole["happy"]
         assert some == pytest.approx({label: whole[label] / total for label in ("sad", "happy")}, abs=1e-6)
-        for bad in (["joy"], [], "sad"):
+        for bad in (["joy"], [], "sad", [["sad"]], 5):
             with pytest.raises(ValueError, match=r"neutral.*happy.*sad.*angry"):
                 classifier({"text": "no"}, allowed_labels=bad)
 

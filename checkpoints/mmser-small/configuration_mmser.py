@@ -39,6 +39,12 @@ PADDING_DEPENDENT = {
 
 # Bounds far above any network. A checkpoint of a stranger must not make a machine build one that fills its memory
 LARGEST_SIZE, MOST_LAYERS, LARGEST_NUMBER = 2**16, 2**10, 2**24
+# Fields of encoders that PyTorch fails at with errors of its own, if they are 0
+AT_LEAST_ONE = (
+    *("hidden_size", "d_model", "intermediate_size", "encoder_ffn_dim", "num_attention_heads", "vocab_size"),
+    *("encoder_attention_heads", "conv_dim", "conv_kernel", "conv_stride", "num_conv_pos_embeddings"),
+    *("num_conv_pos_embedding_groups", "max_position_embeddings", "max_source_positions", "num_mel_bins"),
+)
 
 # Names of fields, what their values must fulfil, and the same in words
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
@@ -116,13 +122,13 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 def check_encoder_sizes(config: PreTrainedConfig | None, name: str) -> None:
     """
-    Refuse an encoder that no machine can hold.
+    Refuse an encoder that no machine can hold, or that has nothing to compute with.
 
     Args:
         config: of the encoder; None for none.
         name: of the field that it is in.
     Raises:
-        ValueError: naming the field that is too large.
+        ValueError: naming the field that is too large, or too small.
     """
     for key, values in ({} if config is None else config.to_dict()).items():
         is_width = key.endswith(("_size", "_dim", "d_model")) and key != "vocab_size"
@@ -130,6 +136,8 @@ def check_encoder_sizes(config: PreTrainedConfig | None, name: str) -> None:
         for value in values if isinstance(values, list | tuple) else [values]:
             if isinstance(value, int) and value > limit:
                 raise ValueError(f"`{name}.{key}` must be at most {limit:,}, got {value:,}.")
+            if key in AT_LEAST_ONE and isinstance(value, int) and value < 1:
+                raise ValueError(f"`{name}.{key}` must be at least 1, got {value}.")
 
 
 # Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
@@ -160,9 +168,18 @@ def check_names(given: Iterable[str], known: Iterable[str], kind: str) -> None:
             raise TypeError(f"`{name}` is no {kind}: {hint}")
 
 
+def as_ids(values: Iterable[Any], name: str) -> list[int]:
+    """The ids of classes as numbers, of the field `name`; `ValueError` for what is no whole number."""
+    values = list(values)
+    try:
+        return [int(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The ids of `{name}` must be whole numbers, got {values!s:.80}.") from error
+
+
 def check_labels(id2label: dict) -> None:
     """Raise `ValueError` unless the ids are 0, 1, ... without a gap and no name is there twice."""
-    ids, names = sorted(int(i) for i in id2label), list(id2label.values())
+    ids, names = sorted(as_ids(id2label, "id2label")), list(id2label.values())
     if ids != list(range(len(ids))):
         raise ValueError(f"The ids of `id2label` must be 0 to {len(ids) - 1} without a gap, got {ids}.")
     for name in names:
@@ -436,15 +453,17 @@ class MMSERConfig(PreTrainedConfig):
         for name in ("id2label", "label2id"):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"`{name}` must be a dict, got {getattr(self, name)!r:.80}.")
+            if any(isinstance(value, list | dict) for value in (getattr(self, name) or {}).values()):
+                raise TypeError(f"`{name}` must have one name for each id, got {getattr(self, name)!r:.80}.")
         if self.label2id is not None:
-            self.label2id = {label: int(i) for label, i in self.label2id.items()}
+            self.label2id = dict(zip(self.label2id, as_ids(self.label2id.values(), "label2id"), strict=True))
         if self.id2label is None and self.label2id is not None:
-            self.id2label = {int(i): label for label, i in self.label2id.items()}
+            self.id2label = {i: label for label, i in self.label2id.items()}
         elif self.id2label is None and kwargs.get("num_labels") in (None, len(DEFAULT_LABELS)):
             self.id2label = dict(enumerate(DEFAULT_LABELS))
             self.label2id = {label: i for i, label in self.id2label.items()}
         elif self.id2label is not None and self.label2id is None:
-            self.label2id = {label: int(i) for i, label in self.id2label.items()}
+            self.label2id = dict(zip(self.id2label.values(), as_ids(self.id2label, "id2label"), strict=True))
         if self.id2label is not None and self.transformers_version is None:  # else saved: old checkpoints must load
             check_labels(self.id2label)
         self._complete_encoders()
@@ -484,7 +503,8 @@ class MMSERConfig(PreTrainedConfig):
         if "format_version" not in config_dict and config_dict.get("openmax_threshold") == DEFAULT_REJECTION:
             config_dict = {**config_dict, "openmax_threshold": "fitted"}
         if kwargs.get("id2label"):
-            kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
+            ids = as_ids(kwargs["id2label"], "id2label")
+            kwargs["id2label"] = dict(zip(ids, kwargs["id2label"].values(), strict=True))
             check_labels(kwargs["id2label"])
             kwargs.setdefault("label2id", {label: i for i, label in kwargs["id2label"].items()})
         num_labels = len(kwargs["id2label"]) if kwargs.get("id2label") else kwargs.get("num_labels")
