@@ -3,29 +3,33 @@
 
     python benchmarks/fuzz.py --cases 2500
 
-Each target of `TARGETS` draws cases by Hypothesis and does with them what a user does. A case may be refused, by an
-error that is documented for users; anything else is a fault, and so is a number that is not finite. Media run in a
-process of its own whose memory is limited: files of each container that are cut, changed or lie about their size, and
-some that are made to fill the memory. `tests/test_fuzz.py` runs a small part of it.
+Each target of `TARGETS` draws cases by Hypothesis (`fuzz_cases.py`) and does with them what a user does. A case may be
+refused, by an error that is raised on purpose; anything else is a fault, and so is a number that is not finite. Media
+run in a process of its own whose memory is limited: files of each container that are cut, changed or lie about their
+size, and some that are made to fill the memory. `tests/test_fuzz.py` runs a small part of it.
 """
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
+import linecache
 import multiprocessing
 import os
+import pkgutil
 import queue
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -33,141 +37,64 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertTokenizer, Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, BatchFeature, BertTokenizer, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from tiny import fit_openmax_by_chance, random_predictions  # type: ignore[import-not-found]
+
 from audio_mmser import audio_length, load_audio, stream_audio, why_silent
-from benchmarks.tables import Row, parse_arguments, publish, read_results, table
+from benchmarks import fuzz_cases
+from benchmarks.fuzz_cases import AUDIO_ENCODER, COMMANDS, RATE, SMALL, TEXT_ENCODER
+from benchmarks.tables import ROOT, Row, parse_arguments, publish, read_results, table
 from configuration_mmser import MMSERConfig
-from mmser.arguments import (
-    EVALUATION_ARGUMENTS,
-    EXPORT_ARGUMENTS,
-    TRAINING_ARGUMENTS,
-    read_recipe,
-)
-from mmser.arguments import (
-    parse_arguments as parse_flags,
-)
+from mmser.arguments import parse_arguments as parse_flags
+from mmser.arguments import read_recipe
 from mmser.batches import MMSERDataCollator
 from mmser.label_map import read_label_map
 from mmser.labels import choose_label_names, gather_labels, label_id
 from mmser.loading import load_emotion_dataset
-from mmser.prediction_arguments import PredictionArguments
+from mmser.metrics import softmax
 from mmser.results import environment
 from mmser.sources import Record
-from mmser.timed_files import read_rttm, read_srt
+from mmser.timed_files import format_rttm, read_rttm, read_srt
 from modeling_mmser import MMSERForAudioClassification
+from pipeline_mmser import text_of_chunk
 from processing_mmser import MMSERPipeline, MMSERProcessor
 
 # What a user is told: a refusal (also of Transformers' configurations), a file that cannot be read, a wrong flag
 DOCUMENTED = (ValueError, TypeError, OSError, StrictDataclassError)
 MEMORY = 2**30  # bytes that the process with media may take beyond those that it begins with
 SHOWN = 5  # faults of a target that are kept
-RATE = 16_000
 WORDS = ("what", "a", "joy")
+MANY_WEIGHTS = 300_000  # of a configuration: more are not computed with
 
 
 class Fault(AssertionError):
     """What must not be: a NaN, a score that is none, a changed value."""
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------------
-
-NUMBERS = st.one_of(st.integers(-3, 3), st.integers(), st.floats(), st.sampled_from([1e-300, 1e300, 2**31, -(2**63)]))
-TEXTS = st.one_of(
-    st.text(max_size=20), st.sampled_from(["", " ", "\0", "happy", "1", "nan", "\ud800", "a\tb", "é" * 99])
-)
-JSON_VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
-    max_leaves=6,
-)
-DTYPES = (
-    "float16",
-    "float32",
-    "float64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "bool",
-    "complex64",
-    "U3",
-)
-SHAPES = st.one_of(
-    st.integers(0, 3000).map(lambda size: (size,)),
-    st.tuples(st.integers(0, 3), st.integers(0, 2000)),
-    st.tuples(st.integers(0, 2000), st.integers(0, 3)),
-    st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)),
-    st.just(()),
-)
-SPECIAL = st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 1e13, 3.4e38, -1.0, 32767.0])
+# --- what is done with the cases -------------------------------------------------------------------------------------
 
 
-@st.composite
-def arrays(draw: Any) -> np.ndarray:
-    """Samples of any dtype and shape, loud or quiet, with values in them that are none."""
-    values = np.random.default_rng(draw(st.integers(0, 99))).normal(
-        0, draw(st.sampled_from([0, 1e-6, 0.3, 1e4])), 4096
-    )
-    shape = draw(SHAPES)
-    array = np.resize(values, shape) if np.prod(shape) else np.zeros(shape)
-    for place, value in draw(st.lists(st.tuples(st.integers(0, 4095), SPECIAL), max_size=2)):
-        if array.size:
-            array.flat[place % array.size] = value
-    with np.errstate(all="ignore"):
-        return array.astype(draw(st.sampled_from(DTYPES)))
-
-
-@st.composite
-def speech(draw: Any) -> np.ndarray:
-    """Samples that are in order, of any loudness."""
-    size, level = draw(st.integers(400, 4000)), draw(st.sampled_from([0.0, 1e-30, 1e-3, 0.3, 0.3, 1.0, 1e6, 1e11]))
-    return (level * np.random.default_rng(size).normal(0, 1, size).clip(-3, 3)).astype(np.float32)
-
-
-RATES = st.one_of(st.sampled_from([8000, 16_000, 44_100, 22_050.0]), st.none(), NUMBERS, TEXTS)
-PLAIN_AUDIO = st.one_of(
-    arrays(), arrays().map(lambda array: array.tolist()), TEXTS, st.binary(max_size=60), NUMBERS, st.none()
-)
-AUDIO = st.one_of(
-    PLAIN_AUDIO,
-    st.tuples(RATES, PLAIN_AUDIO),
-    st.dictionaries(
-        st.sampled_from(["raw", "array", "bytes", "path", "sampling_rate", "text"]), PLAIN_AUDIO, max_size=3
-    ),
-    st.builds(lambda raw, rate: {"raw": raw, "sampling_rate": rate}, arrays(), RATES),
-)
-TEXT_INPUTS = st.one_of(st.none(), TEXTS, JSON_VALUES)
-CLIPS = st.builds(
-    lambda raw, rate: {"raw": raw, "sampling_rate": rate}, speech(), st.sampled_from([8000, RATE, 44_100])
-)
-WORDINGS = st.one_of(st.none(), TEXTS, st.just("what a joy " * 30))
-
-
-# --- what is done with it --------------------------------------------------------------------------------------------
+@cache
+def tiny_processor() -> Any:  # its base class hides the options of its call
+    vocab = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = BertTokenizer(vocab=vocab, model_max_length=16)
+    return MMSERProcessor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer)
 
 
 @cache
 def tiny_classifier() -> MMSERPipeline:
-    """A model of a few thousand parameters, at random."""
-    vocab = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokenizer = BertTokenizer(vocab=vocab, model_max_length=16)
-    processor = MMSERProcessor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer)
-    sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    convolutions: Any = {"conv_dim": [8, 8], "conv_kernel": [96, 20], "conv_stride": [16, 20]}
-    convolutions |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    audio = Wav2Vec2Config(**convolutions, **sizes)
-    text = BertConfig(vocab_size=len(vocab), max_position_embeddings=16, **sizes)
+    """A model of a few thousand parameters, at random, with all that is fitted to one."""
     torch.manual_seed(0)
-    model = MMSERForAudioClassification.from_backbones(
-        audio, text, classifier_num_layers=1, classifier_hidden_size=16, fusion_hidden_size=16,
-        cross_attention_hidden_size=16, cross_attention_heads=2, feature_size=16,
-    )  # fmt: skip
-    return MMSERPipeline(model.eval(), processor=processor, device="cpu")
+    audio, text = (AutoConfig.for_model(**encoder) for encoder in (AUDIO_ENCODER, TEXT_ENCODER))
+    model = MMSERForAudioClassification.from_backbones(audio, text, **SMALL, auxiliary_tasks={"arousal": "regression"})
+    fit_openmax_by_chance(model)
+    logits, labels = random_predictions(0)
+    model.prediction_sets.fit(softmax(logits), labels)
+    return MMSERPipeline(model.eval(), processor=tiny_processor(), device="cpu")
 
 
 def check_finite(values: Any, what: str) -> None:
@@ -187,7 +114,7 @@ def check_finite(values: Any, what: str) -> None:
 def run_processor(case: tuple[Any, Any, Any, bool]) -> None:
     audio, text, rate, is_list = case
     given = {"audio": [audio, audio] if is_list else audio, "text": [text, text] if is_list else text}
-    batch = tiny_classifier().processor(**given, sampling_rate=rate, padding=True, return_tensors="pt")
+    batch = tiny_processor()(**given, sampling_rate=rate, padding=True, return_tensors="pt")
     check_finite(dict(batch), "the batch")
 
 
@@ -208,61 +135,12 @@ def _scores(answers: Any) -> Iterator[float]:
         yield from ([answers["score"]] if "score" in answers else _scores(list(answers.values())))
 
 
-PIPELINE_OPTIONS = st.fixed_dictionaries(
-    {},
-    optional={
-        "top_k": st.one_of(st.integers(-2, 6), JSON_VALUES),
-        "allowed_labels": st.one_of(st.lists(st.sampled_from(["happy", "sad", "x"]), max_size=3), JSON_VALUES),
-        "return_uncertainty": st.booleans(),
-        "chunk_length_s": st.one_of(st.sampled_from([0, 0.05, 0.1, 1]), NUMBERS, TEXTS),
-        "stride_length_s": st.one_of(st.sampled_from([0, 0.01, 0.5]), NUMBERS, TEXTS),
-        "function_to_apply": st.sampled_from(["softmax", "sigmoid", "none", "x"]),
-        "batch_size": st.integers(1, 3),
-    },
-)
-GOOD_OPTIONS = st.fixed_dictionaries(
-    {"return_uncertainty": st.booleans()},
-    optional={
-        "top_k": st.integers(1, 4),
-        "chunk_length_s": st.sampled_from([0.05, 0.1]),
-        "batch_size": st.integers(1, 3),
-    },
-)
-PIPELINE_INPUTS = st.one_of(
-    CLIPS,
-    st.lists(CLIPS, min_size=1, max_size=2),
-    st.builds(lambda clip, text: {**clip, "text": text}, CLIPS, TEXTS),
-    AUDIO,
-    st.lists(AUDIO, max_size=2),
-    st.builds(lambda raw, text: {"raw": raw, "sampling_rate": RATE, "text": text}, arrays(), TEXT_INPUTS),
-    st.builds(lambda text: {"text": text}, TEXT_INPUTS),
-    JSON_VALUES,
-)
-
-
 def run_collator(examples: list[dict[str, Any] | None]) -> None:
-    batch = MMSERDataCollator(tiny_classifier().processor)(examples)
+    batch = MMSERDataCollator(tiny_processor())(examples)
     check_finite(dict(batch), "the batch")
-    own = {name: value for name, value in batch.items() if name not in ("labels", "class_shares")}
+    own = {name: value for name, value in batch.items() if name in tiny_processor().model_input_names}
     with torch.no_grad():
         check_finite(tiny_classifier().model(**own).logits, "the logits")
-
-
-@st.composite
-def examples(draw: Any) -> list[Any]:
-    """Examples as `EmotionDataset` makes them, of any length and loudness, with modalities that are missing."""
-    keys = draw(st.sampled_from([("audio", "text"), ("audio",), ("text",)]))
-    rows: list[Any] = []
-    for _ in range(draw(st.integers(0, 4))):
-        row = {"audio": draw(st.one_of(st.none(), speech())), "text": draw(WORDINGS)}
-        rows.append({"labels": draw(st.integers(0, 3)), **{name: row[name] for name in keys}})
-    return [*rows, *[None] * draw(st.integers(0, 1))]
-
-
-FIELDS = [one.name for one in fields(MMSERConfig) if not one.name.startswith("_")]
-FIELD_VALUES = st.one_of(
-    JSON_VALUES, st.integers(0, 64), st.floats(0, 2), st.sampled_from(["none", "gated", "centroid"])
-)
 
 
 def run_config(values: dict[str, Any]) -> None:
@@ -271,48 +149,35 @@ def run_config(values: dict[str, Any]) -> None:
     for name in ("id2label", "num_labels", "classifier_num_layers", "openmax_threshold", "modalities"):
         if getattr(again, name) != getattr(config, name):
             raise Fault(f"{name} is {getattr(config, name)!r}, and after saving {getattr(again, name)!r}")
+    run_model(config)
 
 
-TABLE_CELLS = st.one_of(
-    TEXTS, st.sampled_from(["happy", "sad", "0", "1", "-1", "other", "*", "a.wav", '"', "../x", "joy"])
-)
-HEADERS = st.lists(
-    st.one_of(st.sampled_from(["corpus", "label", "target", "file_name", "transcription", "speaker", "split"]), TEXTS),
-    min_size=1,
-    max_size=5,
-)
+@cache
+def tiny_batch() -> BatchFeature:
+    """Two clips with their texts."""
+    samples = np.random.default_rng(0).normal(0, 0.1, (2, 1600)).astype(np.float32)
+    return tiny_processor()(list(samples), ["what a joy", "what"], sampling_rate=RATE)
 
 
-GOOD_CELLS = {
-    "corpus": st.sampled_from(["a", "b", "*"]),
-    "label": st.sampled_from(["happy", "sad", "joy", "0"]),
-    "target": st.sampled_from(["happy", "sad", "other", ""]),
-    "file_name": st.just("a.wav"),
-    "transcription": st.sampled_from(["", "what a joy"]),
-    "speaker": st.sampled_from(["", "anna", "ben", "7"]),
-    "split": st.just("train"),
-}
-
-
-@st.composite
-def files(draw: Any, header: Sequence[str] = ()) -> tuple[str, bytes]:
-    """A table, more or less: (suffix, content)."""
-    suffix = draw(st.sampled_from([".csv", ".tsv", ".jsonl"]))
-    kind = draw(st.integers(0, 4))
-    if kind == 0:
-        return suffix, draw(st.binary(max_size=200))
-    names = list(header) if header and kind > 1 else draw(HEADERS)
-    is_good = draw(st.booleans())  # then each cell fits its column
-    columns = [GOOD_CELLS.get(name, TABLE_CELLS) if is_good else TABLE_CELLS for name in names]
-    rows = draw(st.lists(st.tuples(*columns), max_size=6))
-    if suffix == ".jsonl":
-        lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
-    else:
-        delimiter = draw(st.sampled_from([",", ";", "\t", "|"]))
-        lines = [delimiter.join(row) for row in [names, *rows]]
-    text = draw(st.sampled_from(["\n", "\r\n", "\r"])).join(lines)
-    encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16", "utf-32", "latin-1"]))
-    return suffix, text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+def run_model(config: MMSERConfig) -> None:
+    """Make the network of a configuration, without memory; a small one computes, too."""
+    with torch.device("meta"):
+        model = MMSERForAudioClassification(config)
+    encoders = [getattr(config, f"{modality}_config").model_type for modality in config.modalities]
+    is_alike = encoders == [{"audio": "wav2vec2", "text": "bert"}[modality] for modality in config.modalities]
+    if not is_alike or sum(weight.numel() for weight in model.parameters()) > MANY_WEIGHTS:
+        return
+    text_config: Any = config.text_config
+    if "text" in config.modalities and min(text_config.vocab_size, text_config.max_position_embeddings) < 8:
+        return  # the tokens of the batch are others
+    names = [
+        name for name in tiny_batch() if ("text" if "text" in name or "ids" in name else "audio") in config.modalities
+    ]
+    with torch.no_grad():
+        outputs = MMSERForAudioClassification(config).eval()(
+            **{name: tiny_batch()[name] for name in names}, return_dict=True
+        )
+    check_finite([outputs.logits, outputs.uncertainty], "a score")
 
 
 @contextlib.contextmanager
@@ -341,11 +206,23 @@ def run_labels(case: tuple[list[Any], list[Any] | None]) -> None:
             raise Fault(f"{label!r} has no id among {names}")
 
 
-def run_data(case: tuple[str, bytes]) -> None:
-    suffix, content = case
+@cache
+def sounds() -> list[bytes]:
+    """The clips that tables name, each another sound."""
+    made = []
+    for number in range(12):
+        file = io.BytesIO()
+        soundfile.write(file, np.full(800, 0.01 * (1 + number)), RATE, format="WAV")
+        made.append(file.getvalue())
+    return made
+
+
+def run_data(case: tuple[tuple[str, bytes], dict[str, Any]]) -> None:
+    (suffix, content), options = case
     with written(content, f"metadata{suffix}") as path:
-        soundfile.write(path.parent / "a.wav", np.full(800, 0.1), RATE)
-        splits, names = load_emotion_dataset(path, on_bad_example="skip", allow_speaker_overlap=True)
+        for number, sound in enumerate(sounds()):
+            (path.parent / f"{number}.wav").write_bytes(sound)
+        splits, names = load_emotion_dataset(path, allow_speaker_overlap=True, **options)
         for split in splits.values():
             if not all(-1 <= label < len(names) for label in split["labels"]):
                 raise Fault("a label without a class")
@@ -354,49 +231,14 @@ def run_data(case: tuple[str, bytes]) -> None:
 def run_timed_files(case: tuple[str, bytes]) -> None:
     kind, content = case
     with written(content, f"a.{kind}") as path:
-        (read_srt if kind == "srt" else read_rttm)(path)
-
-
-TIMED = st.one_of(
-    st.binary(max_size=100),
-    st.lists(
-        st.one_of(
-            TEXTS, st.sampled_from(["1", "00:00:01,000 --> 00:00:02,5", "SPEAKER a 1 0.0 nan <NA> <NA> b <NA>"])
-        ),
-        max_size=6,
-    ).map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")),
-)
-TURNS = st.lists(
-    st.sampled_from(["SPEAKER a 1 0.0 1.5 <NA> <NA> b <NA>", "SPEAKER a 1 -1 x", "", ";"]), max_size=5
-).map(lambda lines: ("rttm", "\n".join(lines).encode()))
-SUBTITLES = st.lists(
-    st.sampled_from(["1\n00:00:01,000 --> 00:00:02,500\nwhat", "2\n00:00:03.0 --> 00:00:02.0\njoy", "3\n--> x\n"]),
-    max_size=4,
-).map(lambda blocks: ("srt", "\n\n".join(blocks).encode()))
-COMMANDS = {
-    "train": TRAINING_ARGUMENTS[:2],
-    "eval": EVALUATION_ARGUMENTS,
-    "export": EXPORT_ARGUMENTS,
-    "predict": (PredictionArguments,),
-}
-
-
-@cache
-def flags_of(command: str) -> list[str]:
-    return sorted({one.name for kind in COMMANDS[command] for one in fields(kind)})
-
-
-@st.composite
-def command_lines(draw: Any) -> tuple[str, list[str]]:
-    command = draw(st.sampled_from(sorted(COMMANDS)))
-    words: list[str] = []
-    for _ in range(draw(st.integers(0, 4))):
-        flag = draw(st.one_of(st.sampled_from(flags_of(command)), TEXTS))
-        words.append(draw(st.sampled_from(["--", "--no_", "-", ""])) + flag)
-        words += draw(
-            st.lists(st.one_of(TEXTS, NUMBERS.map(str), st.sampled_from(["{}", "[1]", "true", "a=b"])), max_size=2)
-        )
-    return command, words
+        if kind == "srt":
+            words = read_srt(path)
+            check_finite([word["timestamp"] for word in words], "a time")
+            text_of_chunk(words, 0.5, 5.0)
+        else:
+            for name, spans in read_rttm(path).items():
+                check_finite([(span.start, span.end) for span in spans], "a time")
+                format_rttm(spans, name)
 
 
 def run_command_line(case: tuple[str, list[str]]) -> None:
@@ -417,54 +259,45 @@ def run_recipe(case: tuple[str, bytes]) -> None:
         run_command_line((command, [str(path)]))
 
 
-@st.composite
-def recipes(draw: Any) -> tuple[str, bytes]:
-    command = draw(st.sampled_from(sorted(COMMANDS)))
-    if draw(st.integers(0, 3)) == 0:
-        return command, draw(st.one_of(st.binary(max_size=80), st.just(b"[" * 100_000), JSON_VALUES.map(_json)))
-    keys = st.one_of(st.sampled_from(flags_of(command)), TEXTS)
-    return command, _json(draw(st.dictionaries(keys, JSON_VALUES, max_size=4)))
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
-
 @dataclass
 class Target:
-    """What is fed, with which cases, and how many of the whole."""
+    """
+    What is fed.
+
+    Args:
+        run: does with a case what a user does.
+        cases: what is drawn.
+        behind: functions, one of which is called as soon as the first checks are passed.
+        share: how many cases, of those of a whole target.
+    """
 
     run: Callable[[Any], None]
     cases: st.SearchStrategy
+    behind: tuple[str, ...]
     share: float = 1.0
 
 
-GOOD_LABELS = st.lists(st.sampled_from(["happy", "sad", "Happy ", "neutral"]), min_size=1, max_size=6)
-LABELS = st.lists(st.one_of(TEXTS, NUMBERS, st.sampled_from(["happy", "sad", "other"]), st.none()), max_size=6)
+TENSORS = ("processing_mmser.MMSERProcessor._extract", "processing_mmser.MMSERProcessor._process_texts")
+PARSED = tuple(f"{kind.__module__}.{kind.__name__}.__post_init__" for kinds in COMMANDS.values() for kind in kinds[:1])
+MAPS = fuzz_cases.tables(fuzz_cases.MAP_CELLS, ("corpus", "label", "target"))
+DATA = fuzz_cases.tables(fuzz_cases.DATA_CELLS, ("file_name", "label"), least=6, most=12)
 TARGETS = {
-    "processor": Target(
-        run_processor,
-        st.one_of(
-            st.tuples(CLIPS, WORDINGS, st.just(RATE), st.booleans()),
-            st.tuples(AUDIO, TEXT_INPUTS, RATES, st.booleans()),
-        ),
-    ),
-    "pipeline": Target(
-        run_pipeline, st.tuples(PIPELINE_INPUTS, st.one_of(st.just({}), PIPELINE_OPTIONS, GOOD_OPTIONS))
-    ),
-    "collator": Target(run_collator, examples()),
+    "processor": Target(run_processor, fuzz_cases.processor_inputs(), TENSORS),
+    "pipeline": Target(run_pipeline, fuzz_cases.pipeline_calls(), ("pipeline_mmser.MMSERPipeline._forward",)),
+    "collator": Target(run_collator, fuzz_cases.examples(), TENSORS),
     "configuration": Target(
-        run_config, st.dictionaries(st.sampled_from(FIELDS), FIELD_VALUES, min_size=1, max_size=3)
+        run_config, fuzz_cases.configurations(), ("configuration_mmser.MMSERConfig._check_values",), 0.4
     ),
-    "label map": Target(run_label_map, st.tuples(files(("corpus", "label", "target")), LABELS)),
-    "labels": Target(
-        run_labels,
-        st.tuples(st.one_of(GOOD_LABELS, LABELS), st.one_of(st.none(), GOOD_LABELS, st.lists(TEXTS, max_size=4))),
+    "label map": Target(run_label_map, st.tuples(MAPS, fuzz_cases.ANY_LABELS), ("mmser.label_map.LabelMap.apply",)),
+    "labels": Target(run_labels, fuzz_cases.labels(), ("mmser.labels._check_names",)),
+    "tables of data": Target(
+        run_data, st.tuples(DATA, fuzz_cases.data_options()), ("mmser.loading._choose_classes",), 0.5
     ),
-    "tables of data": Target(run_data, files(("file_name", "label", "transcription", "speaker", "split")), 0.4),
-    "subtitles and turns": Target(run_timed_files, st.one_of(TIMED.map(lambda text: ("srt", text)), TURNS, SUBTITLES)),
-    "command lines": Target(run_command_line, command_lines(), 0.4),
-    "recipes": Target(run_recipe, recipes(), 0.4),
+    "subtitles and turns": Target(
+        run_timed_files, fuzz_cases.timed_files(), ("mmser.timed_files._is_index", "mmser.timed_files.Span")
+    ),
+    "command lines": Target(run_command_line, fuzz_cases.command_lines(), PARSED, 0.8),
+    "recipes": Target(run_recipe, fuzz_cases.recipes(), PARSED, 0.8),
 }
 
 
@@ -473,42 +306,87 @@ TARGETS = {
 
 @dataclass
 class Outcome:
-    """What came of the cases of a target."""
+    """What came of the cases of a target; `late` is how many were refused behind the first checks."""
 
     cases: int = 0
-    refused: int = 0
+    answered: int = 0
+    late: int = 0
     faults: list[str] = field(default_factory=list)
 
-    def take(self, run: Callable[[Any], None], case: Any) -> None:
+    @property
+    def refused(self) -> int:
+        return self.cases - self.answered - len(self.faults)
+
+    def take(self, run: Callable[[Any], None], case: Any, reached: list[str]) -> None:
+        """Run a case. `reached` is filled by `watched`."""
         self.cases += 1
+        reached.clear()
         try:
             run(case)
-        except DOCUMENTED:
-            self.refused += 1
+            self.answered += 1
+        except DOCUMENTED as error:
+            if is_raised_on_purpose(error):
+                self.late += bool(reached)
+            else:
+                self._note(error, case)
         except (Exception, RecursionError) as error:  # whatever it is, it is counted and shown
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            told = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {error}"[:200]
-            shown = f"{len(case):,} bytes" if isinstance(case, bytes) else f"{case!r:.300}"
-            self.faults.append(f"{told} by {shown}")
+            self._note(error, case)
+
+    def _note(self, error: BaseException, case: Any) -> None:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {error}"[:200]
+        shown = f"{len(case):,} bytes" if isinstance(case, bytes) else f"{case!r:.300}"
+        self.faults.append(f"{told} by {shown}")
+
+
+def is_raised_on_purpose(error: BaseException) -> bool:
+    """Whether someone wrote this error: an operation of ours that Python cannot do tells a user nothing."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(where.filename).is_relative_to(ROOT) and ".venv" not in Path(where.filename).parts
+    if isinstance(error, OSError) or not is_ours:
+        return True
+    return linecache.getline(where.filename, where.lineno or 0).strip().startswith("raise")
+
+
+@contextlib.contextmanager
+def watched(names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield a list, to which each call of these functions adds their name."""
+    reached: list[str] = []
+
+    def noting(name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def noted(*arguments: Any, **options: Any) -> Any:
+            reached.append(name)
+            return function(*arguments, **options)
+
+        return noted
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            place = pkgutil.resolve_name(owner)
+            stack.enter_context(mock.patch.object(place, attribute, noting(name, getattr(place, attribute))))
+        yield reached
 
 
 def feed(target: Target, cases: int, number: int = 0) -> Outcome:
     """Draw cases and run them."""
     outcome = Outcome()
+    with watched(target.behind) as reached:
 
-    @seed(number)
-    @settings(
-        max_examples=cases,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(target.cases)
-    def each(case: Any) -> None:
-        outcome.take(target.run, case)
+        @seed(number)
+        @settings(
+            max_examples=cases,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(target.cases)
+        def each(case: Any) -> None:
+            outcome.take(target.run, case, reached)
 
-    each()
+        each()
     return outcome
 
 
@@ -525,6 +403,7 @@ AV_CONTAINERS = (
     ("adts", "aac", RATE),
     ("matroska", "pcm_s16le", RATE),
 )
+DECODED = ("audio_mmser._check_samples",)
 MEDIA = ("spoilt media", "media that promise much")  # which are no targets of Hypothesis
 LIES = (b"\xff" * 4, b"\xff\xff\xff\x7f", b"\0" * 4, b"\0\0\0\x80", b"\xff" * 8, b"\x7f" + b"\xff" * 7)
 
@@ -630,8 +509,9 @@ def _media_process(cases: int, number: int, are_bombs: bool, answers: Any) -> No
     first = next(items)  # what makes the bombs is made without the limit
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
     before, outcome = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Outcome()
-    for content in itertools.chain([first], items):
-        outcome.take(run_media, content)
+    with watched(DECODED) as reached:
+        for content in itertools.chain([first], items):
+            outcome.take(run_media, content, reached)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     answers.put((outcome, (peak - before) / 1e3))
 
@@ -656,7 +536,7 @@ def feed_media(
         with contextlib.suppress(queue.Empty):
             return answers.get(timeout=0.5)
         ended = "hung" if process.is_alive() else f"ended with {process.exitcode}"
-        return Outcome(cases, 0, [f"the process {ended}"]), 0.0
+        return Outcome(cases, faults=[f"the process {ended}"]), 0.0
     finally:
         process.kill()
         process.join()
@@ -667,28 +547,39 @@ def measure(cases: int, number: int, names: Sequence[str]) -> tuple[list[Row], l
     rows: list[Row] = []
     faults: list[str] = []
     for name in names:
-        start, before = time.perf_counter(), resident()
+        start, before = core_seconds(), resident()
         if name in TARGETS:
             outcome = feed(TARGETS[name], round(cases * TARGETS[name].share), number)
             megabytes = resident() - before
         else:
-            outcome, megabytes = feed_media(2 * cases, number, are_bombs=name == MEDIA[1])
-        rows.append(
-            {"fed": name, "cases": outcome.cases, "refused": outcome.refused, "faults": len(outcome.faults)}
-            | {"seconds": round(time.perf_counter() - start, 1), "MB": round(megabytes)}
-        )
+            outcome, megabytes = feed_media(cases, number, are_bombs=name == MEDIA[1])
+        row = {"fed": name, "cases": outcome.cases, "answered": outcome.answered, "refused late": outcome.late}
+        row |= {"refused early": outcome.refused - outcome.late, "faults": len(outcome.faults)}
+        rows.append(row | {"core seconds": round(core_seconds() - start, 1), "MB": max(0, round(megabytes))})
         faults.extend(f"{name}: {fault}" for fault in outcome.faults[:SHOWN])
         print(rows[-1], *outcome.faults[:SHOWN], sep="\n  ", file=sys.stderr, flush=True)
     return rows, faults
 
 
 def with_total(rows: Sequence[Row]) -> list[Row]:
-    """The rows, in the order of the targets, and what they come to."""
+    """The rows, in the order of the targets, and what they come to; with the share that passed the first checks."""
     order = [*TARGETS, *MEDIA]
     rows = sorted((row for row in rows if row["fed"] in order), key=lambda row: order.index(row["fed"]))
-    total = {key: sum(row[key] for row in rows) for key in ("cases", "refused", "faults", "seconds")}
-    most = max(row["MB"] for row in rows)
-    return [*rows, {"fed": "all", **total, "seconds": round(total["seconds"], 1), "MB": most}]
+    counted = ("cases", "answered", "refused late", "refused early", "faults", "core seconds")
+    total: Row = {"fed": "all", **{key: sum(row[key] for row in rows if row[key] != "-") for key in counted}}
+    total |= {"core seconds": round(total["core seconds"], 1), "MB": max(row["MB"] for row in rows)}
+
+    def share(row: Row) -> str:  # of a run that did not count it, and of all where one did not: unknown
+        known = row["answered"] + row["refused late"] if row["refused late"] != "-" else None
+        return "-" if known is None or known + row["refused early"] != row["cases"] else f"{known / row['cases']:.0%}"
+
+    return [{**row, "came far": share(row)} for row in [*rows, total]]
+
+
+def core_seconds() -> float:
+    """What this process and those that it waited for have computed: other programs on the machine do not count."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def resident() -> float:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `benchmarks/fuzz.py`: a small part of its cases, and the faults that the whole of them found."""
 
+import json
 import multiprocessing
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def test_generated_cases_are_answered_or_refused(name, tmp_path, monkeypatch, qu
     monkeypatch.chdir(tmp_path)  # a word that names a file here would be found
     outcome = fuzz.feed(fuzz.TARGETS[name], CASES, number=1)
     assert outcome.faults == [] and outcome.cases >= CASES
+    assert outcome.answered + outcome.late >= 3, "some of them come to the work behind the first checks"
 
 
 def test_spoilt_media_end_in_an_error_or_in_sound():
@@ -48,12 +50,31 @@ def test_faults_crashes_and_numbers_that_are_not_finite_are_found(monkeypatch):
 
     outcome = fuzz.Outcome()
     for case in range(4):
-        outcome.take(run, case)
-    assert (outcome.cases, outcome.refused, len(outcome.faults)) == (4, 1, 2)
+        outcome.take(run, case, [])
+    assert (outcome.cases, outcome.answered, outcome.refused, len(outcome.faults)) == (4, 1, 1, 2)
     monkeypatch.setattr(fuzz, "_media_process", _crash)
     outcome, _ = fuzz.feed_media(3, start_method="fork")
     assert len(outcome.faults) == 1 and "ended with" in outcome.faults[0]
     assert not multiprocessing.active_children()
+
+
+def test_errors_of_python_and_how_far_a_case_came_are_told_apart():
+    target = fuzz.Target(fuzz.run_labels, fuzz.st.none(), ("mmser.labels._check_names",))
+    outcome = fuzz.Outcome()
+    with fuzz.watched(target.behind) as reached:
+        for case in ((["a", "b"], None), (["a", "a"], None), ([["a"]], None)):  # two names, one, and none
+            outcome.take(target.run, case, reached)
+        assert (outcome.answered, outcome.late, outcome.refused) == (1, 1, 2)
+        outcome.take(lambda case: sorted(case), [1, "a"], reached)
+        assert not fuzz.is_raised_on_purpose(_error(lambda: int("x")))
+        assert fuzz.is_raised_on_purpose(_error(lambda: json.loads("x")))
+    assert len(outcome.faults) == 1 and "TypeError" in outcome.faults[0]
+
+
+def _error(function):
+    with pytest.raises(ValueError) as raised:
+        function()
+    return raised.value
 
 
 DEEP = "[" * 100_000
