@@ -3,6 +3,7 @@
 
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,9 @@ class MMSERTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[
             self.use_cpu = True  # it is what runs anyway, but unless it is said Transformers refuses bf16
         if on_cpu:
             self.dataloader_pin_memory = False  # it has no effect there, and torch warns of it
+        if on_cpu and self.ddp_backend is None and "WORLD_SIZE" in os.environ:
+            # Where torch was built with MPI, Accelerate takes that, which knows no process that torchrun started
+            self.ddp_backend = "gloo"
         self.label_names = ["labels"]
         # A loss that is not finite is an error here, not something to be averaged away in the log
         self.logging_nan_inf_filter = False

@@ -315,6 +315,17 @@ def test_mixed_precision_trains_on_the_processor(flag, splits, monkeypatch, tmp_
     assert trainer.predict_outputs(trainer.eval_dataset)["logits"].dtype == np.float32
 
 
+def test_torchrun_on_a_processor_takes_gloo(monkeypatch, tmp_path):
+    """With an MPI in torch, as in Debian's, Accelerate took that, and each process trained alone, into one folder."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True}
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: None)  # it waits for the others
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert MMSERTrainingArguments(**options).ddp_backend is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert MMSERTrainingArguments(**options).ddp_backend == "gloo"
+    assert MMSERTrainingArguments(**options, ddp_backend="mpi").ddp_backend == "mpi"
+
+
 @pytest.mark.parametrize("use_cpu", [False, True])
 @pytest.mark.parametrize("has_bf16", [False, True])
 @pytest.mark.parametrize("accelerator", [False, True])
