@@ -2,6 +2,7 @@
 """Tests of configuration_mmser: defaults, label maps, refusals, round trips, and what a saved `config.json` says."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -100,7 +101,7 @@ def test_bad_values_are_refused_by_name(given, message):
 def own_numbers():
     """The fields of our own that hold a number."""
     defaults = {field.name: field.default for field in dataclasses.fields(MMSERConfig)}
-    own = {name: defaults.get(name) for name in vars(MMSERConfig)["__annotations__"]}
+    own = {name: defaults.get(name) for name in inspect.get_annotations(MMSERConfig)}
     return {name for name, value in own.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 

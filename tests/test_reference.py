@@ -40,7 +40,7 @@ def test_a_docstring_names_what_it_takes(name):
     if inspect.isclass(thing):
         taken = set(inspect.signature(thing.__init__).parameters) if "__init__" in vars(thing) else set()
         if hasattr(thing, "__dataclass_fields__"):
-            taken &= set(vars(thing).get("__annotations__", {}))
+            taken &= set(inspect.get_annotations(thing))
     else:
         taken = set(inspect.signature(thing).parameters)
     missing = [word for word in taken - {"self", "args"} if not re.search(rf"\b{word}\b", said)]
