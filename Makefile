@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo_output
-# The version that the tests were run with; `make TORCH=torch ...` takes the newest.
+# The version that the tests were run with; `make TORCH=torch ...` takes the newest, `make TORCH= ...` that of the system,
+# such as Debian's python3-torch. Where the version changes, VENV should name another folder.
 TORCH ?= torch==2.13.0
 
 # Of the demo's model; `make demo RECIPE=recipes/demo_wav2vec2.json` takes an encoder of the raw waveform
@@ -17,6 +18,16 @@ JOBS ?= 2
 OLDEST_TESTS ?= tests/test_configuration.py tests/test_modeling.py tests/test_processing.py tests/test_trainer.py \
 	tests/test_train_hf.py tests/test_predict.py tests/test_prediction_parts.py tests/test_loading.py \
 	tests/test_serving.py tests/test_lora.py tests/test_search.py tests/test_export.py tests/test_openmax.py
+
+# `$(call environment,FOLDER)`: with pip and torch, whose version no later package may change
+define environment
+	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python $(if $(TORCH),-m pip install --quiet "$(TORCH)",-c "import torch")
+	$(1)/bin/python -m pip list --format freeze | grep '^torch==' > $(1)/constraints.txt
+endef
+# Else what the system has beside torch would count as the newest
+NEWEST := $(if $(TORCH),,--upgrade --upgrade-strategy eager)
 
 .PHONY: demo app test test-oldest test-newest format lint docs docs-check clean
 
@@ -48,10 +59,8 @@ test-oldest: $(VENV)-oldest/installed
 	$(VENV)-oldest/bin/python -m pytest -n $(JOBS) $(OLDEST_TESTS)
 
 $(VENV)-oldest/installed: setup.cfg tests/oldest_versions.py
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-oldest/bin/python tests/oldest_versions.py > $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet "$(TORCH)"
+	$(call environment,$(VENV)-oldest)
+	$(VENV)-oldest/bin/python tests/oldest_versions.py >> $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
 		--editable ".[av,onnx,report,app,live,lora,search,serve,dev]"
 	touch $@
@@ -79,10 +88,8 @@ lint: $(VENV)/installed
 	$(BIN)/mypy .
 
 $(VENV)/installed: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[demo,report,dev]"
+	$(call environment,$(VENV))
+	$(BIN)/python -m pip install --quiet $(NEWEST) --constraint $(VENV)/constraints.txt --editable ".[demo,report,dev]"
 	touch $@
 
 clean:

@@ -3,12 +3,15 @@
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from oldest_versions import oldest_versions
+from oldest_versions import FIRST_WHEELS, oldest_versions
+from packaging.version import Version
 from tiny_corpus import write_corpus
 from windows import MISSING_CALLS, MISSING_MODULES, refusal
 
@@ -97,3 +100,46 @@ def test_the_oldest_versions_are_those_of_setup_cfg():
     assert f"    transformers>={versions['transformers']}\n" in text and len(versions) > 25
     with pytest.raises(ValueError, match=r"'psutil' has no lower bound, such as psutil>=1\.0"):
         oldest_versions(text.replace(f"psutil>={versions['psutil']}", "psutil"))
+
+
+@pytest.mark.parametrize("python", FIRST_WHEELS)
+def test_a_newer_python_gets_the_first_wheels_for_it(python):
+    """They are newer than the lower bounds, and than those of the Python before; all others stay."""
+    text = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    bounds, versions = oldest_versions(text), oldest_versions(text, python)
+    assert versions.keys() == bounds.keys()
+    changed = {name for name in versions if versions[name] != bounds[name]}
+    assert changed == FIRST_WHEELS[python].keys()
+    assert all(Version(versions[name]) > Version(bounds[name]) for name in changed)
+    before = FIRST_WHEELS.get((python[0], python[1] - 1), {})
+    assert all(Version(versions[name]) > Version(version) for name, version in before.items())
+
+
+def test_each_python_of_setup_cfg_was_tried():
+    """The table of contributing.md says with which torch; `python_requires` is the oldest of them."""
+    text = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    promised = re.findall(r"Programming Language :: Python :: (3\.\d+)\n", text)
+    rows = re.findall(
+        r"^\| (3\.\d+)\.\d+ \| ([\d.]+)", (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8"), re.M
+    )
+    assert {python for python, _ in rows} == set(promised)
+    assert f"python_requires = >={promised[0]}\n" in text
+    assert oldest_versions(text)["torch"] in {".".join(torch.split(".")[:2]) for _, torch in rows}
+
+
+@pytest.mark.parametrize("target", ["installed", "-oldest/installed"])
+def test_make_takes_torch_from_the_system(target, tmp_path):
+    """`TORCH=` installs none, and keeps the one that is there; else the one that it names is installed."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    folder = f"{tmp_path}/venv"
+    goal = f"{folder}/installed" if target == "installed" else f"{folder}{target}"
+    lines = {}
+    for torch in ("", "torch==2.7.1"):
+        command = ["make", "--dry-run", f"TORCH={torch}", f"VENV={folder}", "PYTHON=python3.99", goal]
+        lines[torch] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "python3.99 -m venv --system-site-packages " in lines[""] and 'pip install --quiet "torch' not in lines[""]
+    assert "--system-site-packages" not in lines["torch==2.7.1"]
+    assert 'pip install --quiet "torch==2.7.1"' in lines["torch==2.7.1"]
+    for text in lines.values():
+        assert "grep '^torch=='" in text and re.search(r"--constraint \S+/constraints\.txt", text)
