@@ -78,11 +78,15 @@ COMMANDS = {
     "predict_hf": PREDICTION_ARGUMENTS,
     "app": APP_ARGUMENTS,
 }
-SHORTER = {
-    # Each page finds a finished model without checkpoints in `runs/mine`
-    "train_hf.py": "--overwrite_output_dir --max_steps 2 --save_strategy no --eval_strategy no "
-    "--load_best_model_at_end false --use_cpu --dataloader_num_workers 0 --augmented_copies 1 --max_train_samples 16 "
-    "--max_eval_samples 8 --disable_tqdm true",
+# Each page finds a finished model without checkpoints in `runs/mine`
+SHORT_TRAINING = (
+    "--overwrite_output_dir --max_steps 2 --save_strategy no --eval_strategy no --load_best_model_at_end false "
+    "--use_cpu --dataloader_num_workers 0 --augmented_copies 1 --max_train_samples 16 --max_eval_samples 8 "
+    "--disable_tqdm true"
+)
+SHORTER = {  # by the program, and a flag among its arguments
+    "train_hf.py": SHORT_TRAINING,
+    "train_hf.py --hp_search": f"{SHORT_TRAINING} --hp_search 3",
     "train_hf.py --adapt": "--overwrite_output_dir --use_cpu --dataloader_num_workers 0 --disable_tqdm true",
     "eval_hf.py": "--bootstrap_samples 5 --use_cpu --dataloader_num_workers 0",
     "export_hf.py": "",
@@ -198,11 +202,26 @@ def run_command(words, done, place):
     else:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            own = f"{name} --adapt" if "--adapt" in arguments else name
-            run_program(name, [*arguments, *SHORTER[own].split()])
+            own = next((f"{name} {word}" for word in arguments if f"{name} {word}" in SHORTER), name)
+            more = shallow(arguments) if name == "train_hf.py" else []
+            run_program(name, [*arguments, *SHORTER[own].split(), *more])
         text = printed.getvalue()
         done[key] = (output, text)
     print(text)
+
+
+def shallow(arguments):
+    """
+    The flag that gives a new model one layer in its classifier in place of 35, unless the command or its recipe says
+    how many: what is adapted, evaluated and exported of it takes a fraction of the time.
+    """
+    recipe = json.loads(Path(arguments[0]).read_text(encoding="utf-8")) if arguments[0].endswith(".json") else {}
+    if "--model_name_or_path" in arguments or "model_name_or_path" in recipe:
+        return []
+    overrides = {"classifier_num_layers": 1, **recipe.get("config_overrides", {})}
+    if "--config_overrides" in arguments:
+        overrides |= json.loads(arguments[arguments.index("--config_overrides") + 1])
+    return ["--config_overrides", json.dumps(overrides)]
 
 
 def run_program(name, arguments):
