@@ -23,7 +23,9 @@ import psutil  # type: ignore[import-untyped]
 from mmser.console import DISK_IS_FULL
 
 DAY = 24 * 60 * 60  # seconds: what another computer has not touched for so long is no longer written
+CLOCKS = 60  # seconds that the clocks of a computer and of its files may differ
 OLD = "replaced"  # in the hidden name of a folder that another one is about to replace
+_being_written: set[str] = set()  # by this process, now
 
 
 def hidden_path(path: Path) -> Path:
@@ -51,13 +53,39 @@ def remove_remains(path: Path) -> None:
 
 
 def _is_abandoned(hidden: Path) -> bool:
-    """Whether the process is gone that wrote this; of another computer, whether it has rested for a day."""
+    """
+    Whether the process is gone that wrote this; of another computer, whether it has rested for a day.
+
+    Numbers of processes come back, in a container that starts again even the first. So what has our own number
+    is abandoned unless we write it now, and what is older than the process of its number was left by another one.
+    """
     name, _, number = hidden.name.removesuffix(".tmp").rpartition("-")
-    if name.endswith(f".{platform.node()}") and number.isdigit():
-        return not psutil.pid_exists(int(number))
     with contextlib.suppress(FileNotFoundError):
-        return time.time() - hidden.stat().st_mtime > DAY
+        status = hidden.stat()
+        if not (name.endswith(f".{platform.node()}") and number.isdigit()):
+            return time.time() - status.st_mtime > DAY
+        if int(number) == os.getpid():
+            return os.path.realpath(hidden) not in _being_written
+        try:
+            started = psutil.Process(int(number)).create_time()
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:  # of another user
+            return False
+        # A copy has the time of its original, but never the time at which it was made
+        return max(status.st_mtime, status.st_ctime) + CLOCKS < started
     return False
+
+
+@contextlib.contextmanager
+def kept(*hidden: Path) -> Iterator[None]:
+    """Let nobody in this process take these hidden names for remains while the block runs."""
+    names = {os.path.realpath(path) for path in hidden}
+    _being_written.update(names)
+    try:
+        yield
+    finally:
+        _being_written.difference_update(names)
 
 
 @contextlib.contextmanager
@@ -100,7 +128,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     remove_remains(path.with_name(glob.escape(path.name)))
     hidden = hidden_path(path)
     try:
-        with naming_full_disk(path):
+        with kept(hidden), naming_full_disk(path):
             yield hidden
             with open(hidden, "rb+") as file:
                 os.fsync(file.fileno())
@@ -126,20 +154,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
     remove_remains(path.with_name(glob.escape(path.name)))
     hidden, old = hidden_path(path), hidden_path(path.with_name(f"{path.name}.{OLD}"))
     try:
-        with naming_full_disk(path):
-            hidden.mkdir()
-            yield hidden
+        with kept(hidden, old):
+            with naming_full_disk(path):
+                hidden.mkdir()
+                yield hidden
+            _replace_folder(path, hidden, old)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _replace_folder(path: Path, new: Path, old: Path) -> None:
+    """Put a new folder in the place of `path`, which is `old` for a moment, and comes back if this is interrupted."""
+    try:
         if path.exists():
             os.replace(path, old)
-        try:
-            os.replace(hidden, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    finally:
-        for remains in (hidden, old):
-            shutil.rmtree(remains, ignore_errors=True)
+        os.replace(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -163,17 +197,18 @@ def files_together(folder: Path, last: Sequence[str] = (), afresh: bool = False)
         return any(fnmatch(name.as_posix(), pattern) for pattern in last)
 
     try:
-        with naming_full_disk(folder):
-            hidden.mkdir()
-            yield hidden
-        names = sorted(path.relative_to(hidden) for path in hidden.rglob("*") if path.is_file())
-        told = [path.relative_to(folder) for pattern in last for path in folder.glob(pattern)]
-        for name in told if afresh else ():
-            (folder / name).unlink()
-        for name in sorted(names, key=is_last):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(hidden / name, folder / name)
-        for name in set(told) - set(names):
-            (folder / name).unlink(missing_ok=True)
+        with kept(hidden):
+            with naming_full_disk(folder):
+                hidden.mkdir()
+                yield hidden
+            names = sorted(path.relative_to(hidden) for path in hidden.rglob("*") if path.is_file())
+            told = [path.relative_to(folder) for pattern in last for path in folder.glob(pattern)]
+            for name in told if afresh else ():
+                (folder / name).unlink()
+            for name in sorted(names, key=is_last):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(hidden / name, folder / name)
+            for name in set(told) - set(names):
+                (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -7,17 +7,20 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 import eval_hf
 import export_hf
 import predict_hf
+from mmser.caching import StateStore
 from mmser.files import (
     check_writable,
     files_together,
-    hidden_path,
     naming_full_disk,
     remove_remains,
     whole_file,
@@ -186,7 +189,83 @@ def test_a_command_finds_a_read_only_folder_first(command, arguments, tmp_path, 
 
 
 def test_a_living_process_keeps_what_it_writes(tmp_path):
-    hidden = hidden_path(tmp_path / "a")
-    hidden.write_text("half")
-    remove_remains(tmp_path / "*")
-    assert hidden.exists()
+    with whole_file(tmp_path / "a") as hidden:
+        hidden.write_text("half")
+        remove_remains(tmp_path / "*")
+        assert hidden.exists()
+    with whole_folder(tmp_path / "b") as hidden, files_together(tmp_path) as other:
+        remove_remains(tmp_path / "*")
+        assert hidden.exists() and other.exists()
+    store = StateStore(tmp_path / "states", (2,), "float32", 100)
+    store.add("key", np.zeros((1, 2)), 1, "a clip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: StateStore(tmp_path / "states", (2,), "float32", 100))
+        store.flush()
+    assert store.find(["key"])
+
+
+def left(folder, name, number):
+    """What a process with this number left of a folder."""
+    hidden = folder / f".{name}.{platform.node()}-{number}.tmp"
+    hidden.mkdir(parents=True)
+    (hidden / "a").write_text("left")
+    return hidden
+
+
+WRITERS = {
+    "folder": lambda place: whole_folder(place / "report"),
+    "files": lambda place: files_together(place / "report"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_remains_with_our_own_number_are_removed(writer, tmp_path):
+    """A container that starts again has the same host name and the same process number 1."""
+    for hidden in ((tmp_path, "report"), (tmp_path / "report", "new")):
+        left(*hidden, os.getpid())
+    with WRITERS[writer](tmp_path) as hidden:
+        (hidden / "b").write_text("new")
+    assert names(tmp_path / "report")[-1] == "b"
+    assert not left_of(tmp_path if writer == "folder" else tmp_path / "report")
+
+
+def left_of(folder):
+    return [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_our_own_number_set_aside_comes_back(tmp_path):
+    left(tmp_path, "report.replaced", os.getpid())
+    with pytest.raises(Stop), whole_folder(tmp_path / "report"):
+        raise Stop
+    assert names(tmp_path) == ["report/a"]
+
+
+def test_what_is_older_than_the_process_with_its_number_is_abandoned(tmp_path, monkeypatch):
+    """A number comes back after a restart: that of our parent is living, but has not written this."""
+    left(tmp_path, "report.replaced", os.getppid())
+    remove_remains(tmp_path / "report")
+    assert names(tmp_path) == [f".report.replaced.{platform.node()}-{os.getppid()}.tmp/a"]
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time() + 3600)
+    remove_remains(tmp_path / "report")
+    assert names(tmp_path) == ["report/a"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_folder_comes_back_if_its_replacement_is_interrupted(at, tmp_path, monkeypatch):
+    """Ctrl-C before or after the first of the two renames."""
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "a").write_text("earlier")
+    original, calls = os.replace, []
+
+    def interrupt(source, target):
+        calls.append(target)
+        if len(calls) == 2 and at == 0:
+            raise KeyboardInterrupt
+        original(source, target)
+        if len(calls) == 1 and at == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "report"):
+        pass
+    assert names(tmp_path) == ["report/a"]
