@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import fsspec
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from audio_mmser import MIN_SECONDS, audio_length, load_audio
+from audio_mmser import MIN_SECONDS, audio_length, check_is_file, load_audio, read_whole
 from mmser.augmentation import Augmenter, augmentation_generator
 from mmser.bad_rows import BadRows, rule_of, skip_or_raise
 from mmser.targets import COLUMN as TARGETS
@@ -159,7 +159,7 @@ class ExampleReader:
             return None
         with _naming(row["row"], source):
             content = _fetch(source)
-            return content if isinstance(content, bytes) else Path(content).read_bytes()
+            return content if isinstance(content, bytes) else read_whole(content, f"audio '{content}'")
 
     def length(self, row: dict[str, Any]) -> int:
         """Samples of a row's clip without augmentation, from the file's header where it is right; 0 without audio."""
@@ -196,10 +196,14 @@ def content_sample(row: dict[str, Any]) -> bytes:
     source = _audio_source(row)
     if source is None or (isinstance(source, str) and "://" in source):
         return (source or "").encode()
-    with _naming(row["row"], source), io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+    with _naming(row["row"], source), io.BytesIO(source) if isinstance(source, bytes) else _opened(source) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(max(0, size - SAMPLE_BYTES) // 2)
         return size.to_bytes(8, "big") + file.read(SAMPLE_BYTES)
+
+
+def _opened(path: str) -> BinaryIO:
+    return check_is_file(Path(path), f"audio '{path}'")[0].open("rb")
 
 
 def _fetch(source: str | bytes) -> str | bytes:

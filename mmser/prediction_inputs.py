@@ -71,9 +71,12 @@ def find_inputs(words: Sequence[str]) -> list[Input]:
             found.setdefault(os.path.normpath(source) if "://" not in source else source, Input(source))
     for one in found.values():
         if "://" not in one.source and not os.path.isfile(one.source):
-            one.error = "there is no such file"
+            one.error = "this is a device or a pipe" if os.path.exists(one.source) else "there is no such file"
     if found and all(one.error for one in found.values()):
-        name = next(iter(found.values())).name
+        first = next(iter(found.values()))
+        name = first.name
+        if os.path.exists(first.source):
+            raise ValueError(f"{name}: {first.error}, and is never read as audio.")
         raise FileNotFoundError(f"{name}: there is no such file or folder.{near_name(Path(name))}")
     return list(found.values())
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what a checkpoint of a stranger, or a damaged one, cannot do: see SECURITY.md."""
 
-import io
+import errno
 import json
+import os
 import pickle
 import re
 import time
@@ -18,9 +19,12 @@ from transformers import AutoModelForAudioClassification, pipeline
 
 import audio_mmser
 import train_hf
-from audio_mmser import load_audio, stream_audio
+from audio_mmser import audio_length, load_audio, stream_audio, why_silent
 from configuration_mmser import MMSERConfig
+from mmser.examples import EmotionDataset, ExampleReader, content_sample
+from mmser.prediction_inputs import find_inputs
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
+from processing_mmser import MMSERPipeline
 
 
 @pytest.fixture
@@ -128,12 +132,86 @@ def test_a_huge_number_of_labels_is_refused():
         MMSERConfig(num_labels=10**9)
 
 
-def test_a_small_file_that_would_fill_the_memory_is_refused(monkeypatch):
-    """An hour of silence in FLAC; a file that is no longer than a clip may be all silence."""
-    file = io.BytesIO()
-    soundfile.write(file, np.zeros(300_000, dtype=np.float32), 16_000, format="FLAC")
-    assert len(load_audio(file.getvalue())) == 300_000
+@pytest.mark.parametrize(("rate", "length"), [(16_000, 300_000), (1_000, 30_000), (96_000, 300_000)])
+@pytest.mark.parametrize("way", ["libsndfile", "PyAV"])
+@pytest.mark.parametrize("form", ["file", "bytes"])
+def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, rate, length, way, form):
+    """An hour of silence in FLAC, also one of few samples at a low rate; as long as a clip it may be all silence."""
+    path = tmp_path / "a.flac"
+    if way == "libsndfile":
+        soundfile.write(path, np.zeros(length, dtype=np.float32), rate)
+    else:
+        av = pytest.importorskip("av")
+        path = tmp_path / "a.m4a"
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream("alac", rate=rate, layout="mono", format="s16p")
+            for start in range(0, length, 4096):
+                silence = np.zeros((1, min(4096, length - start)), dtype=np.int16)
+                frame = av.AudioFrame.from_ndarray(silence, "s16p", "mono")
+                frame.sample_rate, frame.pts = rate, start
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
+    audio = path if form == "file" else path.read_bytes()
+    expected = length * 16_000 // rate
+    assert len(load_audio(audio)) == pytest.approx(expected, abs=1)
     monkeypatch.setattr(audio_mmser, "MANY_SAMPLES", 200_000)
     with pytest.raises(ValueError, match=r"more than 256 times as many become.*chunk_length_s"):
-        load_audio(file.getvalue())
-    assert sum(map(len, stream_audio(file.getvalue()))) == 300_000  # which holds a block at a time
+        load_audio(audio)
+    blocks = list(stream_audio(audio))
+    assert sum(map(len, blocks)) == pytest.approx(expected, abs=1)
+    assert max(map(len, blocks)) <= 161_000  # a block at a time, of 10 s
+
+
+READERS = [load_audio, audio_length, why_silent, lambda audio: list(stream_audio(audio))]
+
+
+@pytest.mark.parametrize("read", READERS, ids=["load", "length", "silent", "stream"])
+def test_a_device_or_a_pipe_is_never_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "device.wav").symlink_to("/dev/zero")
+    for name in ("pipe.wav", "device.wav"):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}': this is a device or a pipe, not an audio file"):
+            read(tmp_path / name)
+
+
+def test_the_pipeline_and_the_rows_of_data_read_no_pipe_either(tmp_path):
+    classifier = MMSERPipeline(tiny_corpus.tiny_model().eval(), processor=tiny_corpus.tiny_processor(), device="cpu")
+    os.mkfifo(tmp_path / "pipe.wav")
+    for options in ({}, {"chunk_length_s": 1.0}):
+        with pytest.raises(ValueError, match="this is a device or a pipe"):
+            classifier(str(tmp_path / "pipe.wav"), **options)
+    row = {"row": "row 1", "audio": str(tmp_path / "pipe.wav"), "labels": 0}
+    for read in (lambda row: EmotionDataset([row])[0], ExampleReader().content, content_sample):
+        with pytest.raises(ValueError, match=r"row 1: .*this is a device or a pipe"):
+            read(row)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file of Windows is not sparse by itself")
+def test_a_file_longer_than_any_memory_is_refused_and_is_a_bad_row(tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.zeros(1600), 16_000)
+    os.truncate(path, 200 * 2**30)
+    with pytest.raises(ValueError, match=r"long\.wav': of 214,748,364,800 bytes, and at most 4,294,967,296 are read"):
+        load_audio(path)
+    with pytest.raises(ValueError, match=r"row 1: .*long\.wav.* are read whole"):
+        EmotionDataset([{"row": "row 1", "audio": str(path), "labels": 0}])[0]
+
+
+def test_a_file_that_cannot_be_mapped_is_refused_by_name(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16_000)
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(audio_mmser.mmap, "mmap", fail)
+    for read in (audio_length, lambda audio: list(stream_audio(audio))):
+        with pytest.raises(ValueError, match=r"a\.wav': of 3,244 bytes, which do not fit into memory"):
+            read(tmp_path / "a.wav")
+
+
+def test_predict_says_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(ValueError, match=r"pipe\.wav: this is a device or a pipe, and is never read as audio"):
+        find_inputs([str(tmp_path)])
+    soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16_000)
+    assert [one.error for one in find_inputs([str(tmp_path)])] == ["", "this is a device or a pipe"]

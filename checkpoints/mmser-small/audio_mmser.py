@@ -10,6 +10,7 @@ import io
 import mmap
 import numbers
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ MIN_SAMPLING_RATE = 1000  # Hz; below this the caller has most likely given kHz
 MAX_SAMPLING_RATE = 10_000_000  # Hz; above it a header is broken, and resampling would take seconds
 MAX_SAMPLE = 1e12  # above it squares and their sums overflow, and no sound is meant
 MANY_SAMPLES, MAX_GROWTH = 2**26, 256  # a file beyond both is not read whole; Opus of speech grows 100-fold
+MAX_BYTES = 2**32  # nor is a file of more, which no WAV holds
 LOUD = 10.0  # floats lie in [-1, 1]; samples of 16 bits that were only cast reach some thousands
 SILENT = 10 ** (-61 / 20)  # -61 dB of full scale: what is no louder is silence, as in `mmser.voice_activity`
 INTEGER_FORMATS = {  # dtype: (zero level, full scale)
@@ -81,7 +83,7 @@ def load_audio(
     audio, sampling_rate = unwrap_audio(audio, sampling_rate, name)
     if _is_file(audio):
         name = _file_name(audio, name)
-        samples, sampling_rate = _decode_whole(audio, name)
+        samples, sampling_rate = _decode_whole(audio, target_sampling_rate, name)
     else:
         samples = _samples_to_mono(audio, name)
     if sampling_rate is None:
@@ -271,32 +273,57 @@ def _opened(audio, name: str) -> Iterator[tuple[Content, Any]]:
     if isinstance(audio, (bytes, bytearray)):
         yield bytes(audio), io.BytesIO(audio)
         return
-    path = _check_is_file(Path(audio), name)
-    if not path.stat().st_size:  # a pipe, or an empty file
-        piped = path.read_bytes()
-        yield piped, io.BytesIO(piped)
+    path, size = check_is_file(Path(audio), name)
+    if not size:
+        yield b"", io.BytesIO()
         return
-    # The source is neither the path nor the file: their extension would count
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        yield content, file.fileno()
+    with path.open("rb") as file:
+        try:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ValueError(f"{name}: of {size:,} bytes, which do not fit into memory ({error.strerror})") from error
+        with content:  # the source is neither the path nor the file: their extension would count
+            yield content, file.fileno()
 
 
-def _decode_whole(audio, name: str) -> tuple[np.ndarray, int]:
-    """A file, or its content -> (mono float32 samples, sampling rate in Hz)."""
-    if not isinstance(audio, (bytes, bytearray)):
-        audio = _check_is_file(Path(audio), name).read_bytes()
+def _decode_whole(audio, target_sampling_rate: int, name: str) -> tuple[np.ndarray, int]:
+    """A file, or its content -> (mono float32 samples, sampling rate in Hz), if it fits at `target_sampling_rate`."""
+    content = bytes(audio) if isinstance(audio, (bytes, bytearray)) else read_whole(audio, name)
     decoded, held = [], 0
-    for block in decode(bytes(audio), io.BytesIO(audio), name):
+    for rate, block in decode(content, io.BytesIO(content), name):
+        check_rate(rate, name)
         decoded.append(block)
-        held += len(block[1])
-        if held > MANY_SAMPLES and held * block[1].itemsize > MAX_GROWTH * len(audio):
+        held += len(block)
+        becomes = held * max(1.0, target_sampling_rate / rate)  # samples: a low rate grows again when resampled
+        if becomes > MANY_SAMPLES and becomes * block.itemsize > MAX_GROWTH * len(content):
             raise ValueError(
-                f"{name}: of {len(audio):,} bytes more than {MAX_GROWTH} times as many become, which is silence or "
+                f"{name}: of {len(content):,} bytes more than {MAX_GROWTH} times as many become, which is silence or "
                 "made to fill the memory. Cut it, or read it in pieces (`chunk_length_s`)"
             )
     if not decoded:
         raise ValueError(f"{name}: empty, the file holds no samples")
-    return np.concatenate([samples for _, samples in decoded]), decoded[0][0]
+    return np.concatenate(decoded), rate
+
+
+def read_whole(path, name: str = "audio") -> bytes:
+    """
+    The content of a file, `b""` of an empty one.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        name (`str`): what error messages call it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a folder, a device or a pipe, or more than `MAX_BYTES` long.
+    """
+    path, size = check_is_file(Path(path), name)
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{name}: of {size:,} bytes, and at most {MAX_BYTES:,} are read whole. Cut it, or read it in pieces "
+            "(`chunk_length_s`)"
+        )
+    return path.read_bytes() if size else b""
 
 
 def _check_samples(samples: np.ndarray, name: str, start: int = 0) -> None:
@@ -330,12 +357,16 @@ def check_rate(sampling_rate: Any, name: str) -> None:
         )
 
 
-def _check_is_file(path: Path, name: str) -> Path:
+def check_is_file(path: Path, name: str) -> tuple[Path, int]:
+    """(the path, its size in bytes). Opening a pipe may wait for ever, and a device may have no end."""
     if not path.exists():
         raise FileNotFoundError(f"{name}: there is no such file")
-    if path.is_dir():
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{name}: this is a folder, not an audio file")
-    return path
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{name}: this is a device or a pipe, not an audio file")
+    return path, status.st_size
 
 
 def _samples_to_mono(audio, name: str) -> np.ndarray:
