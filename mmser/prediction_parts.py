@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from mmser import prediction_run
+from mmser.console import first_sentence
 from mmser.files import check_writable, whole_file, write_atomically
 from mmser.names import CONFIG
 from mmser.prediction_arguments import PredictionArguments, Share
@@ -59,10 +60,36 @@ class Bulk:
     def merged(self) -> Path:
         return self.folder / f"{MERGED}.{self.format}"
 
-    def missing(self, share: Share) -> list[int]:
-        """The numbers of the parts that this process has still to make."""
-        own = range(share.rank, len(self.parts), share.processes)
-        return [number for number in own if not self.parts[number].is_file()]
+    def missing(self, share: Share, by_segment: bool) -> list[int]:
+        """
+        The numbers of the parts that this process has still to make. One that is damaged is told, and is missing.
+
+        Args:
+            by_segment: whether an input may have several rows, as of `PredictionArguments`. How many is not known
+                then: a part that lacks the end of its last input is not found.
+        """
+        found = []
+        for number in range(share.rank, len(self.parts), share.processes):
+            path = self.parts[number]
+            if not path.is_file():
+                found.append(number)
+            elif why := self.damage(number, by_segment):
+                print(f"{path} is damaged ({why}): it is made again", file=sys.stderr)
+                found.append(number)
+        return found
+
+    def damage(self, number: int, by_segment: bool) -> str:
+        """What is wrong with a part that is there, compared with its inputs; empty for a whole one."""
+        expected = [one.name for one in self.inputs[number * self.size : (number + 1) * self.size]]
+        try:
+            names = FILES_OF[self.format](self.parts[number])
+        except (ValueError, LookupError, TypeError, csv.Error, pyarrow.ArrowException) as error:
+            return f"it cannot be read: {first_sentence(str(error)).rstrip('.')}"
+        if by_segment:
+            expected, names = list(dict.fromkeys(expected)), list(dict.fromkeys(names))
+        if names != expected:
+            return f"it has {len(names)} of {len(expected)} inputs, or others"
+        return ""
 
 
 def run(options: PredictionArguments, share: Share) -> int:
@@ -81,13 +108,15 @@ def run(options: PredictionArguments, share: Share) -> int:
     (bulk.folder / PARTS).mkdir(exist_ok=True)
     for note in bulk.notes if share.rank == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    missing = bulk.missing(share)
+    missing = bulk.missing(share, options.by_segment)
     if missing:
         classifier = prediction_run.load_classifier(str(options.model_name_or_path), share.device(options.device))
         for place, number in enumerate(missing, start=1):
             make_part(bulk, number, classifier, options)
             print(f"process {share.rank}: part {number + 1}, {place} of {len(missing)} to make", file=sys.stderr)
-    if not all(path.is_file() for path in bulk.parts):
+    others = [number for number in range(len(bulk.parts)) if number % share.processes != share.rank]
+    is_whole = [bulk.parts[one].is_file() and not bulk.damage(one, options.by_segment) for one in others]
+    if not all(is_whole):
         print(f"process {share.rank} is done; other parts are not there yet", file=sys.stderr)
         return 0
     errors = merge(bulk)
@@ -157,7 +186,13 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     """
     path = folder / IDENTITY
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged, so whose answers {folder} holds is not known: give another --output_dir, or "
+                "delete this one."
+            ) from error
         different = [name for name, value in identity.items() if found.get(name) != value]
         if different:
             raise ValueError(
@@ -179,6 +214,45 @@ def merge(bulk: Bulk) -> int:
     """Write the answers of all parts into one file, a part at a time. Returns: how many rows have an error."""
     with whole_file(bulk.merged) as hidden:
         return {"jsonl": _merge_jsonl, "csv": _merge_csv, "parquet": _merge_parquet}[bulk.format](bulk.parts, hidden)
+
+
+# The inputs of the rows of a part, which is read to its end
+
+
+def _files_of_jsonl(path: Path) -> list[str]:
+    return [_file_of(json.loads(line)) for line in _whole_lines(path).splitlines()]
+
+
+def _files_of_csv(path: Path) -> list[str]:
+    _whole_lines(path)
+    header, *rows = _csv_rows(path)
+    return [_file_of(dict(zip(header, row, strict=True))) for row in rows]
+
+
+def _files_of_parquet(path: Path) -> list[str]:
+    try:
+        table = pyarrow.parquet.read_table(path)  # all of it: a file may have its end and lack its middle
+    except OSError as error:
+        if error.errno is not None:  # of the disk; without a number of what is in the file
+            raise
+        raise ValueError(str(error)) from error
+    return [_file_of(row) for row in table.select(["file", "error"]).to_pylist()]
+
+
+def _whole_lines(path: Path) -> bytes:
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        raise ValueError("its last line is cut" if data else "it is empty")
+    return data
+
+
+def _file_of(row: dict[str, Any]) -> str:
+    """The input of a row; a KeyError for one without all that the merge reads."""
+    _, name = row["error"], row["file"]
+    return name
+
+
+FILES_OF = {"jsonl": _files_of_jsonl, "csv": _files_of_csv, "parquet": _files_of_parquet}
 
 
 def _merge_jsonl(parts: Sequence[Path], path: Path) -> int:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,57 @@ def test_a_finished_run_does_nothing_again(place, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(prediction_run, "load_classifier", lambda *_: pytest.fail("no model is needed"))
     assert predict_hf.main(words(tmp_path / "x")) == 1
     assert names(tmp_path / "x") == ALL
+
+
+DAMAGES = {
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "a line less": lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
+    "another's line": lambda data: data.replace(b"02.wav", b"99.wav"),
+    "a hole": lambda data: data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("format", READERS)
+def test_a_damaged_part_is_made_again(place, tmp_path, format, damage, capsys):
+    """As a full disk, a copy that was stopped or a hand leaves it."""
+    predict_hf.main(words(tmp_path, format=format))
+    merged = tmp_path / f"answers.{format}"
+    before = merged.read_bytes()
+    part = tmp_path / "parts" / f"part-00001-of-00006.{format}"
+    whole = part.read_bytes()
+    part.write_bytes(DAMAGES[damage](whole))
+    merged.unlink()
+    capsys.readouterr()
+    assert predict_hf.main(words(tmp_path, format=format)) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(told) == 1 and re.fullmatch(rf"{re.escape(str(part))} is damaged \(.+\): it is made again", told[0])
+    assert part.read_bytes() == whole and merged.read_bytes() == before
+
+
+def test_a_damaged_part_of_another_process_is_not_merged(place, tmp_path):
+    predict_hf.main(words(tmp_path, format="csv"))
+    (tmp_path / "parts" / "part-00001-of-00006.csv").write_bytes(b"")
+    (tmp_path / "answers.csv").unlink()
+    assert in_a_fork(tmp_path, 0, 2, format="csv") == 0 and not (tmp_path / "answers.csv").exists()
+    assert in_a_fork(tmp_path, 1, 2, format="csv") == 0 and names(tmp_path, "csv") == ALL
+
+
+def test_whole_parts_by_segment_are_whole(place, tmp_path, monkeypatch):
+    command = [word for word in words(tmp_path, "--segments") if word not in ("--transcripts", "words.csv")]
+    predict_hf.main(command)
+    monkeypatch.setattr(prediction_run, "load_classifier", lambda *_: pytest.fail("no model is needed"))
+    predict_hf.main(command)
+    assert set(names(tmp_path)) == set(ALL)
+
+
+@pytest.mark.parametrize("content", ['{"checkpo', "", "[1]", "\x00"])
+def test_what_a_folder_is_of_may_be_damaged(place, tmp_path, content):
+    predict_hf.main(words(tmp_path))
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged, so whose answers .* give another --output_dir"):
+        predict_hf.main(words(tmp_path))
 
 
 @pytest.mark.parametrize(
