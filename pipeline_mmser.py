@@ -828,15 +828,14 @@ class MMSERPipeline(Pipeline):
             scores = scores.softmax(-1)
         elif function_to_apply == "sigmoid":
             scores = scores.sigmoid()
-        if not bool(scores.isfinite().all()):
-            raise ValueError(
-                "the scores are not finite (NaN): the model overflowed, as in float16, or its weights are damaged. "
-                "Load it with dtype=torch.float32"
-            )
+        _check_finite(scores, "scores are")
         best = scores.argsort(descending=True)[:top_k].tolist()
         results = [{"label": labels[kept[index]], "score": scores[index].item()} for index in best]
         if return_uncertainty:
             values = {name: model_outputs[name] for name in ("uncertainty", "unknown_probability", "is_unknown")}
+            for name, value in values.items():
+                if value is not None:
+                    _check_finite(value, f"{name} is")
             values = {name: None if value is None else value.flatten()[0].item() for name, value in values.items()}
             if values["unknown_probability"] is not None and values["is_unknown"] is None:
                 values["is_unknown"] = False  # rejection is switched off
@@ -859,9 +858,19 @@ class MMSERPipeline(Pipeline):
         answers: dict[str, Any] = {}
         for task, kind in self.model.config.auxiliary_tasks.items():
             values = model_outputs[f"{AUXILIARY}{task}"][0].float()
+            _check_finite(values, f"{task} is")
             is_number = isinstance(kind, str)
             answers[task] = values.item() if is_number else dict(zip(kind, values.softmax(-1).tolist(), strict=True))
         return answers
+
+
+def _check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise `ValueError` for an answer that is no number; `what` begins the sentence."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"the {what} not finite (NaN): the model overflowed, as in float16, or its weights are damaged. "
+            "Load it with dtype=torch.float32"
+        )
 
 
 class AudioClassificationTask:

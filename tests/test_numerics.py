@@ -139,6 +139,48 @@ def test_a_checkpoint_with_a_broken_weight_does_not_load(tmp_path):
         MMSERForAudioClassification.from_pretrained(tmp_path)
 
 
+def with_buffer(folder, name, value):
+    """A checkpoint in which one number of a buffer is another one."""
+    tiny_model().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("name", [name for name, buffer in tiny_model().named_buffers() if buffer.is_floating_point()])
+def test_a_checkpoint_whose_fits_are_not_finite_does_not_load(tmp_path, name, value):
+    """Else a NaN would be an uncertainty, or a probability of unknown."""
+    folder = with_buffer(tmp_path, name, value)
+    if name == "openmax.rejection_thresholds" and value == INF:  # as the bound of half precision has it
+        assert not MMSERForAudioClassification.from_pretrained(folder).openmax.has_thresholds
+        return
+    with pytest.raises(ValueError, match=rf"is damaged: 1 of its weights .* the first is {re.escape(name)}\."):
+        MMSERForAudioClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("name", ["openmax.weibull_shape", "openmax.weibull_scale", "temperature"])
+def test_a_checkpoint_whose_fits_are_impossible_does_not_load(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"is damaged: `{name}` must be greater than 0, got {value:g}\."):
+        MMSERForAudioClassification.from_pretrained(with_buffer(tmp_path, name, value))
+
+
+def test_a_finite_weight_that_overflows_gives_an_error_and_no_uncertainty(tmp_path):
+    folder = with_buffer(tmp_path, "uncertainty.error_calibration", 0.0)
+    weights = load_file(folder / "model.safetensors")
+    weights["uncertainty.hidden.weight"].fill_(1e38)
+    signs = torch.arange(weights["uncertainty.output.weight"].shape[1]) % 2 * 2 - 1
+    weights["uncertainty.output.weight"].copy_(1e38 * signs)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    classify = MMSERPipeline(MMSERForAudioClassification.from_pretrained(folder), processor=tiny_processor())
+    clip = {"raw": np.random.default_rng(0).normal(0, 0.1, 8000), "sampling_rate": 16_000, "text": "good"}
+    assert len(classify(clip)) == 4
+    with pytest.raises(ValueError, match=r"the uncertainty is not finite \(NaN\)"):
+        classify(clip, return_uncertainty=True)
+
+
 def test_a_score_is_never_a_nan():
     model = tiny_model()
     set_weight("classifier.output.bias", NAN)(model)

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ HEAD, REPORTED = "classifier.", ("missing", "unexpected")
 # Weights that a checkpoint has if its configuration says so: the head, and the numbered layers of the encoders
 LAYERS = re.compile(rf"^{re.escape(HEAD)}|_encoder\..*layers?\.\d+\.")
 
+THRESHOLDS = "openmax.rejection_thresholds"
+POSITIVE = ("openmax.weibull_shape", "openmax.weibull_scale", "temperature")  # of fits: nothing else can be
+
 
 class LoadsAdapters:
     """What `MMSERPreTrainedModel` has beside Transformers' own loading."""
@@ -54,7 +58,8 @@ class LoadsAdapters:
         Raises:
             OSError: the encoder of the adapters cannot be read.
             ValueError: it has other weights, or an encoder is named for a checkpoint that has its own; or the
-                configuration is not that of the weights: layers are missing, or there are others; or weights are NaN.
+                configuration is not that of the weights: layers are missing, or there are others; or weights are NaN,
+                or what was fitted is impossible.
         """
         load = partial(_load_whole, super().from_pretrained)
         name = pretrained_model_name_or_path
@@ -101,13 +106,28 @@ def _load_whole(
             f"{name} is damaged: {len(broken)} of its weights hold numbers that are NaN or infinite, the first is "
             f"{broken[0]}. Take another checkpoint, such as an earlier one of the same training."
         )
+    fits = {key: values for key, values in model.named_buffers() if key in POSITIVE and not values.is_meta}
+    for key, values in fits.items():
+        if key not in report["missing_keys"] and not bool((values > 0).all()):
+            raise ValueError(
+                f"{name} is damaged: `{key}` must be greater than 0, got {values.min().item():g}. Take another "
+                "checkpoint, or calibrate this one anew (docs/evaluate.md)."
+            )
     return (model, report) if output_loading_info else model
 
 
 def broken_weights(model: nn.Module) -> list[str]:
-    """The names of a model's weights that hold numbers which are NaN or infinite."""
-    own = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.is_floating_point()]
-    return [name for name, weight in own if not weight.is_meta and not bool(weight.isfinite().all())]
+    """The names of a model's weights, and of what was fitted to it, that hold numbers which are NaN or infinite."""
+    broken = []
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if not weight.is_floating_point() or weight.is_meta:
+            continue
+        values = weight.detach()
+        # A class without a threshold has the largest float32 there, which becomes infinite in half precision
+        is_good = ~values.isnan() if name.endswith(THRESHOLDS) else values.isfinite()
+        if not bool(is_good.all()):
+            broken.append(name)
+    return broken
 
 
 def _part(key: str) -> str:
