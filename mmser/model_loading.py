@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +192,46 @@ def _from_checkpoint(arguments: ModelArguments, labels: dict, processor: MMSERPr
     names = [str(arguments.model_name_or_path), *arguments.average_with]
     tasks = {name: value for name, value in labels.items() if name.startswith("auxiliary_")}
     overrides: Any = arguments.config_overrides
-    model = MMSERForAudioClassification.from_pretrained(
+    model, report = MMSERForAudioClassification.from_pretrained(
         names[0],
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # of what --config_overrides resizes; the loading report names it
+        output_loading_info=True,
         # The class counts of the checkpoint are those of its own training clips
         **{"class_counts": None, **overrides, **tasks},
     )
+    check_mismatches(names[0], report["mismatched_keys"])
     average_checkpoints(model, names)
     change_labels(model, list(labels["label2id"]))
     _restart_changed_tasks(model, load_config(names[0]).auxiliary_tasks)
     return model
+
+
+def check_mismatches(checkpoint: str, mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """
+    Refuse weights that start anew although nothing but the checkpoint itself asks for another size.
+
+    Args:
+        checkpoint: a folder, or a name on the Hub.
+        mismatched: name, shape in the file and shape in the model, of weights that did not fit.
+    Raises:
+        ValueError: the configuration of the checkpoint is not that of its weights; it names the first and its shapes.
+    """
+    if not mismatched:
+        return
+    with torch.device("meta"):
+        own = MMSERForAudioClassification(load_config(checkpoint)).state_dict()
+    wrong = [
+        f"{name} is {list(stored)} in the weights and {list(own[name].shape)} by config.json"
+        for name, stored, _ in sorted(mismatched)
+        if name in own and own[name].shape != torch.Size(stored)
+    ]
+    if wrong:
+        others = f" ({len(wrong) - 1} others differ too)" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"The configuration of {checkpoint} is not that of its weights: {wrong[0]}{others}. Take config.json and "
+            "the weights from one checkpoint."
+        )
 
 
 def _restart_changed_tasks(model: MMSERForAudioClassification, earlier: dict[str, Any]) -> None:

@@ -21,7 +21,9 @@ import audio_mmser
 import train_hf
 from audio_mmser import audio_length, load_audio, stream_audio, why_silent
 from configuration_mmser import MMSERConfig
+from mmser.arguments import ModelArguments
 from mmser.examples import EmotionDataset, ExampleReader, content_sample
+from mmser.model_loading import load_model
 from mmser.prediction_inputs import find_inputs
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
 from processing_mmser import MMSERPipeline
@@ -79,6 +81,29 @@ def test_layers_that_the_weights_do_not_have_are_an_error_and_never_random(folde
     change(folder, *path, to=value)
     with pytest.raises(ValueError, match=f"The configuration of .* is not that of its weights: the file {said}"):
         MMSERForAudioClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "name", "stored", "asked"),
+    [
+        (("feature_size",), 24, "anchors.projection.weight", [8, 16], [8, 24]),
+        (("anchor_size",), 12, "anchors.anchors", [4, 8], [4, 12]),
+        (("text_config", "vocab_size"), 90, "mmser.text_encoder.embeddings.word_embeddings.weight", None, None),
+    ],
+)
+def test_training_refuses_sizes_that_nobody_asked_for(folder, path, value, name, stored, asked):
+    """Else the layers would start at random; with --config_overrides it is what the user asks for."""
+    labels = ["neutral", "happy", "sad", "angry"]
+    overrides = {path[0]: value} if len(path) == 1 else {"feature_size": 24}
+    arguments = ModelArguments(model_name_or_path=str(folder), config_overrides=overrides)
+    model = load_model(arguments, labels, tiny_corpus.tiny_processor())
+    assert all(getattr(model.config, key) == size for key, size in overrides.items())
+    change(folder, *path, to=value)
+    shapes = rf"{re.escape(str(stored))} in the weights and {re.escape(str(asked))} by config" if stored else ""
+    for given in ({}, {"fusion_dropout": 0.2}, {"uncertainty_hidden_size": 12}):
+        arguments = ModelArguments(model_name_or_path=str(folder), config_overrides=given)
+        with pytest.raises(ValueError, match=rf"is not that of its weights: {re.escape(name)} is {shapes}"):
+            load_model(arguments, [*labels, "bored"], tiny_corpus.tiny_processor())
 
 
 def test_a_backbone_gets_a_new_head_and_a_model_without_head_takes_a_checkpoint_with_one(folder, tmp_path):
