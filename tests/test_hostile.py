@@ -14,7 +14,7 @@ import soundfile
 import tiny_corpus
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from transformers import AutoModelForAudioClassification, pipeline
 
 import audio_mmser
@@ -67,6 +67,68 @@ def test_a_configuration_that_fills_the_memory_is_refused_by_name(folder, path, 
     with pytest.raises((ValueError, StrictDataclassError), match=rf"`{re.escape('.'.join(path))}` must be at most"):
         MMSERForAudioClassification.from_pretrained(folder)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        (
+            {"classifier_hidden_size": 65_536, "classifier_num_layers": 1024},
+            ("classifier_num_layers", "classifier_hidden_size", "classifier_bottleneck"),
+        ),
+        ({"feature_size": 65_536, "anchor_size": 65_536}, ("feature_size", "anchor_size")),
+        ({"feature_size": 65_536, "uncertainty_hidden_size": 65_536}, ("feature_size", "uncertainty_hidden_size")),
+        ({"feature_size": 65_536, "classifier_hidden_size": 65_536}, ("classifier_hidden_size", "feature_size")),
+        (
+            {"openmax_centroids_per_class": 65_536, "fusion_hidden_size": 8_192},
+            ("num_labels", "openmax_centroids_per_class", "fusion_hidden_size"),
+        ),
+        (
+            {"num_labels": 65_536, "id2label": None, "prototypes_per_class": 64, "feature_size": 4096},
+            ("num_labels", "prototypes_per_class", "feature_size"),
+        ),
+        (
+            {"fusion_hidden_size": 65_536, "audio_config": {"model_type": "wav2vec2", "hidden_size": 8_192}},
+            ("fusion_hidden_size", "audio_config.hidden_size"),
+        ),
+        (
+            {"fusion_type": "transformer", "fusion_hidden_size": 65_536, "fusion_num_layers": 1024},
+            ("fusion_num_layers", "fusion_hidden_size"),
+        ),
+        ({"auxiliary_tasks": {"age": "regression"}, "feature_size": 65_536, "auxiliary_hidden_size": 65_536}, ()),
+        (
+            {"audio_config": {"model_type": "wav2vec2", "num_hidden_layers": 1000, "hidden_size": 65_536}},
+            ("audio_config.num_hidden_layers", "audio_config.hidden_size", "audio_config.intermediate_size"),
+        ),
+        (
+            {"audio_config": {"model_type": "whisper", "encoder_layers": 1000, "d_model": 65_536}},
+            ("audio_config.num_hidden_layers", "audio_config.hidden_size", "audio_config.encoder_ffn_dim"),
+        ),
+        (
+            {"audio_config": {"model_type": "wav2vec2", "num_conv_pos_embeddings": 2**24}},
+            ("audio_config.num_conv_pos_embeddings", "audio_config.hidden_size"),
+        ),
+        (
+            {"audio_config": {"model_type": "wav2vec2", "conv_dim": [65_536] * 7}},
+            ("audio_config.conv_dim", "audio_config.conv_kernel"),
+        ),
+        (
+            {"text_config": {"model_type": "bert", "max_position_embeddings": 2**24}},
+            ("text_config.max_position_embeddings", "text_config.hidden_size"),
+        ),
+        (
+            {"text_config": {"model_type": "bert", "vocab_size": 2**24, "hidden_size": 8_192}},
+            ("text_config.vocab_size", "text_config.hidden_size"),
+        ),
+    ],
+)
+def test_sizes_that_fill_the_memory_together_are_refused_by_name(given, fields):
+    """Each of them alone is within its bound."""
+    said = ", ".join(f"`{field}`" for field in fields)
+    with pytest.raises(
+        (ValueError, StrictDataclassError), match=rf"{re.escape(said)}.* together ask for [\d,]+ weights"
+    ):
+        MMSERConfig.from_dict({**tiny_config().to_dict(), **given})
 
 
 @pytest.mark.parametrize(

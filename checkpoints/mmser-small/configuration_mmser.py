@@ -8,6 +8,7 @@ the network and to explain its own labels is here.
 import copy
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import field
@@ -39,6 +40,7 @@ PADDING_DEPENDENT = {
 
 # Bounds far above any network. A checkpoint of a stranger must not make a machine build one that fills its memory
 LARGEST_SIZE, MOST_LAYERS, LARGEST_NUMBER = 2**16, 2**10, 2**24
+MOST_WEIGHTS, MOST_ENCODER_WEIGHTS = 2**30, 2**33  # of all after the encoders; of one encoder
 # Fields of encoders that PyTorch fails at with errors of its own, if they are 0
 AT_LEAST_ONE = (
     *("hidden_size", "d_model", "intermediate_size", "encoder_ffn_dim", "num_attention_heads", "vocab_size"),
@@ -138,6 +140,49 @@ def check_encoder_sizes(config: PreTrainedConfig | None, name: str) -> None:
                 raise ValueError(f"`{name}.{key}` must be at most {limit:,}, got {value:,}.")
             if key in AT_LEAST_ONE and isinstance(value, int) and value < 1:
                 raise ValueError(f"`{name}.{key}` must be at least 1, got {value}.")
+    if config is not None:
+        check_number_of_weights(_encoder_weights(config), MOST_ENCODER_WEIGHTS, f"{name}.")
+
+
+def check_number_of_weights(counts: dict[tuple[str, ...], int], most: int, prefix: str = "") -> None:
+    """
+    Raise `ValueError` if parts of a network have more weights together than `most`.
+
+    Args:
+        counts: weights of each part, by the fields that decide them.
+        most: of all parts together.
+        prefix: of the fields in the error, which names those of the largest part.
+    """
+    if sum(counts.values()) > most:
+        fields = max(counts, key=lambda names: counts[names])
+        raise ValueError(
+            f"{', '.join(f'`{prefix}{field}`' for field in fields)} together ask for {counts[fields]:,} weights: at "
+            f"most {most:,} can be."
+        )
+
+
+def _encoder_weights(config: PreTrainedConfig) -> dict[tuple[str, ...], int]:
+    """About how many weights the parts of an encoder have, by the fields that decide them."""
+
+    def number(name: str) -> int:
+        value = getattr(config, name, 0)
+        return value if isinstance(value, int) else 0
+
+    width, layers, kernel = number("hidden_size"), number("num_hidden_layers"), number("num_conv_pos_embeddings")
+    inner = "encoder_ffn_dim" if hasattr(config, "encoder_ffn_dim") else "intermediate_size"
+    counts = {
+        ("num_hidden_layers", "hidden_size", inner): layers * width * (4 * width + 2 * number(inner)),
+        ("num_conv_pos_embeddings", "hidden_size"): kernel
+        * width**2
+        // max(1, number("num_conv_pos_embedding_groups")),
+    }
+    for name in ("vocab_size", "max_position_embeddings", "max_source_positions"):
+        counts[name, "hidden_size"] = number(name) * width
+    sizes, kernels = getattr(config, "conv_dim", None), getattr(config, "conv_kernel", None)
+    if isinstance(sizes, list | tuple) and isinstance(kernels, list | tuple):
+        layers_of = zip((1, *sizes), sizes, kernels, strict=False)
+        counts["conv_dim", "conv_kernel"] = sum(before * after * length for before, after, length in layers_of)
+    return counts
 
 
 # Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
@@ -558,6 +603,35 @@ class MMSERConfig(PreTrainedConfig):
                 if not is_allowed(getattr(self, name)):
                     raise ValueError(f"`{name}` must be {allowed}, got {getattr(self, name)!r}.")
 
+    def _head_weights(self) -> dict[tuple[str, ...], int]:
+        """About how many weights the parts after the encoders have, by the fields that decide them."""
+        blocks = ("classifier_num_layers", "classifier_hidden_size", "classifier_bottleneck")
+        counts: dict[tuple[str, ...], int] = {
+            blocks: 2 * math.prod(getattr(self, name) for name in blocks),
+            ("auxiliary_tasks", "feature_size", "auxiliary_hidden_size"): (
+                len(self.auxiliary_tasks) * self.feature_size * self.auxiliary_hidden_size
+            ),
+        }
+        if self.fusion_type == "transformer":
+            counts["fusion_num_layers", "fusion_hidden_size"] = (
+                12 * self.fusion_num_layers * self.fusion_hidden_size**2
+            )
+        for modality in self.modalities:
+            states = getattr(getattr(self, f"{modality}_config"), "hidden_size", 0)
+            for name in ("cross_attention_hidden_size", "pooling_hidden_size", "fusion_hidden_size"):
+                counts[name, f"{modality}_config.hidden_size"] = 3 * getattr(self, name) * states
+        products: tuple[tuple[str, ...], ...] = (
+            ("fusion_hidden_size", "classifier_hidden_size"),
+            ("classifier_hidden_size", "feature_size"),
+            ("feature_size", "anchor_size"),
+            ("feature_size", "uncertainty_hidden_size"),
+            ("num_labels", "prototypes_per_class", "feature_size"),
+            ("num_labels", "anchor_size"),
+        )
+        if self.openmax_distance == "centroid":
+            products += (("num_labels", "openmax_centroids_per_class", "fusion_hidden_size"),)
+        return counts | {names: math.prod(getattr(self, name) for name in names) for names in products}
+
     def validate_architecture(self):
         """Raise `ValueError` for values that cannot make a network (part of the `@strict` validation)."""
         super().validate_architecture()
@@ -565,6 +639,7 @@ class MMSERConfig(PreTrainedConfig):
         check_encoder_sizes(self.audio_config, "audio_config")
         check_encoder_sizes(self.text_config, "text_config")
         check_auxiliary_tasks(self.auxiliary_tasks, self.auxiliary_label_maps)
+        check_number_of_weights(self._head_weights(), MOST_WEIGHTS)
         if self.cross_attention_hidden_size % self.cross_attention_heads:
             raise ValueError(
                 f"`cross_attention_hidden_size` ({self.cross_attention_hidden_size}) must be a multiple of "
