@@ -2,6 +2,7 @@
 """Names of models: a folder, or a name on the Hub. What is wrong with one is said in a sentence, and soon."""
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,12 +99,28 @@ def reading(models: Sequence[Named]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+        deep = _nested_too_deep(models) if isinstance(error, RecursionError) else None
+        is_about_weights = type(error).__name__ == "SafetensorError"
+        if not isinstance(error, OSError) and not is_about_weights and deep is None:
             raise
         about = ", ".join(f"{model.flag} {model.name}" for model in models)
-        raise OSError(f"{about} cannot be read: {first_sentence(str(error))}") from error
+        said = first_sentence(str(error)) if deep is None else f"{deep} is nested too deep."
+        damaged = "its weights (.safetensors) are cut or damaged: " if is_about_weights else ""
+        raise OSError(f"{about} cannot be read: {damaged}{said}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def _nested_too_deep(models: Sequence[Named]) -> Path | None:
+    """The first JSON file in the folders of models that Python's recursion does not reach the bottom of."""
+    for file in (file for model in models for file in sorted(Path(model.name).expanduser().glob("*.json"))):
+        try:
+            json.loads(file.read_bytes())
+        except RecursionError:
+            return file
+        except ValueError:  # it is no JSON: another error says so, where it is read
+            continue
+    return None
 
 
 def _is_in_cache_alone(model: Named) -> bool:

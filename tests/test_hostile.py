@@ -24,7 +24,9 @@ from configuration_mmser import MMSERConfig
 from mmser.arguments import ModelArguments
 from mmser.examples import EmotionDataset, ExampleReader, content_sample
 from mmser.model_loading import load_model
+from mmser.names import Named, reading
 from mmser.prediction_inputs import find_inputs
+from mmser.prediction_run import load_classifier
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
 from processing_mmser import MMSERPipeline
 
@@ -176,6 +178,48 @@ def test_a_backbone_gets_a_new_head_and_a_model_without_head_takes_a_checkpoint_
         assert torch.equal(weight, whole.state_dict()[f"mmser.{name}"])
     model, report = MMSERForAudioClassification.from_pretrained(folder, output_loading_info=True)
     assert isinstance(model, MMSERForAudioClassification) and not report["missing_keys"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_brackets_without_end_are_an_error_that_names_the_file(folder, name):
+    tiny_corpus.tiny_processor().save_pretrained(folder)
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(OSError, match=rf"^--checkpoint .* cannot be read: .*{re.escape(name)} is nested too deep\.$"):
+        load_classifier(str(folder))
+
+
+def test_an_endless_recursion_of_the_program_is_not_blamed_on_a_file(folder):
+    with pytest.raises(RecursionError), reading([Named("--checkpoint", str(folder))]):
+        raise RecursionError
+
+
+def test_cut_weights_are_an_error_in_a_sentence(folder):
+    tiny_corpus.tiny_processor().save_pretrained(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(
+        OSError, match=r"^--checkpoint .* cannot be read: its weights \(\.safetensors\) are cut or damaged"
+    ):
+        load_classifier(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("lora", "field"),
+    [
+        ({"audio": {"base": "/etc"}}, "bases"),
+        ({"bases": ["audio"], "rank": 2, "alpha": 4}, "bases"),
+        ({"bases": {"video": {"name": "x", "fingerprint": "y"}}, "rank": 2, "alpha": 4}, "bases"),
+        ({"bases": {"audio": {"name": "x"}}, "rank": 2, "alpha": 4}, "bases"),
+        ({"bases": {"audio": {"name": "x", "fingerprint": 3}}, "rank": 2, "alpha": 4}, "bases"),
+        ({"bases": {}, "rank": 0, "alpha": 4}, "rank"),
+        ({"bases": {}, "alpha": 4}, "rank"),
+        ({"bases": {}, "rank": 2, "alpha": "4"}, "alpha"),
+    ],
+)
+def test_adapters_that_say_nothing_of_their_encoders_are_refused_by_name(folder, lora, field):
+    change(folder, "lora", to=lora)
+    with pytest.raises(ValueError, match=rf"`lora\.{field}` in config\.json of .* must "):
+        MMSERForAudioClassification.from_pretrained(folder)
 
 
 def test_nothing_is_unpickled(tmp_path, corpus, tokenizer, monkeypatch, quiet):

@@ -34,6 +34,7 @@ WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "variant")
 # As PEFT names the parts of a linear layer: its own weights, and the matrices of the adapter "default"
 BASE, DOWN, UP = ".base_layer.", ".lora_A.", ".lora_B."
+BASE_FIELDS = ("name", "fingerprint")  # of each encoder in `config.lora["bases"]`
 HEAD, REPORTED = "classifier.", ("missing", "unexpected")
 # Weights that a checkpoint has if its configuration says so: the head, and the numbered layers of the encoders
 LAYERS = re.compile(rf"^{re.escape(HEAD)}|_encoder\..*layers?\.\d+\.")
@@ -211,8 +212,9 @@ def whole_weights(
         hub_kwargs: `revision`, `token`, `cache_dir`... as for `from_pretrained`.
     Raises:
         OSError: the checkpoint has no weights, or an encoder is not where it was.
-        ValueError: an encoder has other weights than the one that was adapted.
+        ValueError: an encoder has other weights than the one that was adapted, or `config.lora` lacks something.
     """
+    _check_lora(config.lora, name_or_path)
     hub_kwargs = dict(hub_kwargs)
     variant = hub_kwargs.pop("variant", None)
     file = cached_file(name_or_path, f"model.{variant}.safetensors" if variant else "model.safetensors", **hub_kwargs)
@@ -231,6 +233,26 @@ def whole_weights(
             )
         weights |= {f"{prefix}{kind}_encoder.{name}": weight for name, weight in encoder.state_dict().items()}
     return merged_weights(weights, adapters["alpha"] / adapters["rank"])
+
+
+def _check_lora(lora: Any, name_or_path: str) -> None:
+    """Raise `ValueError` for a description of adapters that cannot be joined with anything."""
+    bases = lora.get("bases")
+    are_bases = isinstance(bases, dict) and all(
+        kind in MODALITIES and isinstance(base, dict) and all(isinstance(base.get(key), str) for key in BASE_FIELDS)
+        for kind, base in bases.items()
+    )
+    if not are_bases:
+        raise ValueError(
+            f"`lora.bases` in config.json of {name_or_path} must have, for audio, text or both, a `name` and a "
+            f"`fingerprint`, got {bases!r:.80}."
+        )
+    for field in ("rank", "alpha"):
+        value = lora.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(
+                f"`lora.{field}` in config.json of {name_or_path} must be greater than 0, got {value!r:.80}."
+            )
 
 
 def _read_encoder(
