@@ -185,6 +185,27 @@ def _encoder_weights(config: PreTrainedConfig) -> dict[tuple[str, ...], int]:
     return counts
 
 
+def check_token_ids(input_ids: Any, text_config: Any) -> None:
+    """
+    Refuse tokens that the text encoder has no embedding for: their tokenizer is that of another model.
+
+    Args:
+        input_ids: array or tensor of any shape.
+        text_config: of the text encoder; None, or one without `vocab_size`, refuses nothing.
+    Raises:
+        ValueError: naming the largest id and the number of embeddings.
+    """
+    count = getattr(text_config, "vocab_size", None)
+    if count is None or 0 in input_ids.shape:
+        return
+    largest = int(input_ids.max())
+    if largest >= count:
+        raise ValueError(
+            f"`input_ids` has a token of id {largest:,}, but the text encoder has {count:,} embeddings "
+            "(`text_config.vocab_size`): the tokenizer is that of another model."
+        )
+
+
 # Written unconditionally, without the `user/repo--` prefix that loading from the Hub adds: a checkpoint always points
 # at the code beside it, also after it has been loaded from one repository and pushed to another.
 AUTO_MAP = {

@@ -120,6 +120,11 @@ class MaskedWhisperEncoder(WhisperEncoder):
     @capture_outputs
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
         """Encode log-mel frames [B, mels, T] with mask [B, T] (1 = valid) to states [B, ceil(T / 2), D]."""
+        if input_features.shape[1] != self.num_mel_bins:
+            raise ValueError(
+                f"`input_features` has {input_features.shape[1]} mel bands; this encoder takes {self.num_mel_bins} "
+                "(`feature_size` of the feature extractor)."
+            )
         max_frames = self.max_source_positions * self.conv2.stride[0]
         if input_features.shape[-1] > max_frames:
             raise ValueError(

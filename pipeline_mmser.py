@@ -42,7 +42,7 @@ try:
         unwrap_audio,
         warn_if_silent,
     )
-    from .configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
+    from .configuration_mmser import MODALITIES, check_names, check_token_ids, ignored_modality, reason_unused
     from .conformal_mmser import PredictionSets, check_coverage
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
@@ -57,7 +57,7 @@ except ImportError:
         unwrap_audio,
         warn_if_silent,
     )
-    from configuration_mmser import MODALITIES, check_names, ignored_modality, reason_unused
+    from configuration_mmser import MODALITIES, check_names, check_token_ids, ignored_modality, reason_unused
     from conformal_mmser import PredictionSets, check_coverage
 
 logger = logging.get_logger(__name__)
@@ -664,7 +664,10 @@ class MMSERPipeline(Pipeline):
                 warn_if_silent(samples, audio, sampling_rate, name)
             audio, sampling_rate = [samples], rate
         options: dict[str, Any] = {"sampling_rate": sampling_rate, "return_tensors": "np"}
-        return dict(self.processor(audio, text, **options))
+        prepared = dict(self.processor(audio, text, **options))
+        if "input_ids" in prepared:  # here, as on a GPU the embedding would end the process
+            check_token_ids(prepared["input_ids"], getattr(self.model.config, "text_config", None))
+        return prepared
 
     def _preprocess_named(self, named, **preprocess_params):
         """`preprocess` for one (name, item), whose errors give the name."""

@@ -18,6 +18,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BatchFeature,
+    FeatureExtractionMixin,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
@@ -25,6 +26,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 
 try:
     from .audio_mmser import (
+        MIN_SAMPLING_RATE,
         MIN_SECONDS,
         has_own_rate,
         load_audio,
@@ -46,7 +48,15 @@ try:
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from audio_mmser import MIN_SECONDS, has_own_rate, load_audio, pad_and_stack, stream_audio, warn_once
+    from audio_mmser import (
+        MIN_SAMPLING_RATE,
+        MIN_SECONDS,
+        has_own_rate,
+        load_audio,
+        pad_and_stack,
+        stream_audio,
+        warn_once,
+    )
     from configuration_mmser import MMSERConfig, check_names, reason_unused
     from pipeline_mmser import (
         AudioClassificationTask,
@@ -60,6 +70,16 @@ except ImportError:
     )
 
 MAX_TEXT_TOKENS = 512  # position table of BERT-like encoders
+# Fields of a feature extractor, their least and their most: around all models. A stranger must not fill the memory
+EXTRACTOR_BOUNDS: dict[str, tuple[int, int]] = {
+    "sampling_rate": (MIN_SAMPLING_RATE, 384_000),  # Hz
+    "feature_size": (1, 1024),
+    "n_fft": (2, 2**13),
+    "hop_length": (1, 2**13),
+    "chunk_length": (1, 3600),  # s
+}
+EXTRACTOR_FRACTIONS = {"padding_value": (-1e6, 1e6), "dither": (0, 1)}
+MOST_CELLS = 2**24  # frames of the longest clip times frequencies; Whisper has 1.2 million
 
 
 class MMSERAudioKwargs(TypedDict, total=False):
@@ -81,6 +101,55 @@ PROCESSOR_OPTIONS = {
     *TextKwargs.__annotations__,
     *MMSERAudioKwargs.__annotations__,
 }
+
+
+def check_feature_extractor(fields: Any, where: str = "") -> None:
+    """
+    Refuse the values of a feature extractor that no model has, before anything is computed from them.
+
+    Args:
+        fields (`dict`): as in the file of a feature extractor; what is not there is not looked at.
+        where: the file, for messages.
+    Raises:
+        ValueError: naming the file, the field and its bounds.
+    """
+    of_file = f" of {where}" if where else ""
+    if not isinstance(fields, dict):
+        raise ValueError(f"`feature_extractor`{of_file} must be a dict, got {fields!r:.80}.")
+    for bounds, kind in ((EXTRACTOR_BOUNDS, numbers.Integral), (EXTRACTOR_FRACTIONS, numbers.Real)):
+        for name, (least, most) in bounds.items():
+            value = fields.get(name, least)
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most:  # NaN is not
+                what = "a whole number" if kind is numbers.Integral else "a number"
+                raise ValueError(
+                    f"`feature_extractor.{name}`{of_file} must be {what} of {least:,} to {most:,}, got {value!r:.80}."
+                )
+    for name in ("do_normalize", "return_attention_mask"):
+        if not isinstance(fields.get(name), bool | None):
+            raise ValueError(f"`feature_extractor.{name}`{of_file} must be true or false, got {fields[name]!r:.80}.")
+    if all(name in fields for name in ("n_fft", "hop_length", "chunk_length", "sampling_rate")):
+        cells = fields["chunk_length"] * fields["sampling_rate"] * max(fields["n_fft"], fields.get("feature_size", 1))
+        least = -(-cells // MOST_CELLS)
+        if fields["hop_length"] < least:
+            raise ValueError(
+                f"`feature_extractor.hop_length`{of_file} must be at least {least:,} with this `chunk_length`, "
+                f"`sampling_rate` and `n_fft`, got {fields['hop_length']:,}."
+            )
+
+
+def load_feature_extractor(name_or_path: str | os.PathLike, **kwargs) -> Any:
+    """
+    `AutoFeatureExtractor.from_pretrained`, after a look at the values: Whisper's computes tables as it is made.
+
+    Args:
+        name_or_path, kwargs: as of `AutoFeatureExtractor.from_pretrained`.
+    Raises:
+        ValueError: as [`check_feature_extractor`].
+    """
+    fields, _ = FeatureExtractionMixin.get_feature_extractor_dict(name_or_path, **kwargs)
+    check_feature_extractor(fields, f"{name_or_path}/preprocessor_config.json")
+    return AutoFeatureExtractor.from_pretrained(name_or_path, **kwargs)
 
 
 class NoTokenizer:
@@ -131,6 +200,9 @@ class MMSERProcessor(ProcessorMixin):
         self.tokenizer: Any = NoTokenizer() if tokenizer is None else tokenizer
         if feature_extractor is None and tokenizer is None:
             raise ValueError("Give `feature_extractor`, `tokenizer` or both; both are None.")
+        limit = MAX_TEXT_TOKENS if tokenizer is None else tokenizer.model_max_length
+        if isinstance(limit, bool) or not isinstance(limit, numbers.Real) or not limit >= 1:
+            raise ValueError(f"`model_max_length` of tokenizer_config.json must be at least 1, got {limit!r:.80}.")
         super().__init__(**{name: getattr(self, name) for name in self.get_attributes()})
         if feature_extractor is None:
             return
@@ -139,6 +211,7 @@ class MMSERProcessor(ProcessorMixin):
                 "`feature_extractor` must be a Wav2Vec2FeatureExtractor (raw waveform) or a WhisperFeatureExtractor "
                 f"(log-mel), got {type(feature_extractor).__name__}"
             )
+        check_feature_extractor(vars(feature_extractor))
         if self.audio_input_name == "input_values":
             # Many checkpoints say False; whoever loads the extractor alone must get the mask as well.
             feature_extractor.return_attention_mask = True
@@ -167,7 +240,14 @@ class MMSERProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """As always, but a part that `processor_config.json` has as null does not exist."""
-        missing = [name for name in cls.get_attributes() if (processor_dict or {}).get(name, ...) is None]
+        parts = processor_dict or {}
+        missing = [name for name in cls.get_attributes() if parts.get(name, ...) is None]
+        if "feature_extractor" not in missing:
+            fields, file = parts.get("feature_extractor"), "processor_config.json"
+            if fields is None:  # an older checkpoint has a file of its own for it
+                fields, _ = FeatureExtractionMixin.get_feature_extractor_dict(pretrained_model_name_or_path, **kwargs)
+                file = "preprocessor_config.json"
+            check_feature_extractor(fields, f"{pretrained_model_name_or_path}/{file}")
         if not missing:
             return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         loaders = {"feature_extractor": AutoFeatureExtractor, "tokenizer": AutoTokenizer}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
 from auxiliary_mmser import AuxiliaryHead
@@ -27,7 +27,7 @@ from modeling_mmser import (
     register_auto_classes,
 )
 from pipeline_mmser import MMSEROnnxConfig
-from processing_mmser import MMSERProcessor
+from processing_mmser import MMSERProcessor, load_feature_extractor
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +108,7 @@ def _join_processor(arguments: ModelArguments) -> MMSERProcessor:
     elif arguments.random_audio_encoder and name == ModelArguments.audio_model_name_or_path:
         feature_extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     else:
-        feature_extractor = AutoFeatureExtractor.from_pretrained(name)
+        feature_extractor = load_feature_extractor(name)
     if arguments.text_model_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or arguments.text_model_name_or_path)
     return MMSERProcessor(feature_extractor, tokenizer)

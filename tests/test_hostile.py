@@ -15,7 +15,12 @@ import tiny_corpus
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config, tiny_model
-from transformers import AutoModelForAudioClassification, pipeline
+from transformers import (
+    AutoModelForAudioClassification,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+    pipeline,
+)
 
 import audio_mmser
 import train_hf
@@ -28,7 +33,7 @@ from mmser.names import Named, reading
 from mmser.prediction_inputs import find_inputs
 from mmser.prediction_run import load_classifier
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
-from processing_mmser import MMSERPipeline
+from processing_mmser import MMSERPipeline, MMSERProcessor, load_feature_extractor
 
 
 @pytest.fixture
@@ -346,3 +351,100 @@ def test_predict_says_what_is_no_file(tmp_path):
         find_inputs([str(tmp_path)])
     soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16_000)
     assert [one.error for one in find_inputs([str(tmp_path)])] == ["", "this is a device or a pipe"]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Writes a checkpoint with its processor."""
+
+    def write(whisper=False):
+        tiny_corpus.tiny_model(whisper=whisper).save_pretrained(tmp_path / "whole")
+        tiny_corpus.tiny_processor(whisper).save_pretrained(tmp_path / "whole")
+        return tmp_path / "whole"
+
+    return write
+
+
+def rewrite(path, *keys, to):
+    """Write another value into a JSON file."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    part = values
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = to
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+WRONG = [
+    *(("wav2vec2", "sampling_rate", value) for value in (10**7, 10**9, 10**12, 0, -1, "x", float("nan"), None, True)),
+    *(("wav2vec2", "padding_value", value) for value in (float("nan"), "0", 1e300)),
+    ("wav2vec2", "do_normalize", "no"),
+    ("wav2vec2", "feature_size", 10**9),
+    *(("whisper", "n_fft", value) for value in (10**9, 0, 400.0)),
+    *(("whisper", "feature_size", value) for value in (10**9, 0, "16")),
+    *(("whisper", "hop_length", value) for value in (0, 1, -160, 10**9)),
+    *(("whisper", "chunk_length", value) for value in (10**15, 0)),
+    *(("whisper", "dither", value) for value in (1e300, float("nan"), -1)),
+    ("whisper", "sampling_rate", 10**9),
+]
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["processor_config", "preprocessor_config"])
+@pytest.mark.parametrize(("kind", "field", "value"), WRONG)
+def test_a_feature_extractor_that_no_model_has_is_refused_by_name(whole, kind, field, value, older):
+    folder = whole(kind == "whisper")
+    file = folder / "processor_config.json"
+    rewrite(file, "feature_extractor", field, to=value)
+    if older:  # as Transformers 4 wrote it
+        values = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        file = folder / "preprocessor_config.json"
+        file.write_text(json.dumps(values["feature_extractor"]), encoding="utf-8")
+    said = rf"`feature_extractor\.{field}` of {re.escape(str(file))} must be .*, got"
+    with pytest.raises(ValueError, match=said) as caught:
+        MMSERProcessor.from_pretrained(folder)
+    assert str(caught.value).count(". ") == 0  # one sentence
+    with pytest.raises(ValueError, match=rf"`feature_extractor\.{field}`"):
+        load_feature_extractor(folder)
+
+
+def test_a_feature_extractor_is_looked_at_when_a_processor_is_made_of_it():
+    for wrong in (10**9, float("nan")):
+        extractor = Wav2Vec2FeatureExtractor(sampling_rate=wrong)
+        with pytest.raises(ValueError, match=r"`feature_extractor\.sampling_rate` must be a whole number of 1,000 to"):
+            MMSERProcessor(extractor)
+
+
+@pytest.mark.parametrize("extractor", [WhisperFeatureExtractor(), WhisperFeatureExtractor(128, chunk_length=300)])
+def test_those_of_models_are_taken(extractor):
+    assert MMSERProcessor(extractor).sampling_rate == 16_000
+
+
+@pytest.mark.parametrize("value", [-5, 0, "x", float("nan"), None, True])
+def test_a_tokenizer_that_takes_no_token_is_refused_by_name(whole, value):
+    folder = whole()
+    rewrite(folder / "tokenizer_config.json", "model_max_length", to=value)
+    if value is None:  # which Transformers takes for "no limit"
+        assert MMSERProcessor.from_pretrained(folder)(text="so happy")["input_ids"].shape[0] == 1
+        return
+    with pytest.raises(ValueError, match=r"`model_max_length` of tokenizer_config\.json must be at least 1, got"):
+        MMSERProcessor.from_pretrained(folder)
+
+
+def test_a_token_beyond_the_embeddings_is_one_sentence(whole):
+    folder = whole()
+    rewrite(folder / "tokenizer.json", "model", "vocab", "joy", to=10**6)
+    model, processor = MMSERForAudioClassification.from_pretrained(folder), MMSERProcessor.from_pretrained(folder)
+    said = r"`input_ids` has a token of id 1,000,000, but the text encoder has \d+ embeddings .*of another model\.$"
+    with pytest.raises(ValueError, match=said):
+        MMSERPipeline(model.eval(), processor=processor, device="cpu")({"text": "what a joy"})
+    with pytest.raises(ValueError, match=said):
+        model(**processor(text="what a joy"))
+
+
+def test_mel_bands_that_the_encoder_does_not_take_are_one_sentence(whole):
+    folder = whole(whisper=True)
+    rewrite(folder / "processor_config.json", "feature_extractor", "feature_size", to=17)
+    model, processor = MMSERForAudioClassification.from_pretrained(folder), MMSERProcessor.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"`input_features` has 17 mel bands; this encoder takes 16 \(`feature_size`"):
+        model(**processor(np.random.default_rng(0).normal(0, 0.1, 16_000), sampling_rate=16_000))

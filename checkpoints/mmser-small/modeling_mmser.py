@@ -31,7 +31,14 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, maybe_inst
 try:
     from .adapters_mmser import LoadsAdapters, weights_to_save
     from .auxiliary_mmser import NO_MOMENTS, AuxiliaryHead, AuxiliaryHeads
-    from .configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
+    from .configuration_mmser import (
+        MODALITIES,
+        MMSERConfig,
+        check_names,
+        check_token_ids,
+        ignored_modality,
+        reason_unused,
+    )
     from .conformal_mmser import PredictionSets
     from .encoders_mmser import (
         MaskedGroupNormConvLayer,
@@ -86,7 +93,14 @@ except ImportError:
         raise
     from adapters_mmser import LoadsAdapters, weights_to_save
     from auxiliary_mmser import NO_MOMENTS, AuxiliaryHead, AuxiliaryHeads
-    from configuration_mmser import MODALITIES, MMSERConfig, check_names, ignored_modality, reason_unused
+    from configuration_mmser import (
+        MODALITIES,
+        MMSERConfig,
+        check_names,
+        check_token_ids,
+        ignored_modality,
+        reason_unused,
+    )
     from conformal_mmser import PredictionSets
     from encoders_mmser import (
         MaskedGroupNormConvLayer,
@@ -1096,6 +1110,8 @@ class MMSERModel(MMSERPreTrainedModel):
         """Return states [B, L, D], their bool mask [B, L] (rows without text all False), and the encoder's output."""
         encoder = self._encoder("text")
         _check_mask(attention_mask, input_ids.shape, "text_attention_mask")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and not is_tracing(input_ids):
+            check_token_ids(input_ids, self.config.text_config)  # elsewhere a look would wait for the device
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.text_encoder)):
             output = encoder(
