@@ -162,7 +162,7 @@ class FlagParser(HfArgumentParser):
 
 def _texts_of(kind: type) -> set[str]:
     """The fields of ours that hold a text or texts, and no object of JSON; Transformers checks its own."""
-    own = [vars(base).get("__annotations__", {}) for base in kind.__mro__ if base.__module__.startswith("mmser")]
+    own = [base.__annotations__ for base in kind.__mro__ if base.__module__.startswith("mmser")]
     hints = {name: str(hint) for annotations in own for name, hint in annotations.items()}
     return {name for name, hint in hints.items() if "str" in hint and "dict" not in hint}
 
