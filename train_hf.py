@@ -14,6 +14,7 @@ accelerate launch train_hf.py --dataset_name me/my_data --use_amp --push_to_hub
 """
 
 import sys
+from typing import Any
 
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
 from mmser.console import run_command, set_up_logging
@@ -25,14 +26,22 @@ def main(arguments: list[str] | None = None) -> dict:
     model_arguments, data_arguments, training_arguments = parse_arguments(TRAINING_ARGUMENTS, command, __doc__)
 
     # Late: `--help` and a wrong flag do not wait for torch
-    from transformers import set_seed
-
-    from mmser import adaptation, model_loading, publishing, run_identity, search, training_run
+    from mmser import run_identity, search
 
     set_up_logging(training_arguments)
+    with run_identity.lock_output_dir(training_arguments):
+        if training_arguments.hp_search:
+            return search.search_with_data(command, model_arguments, data_arguments, training_arguments, main)
+        return run(command, model_arguments, data_arguments, training_arguments)
+
+
+def run(command: list[str], model_arguments: Any, data_arguments: Any, training_arguments: Any) -> dict:
+    """One training, whose folder is locked. `command`: the words of its command line. Returns: as `main`."""
+    from transformers import set_seed
+
+    from mmser import adaptation, model_loading, publishing, run_identity, training_run
+
     set_seed(training_arguments.seed)
-    if training_arguments.hp_search:
-        return search.search_with_data(command, model_arguments, data_arguments, training_arguments, main)
     training_run.warn_of_moot_settings(model_arguments, data_arguments)
     resumed = training_run.find_checkpoint(training_arguments)
     adapt, checkpoint = training_arguments.adapt, model_arguments.model_name_or_path

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run was started with. A run is continued only with the same data, labels, encoders and architecture.
 
-1. `describe_identity`: what must stay as it was, and the settings that may change
-2. `check_output_dir`: compares it with what the output folder holds
-3. `claim_output_dir`: writes it there
-4. `delete_run`: for `--overwrite_output_dir`
+1. `lock_output_dir`: one training at a time in a folder
+2. `describe_identity`: what must stay as it was, and the settings that may change
+3. `check_output_dir`: compares it with what the output folder holds
+4. `claim_output_dir`: writes it there
+5. `delete_run`: for `--overwrite_output_dir`
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -24,7 +29,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.bad_rows import BAD_EXAMPLES
 from mmser.division import IDENTITY_NAME
 from mmser.examples import content_sample, map_in_threads
-from mmser.files import write_atomically
+from mmser.files import naming_full_disk, write_atomically
 from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
 from mmser.progress import CURVES_NAME
@@ -37,6 +42,9 @@ from modeling_mmser import MMSERForAudioClassification
 from processing_mmser import MMSERProcessor
 
 logger = logging.get_logger(__name__)
+LOCK = ".training.lock"  # in the folder of a run; it stays there, as who waits for it has it open
+PATIENCE = 10  # seconds: workers of a training that was killed hold its lock until they notice
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # said by file systems that have none
 # Fields of the configuration that are not compared: other entries say the same, the library needs them, or they act
 # after training alone
 OTHER_FIELDS = {
@@ -160,6 +168,62 @@ def _config_fields(config: PreTrainedConfig, prefix: str = "config") -> dict[str
 
 
 # --- the folder of a run ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock_output_dir(arguments: MMSERTrainingArguments) -> Iterator[None]:
+    """
+    Keep other trainings out of the output folder while the block runs.
+
+    The operating system takes the lock back when its process ends, however that is. All processes of a run call this,
+    and the first one locks. A folder that was made for the lock goes again if nothing else was written there.
+
+    Raises:
+        ValueError: another training writes there; on all processes.
+    """
+    folder = Path(arguments.output_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock, said = None, [""]
+    if arguments.process_index == 0:
+        try:
+            lock = _locked(folder)
+        except Timeout:
+            said = [
+                f"--output_dir {folder}: another training writes into this folder. Wait until it has ended, or give "
+                "another folder."
+            ]
+    if broadcast_object_list(said)[0]:
+        raise ValueError(said[0])
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+        if arguments.process_index == 0 and made and not any(path.name != LOCK for path in folder.glob("*")):
+            (folder / LOCK).unlink(missing_ok=True)
+            for path in made:
+                if any(path.iterdir()):
+                    break
+                path.rmdir()
+
+
+def _locked(folder: Path) -> FileLock | None:
+    """The lock of a folder, taken; None on a file system that knows no locks."""
+    # A lock that is only a file would outlive its process
+    options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    try:
+        with naming_full_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / LOCK, timeout=PATIENCE, **options)
+            lock.acquire(poll_interval=0.2)
+            return lock
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in WITHOUT_LOCKS:
+            raise
+    logger.warning(f"{folder} is on a file system without locks: see to it that no other training writes there.")
+    return None
 
 
 def check_output_dir(

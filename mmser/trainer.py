@@ -791,7 +791,7 @@ class MMSERTrainer(Trainer):
                 shutil.copy(file, args.output_dir)
         # The pickle may be there for a moment: `_save` lets the stock method write it first
         uploads: list[tuple[Any, str | None, list[str] | None]] = [
-            (args.output_dir, None, ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"])
+            (args.output_dir, None, ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"])
         ]
         if args.hub_strategy == HubStrategy.CHECKPOINT:
             uploads.append((checkpoint_folder, "last-checkpoint", None))

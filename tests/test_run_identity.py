@@ -4,10 +4,15 @@
 Order: runs of `train_hf.main` in a folder that holds one, fingerprints, the folder.
 """
 
+import errno
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,9 +32,17 @@ from tiny_corpus import (
 )
 
 import train_hf
+from mmser import run_identity, training_run
 from mmser.arguments import DataArguments
 from mmser.loading import load_emotion_dataset
-from mmser.run_identity import IDENTITY_NAME, delete_run, fingerprint_clips, fingerprint_weights, holds_run
+from mmser.run_identity import (
+    IDENTITY_NAME,
+    delete_run,
+    fingerprint_clips,
+    fingerprint_weights,
+    holds_run,
+    lock_output_dir,
+)
 from mmser.trainer import last_complete_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -317,7 +330,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(started, tmp_path
     (started / "checkpoint-9").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     delete_run(started)
     left = {str(path.relative_to(started)) for path in started.rglob("*") if path.is_file()}
-    assert {name for name in left if not name.endswith(".py")} == set(mine)
+    assert {name for name in left if not name.endswith(".py")} == {*mine, run_identity.LOCK}  # that one is still held
     assert not holds_run(started) and not (started / "checkpoint-9").exists()
     assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
 
@@ -368,3 +381,103 @@ def test_deleting_that_is_interrupted_leaves_no_checkpoint_that_looks_whole(star
     newest = last_complete_checkpoint(started)
     assert newest is None or not (started / "checkpoint-2" / "trainer_state.json").exists()
     assert (started / IDENTITY_NAME).exists()
+
+
+# ---- two trainings at once -----------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, types
+sys.path[:0] = {path!r}
+from mmser.run_identity import lock_output_dir
+with lock_output_dir(types.SimpleNamespace(output_dir={folder!r}, process_index=0)):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_training(tmp_path):
+    """A process that has locked the folder `run`, until it is killed."""
+    program = HOLD.format(path=sys.path, folder=str(tmp_path / "run"))
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(
+    corpus, tokenizer, tmp_path, other_training, monkeypatch
+):
+    monkeypatch.setattr(run_identity, "PATIENCE", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "load_data", lambda *_, **__: pytest.fail("it is refused before the work"))
+        with pytest.raises(ValueError, match=r"run: another training writes into this folder\. Wait .* or give"):
+            train(corpus, tmp_path / "run", tokenizer)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [run_identity.LOCK]
+    other_training.kill()  # as a container or a user does it: what it leaves blocks nobody
+    other_training.wait()
+    train(corpus, tmp_path / "run", tokenizer, max_steps=1)
+    assert steps_of(tmp_path / "run") == 1
+    train(corpus, tmp_path / "run", tokenizer, max_steps=2)  # nor does a training that has ended in this process
+    assert steps_of(tmp_path / "run") == 2
+
+
+def test_a_training_that_is_refused_leaves_no_folder(tokenizer, tmp_path):
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        train(tmp_path / "nowhere", tmp_path / "deep" / "run", tokenizer)
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("said", [OSError(errno.ENOSYS, "Function not implemented"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_told(said, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise said
+
+    monkeypatch.setattr(run_identity.FileLock, "acquire", fail)
+    with lock_output_dir(SimpleNamespace(output_dir=tmp_path, process_index=0)):
+        pass
+    assert "is on a file system without locks" in caplog.text
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error_that_names_it(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / run_identity.LOCK))
+
+    monkeypatch.setattr(run_identity.FileLock, "acquire", fail)
+    arguments = SimpleNamespace(output_dir=tmp_path, process_index=0)
+    with pytest.raises(OSError, match="No space left"), lock_output_dir(arguments):
+        pass
+
+
+def test_only_the_main_process_locks(tmp_path, other_training):
+    with lock_output_dir(SimpleNamespace(output_dir=tmp_path / "run", process_index=1)):
+        pass
+
+
+RANK = """
+import sys, types
+sys.path[:0] = {path!r}
+from accelerate import PartialState
+PartialState(cpu=True)
+from mmser import run_identity
+run_identity.PATIENCE = 0.5
+try:
+    with run_identity.lock_output_dir(types.SimpleNamespace(output_dir={folder!r}, process_index={rank})):
+        print("locked")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_all_processes_of_a_second_training_are_refused(tmp_path, other_training):
+    """Only the first one asks for the lock: the others would wait for it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        network = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in (0, 1):
+        program = RANK.format(path=sys.path, folder=str(tmp_path / "run"), rank=rank)
+        environment = {**os.environ, **network, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"}
+        processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE))
+    said = [process.communicate(timeout=120)[0].decode() for process in processes]
+    assert all("another training writes into this folder" in line for line in said)
