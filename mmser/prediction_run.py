@@ -7,6 +7,7 @@ One input that cannot be read never stops the others: it gets its reason, in `Pr
 import itertools
 import logging as python_logging
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,9 @@ def _is_long(one: Input, options: PredictionArguments) -> bool:
     return one.seconds is not None and one.seconds > options.segments_above
 
 
+HIDDEN_ERROR = re.compile(r"an error is thrown:\nTraceback .*?^ValueError: (.*?)$", re.DOTALL | re.MULTILINE)
+
+
 def load_classifier(checkpoint: str, device: str | None = None) -> MMSERPipeline:
     """
     The pipeline of a checkpoint, or of an exported model.
@@ -148,7 +152,12 @@ def load_classifier(checkpoint: str, device: str | None = None) -> MMSERPipeline
     if device is not None:
         _check_device(device)
     with reading(flag), without_bars_of_weights():
-        return pipeline("audio-classification", model=checkpoint, device=device)  # type: ignore[return-value]
+        try:
+            return pipeline("audio-classification", model=checkpoint, device=device)  # type: ignore[return-value]
+        except ValueError as error:  # in which Transformers hides the one of loading, as the end of a traceback
+            if found := HIDDEN_ERROR.search(str(error)):
+                raise ValueError(found[1]) from error
+            raise
 
 
 def _check_device(device: str) -> None:

@@ -227,6 +227,15 @@ def test_adapters_that_say_nothing_of_their_encoders_are_refused_by_name(folder,
         MMSERForAudioClassification.from_pretrained(folder)
 
 
+def test_a_pipeline_says_why_a_checkpoint_does_not_load(folder):
+    """And not that the original errors, which are a traceback, say so."""
+    tiny_corpus.tiny_processor().save_pretrained(folder)
+    change(folder, "lora", to={"bases": None})
+    with pytest.raises(ValueError, match=r"^`lora\.bases` in config\.json of .* must have") as caught:
+        load_classifier(str(folder))
+    assert "Traceback" not in str(caught.value)
+
+
 def test_nothing_is_unpickled(tmp_path, corpus, tokenizer, monkeypatch, quiet):
     """Training, going on from a checkpoint on the way, loading and classifying need no pickle."""
 
