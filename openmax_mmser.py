@@ -433,7 +433,7 @@ class OpenMax(nn.Module):
         if self.level == "probability":
             known = F.log_softmax(logits, dim=-1)
             unknown = (known.exp() * taken_share).sum(dim=-1, keepdim=True)
-            return torch.cat([known - hazard, unknown.clamp(min=1e-38).log()], dim=-1)
+            return torch.cat([known - hazard, unknown.clamp(min=1e-38, max=1.0).log()], dim=-1)
         activations = logits - logits.amin(dim=-1, keepdim=True)
         rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the top class
         omega = ((self.alpha - rank) / self.alpha).clamp(min=0)  # (alpha + 1 - r) / alpha with r = rank + 1

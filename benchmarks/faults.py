@@ -378,7 +378,7 @@ def measure_all(cases: int, names: Sequence[str], kinds: Sequence[str]) -> list[
             rows += measure(name, campaigns(base)[name], folder, numbers)
     finally:
         if folder.is_mount():
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)
         shutil.rmtree(base)
     return rows
 

@@ -370,6 +370,14 @@ def test_openmax_rows_are_probabilities_and_do_not_see_each_other(inputs, seed):
     torch.testing.assert_close(openmax.rejection_scores(logits[rows], distances[rows]), scores[rows])
 
 
+def test_rounding_makes_no_probability_larger_than_one():
+    """The probabilities of these five logits add up to 1.0000001 in float32, and all of them is taken."""
+    openmax = OpenMax(5, alpha=3, level="probability")
+    openmax.fitted.fill_(MARKS[openmax.level])
+    probabilities = openmax(torch.tensor([[0.0, 0.0, 2.0, 1.9375, -14.0]]), torch.full((1, 5), 1e6))
+    assert 0.999999 < probabilities[0, -1] <= 1
+
+
 @properties
 @given(any_inputs, st.data())
 def test_a_longer_distance_makes_unknown_likelier_and_the_own_class_less_likely(inputs, choice):
