@@ -114,9 +114,9 @@ def run(options: PredictionArguments, share: Share) -> int:
         for place, number in enumerate(missing, start=1):
             make_part(bulk, number, classifier, options)
             print(f"process {share.rank}: part {number + 1}, {place} of {len(missing)} to make", file=sys.stderr)
-    others = [number for number in range(len(bulk.parts)) if number % share.processes != share.rank]
-    is_whole = [bulk.parts[one].is_file() and not bulk.damage(one, options.by_segment) for one in others]
-    if not all(is_whole):
+    others = (number for number in range(len(bulk.parts)) if number % share.processes != share.rank)
+    # The parts of others are read only once all are there: by the last process, and not by each
+    if not all(path.is_file() for path in bulk.parts) or any(bulk.damage(one, options.by_segment) for one in others):
         print(f"process {share.rank} is done; other parts are not there yet", file=sys.stderr)
         return 0
     errors = merge(bulk)
