@@ -2,7 +2,8 @@
 """Exported checkpoints against PyTorch: any batch, length and missing modality, for both families of audio encoders.
 
 An export takes many seconds. So one checkpoint of each family is exported once; that with the log-mel encoder has the
-transformer fusion and tasks beside the emotion too. A third export goes through the command line.
+transformer fusion and tasks beside the emotion too, the other bounded pooling and the norm at the beginning of each
+block. A third export goes through the command line, in the published form.
 """
 
 import importlib.util
@@ -52,6 +53,12 @@ pytest.importorskip("onnxscript")
 
 OUTPUTS = ["logits", "uncertainty", "unknown_probability", "open_set_probabilities", "rejection_score", "is_unknown"]
 TASKS = {"sentiment": ["negative", "neutral", "positive"], "arousal": "regression"}
+JOINED = {"fusion_type": "transformer", "cross_attention_layer_norm": False, "auxiliary_tasks": TASKS}
+STABLE = {
+    "pooling_type": "bounded_attentive_statistics",
+    "classifier_norm_first": True,
+    "classifier_drop_path_rate": 0.5,
+}
 # Runs where neither this package nor a PyTorch weight is: what everybody would write
 FRESH_PROCESS = """
 import json, sys
@@ -87,10 +94,9 @@ def export(request, shared):
     if torch.__version__ < EXPORTS_SINCE:
         pytest.skip(f"needs torch {EXPORTS_SINCE}")
     whisper = request.param == "whisper"
-    joint = {"fusion_type": "transformer", "cross_attention_layer_norm": False, "auxiliary_tasks": TASKS}
 
     def make(folder):
-        make_checkpoint(folder / "checkpoint", whisper, **(joint if whisper else {}))
+        make_checkpoint(folder / "checkpoint", whisper, **(JOINED if whisper else STABLE))
         report = export_checkpoint(folder / "checkpoint", folder / "onnx")
         (folder / "report.pickle").write_bytes(pickle.dumps(report))
 

@@ -40,6 +40,7 @@ import train_hf
 from adapters_mmser import fingerprint_weights, merged_weights
 from mmser import training_run
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
+from mmser.export import export_checkpoint
 from mmser.lora import add_adapters
 from mmser.model_loading import load_model
 from mmser.optimizer import parameter_groups
@@ -323,6 +324,15 @@ def saved(encoders, tmp_path):
             nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "adapters")
     return tmp_path / "adapters", model
+
+
+def test_an_export_of_adapters_has_them_merged(saved, tmp_path):
+    folder, model = saved
+    tiny_processor().save_pretrained(folder)
+    export_checkpoint(folder, tmp_path / "whole", formats=["safetensors"])
+    (tmp_path / "encoders").rename(tmp_path / "elsewhere")  # the export needs them no more
+    whole = MMSERForAudioClassification.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits_of(whole), logits_of(model), rtol=1e-5, atol=1e-5)
 
 
 def test_encoders_that_moved_are_named(saved, tmp_path):
