@@ -133,6 +133,7 @@ def committed_tables():
     tables |= {"faults": table(read_results(RESULTS / "faults.json")[0]["rows"], three_digits)}
     tables |= {"fuzz": table(read_results(RESULTS / "fuzz.json")[0]["rows"], str)}
     tables |= {"load": load.make_table(read_results(RESULTS / "load.json")[0]["rows"])}
+    tables |= {"two_versions": table(read_results(RESULTS / "two_versions.json")[0]["rows"])}
     tables |= {"smaller": table(read_results(RESULTS / "smaller.json")[0]["rows"], str)}
     for name in judged.NAMES:
         tables |= judged.make_tables(name, read_results(RESULTS / f"{name}.json")[0])
