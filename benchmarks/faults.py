@@ -19,6 +19,7 @@ import importlib
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow.parquet
+import soundfile
 import torch
+from transformers import BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -41,16 +44,17 @@ import predict_hf
 import train_hf
 from benchmarks.fault_injection import Fault, Run, run
 from benchmarks.tables import Row, parse_arguments, publish, read_results, table, three_digits
+from mmser import corpus_command
 from mmser.results import environment
 from mmser.trainer import last_complete_checkpoint
-from modeling_mmser import register_auto_classes
+from modeling_mmser import MMSERForAudioClassification, register_auto_classes
 
 # What the commands import late, so that the forks have it
 LATE = (
-    *("mmser.adaptation", "mmser.evaluation_run", "mmser.export", "mmser.microphone", "mmser.prediction_run"),
-    *("mmser.prediction_parts", "mmser.prediction_screen", "mmser.publishing", "mmser.report", "mmser.search"),
-    "mmser.training_run",
-    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+    *("mmser.adaptation", "mmser.corpus_conversion", "mmser.distillation", "mmser.evaluation_run", "mmser.export"),
+    *("mmser.lora", "mmser.microphone", "mmser.prediction_parts", "mmser.prediction_run", "mmser.prediction_screen"),
+    *("mmser.pruning_run", "mmser.publishing", "mmser.report", "mmser.search", "mmser.training_run"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "optuna", "peft"),
 )
 KINDS = ("operation", "within a file", "moment", "full disk", "read-only")
 # Not compared: seconds and what is made of them, and whether a calibration was stored by this run or by the one that
@@ -72,6 +76,8 @@ class Campaign(NamedTuple):
         start: a folder with what was there before both.
         goes_on: from the folder after a fault, what the command must say when it is given again.
         check: of the folder at the end: what is wrong with it.
+        varies: patterns of files that no two runs make alike, which only `check` looks at.
+        when_whole: what the command says, and does nothing, where an earlier run has made all of it.
     """
 
     main: Callable[[list[str]], Any]
@@ -81,16 +87,20 @@ class Campaign(NamedTuple):
     start: Path | None = None
     goes_on: Callable[[Path], str] = lambda folder: ""
     check: Callable[[Path], list[str]] = lambda folder: []
+    varies: Sequence[str] = ()
+    when_whole: str | None = None
 
 
 # ---- what is in a folder -------------------------------------------------------------------------------------------
 
 
-def contents(folder: Path) -> dict[str, str]:
+def contents(folder: Path, varies: Sequence[str] = ()) -> dict[str, str]:
     """The checksum of each file by its name, without seconds in JSON and Markdown. A cache is its checked files."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name, data = str(path.relative_to(folder)), path.read_bytes()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in varies):
+            continue
         if path.suffix in (".json", ".md"):
             data = TIMES.sub("", data.decode(errors="replace")).encode()
         if name.startswith("states") and path.suffix == ".safetensors":
@@ -152,7 +162,8 @@ def suffer(campaign: Campaign, folder: Path, fault: Fault, whole: Mapping, curve
     arguments, problems = campaign.arguments(folder), []
     with scarce(folder, fault):
         first = run(campaign.main, arguments, folder, fault)
-        problems += [("wrong", name) for name in half_written(campaign, before, contents(folder), whole)]
+        now = contents(folder, campaign.varies)
+        problems += [("wrong", name) for name in half_written(campaign, before, now, whole)]
     is_refused = fault.kind in ("full disk", "read-only")
     if is_refused and first.code and (first.said.count("error: ") != 1 or "Traceback" in first.said):
         problems.append(("wrong", f"no clear error: {first.said[-2000:]}"))
@@ -160,12 +171,13 @@ def suffer(campaign: Campaign, folder: Path, fault: Fault, whole: Mapping, curve
     again = run(campaign.main, arguments, folder)
     for one in (first, again):
         problems += [("hung", one.said[-300:])] if one.code is None else []
-    if again.code or must_say not in again.said:
+    is_over = campaign.when_whole is not None and campaign.when_whole in again.said and now == whole
+    if not is_over and (again.code or must_say not in again.said):
         problems.append(("lost", again.said[-2000:]))
-    now, own = contents(folder), losses(folder)
+    now, own = contents(folder, campaign.varies), losses(folder)
     problems += [("wrong", f"{name} at the end") for name in {*now, *whole} if now.get(name) != whole.get(name)]
     problems += [("wrong", f"step and name {key} at the end") for key in own.keys() ^ curve.keys()]
-    problems += [] if again.code else [("wrong", problem) for problem in campaign.check(folder)]
+    problems += [("wrong", problem) for problem in campaign.check(folder)] if is_over or not again.code else []
     difference = max((abs(own[key] - curve[key]) for key in own.keys() & curve.keys()), default=0.0)
     return Outcome(first.code != 0, problems, difference, first.seconds + again.seconds)
 
@@ -221,7 +233,7 @@ def measure(name: str, campaign: Campaign, folder: Path, cases: Mapping[str, int
     turns = range(2 if "moment" in cases else 1)
     calm = min((undisturbed(name, campaign, campaign.arguments, folder) for _ in turns), key=lambda run: run.seconds)
     before = size_of(campaign.start) if campaign.start else 0
-    whole, curve, after = contents(folder), losses(folder), size_of(folder)
+    whole, curve, after = contents(folder, campaign.varies), losses(folder), size_of(folder)
     rows, rng = [], np.random.default_rng(0)
     for kind, number in cases.items():
         if kind in ("full disk", "read-only") and not folder.is_mount():
@@ -254,9 +266,15 @@ def flags(**given: Any) -> list[str]:
     return [part for name, own in values.items() for part in (f"--{name}", *map(str, own))]
 
 
-def make_checkpoint(folders: Sequence[str]) -> None:
-    """A checkpoint with weights by chance, for what is done with one."""
+def make_models(folders: Sequence[str]) -> None:
+    """A checkpoint with weights by chance, for what is done with one, and encoders that get adapters."""
     torch.manual_seed(3)
+    encoders = Path(folders[1])
+    Wav2Vec2Model(Wav2Vec2Config(**tiny_corpus.AUDIO)).save_pretrained(encoders / "audio")
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(encoders / "audio")
+    words = len(tiny_corpus.tiny_tokenizer())
+    BertModel(BertConfig(vocab_size=words, **tiny_corpus.TEXT)).save_pretrained(encoders / "text")
+    tiny_corpus.tiny_tokenizer().save_pretrained(encoders / "text")
     model = tiny_corpus.tiny_model(dropout=False, class_counts=[8, 9, 7, 8])
     fit_openmax_by_chance(model)
     register_auto_classes()
@@ -284,19 +302,104 @@ def not_each_once(folder: Path, clips: Path) -> list[str]:
     return [] if answers == expected else [f"the answers are to {answers}, not to {expected}"]
 
 
+def write_downloaded(folder: Path) -> None:
+    """A corpus as its authors give it: RAVDESS, of seven actors, in clips that differ."""
+    rng = np.random.default_rng(5)
+    for actor in range(1, 8):
+        place = folder / f"Actor_{actor:02}"
+        place.mkdir(parents=True)
+        for emotion in range(1, 9):
+            name = f"03-01-{emotion:02}-01-{2 - actor % 2:02}-01-{actor:02}.wav"
+            soundfile.write(place / name, rng.uniform(-0.1, 0.1, 800), tiny_corpus.RATE)
+
+
+def write_streamed(corpus: Path, folder: Path) -> None:
+    """The clips of a corpus as a data set that can be streamed: its tables say where each file is."""
+    for split in ("train", "validation", "test"):
+        rows = tiny_corpus.bring(tiny_corpus.read_rows(corpus, split), folder)
+        named = [{**row, "file_name": str(folder / row["file_name"])} for row in rows]
+        tiny_corpus.write_table(folder / f"{split}.csv", named)
+
+
+def not_best(folder: Path, trials: int) -> list[str]:
+    """What is wrong with a search that has ended: trials that are missing, or a best one without its whole model."""
+    search = folder / "search"
+    with contextlib.closing(sqlite3.connect(search / "search.db")) as database:
+        scores = dict(
+            database.execute(
+                "SELECT trials.number, value FROM trials JOIN trial_values USING (trial_id) WHERE state = 'COMPLETE'"
+            )
+        )
+    if len(scores) != trials:
+        return [f"{len(scores)} of {trials} trials are done"]
+    best = max(scores, key=lambda number: (scores[number], -number))
+    kept = sorted(path.name for path in search.glob("trial-*") if path.is_dir())
+    recipe = json.loads((search / "best_recipe.json").read_bytes())
+    own = json.loads((search / f"trial-{best}.json").read_bytes())
+    results = json.loads((search / f"trial-{best}" / "eval_results.json").read_bytes())
+    model = MMSERForAudioClassification.from_pretrained(search / f"trial-{best}")
+    seen = {
+        "the folders": kept == [f"trial-{best}"],
+        "the recipe": {**recipe, "output_dir": ""} == {**own, "output_dir": ""},
+        "the score": results["validation"]["model"]["weighted_f1"] == scores[best],
+        "the weights": all(bool(weight.isfinite().all()) for weight in model.parameters()),
+    }
+    return [name for name, is_right in seen.items() if not is_right]
+
+
+STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "learning_rate": 1e-3}
+USABLE = ("config.json", "processor_config.json", "tokenizer*", "*.py")
+
+
+def training(base: Path, **more: Any) -> Campaign:
+    """A training whose flags are changed; the folders of these names lie in its own."""
+
+    def arguments(folder: Path) -> list[str]:
+        named = {name: folder / value if name == "cache_encoder_states" else value for name, value in more.items()}
+        corpus = base / "corpus"
+        own = {**STEPS, "ood_dir": corpus / "ood", **named}
+        return tiny_corpus.tiny_flags(corpus, folder, base / "tokenizer", **own)
+
+    whole = {"model.safetensors": USABLE, "adapter_model.safetensors": USABLE, "README.md": ("*",)}
+    return Campaign(train_hf.main, arguments, whole, goes_on=resumes)
+
+
+def trainings(base: Path) -> dict[str, Campaign]:
+    """Those that are trained; `base` has what `campaigns` needs."""
+    checkpoint, encoders = base / "start" / "checkpoint", base / "encoders"
+    train = functools.partial(training, base)
+    frozen = {"freeze_audio": True, "freeze_text": True, "cache_encoder_states": "states", "augmented_copies": 2}
+    rare = {"max_steps": 9, "eval_steps": 3, "save_steps": 3, "save_total_limit": 2}
+    distilled = {"config_overrides": {**tiny_corpus.JOINT, "distillation_loss_weight": 0.5}}
+    new = ("random_audio_encoder", "audio_config_overrides", "random_text_encoder", "text_config_overrides")
+    no_new = dict.fromkeys(new)
+    pretrained = {"audio_model_name_or_path": encoders / "audio", "text_model_name_or_path": encoders / "text"}
+    # Of a checkpoint, in half a minute: its steps are not saved
+    adapting = {**no_new, "tokenizer_name": None, "config_overrides": None, "model_name_or_path": checkpoint}
+    adapting |= dict.fromkeys(("max_steps", "eval_strategy", "learning_rate", "save_strategy"))
+    return {
+        "train, frozen, cached": train(**frozen, **rare),
+        "train, all parts": train(
+            max_steps=12, eval_steps=4, save_steps=4, logging_steps=3, save_total_limit=1, weight_averaging=0.9
+        ),
+        "train, two workers": train(dataloader_num_workers=2, **rare),
+        "train --streaming": train(data_dir=None, dataset_name=base / "streamed", streaming=True, **rare),
+        "train, distilled, cached": train(teacher_name_or_path=checkpoint, **frozen, **distilled, **rare),
+        "train, LoRA": train(**no_new, **pretrained, lora_rank=2, lora_save="adapter", **rare),
+        "train --adapt": train(adapt=True, **adapting),
+        "train --hp_search": Campaign(
+            train_hf.main,
+            lambda folder: training(base, hp_search=2, **rare).arguments(folder / "search"),
+            {},
+            check=functools.partial(not_best, trials=2),
+            varies=("*",),
+        ),
+    }
+
+
 def campaigns(base: Path) -> dict[str, Campaign]:
-    """All of them; `base` has the corpus, the tokenizer and a checkpoint."""
+    """All of them; `base` has the corpus, the tokenizer, a checkpoint, encoders and a corpus of others."""
     corpus, checkpoint = base / "corpus", base / "start" / "checkpoint"
-    steps = {"eval_strategy": "steps", "save_strategy": "steps", "learning_rate": 1e-3, "ood_dir": corpus / "ood"}
-    usable = ("config.json", "processor_config.json", "tokenizer*", "*.py")
-
-    def training(**more: Any) -> Campaign:
-        def arguments(folder: Path) -> list[str]:
-            named = {name: folder / value if name == "cache_encoder_states" else value for name, value in more.items()}
-            return tiny_corpus.tiny_flags(corpus, folder, base / "tokenizer", **steps, **named)
-
-        whole = {"model.safetensors": usable, "README.md": ("*",)}
-        return Campaign(train_hf.main, arguments, whole, goes_on=resumes)
 
     def evaluate(folder: Path, **more: Any) -> list[str]:
         return flags(
@@ -322,13 +425,13 @@ def campaigns(base: Path) -> dict[str, Campaign]:
         own = flags(checkpoint=checkpoint, output_dir=folder / "answers", part_size=2, device="cpu")
         return [str(corpus / "test"), *own]
 
-    frozen = {"freeze_audio": True, "freeze_text": True, "cache_encoder_states": "states", "augmented_copies": 2}
+    def convert(folder: Path) -> list[str]:
+        return ["ravdess", "--copy", *flags(input=base / "downloaded", output=folder / "ravdess")]
+
+    pruned = {"prune": 0.5, "recovery_epochs": 1, "calibration_clips": 8, "data_dir": corpus, "use_cpu": True}
     part = functools.partial
     return {
-        "train, frozen, cached": training(**frozen, max_steps=9, eval_steps=3, save_steps=3, save_total_limit=2),
-        "train, all parts": training(
-            max_steps=12, eval_steps=4, save_steps=4, logging_steps=3, save_total_limit=1, weight_averaging=0.9
-        ),
+        **trainings(base),
         "eval": Campaign(
             eval_hf.main,
             evaluate,
@@ -348,6 +451,15 @@ def campaigns(base: Path) -> dict[str, Campaign]:
             to_export,
             {"export/*": ("export/*",)},
             part(to_export, format="safetensors", dtype="float16"),
+        ),
+        "export --prune": Campaign(
+            export_hf.main,
+            part(to_export, format="safetensors", **pruned),
+            {"export/*": ("export/*",)},
+            part(to_export, format="safetensors", dtype="float16"),
+        ),
+        "corpus": Campaign(
+            corpus_command.main, convert, {"ravdess/*": ("ravdess/*",)}, when_whole="ravdess is not empty"
         ),
         "predict": Campaign(predict_hf.main, predict, {}, part(predict, split="validation")),
         "predict in parts": Campaign(
@@ -372,7 +484,11 @@ def measure_all(cases: int, names: Sequence[str], kinds: Sequence[str]) -> list[
     try:
         tiny_corpus.write_corpus(base / "corpus", validation=(7, 8))
         tiny_corpus.tiny_tokenizer().save_pretrained(base / "tokenizer")
-        run(make_checkpoint, [str(base / "start" / "checkpoint")], folder)
+        write_streamed(base / "corpus", base / "streamed")
+        write_downloaded(base / "downloaded")
+        made = run(make_models, [str(base / "start" / "checkpoint"), str(base / "encoders")], folder)
+        if made.code:
+            raise RuntimeError(f"The models cannot be made: {made.said}")
         numbers = {kind: 1 if kind == "read-only" else cases if kind == KINDS[0] else -(-cases // 3) for kind in kinds}
         for name in names:
             rows += measure(name, campaigns(base)[name], folder, numbers)
@@ -383,18 +499,30 @@ def measure_all(cases: int, names: Sequence[str], kinds: Sequence[str]) -> list[
     return rows
 
 
+def in_place_of(earlier: Sequence[Row], new: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Rows in the order of the commands and kinds, new ones in place of earlier ones of the same command and fault."""
+    rows = {(row["command"], row["fault"]): row for row in (*earlier, *new)}
+    return [rows[pair] for pair in sorted(rows, key=lambda pair: (names.index(pair[0]), KINDS.index(pair[1])))]
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(campaigns(Path()))
     parser.add_argument("--cases", type=int, default=30, help="kills of each command at a change of the disk")
     parser.add_argument("--commands", nargs="+", choices=names, default=names)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of faults")
+    parser.add_argument(
+        "--add_to_results", action="store_true", help="keep the rows of --output that are not measured"
+    )
     options = parse_arguments(parser, "faults", arguments)
     report: Mapping[str, Any]
     if options.from_results:
         report, _ = read_results(options.output)
     else:
-        report = {"environment": environment(), "rows": measure_all(options.cases, options.commands, options.kinds)}
+        rows = measure_all(options.cases, options.commands, options.kinds)
+        if options.add_to_results:
+            rows = in_place_of(read_results(options.output)[0]["rows"], rows, names)
+        report = {"environment": environment(), "rows": rows}
     publish({"faults": table(report["rows"], three_digits)}, report, [], options)
     return dict(report)
 
