@@ -669,9 +669,16 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.lora = adapters
+        if not Path(save_directory).is_dir() or not kwargs.get("is_main_process", True):
+            return
+        # safetensors lets the owner of its files alone read them, whom umask lets read the others too
+        mode = (Path(save_directory) / "config.json").stat().st_mode
+        for file in Path(save_directory).glob("model*.safetensors"):
+            if file.stat().st_mode != mode:
+                file.chmod(mode)
         # The configuration names the processor's code too, which no stock Trainer saves
         code = Path(__file__).with_name("processing_mmser.py")
-        if code.is_file() and Path(save_directory).is_dir() and kwargs.get("is_main_process", True):
+        if code.is_file():
             for file in (code, *map(Path, get_relative_import_files(code))):
                 if file.parent.resolve() != Path(save_directory).resolve():
                     shutil.copy(file, save_directory)

@@ -33,7 +33,7 @@ from mmser.augmentation import augmentation_generator
 from mmser.bad_rows import skip_or_raise
 from mmser.batches import MASK_NAMES
 from mmser.examples import NUM_THREADS, EmotionDataset, map_in_threads, targets_of
-from mmser.files import hidden_path, kept, naming_full_disk, remove_remains
+from mmser.files import hidden_path, kept, naming_full_disk, remove_remains, usual_mode
 from mmser.targets import COLUMN as TARGETS
 from processing_mmser import MAX_TEXT_TOKENS, MMSERProcessor
 
@@ -152,7 +152,8 @@ class StateStore:
         try:
             with kept(temporary), naming_full_disk(self.folder):
                 states = np.concatenate([states for states, _ in self._pending.values()])
-                save_file({"states": states}, temporary, {"index": json.dumps(index)})
+                with usual_mode(temporary):
+                    save_file({"states": states}, temporary, {"index": json.dumps(index)})
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, self._path(_checksum(np.memmap(temporary, np.uint8, "r"))))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders that are whole or not there: a run may be killed at any moment, and a later one reads them.
 
-What is not whole yet has a hidden name, which says the computer and the process that write it. When that process is
-gone, the next one to write the same thing removes what is left of it.
+What is not whole yet has a hidden name, which says the computer, the container and the process that write it. When
+that process is gone, the next one to write the same thing removes what is left of it. `locked` lets one process alone
+write into a folder.
 """
 
 import contextlib
@@ -17,20 +18,32 @@ import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
 
 from mmser.console import DISK_IS_FULL
 
-DAY = 24 * 60 * 60  # seconds: what another computer has not touched for so long is no longer written
+DAY = 24 * 60 * 60  # seconds: what another computer or container has not touched for so long is no longer written
 CLOCKS = 60  # seconds that the clocks of a computer and of its files may differ
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # said by file systems that have none
 OLD = "replaced"  # in the hidden name of a folder that another one is about to replace
 _being_written: set[str] = set()  # by this process, now
 
 
+def computer() -> str:
+    """
+    Where numbers of processes mean the same: the name of the computer and, on Linux, of its space of such numbers.
+    Containers may share a name, as with `--network host`, and still not see each other's processes.
+    """
+    space = Path("/proc/self/ns/pid")
+    return f"{platform.node()}.{space.stat().st_ino}" if space.exists() else platform.node()
+
+
 def hidden_path(path: Path) -> Path:
     """The name of `path` while this process writes it, in the same folder."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{computer()}-{os.getpid()}.tmp")
 
 
 def remove_remains(path: Path) -> None:
@@ -54,7 +67,7 @@ def remove_remains(path: Path) -> None:
 
 def _is_abandoned(hidden: Path) -> bool:
     """
-    Whether the process is gone that wrote this; of another computer, whether it has rested for a day.
+    Whether the process is gone that wrote this; of another computer or container, whether it has rested for a day.
 
     Numbers of processes come back, in a container that starts again even the first. So what has our own number
     is abandoned unless we write it now, and what is older than the process of its number was left by another one.
@@ -62,7 +75,7 @@ def _is_abandoned(hidden: Path) -> bool:
     name, _, number = hidden.name.removesuffix(".tmp").rpartition("-")
     with contextlib.suppress(FileNotFoundError):
         status = hidden.stat()
-        if not (name.endswith(f".{platform.node()}") and number.isdigit()):
+        if not (name.endswith(f".{computer()}") and number.isdigit()):
             return time.time() - status.st_mtime > DAY
         if int(number) == os.getpid():
             return os.path.realpath(hidden) not in _being_written
@@ -109,6 +122,42 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 def _told(name: str | os.PathLike, path: Path) -> str | os.PathLike:
     """A name as a user knows it: for a hidden one the `path` that it stands for."""
     return path if any(part.startswith(".") and part.endswith(".tmp") for part in Path(name).parts) else name
+
+
+def locked(path: Path, patience: float) -> FileLock | None:
+    """
+    A lock, taken until it is released or this process ends, however that is. None on a file system without locks.
+
+    Args:
+        path: the file of the lock, which stays there: who waits for it has it open. Its folder is made.
+        patience: seconds to wait for another process.
+    Raises:
+        filelock.Timeout: another process has it.
+    """
+    # A lock that is only a file would outlive its process
+    options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    try:
+        with naming_full_disk(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, timeout=patience, **options)
+            lock.acquire(poll_interval=0.2)
+            return lock
+    except NotImplementedError:
+        return None
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in WITHOUT_LOCKS:
+            raise
+        return None
+
+
+@contextlib.contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Let a file that a library writes have the mode of any new one: of safetensors its owner alone may read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    if path.stat().st_mode != mode:  # of some disks all files have one mode, and it cannot be changed
+        path.chmod(mode)
 
 
 def check_writable(folder: Path) -> None:

@@ -9,7 +9,6 @@
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 
 import datasets
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -29,7 +28,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.bad_rows import BAD_EXAMPLES
 from mmser.division import IDENTITY_NAME
 from mmser.examples import content_sample, map_in_threads
-from mmser.files import naming_full_disk, write_atomically
+from mmser.files import locked, write_atomically
 from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
 from mmser.progress import CURVES_NAME
@@ -44,7 +43,6 @@ from processing_mmser import MMSERProcessor
 logger = logging.get_logger(__name__)
 LOCK = ".training.lock"  # in the folder of a run; it stays there, as who waits for it has it open
 PATIENCE = 10  # seconds: workers of a training that was killed hold its lock until they notice
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # said by file systems that have none
 # Fields of the configuration that are not compared: other entries say the same, the library needs them, or they act
 # after training alone
 OTHER_FIELDS = {
@@ -186,7 +184,11 @@ def lock_output_dir(arguments: MMSERTrainingArguments) -> Iterator[None]:
     lock, said = None, [""]
     if arguments.process_index == 0:
         try:
-            lock = _locked(folder)
+            lock = locked(folder / LOCK, PATIENCE)
+            if lock is None:
+                logger.warning(
+                    f"{folder} is on a file system without locks: see to it that no other training writes there."
+                )
         except Timeout:
             said = [
                 f"--output_dir {folder}: another training writes into this folder. Wait until it has ended, or give "
@@ -205,25 +207,6 @@ def lock_output_dir(arguments: MMSERTrainingArguments) -> Iterator[None]:
                 if any(path.iterdir()):
                     break
                 path.rmdir()
-
-
-def _locked(folder: Path) -> FileLock | None:
-    """The lock of a folder, taken; None on a file system that knows no locks."""
-    # A lock that is only a file would outlive its process
-    options: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
-    try:
-        with naming_full_disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / LOCK, timeout=PATIENCE, **options)
-            lock.acquire(poll_interval=0.2)
-            return lock
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if isinstance(error, Timeout) or error.errno not in WITHOUT_LOCKS:
-            raise
-    logger.warning(f"{folder} is on a file system without locks: see to it that no other training writes there.")
-    return None
 
 
 def check_output_dir(

@@ -56,7 +56,7 @@ from mmser.batches import (
 from mmser.console import without_bars_of_weights
 from mmser.contrastive import ContrastivePool
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts
-from mmser.files import files_together, naming_full_disk, whole_file, write_atomically
+from mmser.files import files_together, naming_full_disk, usual_mode, whole_file, write_atomically
 from mmser.groups import MEAN_OVER_CORPORA, compute_corpus_metrics, corpora_of, speakers_of
 from mmser.metrics import build_compute_metrics
 from mmser.model_calibration import calibrate_outputs, fit_openmax, join_audio_alone, reset_calibration
@@ -136,6 +136,30 @@ class CheckpointFiles(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+
+class StreamPlace(TrainerCallback, ExportableState):
+    """
+    How far a stream is read, for a run that goes on: nobody knows how long it is, so the steps do not tell.
+
+    `passes` that are over, and the `batches` of the present one; `start` has both as the run began or went on. They
+    are 0 where it went on from a checkpoint of an earlier version, which has no such entry.
+    """
+
+    def __init__(self):
+        self.passes = self.batches = 0
+        self.start = (0, 0)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"passes": self.passes, "batches": self.batches}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        new = {"args": {}, "attributes": {"passes": 0, "batches": 0}}
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, new)["attributes"]
+        self.passes, self.batches = self.start = saved["passes"], saved["batches"]
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.passes, self.batches = self.passes + 1, 0
 
 
 class _LogAtSave(TrainerCallback):
@@ -225,6 +249,8 @@ class MMSERTrainer(Trainer):
         self.add_callback(self._set_epoch)
         self.training_time = TrainingTime()
         self.add_callback(self.training_time)
+        self._stream_place = StreamPlace()
+        self.add_callback(self._stream_place)
         self._checkpoint_files = CheckpointFiles()
         self.add_callback(self._checkpoint_files)
         self.add_callback(_LogAtSave())
@@ -413,6 +439,12 @@ class MMSERTrainer(Trainer):
             return
         if isinstance(self.train_dataset, EmotionIterableDataset):
             self._spare = SpareBatch(self.train_dataset, self.data_collator)
+            passes, batches = self._stream_place.start
+            if kwargs["epoch"] < passes:
+                return
+            if passes or batches:
+                batches = 0 if self.args.ignore_data_skip else batches
+                kwargs |= {"epochs_trained": passes, "steps_trained_in_current_epoch": batches}
         super()._run_epoch(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -483,10 +515,12 @@ class MMSERTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._average is not None and self.args.should_save:
             last = {str(index): weight.contiguous() for index, weight in enumerate(self._average.last)}
-            save_file(last, Path(output_dir) / WeightAverage.file_name)
+            with usual_mode(Path(output_dir) / WeightAverage.file_name):
+                save_file(last, Path(output_dir) / WeightAverage.file_name)
         if self._domain_head is not None and self.args.should_save:
             head = self.accelerator.unwrap_model(self._domain_head)
-            save_file(head.state_dict(), Path(output_dir) / DomainHead.file_name)
+            with usual_mode(Path(output_dir) / DomainHead.file_name):
+                save_file(head.state_dict(), Path(output_dir) / DomainHead.file_name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         labels = labels_of(resume_from_checkpoint)
@@ -560,6 +594,7 @@ class MMSERTrainer(Trainer):
         if isinstance(self.train_dataset, EmotionIterableDataset):
             batches = [] if self._spare is None else fill_up(batches, num_batches, self._spare, self.accelerator)
             self._spare = self._spare if batches else None  # the epoch has ended, on all processes
+            self._stream_place.batches += len(batches)
         loader = self.accelerator.gradient_state.active_dataloader
         if loader is not None and loader.remainder < 0 and has_length(self.train_dataset):
             # Accelerate does not know it in the epoch within which a run goes on

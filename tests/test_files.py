@@ -3,7 +3,6 @@
 
 import errno
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,11 @@ import predict_hf
 from mmser.caching import StateStore
 from mmser.files import (
     check_writable,
+    computer,
     files_together,
     naming_full_disk,
     remove_remains,
+    usual_mode,
     whole_file,
     whole_folder,
     write_atomically,
@@ -59,7 +60,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path, gone):
-    host = platform.node()
+    host = computer()
     kept = [f".a.txt.{host}-{os.getppid()}.tmp", f".b.txt.{host}-{gone}.tmp", ".a.txt.other-computer-1.tmp"]
     for name in (*kept, f".a.txt.{host}-{gone}.tmp"):
         (tmp_path / name).write_text("half")
@@ -89,7 +90,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, earlier):
 
 def test_a_folder_that_was_about_to_be_replaced_comes_back(tmp_path, gone):
     """Killed between the two renames: nothing else is left of it."""
-    old = tmp_path / f".export.replaced.{platform.node()}-{gone}.tmp"
+    old = tmp_path / f".export.replaced.{computer()}-{gone}.tmp"
     old.mkdir()
     (old / "a").write_text("old")
     with pytest.raises(Stop), whole_folder(tmp_path / "export"):
@@ -158,6 +159,19 @@ def test_a_full_disk_is_said_in_one_way(said, tmp_path):
         raise RuntimeError("another")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there are no modes")
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_what_a_library_writes_has_the_mode_of_any_new_file(umask, tmp_path):
+    earlier = os.umask(umask)
+    try:
+        with usual_mode(tmp_path / "a"):
+            (tmp_path / "b").touch(0o600)
+            os.replace(tmp_path / "b", tmp_path / "a")
+    finally:
+        os.umask(earlier)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
     check_writable(tmp_path / "new" / "folder")
     assert not list(tmp_path.iterdir())
@@ -206,7 +220,7 @@ def test_a_living_process_keeps_what_it_writes(tmp_path):
 
 def left(folder, name, number):
     """What a process with this number left of a folder."""
-    hidden = folder / f".{name}.{platform.node()}-{number}.tmp"
+    hidden = folder / f".{name}.{computer()}-{number}.tmp"
     hidden.mkdir(parents=True)
     (hidden / "a").write_text("left")
     return hidden
@@ -244,10 +258,52 @@ def test_what_is_older_than_the_process_with_its_number_is_abandoned(tmp_path, m
     """A number comes back after a restart: that of our parent is living, but has not written this."""
     left(tmp_path, "report.replaced", os.getppid())
     remove_remains(tmp_path / "report")
-    assert names(tmp_path) == [f".report.replaced.{platform.node()}-{os.getppid()}.tmp/a"]
+    assert names(tmp_path) == [f".report.replaced.{computer()}-{os.getppid()}.tmp/a"]
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time() + 3600)
     remove_remains(tmp_path / "report")
     assert names(tmp_path) == ["report/a"]
+
+
+HOLD = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from mmser.files import whole_folder
+with whole_folder(Path({folder!r})) as hidden:
+    print(hidden.name, flush=True)
+    sys.stdin.read()
+"""
+IN_A_SPACE_OF_ITS_OWN = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "sh", "-c"]
+CHOOSE_NUMBER = "echo {last} > /proc/sys/kernel/ns_last_pid"
+
+
+def can_be_in_a_space_of_its_own():
+    try:
+        command = [*IN_A_SPACE_OF_ITS_OWN, CHOOSE_NUMBER.format(last=100)]
+        return not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_be_in_a_space_of_its_own(), reason="no space of process numbers of its own can be made")
+def test_what_a_container_of_the_same_name_writes_is_kept(tmp_path, gone):
+    """The number of its process is there that of a living one, and here that of one that has ended."""
+    program = HOLD.format(path=sys.path, folder=str(tmp_path / "report"))
+    command = f'{CHOOSE_NUMBER.format(last=gone - 1)}; "$0" -c "$1"; true'
+    process = subprocess.Popen(
+        [*IN_A_SPACE_OF_ITS_OWN, command, sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        hidden = tmp_path / process.stdout.readline().decode().strip()
+        assert hidden.name.endswith(f"-{gone}.tmp")
+        remove_remains(tmp_path / "report")
+        assert hidden.is_dir()
+        process.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    hidden.mkdir()
+    os.utime(hidden, (0, 0))
+    remove_remains(tmp_path / "report")
+    assert not hidden.exists()
 
 
 @pytest.mark.parametrize("at", [0, 1])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from filelock import FileLock
 from tiny_corpus import (
     JOINT,
     NAMES,
@@ -433,7 +434,7 @@ def test_a_file_system_without_locks_is_told(said, tmp_path, monkeypatch, caplog
     def fail(*_, **__):
         raise said
 
-    monkeypatch.setattr(run_identity.FileLock, "acquire", fail)
+    monkeypatch.setattr(FileLock, "acquire", fail)
     with lock_output_dir(SimpleNamespace(output_dir=tmp_path, process_index=0)):
         pass
     assert "is on a file system without locks" in caplog.text
@@ -443,7 +444,7 @@ def test_a_folder_that_cannot_be_locked_is_an_error_that_names_it(tmp_path, monk
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / run_identity.LOCK))
 
-    monkeypatch.setattr(run_identity.FileLock, "acquire", fail)
+    monkeypatch.setattr(FileLock, "acquire", fail)
     arguments = SimpleNamespace(output_dir=tmp_path, process_index=0)
     with pytest.raises(OSError, match="No space left"), lock_output_dir(arguments):
         pass

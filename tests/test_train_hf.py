@@ -6,6 +6,7 @@ Order: what a run leaves behind, the flags, kinds of data, starting points, erro
 
 import json
 import logging as python_logging
+import os
 import re
 import runpy
 import shutil
@@ -52,8 +53,9 @@ def run(corpus, tokenizer, tmp_path):
     """Run `main` with the tiny model into `tmp_path / "out"`; flags are added or changed."""
 
     def call(*words, **flags):
-        flags = {"data_dir": corpus, **flags}
-        return train_hf.main([*words, *tiny_flags(flags.pop("data_dir"), tmp_path / "out", tokenizer, **flags)])
+        flags = {"data_dir": corpus, "output_dir": tmp_path / "out", **flags}
+        places = flags.pop("data_dir"), flags.pop("output_dir"), tokenizer
+        return train_hf.main([*words, *tiny_flags(*places, **flags)])
 
     return call
 
@@ -119,6 +121,20 @@ def test_the_folder_has_everything_and_no_pickle(finished):
     for checkpoint in checkpoints:
         pickles = {path.name for path in (folder / checkpoint).iterdir() if path.suffix in PICKLES}
         assert pickles == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}  # the state that resuming needs
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no modes")
+def test_weights_can_be_read_by_whom_the_umask_lets_read(run, tmp_path):
+    """Of a group folder: safetensors alone would let their owner alone read them."""
+    earlier = os.umask(0o002)
+    try:
+        flags = {"weight_averaging": 0.5, "adversarial_head": "corpus"}
+        flags |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+        run(**FROZEN, **flags, cache_encoder_states=tmp_path / "states")
+    finally:
+        os.umask(earlier)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")}
+    assert set(modes.values()) == {0o664} and len(modes) >= 5  # a model, what it goes on from, states of two kinds
 
 
 def test_no_secret_is_written(finished):
@@ -558,11 +574,38 @@ def test_sample_limits(run):
     assert results["test"]["model"]["clips"] == 5
 
 
-def test_a_streamed_data_set(run, corpus, tmp_path):
+@pytest.fixture
+def streamed(corpus, tmp_path):
     data = tmp_path / "data"
     for split in ("train", "validation"):  # nothing says what paths of such a table are relative to
         rows = bring(read_rows(corpus, split), data)
         write_table(data / f"{split}.csv", [{**row, "file_name": str(data / row["file_name"])} for row in rows])
+    return data
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_stream_goes_on_where_it_was_stopped(run, streamed, tmp_path, strategy):
+    """In the first pass, at its end and in a later one, which the steps alone do not tell: a pass is four steps."""
+    flags = {"data_dir": None, "dataset_name": streamed, "streaming": True, "max_steps": 9, "save_steps": 2}
+    flags |= {"eval_strategy": "epoch", "save_strategy": strategy, "load_best_model_at_end": False, "logging_steps": 1}
+    run(**flags, save_total_limit=9)
+
+    def log(folder):
+        lines = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        times = ("runtime", "per_second")
+        return [{name: line[name] for name in line if not name.endswith(times)} for line in lines]
+
+    for step in (2, 4, 6, 8) if strategy == "steps" else (4, 8):
+        stopped = tmp_path / f"stopped at {step}"
+        stopped.mkdir()
+        shutil.copy(tmp_path / "out" / "run_identity.json", stopped)
+        shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
+        run(**flags, save_total_limit=9, output_dir=stopped)
+        assert log(stopped) == log(tmp_path / "out"), step
+
+
+def test_a_streamed_data_set(run, streamed, tmp_path):
+    data = streamed
     with open(data / "train.csv", "a", encoding="utf-8") as file:
         file.write(f"{data / 'gone.wav'},happy,words,one,en,sine,train\n")
     flags = {"data_dir": None, "dataset_name": tmp_path / "data", "streaming": True, "max_steps": 6}
