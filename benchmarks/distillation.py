@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.real_speech import STAGE_2, Row, Run, Study, Tree, collect, exit_status
+from benchmarks.real_speech import STAGE_2, Row, Run, Study, Tree, alone_in, collect, exit_status
 from benchmarks.real_speech_tables import Results, millions
 from benchmarks.tables import ROOT, BySeed, cell, difference, parse_arguments, publish, read_results, table
 from mmser.loading import load_emotion_dataset
@@ -129,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     teacher = read_teacher(options.teacher, options.data_dir)
     study = Students(options, rows_of(options))
     names = [name for name in study.rows if any(fnmatch.fnmatchcase(name, glob) for glob in options.rows)]
-    failed = study.execute(study.plan(names))
+    with alone_in(options.work_dir):
+        failed = study.execute(study.plan(names))
     report, lines = collect(study)
     settings = {name: getattr(options, name) for name in ("layers", "blocks", "weight", "epochs", "threads")}
     report = {"settings": settings, "teacher": teacher, **report}

@@ -10,6 +10,7 @@ test clips.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import fnmatch
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import Timeout
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -56,8 +58,10 @@ from benchmarks.real_speech_tables import (
 )
 from benchmarks.tables import ROOT, parse_arguments, publish, read_results, table
 from mmser.export import export_checkpoint
+from mmser.files import locked
 from mmser.loading import load_emotion_dataset
 from mmser.results import RESULTS_NAME, environment
+from mmser.run_identity import PATIENCE
 from mmser.splits import speaker_key
 from mmser.tables import strict_json
 from processing_mmser import MMSERPipeline
@@ -387,6 +391,22 @@ class Study:
         return [f"{name}: {reason}" for name, reason in failed.items()]
 
 
+@contextlib.contextmanager
+def alone_in(work_dir: Path) -> Iterator[None]:
+    """Keep other commands out of a folder of runs: each removes what is not finished there, and does it anew."""
+    try:
+        lock = locked(work_dir / ".lock", PATIENCE)
+    except Timeout:
+        raise ValueError(
+            f"--work_dir {work_dir}: another command works there. Wait until it has ended, or give another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def exit_status(failed: Sequence[str]) -> int:
     """Tell of the runs that failed, as `Study.execute` returns them: 1 if there are any."""
     if failed:
@@ -562,7 +582,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"--rows {' '.join(options.rows)} fits no row of {', '.join(options.tables)}; see --list")
     failed: list[str] = []
     if not (options.list or options.report_only):
-        failed = study.execute(study.plan(row.name for row in chosen))
+        with alone_in(options.work_dir):
+            failed = study.execute(study.plan(row.name for row in chosen))
     report, lines = collect(study)
     if options.list:
         seeds = {row["row"]: ", ".join(map(str, row["seeds"])) for row in report["rows"]}

@@ -175,6 +175,18 @@ def test_a_failure_is_told_and_stops_only_what_needs_it(script, done, flags, mon
     assert "--audio_encoder, --text_encoder must be given" in capsys.readouterr().err
 
 
+def test_a_second_command_in_a_folder_is_refused(script, done, flags, monkeypatch):
+    """It would remove what the first one is at: a run that is not finished is done anew."""
+    work, study = Path(flags[flags.index("--work_dir") + 1]), script.Study
+    monkeypatch.setattr(script, "PATIENCE", 0.3)
+    monkeypatch.setattr(script, "Study", lambda options: study(options, [script.Row("good", "study", function="act")]))
+    with script.alone_in(work):
+        with pytest.raises(ValueError, match=r"--work_dir .*work: another command works there\. Wait .*, or give"):
+            script.main([*flags, "--seeds", "0"])
+        assert script.main([*flags, "--list"]) == 0 and not done
+    assert script.main([*flags, "--seeds", "0"]) == 0 and done == [("good", 0)]
+
+
 # ---- the rows and their data
 
 
