@@ -67,6 +67,8 @@ def run(command: list[str], model_arguments: Any, data_arguments: Any, training_
     )
     identity["division"] = data.division
     run_identity.check_output_dir(training_arguments, identity, resumed.folder if resumed else None)
+    if (finished := training_run.finish_earlier(training_arguments, identity, data_arguments.flags)) is not None:
+        return finished
     model_loading.limit_tokens(processor, model)
     examples = training_run.Examples(data_arguments, training_arguments, model, processor, teacher)
     trainer = training_run.make_trainer(model, teacher, processor, data, examples, training_arguments)

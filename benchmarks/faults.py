@@ -270,10 +270,11 @@ def make_models(folders: Sequence[str]) -> None:
     """A checkpoint with weights by chance, for what is done with one, and encoders that get adapters."""
     torch.manual_seed(3)
     encoders = Path(folders[1])
-    Wav2Vec2Model(Wav2Vec2Config(**tiny_corpus.AUDIO)).save_pretrained(encoders / "audio")
+    audio, text = cast(Any, tiny_corpus.AUDIO), cast(Any, tiny_corpus.TEXT)
+    Wav2Vec2Model(Wav2Vec2Config(**audio)).save_pretrained(encoders / "audio")
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(encoders / "audio")
     words = len(tiny_corpus.tiny_tokenizer())
-    BertModel(BertConfig(vocab_size=words, **tiny_corpus.TEXT)).save_pretrained(encoders / "text")
+    BertModel(BertConfig(vocab_size=words, **text)).save_pretrained(encoders / "text")
     tiny_corpus.tiny_tokenizer().save_pretrained(encoders / "text")
     model = tiny_corpus.tiny_model(dropout=False, class_counts=[8, 9, 7, 8])
     fit_openmax_by_chance(model)
@@ -428,7 +429,13 @@ def campaigns(base: Path) -> dict[str, Campaign]:
     def convert(folder: Path) -> list[str]:
         return ["ravdess", "--copy", *flags(input=base / "downloaded", output=folder / "ravdess")]
 
-    pruned = {"prune": 0.5, "recovery_epochs": 1, "calibration_clips": 8, "data_dir": corpus, "use_cpu": True}
+    pruned: dict[str, Any] = {
+        "prune": 0.5,
+        "recovery_epochs": 1,
+        "calibration_clips": 8,
+        "data_dir": corpus,
+        "use_cpu": True,
+    }
     part = functools.partial
     return {
         **trainings(base),

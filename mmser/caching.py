@@ -148,9 +148,12 @@ class StateStore:
         for key, (states, samples) in self._pending.items():
             index[key] = [start, len(states), samples]
             start += len(states)
-        temporary = hidden_path(self.folder / uuid.uuid4().hex)
+        # A folder: safetensors first writes a file of its own beside, and leaves it there when it is killed
+        hidden = hidden_path(self.folder / uuid.uuid4().hex)
+        temporary = hidden / "states.safetensors"
         try:
-            with kept(temporary), naming_full_disk(self.folder):
+            with kept(hidden), naming_full_disk(self.folder):
+                hidden.mkdir()
                 states = np.concatenate([states for states, _ in self._pending.values()])
                 with usual_mode(temporary):
                     save_file({"states": states}, temporary, {"index": json.dumps(index)})
@@ -158,7 +161,7 @@ class StateStore:
                     os.fsync(file.fileno())
                 os.replace(temporary, self._path(_checksum(np.memmap(temporary, np.uint8, "r"))))
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(hidden, ignore_errors=True)
         self._pending, self._pending_bytes = {}, 0
 
     def num_bytes(self) -> int:

@@ -184,8 +184,9 @@ def store_calibration(
     folder = Path(arguments.model_name_or_path)
     if not folder.is_dir():
         folder = Path(str(arguments.output_dir)) / "checkpoint"
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        with files_together(folder, last=WEIGHT_FILES) as hidden:
+            model.save_pretrained(hidden)
+            processor.save_pretrained(hidden)
         return folder
     if not changed:
         logger.info(f"Calibrating changed nothing: {folder} is as it was.")

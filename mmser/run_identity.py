@@ -318,6 +318,18 @@ def holds_run(folder: Path) -> bool:
     )
 
 
+def is_stopped(folder: Path) -> bool:
+    """Whether a training began in this folder that did not come to its end, which is a card beside its results."""
+    cards = [path for pattern in CARD_PATTERNS for path in folder.glob(pattern) if is_own_card(path)]
+    return (folder / IDENTITY_NAME).is_file() and not (cards and (folder / RESULTS_NAME).is_file())
+
+
+def changed_settings(folder: Path, identity: Mapping[str, Any]) -> list[str]:
+    """The settings in which a run differs from the one in `folder`, in words. All else was compared before."""
+    earlier = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    return _differences(earlier["settings"], identity["settings"])
+
+
 def delete_run(folder: Path) -> None:
     """
     Delete what a run wrote into its folder, and nothing else; the file of its identity last. One line says what.

@@ -477,6 +477,8 @@ class MMSERTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            for path in folder.glob(".tmp*"):  # of safetensors, when it was killed
+                path.unlink()
         self._is_saving_checkpoint, self._checkpoint_files.folder = True, folder
         try:
             with self._with_average(), naming_full_disk(folder), without_stock_rotation():

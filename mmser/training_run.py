@@ -6,8 +6,9 @@ Read in this order: `find_checkpoint` (to resume from), `load_data`, `Examples` 
 """
 
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from mmser.results import (
     next_steps,
     reproducible,
 )
-from mmser.run_identity import holds_run
+from mmser.run_identity import changed_settings, holds_run, is_stopped
 from mmser.sampling import describe_draws, expected_draws
 from mmser.scores import (
     audio_alone,
@@ -95,7 +96,7 @@ def find_checkpoint(arguments: MMSERTrainingArguments) -> Checkpoint | None:
             f"{output_dir} holds a training, which --adapt does not go on with. Give another --output_dir, or "
             "--overwrite_output_dir to delete that run."
         )
-    if last is None and not arguments.overwrite_output_dir and holds_run(output_dir):
+    if last is None and not arguments.overwrite_output_dir and holds_run(output_dir) and not is_stopped(output_dir):
         raise ValueError(
             f"{output_dir} holds a finished run and no checkpoint to go on from, so this run would replace it. Give "
             "another --output_dir, or --overwrite_output_dir to delete that run and start anew."
@@ -121,6 +122,40 @@ def find_checkpoint(arguments: MMSERTrainingArguments) -> Checkpoint | None:
     if not state.is_file():
         raise FileNotFoundError(f"--resume_from_checkpoint: {folder} is no checkpoint (no trainer_state.json).")
     return Checkpoint(folder, json.loads(state.read_text(encoding="utf-8"))["global_step"])
+
+
+def finish_earlier(
+    arguments: MMSERTrainingArguments, identity: Mapping[str, Any], data: Sequence[str]
+) -> dict[str, Any] | None:
+    """
+    Where an earlier run was stopped behind its last checkpoint, or had none: write the card that it lacks.
+
+    Args:
+        arguments: name the folder.
+        identity: of `describe_identity`.
+        data: the flags that name the clips.
+    Returns: the results of that run; None where there is something to train.
+    Raises:
+        ValueError: the folder holds a model that was trained with other settings.
+    """
+    folder = Path(arguments.output_dir)
+    if arguments.overwrite_output_dir or last_complete_checkpoint(folder) or not holds_run(folder):
+        return None
+    if changed := changed_settings(folder, identity):
+        raise ValueError(
+            f"{folder} holds the model of a run with other settings (before -> now): {'; '.join(changed)}; give the "
+            "same ones to finish it, or another --output_dir, or --overwrite_output_dir to delete it and start anew."
+        )
+    if not (folder / RESULTS_NAME).is_file():
+        logger.warning(f"The run in {folder} was stopped before its model was judged: it is trained anew.")
+        return None
+    results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+    if arguments.process_index == 0:
+        logger.info(f"The run in {folder} is finished, but for its model card.")
+        print(write_card(results, folder, data))
+        if arguments.push_to_hub:
+            logger.warning(f"Its model is not on the Hub yet: mmser push {shlex.quote(str(folder))} pushes it.")
+    return results
 
 
 @dataclass
@@ -523,6 +558,11 @@ def write_results(
     folder = Path(output_dir)
     results = {**results, "environment": environment(device), "command": reproducible(command or sys.argv)}
     write_atomically(folder / RESULTS_NAME, strict_json(results))
+    return write_card(results, folder, data)
+
+
+def write_card(results: dict[str, Any], folder: Path, data: Sequence[str]) -> str:
+    """Write the model card of a run that has its results. Returns: as `write_results`."""
     card = write_model_card(results, folder)
     tables = format_results(results)
     titles = {

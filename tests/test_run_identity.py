@@ -7,6 +7,7 @@ Order: runs of `train_hf.main` in a folder that holds one, fingerprints, the fol
 import errno
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -259,6 +260,59 @@ def test_a_finished_run_without_a_checkpoint_is_not_replaced_unasked(corpus, tok
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     train(corpus, folder, tokenizer, "--overwrite_output_dir", save_strategy="no", max_steps=1)
     assert steps_of(folder) == 1
+
+
+def stop_at(monkeypatch, name):
+    """Let the end of a training fail where it calls this function of `training_run`."""
+
+    def stop(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "README.md")
+
+    monkeypatch.setattr(training_run, name, stop)
+
+
+def test_of_a_run_that_lacks_its_card_alone_the_card_is_written(corpus, tokenizer, tmp_path, monkeypatch):
+    flags = {"save_strategy": "no", "use_cpu": True}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        stop_at(patch, "write_model_card")
+        train(corpus, tmp_path / "run", tokenizer, **flags)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for other in ({"learning_rate": 0.01}, {"max_steps": 3}):
+        with pytest.raises(ValueError, match=r"holds the model of a run with other settings .* -> .*; give the same"):
+            train(corpus, tmp_path / "run", tokenizer, **{**flags, **other})
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "train", lambda *_: pytest.fail("it is trained"))
+        results = train(corpus, tmp_path / "run", tokenizer, **flags)
+    assert results == json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert set(after) - set(before) == {tmp_path / "run" / "README.md"} and before.items() <= after.items()
+    card = after[tmp_path / "run" / "README.md"].decode()
+    (tmp_path / "run" / "README.md").unlink()
+    training_run.write_results(results, tmp_path / "run", shlex.split(results["command"]))
+    assert card == (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(ValueError, match="holds a finished run and no checkpoint"):
+        train(corpus, tmp_path / "run", tokenizer, **flags)
+
+
+def test_a_run_that_was_stopped_before_it_was_judged_is_trained_anew(corpus, tokenizer, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        stop_at(patch, "evaluate")
+        train(corpus, tmp_path / "run", tokenizer, save_strategy="no")
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="holds the model of a run with other settings"):
+        train(corpus, tmp_path / "run", tokenizer, save_strategy="no", learning_rate=0.01)
+    train(corpus, tmp_path / "run", tokenizer, save_strategy="no")
+    assert "stopped before its model was judged" in caplog.text and (tmp_path / "run" / "README.md").is_file()
+
+
+def test_a_model_of_which_nothing_is_known_is_not_replaced_unasked(corpus, tokenizer, tmp_path, started):
+    """Of somebody's own, or of an earlier version."""
+    for name in ("README.md", "eval_results.json", IDENTITY_NAME):
+        (started / name).unlink()
+    for checkpoint in started.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="holds a finished run and no checkpoint"):
+        train(corpus, started, tokenizer)
 
 
 def test_a_run_that_fails_its_checks_leaves_the_folder_as_it_was(corpus, tokenizer, started, tmp_path, caplog):

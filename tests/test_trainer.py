@@ -825,6 +825,8 @@ def test_a_checkpoint_is_only_complete_with_its_last_file(tmp_path):
 def test_the_trainer_writes_its_state_last(splits, tmp_path, monkeypatch):
     """What `last_complete_checkpoint` relies on: killed before any file is written, the checkpoint has no state."""
     trainer = make_trainer(tiny_model(), splits, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / ".tmpx7Yz01").touch()  # of safetensors in a run that was killed
     written = []
     original = trainer.state.__class__.save_to_json
 
@@ -837,7 +839,7 @@ def test_the_trainer_writes_its_state_last(splits, tmp_path, monkeypatch):
     final = sorted(file.name for file in (tmp_path / "checkpoint-2").iterdir())
     assert sorted({*written[-1], "trainer_state.json"}) == final
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.json"} <= set(final)
-    assert "training_args.bin" not in final
+    assert "training_args.bin" not in final and ".tmpx7Yz01" not in final
 
 
 @pytest.mark.parametrize("change", ["lost", "cut"])
