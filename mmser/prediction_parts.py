@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bulk prediction: the answers in parts, shared out over the processes of a launcher, and resumable part by part.
 
-`run` is all of it. A part is there as a whole or not at all, and says by its name which inputs it is of: processes do
-not talk to each other, and a run that was killed goes on with the parts that are missing. Who finds all of them there
-merges them.
+`run` is all of it. A part is there as a whole or not at all, and says by its name which inputs it is of; a file beside
+says what it holds and how these were. Processes do not talk to each other, and a run that was killed goes on with the
+parts that are missing. Who finds all of them there merges them.
 """
 
 import csv
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ import pyarrow
 import pyarrow.parquet
 
 from mmser import prediction_run
-from mmser.console import first_sentence
 from mmser.files import check_writable, whole_file, write_atomically
 from mmser.names import CONFIG
 from mmser.prediction_arguments import PredictionArguments, Share
@@ -30,8 +30,9 @@ from mmser.timed_files import Span
 
 IDENTITY = "run.json"  # what the parts in a folder are the answers to
 PARTS = "parts"  # the folder of the parts in it
+CHECKS = "checks"  # that of what they are made of
 MERGED = "answers"  # the name of the one file that they become
-SAMPLE = 65536  # bytes of a file of weights, to tell it from others
+SAMPLE = 65536  # bytes of a file, to tell it from others
 # Flags that change answers
 ASKED = (
     *("segments", "segments_above", "chunk_length_s", "stride_length_s", "allowed_labels", "return_set"),
@@ -60,36 +61,40 @@ class Bulk:
     def merged(self) -> Path:
         return self.folder / f"{MERGED}.{self.format}"
 
-    def missing(self, share: Share, by_segment: bool) -> list[int]:
-        """
-        The numbers of the parts that this process has still to make. One that is damaged is told, and is missing.
-
-        Args:
-            by_segment: whether an input may have several rows, as of `PredictionArguments`. How many is not known
-                then: a part that lacks the end of its last input is not found.
-        """
+    def missing(self, share: Share) -> list[int]:
+        """The numbers of the parts that this process has still to make. Why one is made again is told."""
         found = []
         for number in range(share.rank, len(self.parts), share.processes):
             path = self.parts[number]
             if not path.is_file():
                 found.append(number)
-            elif why := self.damage(number, by_segment):
-                print(f"{path} is damaged ({why}): it is made again", file=sys.stderr)
+            elif why := self.fault(number):
+                print(f"{path} is made again: {why}", file=sys.stderr)
                 found.append(number)
         return found
 
-    def damage(self, number: int, by_segment: bool) -> str:
-        """What is wrong with a part that is there, compared with its inputs; empty for a whole one."""
-        expected = [one.name for one in self.inputs[number * self.size : (number + 1) * self.size]]
+    def fault(self, number: int) -> str:
+        """Why a part that is there is not what its inputs would give now; empty for a right one."""
         try:
-            names = FILES_OF[self.format](self.parts[number])
-        except (ValueError, LookupError, TypeError, csv.Error, pyarrow.ArrowException) as error:
-            return f"it cannot be read: {first_sentence(str(error)).rstrip('.')}"
-        if by_segment:
-            expected, names = list(dict.fromkeys(expected)), list(dict.fromkeys(names))
-        if names != expected:
-            return f"it has {len(names)} of {len(expected)} inputs, or others"
-        return ""
+            check = json.loads(self.check(number).read_bytes())
+            digest, looks = check["digest"], dict(check["inputs"])
+        except FileNotFoundError:
+            return "what it was made of is not known"
+        except (ValueError, LookupError, TypeError):
+            return f"{self.check(number)} is damaged"
+        if digest != _digest(self.parts[number].read_bytes()):
+            return "it is damaged"
+        inputs = self.of(number)
+        changed = [one.name for one in inputs if one.source not in looks or not _is_as_it_was(one, looks[one.source])]
+        return f"{changed[0]} has changed since" if changed else ""
+
+    def of(self, number: int) -> list[Input]:
+        """The inputs of a part."""
+        return self.inputs[number * self.size : (number + 1) * self.size]
+
+    def check(self, number: int) -> Path:
+        """The file that says what a part is and what it was made of."""
+        return self.folder / CHECKS / self.parts[number].with_suffix(".json").name
 
 
 def run(options: PredictionArguments, share: Share) -> int:
@@ -105,10 +110,11 @@ def run(options: PredictionArguments, share: Share) -> int:
     bulk = find_bulk(options)
     check_writable(bulk.folder)
     claim(bulk.folder, identity_of(bulk, options))
-    (bulk.folder / PARTS).mkdir(exist_ok=True)
+    for name in (PARTS, CHECKS):
+        (bulk.folder / name).mkdir(exist_ok=True)
     for note in bulk.notes if share.rank == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    missing = bulk.missing(share, options.by_segment)
+    missing = bulk.missing(share)
     if missing:
         classifier = prediction_run.load_classifier(str(options.model_name_or_path), share.device(options.device))
         for place, number in enumerate(missing, start=1):
@@ -116,7 +122,7 @@ def run(options: PredictionArguments, share: Share) -> int:
             print(f"process {share.rank}: part {number + 1}, {place} of {len(missing)} to make", file=sys.stderr)
     others = (number for number in range(len(bulk.parts)) if number % share.processes != share.rank)
     # The parts of others are read only once all are there: by the last process, and not by each
-    if not all(path.is_file() for path in bulk.parts) or any(bulk.damage(one, options.by_segment) for one in others):
+    if not all(path.is_file() for path in bulk.parts) or any(map(bulk.fault, others)):
         print(f"process {share.rank} is done; other parts are not there yet", file=sys.stderr)
         return 0
     errors = merge(bulk)
@@ -136,13 +142,16 @@ def find_bulk(options: PredictionArguments) -> Bulk:
 def make_part(bulk: Bulk, number: int, classifier: Any, options: PredictionArguments) -> None:
     """Classify the inputs of a part, and write it as a whole or not at all."""
     chosen = slice(number * bulk.size, (number + 1) * bulk.size)
-    inputs = bulk.inputs[chosen]
+    inputs = bulk.of(number)
+    looks = [(one.source, _look_of(one)) for one in inputs]  # before they are read: one may change meanwhile
     measure(inputs)
     prediction_run.leave_long_texts_out(inputs, options)
     job = prediction_run.Job(inputs, bulk.turns[chosen], [], options.by_segment)
     predictions = prediction_run.classify(classifier, job, options)
     labels = prediction_run.labels_of(classifier, options)
-    write_atomically(bulk.parts[number], content(predictions, labels, bulk.format, options.by_segment))
+    data = content(predictions, labels, bulk.format, options.by_segment)
+    write_atomically(bulk.check(number), json.dumps({"digest": _digest(data), "inputs": looks}) + "\n")
+    write_atomically(bulk.parts[number], data)
 
 
 # --- whose answers these are -----------------------------------------------------------------------------------------
@@ -153,8 +162,8 @@ def identity_of(bulk: Bulk, options: PredictionArguments) -> dict[str, Any]:
     texts = [options.transcripts, options.speakers]
     return {
         "checkpoint": fingerprint(str(options.model_name_or_path)),
-        "inputs": f"{len(bulk.inputs)}, {_digest([one.name for one in bulk.inputs])}",
-        "transcripts or speakers": _digest([Path(path).read_bytes().hex() if path else "" for path in texts]),
+        "inputs": f"{len(bulk.inputs)}, {_digest(chr(0).join(one.name for one in bulk.inputs).encode())}",
+        "transcripts or speakers": [_digest(Path(path).read_bytes()) if path else None for path in texts],
         "flags": {name: getattr(options, name) for name in ASKED},
     }
 
@@ -166,15 +175,41 @@ def fingerprint(checkpoint: str) -> str:
         return checkpoint
     digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=10)
     for path in sorted(path for kind in ("*.safetensors", "*.onnx") for path in folder.glob(kind)):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - SAMPLE) // 2)
-            digest.update(f"{path.name} {size} ".encode() + file.read(SAMPLE))
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + _middle(path))
     return digest.hexdigest()
 
 
-def _digest(words: Sequence[str]) -> str:
-    return hashlib.blake2b("\0".join(words).encode(), digest_size=10).hexdigest()
+def _middle(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - SAMPLE) // 2)
+        return file.read(SAMPLE)
+
+
+def _look_of(one: Input) -> list[Any] | None:
+    """The size, the time and a checksum of the middle of a file; None of what is no file, or cannot be read."""
+    try:
+        status = os.stat(one.source)
+        middle = _middle(one.source) if stat.S_ISREG(status.st_mode) else None
+    except OSError:  # it has a row with its error; an address has none
+        return None
+    return None if middle is None else [status.st_size, status.st_mtime_ns, _digest(middle)]
+
+
+def _is_as_it_was(one: Input, look: Sequence[Any] | None) -> bool:
+    """Whether an input still has this look. A file that was copied has another time, and is read for its checksum."""
+    try:
+        status = os.stat(one.source)
+    except OSError:
+        return look is None
+    if look is not None and look[:2] == [status.st_size, status.st_mtime_ns]:
+        return True
+    now = _look_of(one)
+    return (now and [now[0], now[2]]) == (look and [look[0], look[2]])
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=10).hexdigest()
 
 
 def claim(folder: Path, identity: dict[str, Any]) -> None:
@@ -201,7 +236,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             )
         return
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    if visible and {path.name for path in visible} != {IDENTITY, PARTS}:
+    if visible and {path.name for path in visible} != {IDENTITY, PARTS, CHECKS}:
         raise ValueError(f"--output_dir {folder} holds {visible[0].name}, which is no part of answers: give another.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
@@ -214,45 +249,6 @@ def merge(bulk: Bulk) -> int:
     """Write the answers of all parts into one file, a part at a time. Returns: how many rows have an error."""
     with whole_file(bulk.merged) as hidden:
         return {"jsonl": _merge_jsonl, "csv": _merge_csv, "parquet": _merge_parquet}[bulk.format](bulk.parts, hidden)
-
-
-# The inputs of the rows of a part, which is read to its end
-
-
-def _files_of_jsonl(path: Path) -> list[str]:
-    return [_file_of(json.loads(line)) for line in _whole_lines(path).splitlines()]
-
-
-def _files_of_csv(path: Path) -> list[str]:
-    _whole_lines(path)
-    header, *rows = _csv_rows(path)
-    return [_file_of(dict(zip(header, row, strict=True))) for row in rows]
-
-
-def _files_of_parquet(path: Path) -> list[str]:
-    try:
-        table = pyarrow.parquet.read_table(path)  # all of it: a file may have its end and lack its middle
-    except OSError as error:
-        if error.errno is not None:  # of the disk; without a number of what is in the file
-            raise
-        raise ValueError(str(error)) from error
-    return [_file_of(row) for row in table.select(["file", "error"]).to_pylist()]
-
-
-def _whole_lines(path: Path) -> bytes:
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        raise ValueError("its last line is cut" if data else "it is empty")
-    return data
-
-
-def _file_of(row: dict[str, Any]) -> str:
-    """The input of a row; a KeyError for one without all that the merge reads."""
-    _, name = row["error"], row["file"]
-    return name
-
-
-FILES_OF = {"jsonl": _files_of_jsonl, "csv": _files_of_csv, "parquet": _files_of_parquet}
 
 
 def _merge_jsonl(parts: Sequence[Path], path: Path) -> int:
