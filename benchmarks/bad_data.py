@@ -5,7 +5,8 @@
 
 Makes recordings, spoils some in several ways and trains a small model for a few steps with `--on_bad_example skip`, in
 a process of its own: with few bad files, which must finish, and with many, which must stop early. Clips that are
-silent or clipped can be read: they are no bad rows, and must not be listed.
+silent or clipped can be read, and a label may be written otherwise: these are no bad rows, and must not be listed. At
+last with labels of no class, which must be refused before a clip is read: they may be a class that would be lost.
 """
 
 import argparse
@@ -33,8 +34,9 @@ from mmser.results import environment
 RATE = 16_000
 LABELS = ("neutral", "happy", "sad", "angry")
 UNREADABLE = ("corrupt", "empty", "cut in the header", "missing", "without a label")
-READABLE = ("silent", "clipped")
-FEW, MANY = 0.02, 0.4  # of the files, two sevenths of which can be read
+READABLE = ("silent", "clipped", "another spelling")
+OF_NO_CLASS = "a label of no class"
+FEW, MANY = 0.02, 0.4  # of the files, three eighths of which can be used
 MODEL = {
     "audio_model_name_or_path": str(ROOT / "demo" / "log_mel_encoder"),
     "random_audio_encoder": True,
@@ -46,10 +48,13 @@ MODEL = {
     "dataloader_num_workers": 0,
     "use_cpu": True,
     "on_bad_example": "skip",
+    "labels": LABELS,
 }
 
 
-def make_corpus(folder: Path, files: int, bad_share: float, seed: int = 0) -> dict[str, str]:
+def make_corpus(
+    folder: Path, files: int, bad_share: float, kinds: Sequence[str] = (*UNREADABLE, *READABLE), seed: int = 0
+) -> dict[str, str]:
     """
     Write `metadata.csv` and its clips, one to three seconds of a tone whose pitch goes by the class.
 
@@ -57,7 +62,6 @@ def make_corpus(folder: Path, files: int, bad_share: float, seed: int = 0) -> di
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    kinds = (*UNREADABLE, *READABLE)
     spoilt = rng.permutation(files)[: round(files * bad_share)]
     found = {f"{number}.wav": kinds[place % len(kinds)] for place, number in enumerate(spoilt)}
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as table_file:
@@ -67,7 +71,9 @@ def make_corpus(folder: Path, files: int, bad_share: float, seed: int = 0) -> di
             label, speaker = number % len(LABELS), number // 100
             name = f"{number}.wav"
             write_clip(folder / name, label, found.get(name), rng)
-            named = "" if found.get(name) == "without a label" else LABELS[label]
+            spellings = {"without a label": "", "another spelling": f" {LABELS[label].upper()} "}
+            spellings[OF_NO_CLASS] = LABELS[label][:-1]
+            named = spellings.get(found.get(name, ""), LABELS[label])
             writer.writerow([name, named, f"speaker {speaker}", "train" if speaker % 10 else "validation"])
     return found
 
@@ -107,9 +113,9 @@ def train(corpus: Path, output: Path) -> tuple[int, str, float, float]:
     return process.returncode, said, time.perf_counter() - start, usage.ru_maxrss / 1e3
 
 
-def measure(files: int, bad_share: float, folder: Path) -> Row:
+def measure(files: int, bad_share: float, folder: Path, **kinds: Sequence[str]) -> Row:
     """A row of the table: one corpus, one training."""
-    spoilt = make_corpus(folder / "corpus", files, bad_share)
+    spoilt = make_corpus(folder / "corpus", files, bad_share, **kinds)
     unreadable = {name for name, kind in spoilt.items() if kind in UNREADABLE}
     status, said, seconds, megabytes = train(folder / "corpus", folder / "run")
     problems = [row["problem"] for row in read_csv(path)] if (path := folder / "run" / BAD_EXAMPLES).is_file() else []
@@ -118,11 +124,12 @@ def measure(files: int, bad_share: float, folder: Path) -> Row:
     return {
         "files": files,
         "spoilt": len(spoilt),
+        "of no class": list(spoilt.values()).count(OF_NO_CLASS),
         "cannot be used": len(unreadable),
         "listed": len(listed),
         "listed wrongly": len(listed - unreadable),
         "exit status": status,
-        "says": next(line for line in said.splitlines()[::-1] if "bad rows" in line)[:70] if status else "",
+        "says": next(line for line in said.splitlines()[::-1] if line.startswith("error: "))[:70] if status else "",
         "seconds": round(seconds, 1),
         "peak MB": round(megabytes),
     }
@@ -137,10 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report, _ = read_results(options.output)
     else:
         rows = []
-        for share in (0.0, FEW, MANY):
+        labels = {"kinds": (OF_NO_CLASS,)}
+        for share, kinds in ((0.0, {}), (FEW, {}), (MANY, {}), (FEW, labels)):
             folder = Path(tempfile.mkdtemp(prefix="bad_data_"))
             try:
-                rows.append(measure(options.files, share, folder))
+                rows.append(measure(options.files, share, folder, **kinds))
             finally:
                 shutil.rmtree(folder)
         report = {"environment": environment(), "rows": rows}

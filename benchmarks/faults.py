@@ -387,7 +387,7 @@ def trainings(base: Path) -> dict[str, Campaign]:
         "train --streaming": train(data_dir=None, dataset_name=base / "streamed", streaming=True, **rare),
         "train, distilled, cached": train(teacher_name_or_path=checkpoint, **frozen, **distilled, **rare),
         "train, LoRA": train(**no_new, **pretrained, lora_rank=2, lora_save="adapter", **rare),
-        "train --adapt": train(adapt=True, **adapting),
+        "train --adapt": train(adapt=True, **adapting)._replace(when_whole="holds a finished run"),
         "train --hp_search": Campaign(
             train_hf.main,
             lambda folder: training(base, hp_search=2, **rare).arguments(folder / "search"),

@@ -514,14 +514,27 @@ def test_students_differ_by_the_teacher_alone(shared, teacher_and_students, tmp_
 
 def test_of_spoilt_files_those_that_cannot_be_used_are_left_out(tmp_path):
     """All kinds that the campaign counts as bad are bad to the loader, and the others are not."""
-    spoilt = bad_data.make_corpus(tmp_path / "corpus", 140, 0.2)
+    spoilt = bad_data.make_corpus(tmp_path / "corpus", 140, 32 / 140)
     kinds = list(spoilt.values())
     assert {kinds.count(kind) for kind in (*bad_data.UNREADABLE, *bad_data.READABLE)} == {4}
     rule = BadRows("skip", 1.0)
-    splits, _ = load_emotion_dataset(manifest=tmp_path / "corpus" / "metadata.csv", on_bad_example=rule)
+    source = {"on_bad_example": rule, "label_names": bad_data.LABELS}
+    splits, _ = load_emotion_dataset(manifest=tmp_path / "corpus" / "metadata.csv", **source)
     left = {Path(clip).name for split in splits.values() for clip in drop_unreadable(split, rule)["audio"]}
     bad = {name for name, kind in spoilt.items() if kind in bad_data.UNREADABLE}
     assert left == {f"{number}.wav" for number in range(140)} - bad and len(rule.problems) == len(bad) == 20
+
+
+def test_labels_of_no_class_are_no_bad_rows(tmp_path):
+    """They may be a whole class, which would be lost: the run ends before a clip is read."""
+    spoilt = bad_data.make_corpus(tmp_path / "corpus", 40, 0.2, [bad_data.OF_NO_CLASS])
+    assert len(spoilt) == 8
+    source = {"manifest": tmp_path / "corpus" / "metadata.csv", "on_bad_example": BadRows("skip", 1.0)}
+    with pytest.raises(
+        ValueError, match=r"\d labels cannot be used:\n  metadata\.csv row \d+: unknown label '\w+'"
+    ) as refused:
+        load_emotion_dataset(**source, label_names=bad_data.LABELS)
+    assert "A whole class is no bad row, and is not skipped: correct the labels" in str(refused.value)
 
 
 # ---- faults.py
