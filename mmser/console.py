@@ -141,9 +141,9 @@ def mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename and error.strerror:
         # Of a copy that failed, the second name is the one that was written
         message = f"{error.filename2 or error.filename}: {error.strerror}"
-        return (
-            message if error.errno not in DISK_IS_FULL else f"{message}. Free some, and give the same command again."
-        )
+        advice = {number: "Free some, and give the same command again." for number in DISK_IS_FULL}
+        advice[errno.EFBIG] = "The disk, or `ulimit -f`, takes no file of that size: give another folder."
+        return f"{message}. {advice[error.errno]}" if error.errno in advice else message
     is_about_an_input = isinstance(error, OSError) or type(error).__module__.split(".")[0] in FOREIGN_ERRORS
     frame = _innermost_frame(error)
     kinds = (ValueError, ImportError, FloatingPointError)

@@ -103,17 +103,22 @@ def kept(*hidden: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Let errors within the block name `path` where its hidden name, or a disk that is full, stopped a library."""
+    """
+    Let errors within the block name `path` where its hidden name, a disk that is full, or one that takes no file of
+    that size, stopped a library.
+    """
     try:
         yield
     except Exception as error:
         # Of torch, which does not tell the reason, when it writes an archive
         torch_says = isinstance(error, RuntimeError) and re.search(r"iostream|inline_container|file write", str(error))
-        is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
-        if is_full or torch_says or os.strerror(errno.ENOSPC) in str(error):
+        given = error.errno if isinstance(error, OSError) else None
+        is_too_large = given == errno.EFBIG or os.strerror(errno.EFBIG) in str(error)
+        if is_too_large or given in DISK_IS_FULL or torch_says or os.strerror(errno.ENOSPC) in str(error):
+            number = errno.EFBIG if is_too_large else errno.ENOSPC
             # Of a copy that could not be written, `filename` is what was read
             name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(_told(name, path))) from error
+            raise OSError(number, os.strerror(number), os.fspath(_told(name, path))) from error
         if isinstance(error, OSError) and error.filename and _told(error.filename, path) is path:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise

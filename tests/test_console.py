@@ -290,6 +290,10 @@ def failing(error):
             OSError(errno.ENOSPC, "No space left", "read.py", None, "runs/a.py"),
             f"runs/a.py: No space left. {NO_SPACE}",
         ),
+        (
+            OSError(errno.EFBIG, "File too large", "runs/a.py"),
+            "runs/a.py: File too large. The disk, or `ulimit -f`, takes no file of that size: give another folder.",
+        ),
         (OSError("no checkpoint"), "no checkpoint"),
         (ImportError("Pictures need matplotlib"), "Pictures need matplotlib"),
         (HFValidationError("Repo id must be"), "Repo id must be"),

@@ -155,6 +155,8 @@ def test_a_full_disk_is_said_in_one_way(said, tmp_path):
     with pytest.raises(OSError, match="No space left on device") as raised, naming_full_disk(tmp_path):
         raise said
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path)
+    with pytest.raises(OSError, match=f"File too large: '{tmp_path}'"), naming_full_disk(tmp_path):
+        raise OSError(errno.EFBIG, "File too large")
     with pytest.raises(RuntimeError, match="another"), naming_full_disk(tmp_path):
         raise RuntimeError("another")
 
