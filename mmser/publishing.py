@@ -12,7 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
+from mmser.arguments import SourceArguments
 from mmser.model_card import (
     CARD_NAME,
     card_metadata,
@@ -31,6 +32,7 @@ from mmser.model_card import (
 )
 from mmser.progress import CURVES_NAME
 from mmser.results import RESULTS_NAME
+from mmser.search import given_flags
 from mmser.trainer import MMSERTrainer
 from pipeline_mmser import MMSEROnnxConfig
 
@@ -313,6 +315,19 @@ def _listed(value: Any) -> Sequence[Any]:
     return [] if value is None else value if isinstance(value, (list, tuple)) else [value]
 
 
+def _data_flags(source: Path) -> str:
+    """The flags that named the clips of a training, as its results tell; DATA stands for what they do not tell."""
+    path, unknown = source / RESULTS_NAME, "--data_dir DATA"
+    command = shlex.split(json.loads(path.read_bytes()).get("command") or "") if path.is_file() else []
+    if len(command) < 2 or (command[1].endswith(".json") and not Path(command[1]).is_file()):
+        return unknown
+    given = given_flags(command[1:])
+    names = [name for name in (*(item.name for item in fields(SourceArguments)), "ood_dir") if given.get(name)]
+    values = {name: given[name] if isinstance(given[name], list) else [given[name]] for name in names}
+    words = [[f"--{name}", *(str(one) for one in values[name] if one is not True)] for name in names]
+    return " ".join(map(shlex.join, words)) or unknown
+
+
 def _what_is_missing(source: Path, into: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     """In the order of what a reader of the page misses most."""
     weights = [*into.glob("*.safetensors"), *into.glob("*.onnx")]
@@ -329,7 +344,7 @@ def _what_is_missing(source: Path, into: Path, config: Mapping[str, Any], data: 
         "no language: --language en de": not data.get("language"),
         "no data set: --datasets user/data, if it is on the Hub": not data.get("datasets"),
         "no results: train_hf.py writes eval_results.json, and the page shows its scores": "model-index" not in data,
-        f"no plots: mmser eval --checkpoint {shlex.quote(str(source))} --data_dir DATA draws them": not any(
+        f"no plots: mmser eval --checkpoint {shlex.quote(str(source))} {_data_flags(source)} draws them": not any(
             path.name != CURVES_NAME for path in into.rglob("*.png")
         ),
     }

@@ -168,9 +168,31 @@ def test_a_dry_run_uploads_nothing(hub, run, capsys):
     shown = capsys.readouterr().out
     assert hub.repositories == {} and "nothing was uploaded" in shown
     assert "MB  model.safetensors" in shown and "The page lacks: no license" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (
+            "train_hf.py --data_dir 'my data' --text_column words --epochs 3",
+            "--data_dir 'my data' --text_column words",
+        ),
+        ("train_hf.py recipe.json --ood_dir noise", "--dataset_name me/data --train_split a --ood_dir noise"),
+        ("train_hf.py --manifest a.csv b.csv --allow_urls", "--manifest a.csv b.csv --allow_urls"),
+        ("train_hf.py gone.json", "--data_dir DATA"),
+        (None, "--data_dir DATA"),
+    ],
+)
+def test_the_command_for_plots_names_the_data_of_the_run(hub, run, capsys, command, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.json").write_text('{"dataset_name": "me/data", "train_split": "a", "epochs": 2}')
     shutil.rmtree(run / "evaluation")
+    results = json.loads((run / "eval_results.json").read_text())
+    (run / "eval_results.json").write_text(json.dumps({**results, "command": command}))
+    if command is None:
+        (run / "eval_results.json").unlink()
     assert cli.main(["push", str(run), "me/page", "--dry_run"]) == 0
-    assert f"no plots: mmser eval --checkpoint {run} --data_dir DATA draws them" in capsys.readouterr().out
+    assert f"no plots: mmser eval --checkpoint {run} {named} draws them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
