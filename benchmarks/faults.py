@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow.parquet
+import safetensors.torch
 import soundfile
 import torch
 from transformers import BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
@@ -47,7 +48,7 @@ from benchmarks.tables import Row, parse_arguments, publish, read_results, table
 from mmser import corpus_command
 from mmser.results import environment
 from mmser.trainer import last_complete_checkpoint
-from modeling_mmser import MMSERForAudioClassification, register_auto_classes
+from modeling_mmser import register_auto_classes
 
 # What the commands import late, so that the forks have it
 LATE = (
@@ -338,12 +339,13 @@ def not_best(folder: Path, trials: int) -> list[str]:
     recipe = json.loads((search / "best_recipe.json").read_bytes())
     own = json.loads((search / f"trial-{best}.json").read_bytes())
     results = json.loads((search / f"trial-{best}" / "eval_results.json").read_bytes())
-    model = MMSERForAudioClassification.from_pretrained(search / f"trial-{best}")
+    # Read, not mapped: a file that is deleted and still mapped keeps its disk from becoming read-only
+    weights = safetensors.torch.load((search / f"trial-{best}" / "model.safetensors").read_bytes())
     seen = {
         "the folders": kept == [f"trial-{best}"],
         "the recipe": {**recipe, "output_dir": ""} == {**own, "output_dir": ""},
         "the score": results["validation"]["model"]["weighted_f1"] == scores[best],
-        "the weights": all(bool(weight.isfinite().all()) for weight in model.parameters()),
+        "the weights": all(bool(weight.isfinite().all()) for weight in weights.values()),
     }
     return [name for name, is_right in seen.items() if not is_right]
 

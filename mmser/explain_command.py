@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mmser.console import run_command
 from mmser.explanation import MIN_WINDOW, explain, split_words
+from mmser.flags import LIMITS, check_limits
 from mmser.prediction_arguments import check_encoding, chosen_checkpoint
 from mmser.table_files import near_name
 
@@ -47,8 +48,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.clip is not None and not Path(options.clip).is_file():
         raise FileNotFoundError(f"{options.clip} does not exist.{near_name(Path(options.clip))}")
     check_encoding(options.text, "--text")
-    if options.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}.")
+    check_limits("--batch_size", options.batch_size, *LIMITS["batch_size"])
     if not options.window >= MIN_WINDOW:
         raise ValueError(f"--window is a time in seconds, at least {MIN_WINDOW}, got {options.window}.")
     if options.plot is not None and options.clip is None and len(split_words(options.text)) == 1:

@@ -18,6 +18,32 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 EPILOG = "A mistake ends in one sentence and exit code 2, with --debug in a traceback."
 POSITIONAL = "positional"  # in the metadata of a field: its values stand on the command line without a flag
+# The least and the most that a number can be, where another one can only be a mistake, which would cost hours, the
+# disk or the memory. Some are told where they belong
+LIMITS: dict[str, tuple[float | None, float | None]] = {
+    "augmented_copies": (0, 1_000),  # each is decoded, encoded and kept on the disk
+    "batch_size": (1, 100_000),
+    "bootstrap_samples": (1, 1_000_000),
+    "contrastive_memory": (None, 1_000_000),
+    "data_seed": (0, 2**32 - 1),
+    "dataloader_num_workers": (0, 1_024),
+    "gradient_accumulation_steps": (1, 100_000),
+    "hp_search": (None, 10_000),
+    "lora_rank": (None, 4_096),  # no layer is as wide
+    "mask_feature_length": (1, 100_000),
+    "mask_time_length": (1, 100_000),
+    "max_eval_samples": (1, None),
+    "max_steps": (None, 100_000_000),
+    "max_train_samples": (1, None),
+    "num_train_epochs": (None, 100_000),
+    "per_device_eval_batch_size": (1, 100_000),
+    "per_device_train_batch_size": (1, 100_000),
+    "recovery_epochs": (None, 100_000),
+    "seed": (0, 2**32 - 1),
+    "standardize_clips": (0, None),
+    "tta": (None, 1_000),
+    "vocabulary_size": (1, None),
+}
 KINDS = {int: "a whole number", float: "a number", string_to_bool: "true or false", str: "a text"}
 
 
@@ -110,12 +136,27 @@ class FlagParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}. --help_all shows all flags.\n")
 
     def check(self, words: Sequence[str]) -> None:
-        """Raise ValueError, with the nearest flag, if a word is no flag and no value of one. Answers `--help`."""
-        _, unknown = self.parse_known_args(list(words))
+        """
+        Raise ValueError, with the nearest flag, if a word is no flag and no value of one, and for a number beyond its
+        `LIMITS`. Answers `--help`.
+        """
+        given, unknown = self.parse_known_args(list(words))
         if unknown:
             flag = unknown[0].split("=")[0]
             kind = "flag" if flag.startswith("-") else "argument"
             raise ValueError(f"Unknown {kind} {flag}: {_hint(flag, self._option_string_actions)}")
+        for name, limits in LIMITS.items():
+            value = getattr(given, name, None)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, (int, float)):
+                    check_limits(self._spelling(name, words), number, *limits)
+
+    def _spelling(self, name: str, words: Sequence[str]) -> str:
+        """A flag as it was written on the command line, or its first spelling."""
+        written = {word.split("=")[0] for word in words}
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        own = [option for option in options if self._option_string_actions[option].dest == name]
+        return next((option for option in own if option in written), f"--{name}")
 
     def destinations(self) -> dict[str, str]:
         """The names that a recipe may use, each with the name of its field."""
@@ -158,6 +199,14 @@ class FlagParser(HfArgumentParser):
             return
         what = f"{KINDS[kind]}, or a list of such" if action.nargs in ("+", "*") else KINDS[kind]
         raise ValueError(f"{where} must be {what}, got {json.dumps(value):.80}.")
+
+
+def check_limits(flag: str, number: float, least: float | None, most: float | None) -> None:
+    """Raise ValueError for a number that is none, or beyond a limit; None for no limit."""
+    if least is not None and not number >= least:
+        raise ValueError(f"{flag} must be at least {least:,}, got {number:,}.")
+    if most is not None and not number <= most:
+        raise ValueError(f"{flag} must be at most {most:,}, got {number:,}.")
 
 
 def _texts_of(kind: type) -> set[str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of mmser.flags and mmser.console: flags that are wrong, help, and how a command ends when it cannot work."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -27,7 +28,7 @@ from mmser.arguments import (
     parse_arguments,
     read_recipe,
 )
-from mmser.flags import FlagParser, split_debug
+from mmser.flags import LIMITS, FlagParser, split_debug
 from mmser.prediction_arguments import PREDICTION_ARGUMENTS
 from mmser.training_arguments import MMSERTrainingArguments
 
@@ -105,6 +106,61 @@ def test_the_nearest_flag_is_named(wrong, said):
     with pytest.raises(ValueError) as raised:
         parse_arguments(kinds, [wrong, *required])
     assert str(raised.value).startswith(said)
+
+
+# Of these any number is right, or what it has to fit to is known later
+NOT_LIMITED = {
+    *("audio_num_hidden_layers", "text_num_hidden_layers", "opset", "save_total_limit", "calibration_clips"),
+    *("part_size", "top_k", "port"),
+}
+
+
+def test_each_whole_number_has_its_limits():
+    kinds = (*TRAINING_ARGUMENTS, *EVALUATION_ARGUMENTS, *EXPORT_ARGUMENTS, *PREDICTION_ARGUMENTS, *APP_ARGUMENTS)
+    own = [field for kind in kinds for field in dataclasses.fields(kind)]
+    whole = {field.name for field in own if str(field.type).split(" |")[0] in ("int", "<class 'int'>")}
+    assert whole - NOT_LIMITED <= LIMITS.keys() and whole >= NOT_LIMITED
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words", "said"),
+    [
+        (TRAINING_ARGUMENTS, "--augmented_copies 1000000000", "--augmented_copies must be at most 1,000, got 1,000,0"),
+        (
+            TRAINING_ARGUMENTS,
+            "--dataloader_num_workers=1000000",
+            "--dataloader_num_workers must be at most 1,024, got",
+        ),
+        (TRAINING_ARGUMENTS, "--batch_size 1000000000", "--batch_size must be at most 100,000, got 1,000,000,000."),
+        (
+            TRAINING_ARGUMENTS,
+            "--per_device_train_batch_size 0",
+            "--per_device_train_batch_size must be at least 1, got",
+        ),
+        (TRAINING_ARGUMENTS, "--epochs 1e9", "--epochs must be at most 100,000, got 1,000,000,000."),
+        (TRAINING_ARGUMENTS, "--epochs nan", "--epochs must be at most 100,000, got nan."),
+        (TRAINING_ARGUMENTS, "--max_steps 1000000000", "--max_steps must be at most 100,000,000, got"),
+        (TRAINING_ARGUMENTS, "--max_train_samples -1", "--max_train_samples must be at least 1, got -1."),
+        (TRAINING_ARGUMENTS, "--gradient_accumulation_steps 1000000", "--gradient_accumulation_steps must be at most"),
+        (TRAINING_ARGUMENTS, "--lora_rank 1000000", "--lora_rank must be at most 4,096, got 1,000,000."),
+        (TRAINING_ARGUMENTS, "--seed -1", "--seed must be at least 0, got -1."),
+        (EVALUATION_ARGUMENTS, "--tta 2 1000000", "--tta must be at most 1,000, got 1,000,000."),
+        (EVALUATION_ARGUMENTS, "--bootstrap_samples 1000000000", "--bootstrap_samples must be at most 1,000,000, got"),
+        (EXPORT_ARGUMENTS, "--recovery_epochs 1e9", "--recovery_epochs must be at most 100,000, got"),
+        (PREDICTION_ARGUMENTS, "a.wav --batch_size 1000000000", "--batch_size must be at most 100,000, got"),
+    ],
+)
+def test_a_number_that_no_machine_can_do_is_named_before_any_work(kinds, words, said, tmp_path):
+    needed = {TRAINING_ARGUMENTS: "--data_dir x", EVALUATION_ARGUMENTS: "--checkpoint x --data_dir x"}
+    needed[EXPORT_ARGUMENTS] = "--checkpoint x --output_dir y"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse_arguments(kinds, [*needed.get(kinds, "").split(), *words.split()])
+
+
+def test_a_number_in_a_recipe_has_the_same_limits(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"data_dir": "x", "epochs": 1e9}')
+    with pytest.raises(ValueError, match="--num_train_epochs must be at most 100,000, got 1,000,000,000"):
+        parse_arguments(TRAINING_ARGUMENTS, [str(tmp_path / "recipe.json")])
 
 
 def test_the_clips_of_a_training_are_named_to_an_evaluation():
