@@ -41,6 +41,7 @@ from quantization_mmser import quantize_dynamic
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.15}
 # An older torch does not name the axes of a graph
 EXPORTS_SINCE = "2.7"
+OLDEST_OPSET = 18  # that torch.onnx makes
 # Where the `Auto*` classes find the code of an exported model
 ONNX_AUTO_MAP = {
     "AutoConfig": "processing_mmser.MMSEROnnxConfig",
@@ -453,7 +454,7 @@ def export_checkpoint(
         ImportError: onnx, onnxruntime or onnxscript is missing.
     """
     output_dir = Path(output_dir).absolute()
-    _check_options(formats, dtype, output_dir, overwrite)
+    _check_options(formats, dtype, opset, output_dir, overwrite)
     source = Path(name_or_path).resolve()
     if source.exists() and output_dir.resolve() in (source, *source.parents):
         raise ValueError(f"The export would replace {output_dir}, where the checkpoint itself is: give another folder")
@@ -484,13 +485,18 @@ def export_checkpoint(
     return report
 
 
-def _check_options(formats: Sequence[str], dtype: str, output_dir: Path, overwrite: bool) -> None:
+def _check_options(formats: Sequence[str], dtype: str, opset: int, output_dir: Path, overwrite: bool) -> None:
     if not formats or not set(formats) <= set(FORMATS):
         raise ValueError(f"`formats` must be one or more of {', '.join(FORMATS)}, got {formats!r}")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if "onnx" in formats:
         check_onnx()
+        import onnx
+
+        newest = onnx.defs.onnx_opset_version()
+        if not OLDEST_OPSET <= opset <= newest:
+            raise ValueError(f"--opset must be from {OLDEST_OPSET} to {newest}, which this onnx has, got {opset}.")
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; give a folder to write")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:

@@ -4,6 +4,7 @@
 Read in this order: `choose_label_names` (the classes), `check_labels` (no class is lost), `label_id` (one row).
 """
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ logger = logging.get_logger(__name__)
 
 UNKNOWN_LABEL = -1  # "none of the known classes": only in open-set data
 FEW = 5  # labels and rows that a message lists
+ALIKE = 0.8  # of two names, as `difflib` counts it: "hapy" and "happy" have 0.89
+FEW_BESIDE = 0.05  # of the clips of the class that a name is like: with fewer, it is rather misspelt
 FEW_PER_CLASS = 20  # training clips, on average: with fewer, a class that lacks some is no mistake but a try
 
 Found = Mapping[str, Sequence[str]]  # label as it is written -> where its rows are, for messages
@@ -245,6 +248,13 @@ def _warn_of_rare_labels(counts: dict[str, int]) -> None:
             f"Labels with fewer than 5 training clips: {rare} of {list(counts)}. Is a name misspelt? "
             "Otherwise collect more clips, or join the class with another one by --label_map."
         )
+    for name, count in counts.items():
+        others = [other for other in counts if 0 < count < FEW_BESIDE * counts[other]]
+        for like in difflib.get_close_matches(name, others, 1, ALIKE):
+            logger.warning(
+                f"The label {name!r} ({count} training clips) is nearly {like!r} ({counts[like]}), and a class of its "
+                "own. Is it misspelt? --label_map joins the two."
+            )
 
 
 def label_id(label: Any, label_names: Sequence[str], row: str, allow_unknown: bool = False) -> int:

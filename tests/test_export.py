@@ -439,6 +439,7 @@ def test_a_number_that_is_none_is_too_large_a_difference():
     [
         ({"dtype": "int4"}, "float32, float16, int8"),
         ({"formats": ["tflite"]}, "onnx, safetensors"),
+        ({"opset": 99}, "--opset must be from 18 to "),
         ({"output_dir": "full"}, "not empty"),
         ({"output_dir": "full/file"}, "is a file"),
     ],

@@ -206,6 +206,22 @@ def test_folder_without_metadata(tmp_path):
         load_emotion_dataset(manifest=tmp_path / "nowhere.xlsx")
 
 
+def test_a_class_that_is_rather_a_misspelt_label_is_told(tmp_path, log):
+    labels = ["happy"] * 300 + ["sad"] * 300 + ["hapy"] * 12 + ["surprised"] * 300 + ["surprise"] * 200
+    for number in range(len(labels)):
+        (tmp_path / f"{number}.wav").touch()
+    rows = [{"file_name": f"{number}.wav", "label": label} for number, label in enumerate(labels)]
+    write_table(tmp_path / "table.csv", [{**row, "split": "train"} for row in rows])
+    source = {"manifest": tmp_path / "table.csv", "validation_fraction": 0, "test_fraction": 0}
+    _, names = load_emotion_dataset(**source)
+    assert names == ["happy", "sad", "hapy", "surprise", "surprised"]
+    told = [record.getMessage() for record in log.records if "nearly" in record.getMessage()]
+    assert told == [
+        "The label 'hapy' (12 training clips) is nearly 'happy' (300), and a class of its own. Is it misspelt? "
+        "--label_map joins the two."
+    ]
+
+
 def test_a_class_that_is_wholly_held_out_is_refused(tmp_path):
     """As one clip of a class is, whose speaker is drawn for the test: no model can learn it."""
     rows = [
