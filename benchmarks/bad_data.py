@@ -35,6 +35,7 @@ RATE = 16_000
 LABELS = ("neutral", "happy", "sad", "angry")
 UNREADABLE = ("corrupt", "empty", "cut in the header", "missing", "without a label")
 READABLE = ("silent", "clipped", "another spelling")
+KINDS = (*UNREADABLE, *READABLE)
 OF_NO_CLASS = "a label of no class"
 FEW, MANY = 0.02, 0.4  # of the files, three eighths of which can be used
 MODEL = {
@@ -53,7 +54,7 @@ MODEL = {
 
 
 def make_corpus(
-    folder: Path, files: int, bad_share: float, kinds: Sequence[str] = (*UNREADABLE, *READABLE), seed: int = 0
+    folder: Path, files: int, bad_share: float, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> dict[str, str]:
     """
     Write `metadata.csv` and its clips, one to three seconds of a tone whose pitch goes by the class.
@@ -113,9 +114,9 @@ def train(corpus: Path, output: Path) -> tuple[int, str, float, float]:
     return process.returncode, said, time.perf_counter() - start, usage.ru_maxrss / 1e3
 
 
-def measure(files: int, bad_share: float, folder: Path, **kinds: Sequence[str]) -> Row:
+def measure(files: int, bad_share: float, folder: Path, kinds: Sequence[str] = KINDS) -> Row:
     """A row of the table: one corpus, one training."""
-    spoilt = make_corpus(folder / "corpus", files, bad_share, **kinds)
+    spoilt = make_corpus(folder / "corpus", files, bad_share, kinds)
     unreadable = {name for name, kind in spoilt.items() if kind in UNREADABLE}
     status, said, seconds, megabytes = train(folder / "corpus", folder / "run")
     problems = [row["problem"] for row in read_csv(path)] if (path := folder / "run" / BAD_EXAMPLES).is_file() else []
@@ -144,11 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report, _ = read_results(options.output)
     else:
         rows = []
-        labels = {"kinds": (OF_NO_CLASS,)}
-        for share, kinds in ((0.0, {}), (FEW, {}), (MANY, {}), (FEW, labels)):
+        for share, kinds in ((0.0, KINDS), (FEW, KINDS), (MANY, KINDS), (FEW, (OF_NO_CLASS,))):
             folder = Path(tempfile.mkdtemp(prefix="bad_data_"))
             try:
-                rows.append(measure(options.files, share, folder, **kinds))
+                rows.append(measure(options.files, share, folder, kinds))
             finally:
                 shutil.rmtree(folder)
         report = {"environment": environment(), "rows": rows}

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_corpus import tiny_flags, tiny_tokenizer
+
 import eval_hf
 import export_hf
 import predict_hf
@@ -28,7 +30,6 @@ import train_hf
 from mmser.console import run_command
 from mmser.trainer import last_complete_checkpoint
 from modeling_mmser import MMSERForAudioClassification
-from tests.tiny_corpus import tiny_flags, tiny_tokenizer
 
 IDENTITY = "run_identity.json"  # of a training, which may go on with other settings
 
@@ -109,8 +110,8 @@ def main(kind: str, corpus: Path, folder: Path) -> None:
     assert str(last_complete_checkpoint(model)).endswith("checkpoint-4")
     own = ["--checkpoint", model]
     predict = [*own, "--output", str(folder / "answers.csv"), "--overwrite", "--device", "cpu"]
-    words = [[str(corpus / split), *predict] for split in ("validation", "test")]
-    suffer(predict_hf.main, *words, scarce(0 if kind == "disk" else 500), folder)
+    before, after = ([str(corpus / split), *predict] for split in ("validation", "test"))
+    suffer(predict_hf.main, before, after, scarce(0 if kind == "disk" else 500), folder)
     judge = [*own, "--data_dir", str(corpus), "--output_dir", str(folder / "report"), "--use_cpu"]
     judge += ["--dataloader_num_workers", "0", "--bootstrap_samples"]
     suffer(eval_hf.main, [*judge, "10"], [*judge, "20"], scarce(20_000), folder)
