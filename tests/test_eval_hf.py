@@ -536,7 +536,7 @@ def test_errors_come_before_the_model_runs(run, corpus, checkpoint, tmp_path, mo
     error_of(r"at least 1, got \[1, 0\]", tta=[1, 0])
     for name in ("bootstrap_samples", "max_train_samples"):
         error_of(f"--{name} must be at least 1, got 0", **{name: 0})
-    error_of("clips to draw must be at least 1, got 0", max_eval_samples=0)
+    error_of("--max_eval_samples must be at least 1, got 0", max_eval_samples=0)
     rows = read_rows(corpus, "test")
     write_table(tmp_path / "all.csv", [{**rows[0], "label": "bored"}, *rows[1:]])
     error_of("row 2: unknown label 'bored'; allowed: neutral, happy", data_dir=None, manifest=tmp_path / "all.csv")
