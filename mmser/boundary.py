@@ -12,6 +12,8 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants
 
+from configuration_mmser import whole_repository
+
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lzma", "zstd")  # what an address may look into: `zip://a.wav::FILE`
 
 
@@ -43,7 +45,9 @@ class Boundary:
         self.reach = reach
         self.name = "" if not folders else str(folders[0])
         self.addresses = tuple(addresses)
-        self._roots = None if folders is None else [_below(os.path.realpath(_whole(folder))) for folder in folders]
+        self._roots = (
+            None if folders is None else [_below(os.path.realpath(whole_repository(folder))) for folder in folders]
+        )
         self._parents: dict[str, str] = {}  # followed before: many files lie in few folders
 
     def refusal(self, path: str) -> str:
@@ -89,13 +93,6 @@ def of_hub(name: str, reach: Reach) -> Boundary:
     caches = [constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
     folders = [Path(name)] if os.path.isdir(name) else []
     return Boundary(reach, [*folders, *map(Path, caches)], (f"hf://datasets/{name}@", f"hf://datasets/{name}/"))
-
-
-def _whole(folder: Path) -> Path:
-    """A snapshot in the cache of the Hub holds links to files beside it: all of the repository is the folder there."""
-    real = folder.absolute()
-    is_snapshot = real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir()
-    return real.parent.parent if is_snapshot else real
 
 
 def _below(folder: str) -> str:

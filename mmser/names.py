@@ -93,7 +93,12 @@ def reading(models: Sequence[Named]) -> Iterator[None]:
     Raises:
         FileNotFoundError: a model that is neither here nor on the Hub.
         OSError: a model that cannot be read.
+        ValueError: a folder with files that are elsewhere.
     """
+    from configuration_mmser import check_own_files  # here: it imports Transformers, and flags do not wait for that
+
+    for model in models:
+        check_own_files(model.name)
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = any([_is_in_cache_alone(model) for model in models]) or before
     try:

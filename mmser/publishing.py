@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, ModelCard, metadata_save
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers.utils import logging
 
-from configuration_mmser import MMSERConfig
+from configuration_mmser import MMSERConfig, check_own_files
 from mmser.arguments import SourceArguments
 from mmser.model_card import (
     CARD_NAME,
@@ -159,12 +159,14 @@ def complete_page(folder: str | Path, into: Path, name: str, metadata: Mapping[s
     if not (source / "config.json").is_file():
         reason = "it has no config.json" if source.is_dir() else "there is no such folder"
         raise FileNotFoundError(f"{source} is no checkpoint: {reason}.")
+    files = _files_to_publish(source)
+    check_own_files(source, files=files)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") not in (MMSERConfig.model_type, MMSEROnnxConfig.model_type):
         raise ValueError(
             f"{source} is no MMSER checkpoint: its config.json has model_type {config.get('model_type')!r}."
         )
-    for path in _files_to_publish(source):
+    for path in files:
         target = into / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         _place(path, target)

@@ -13,7 +13,9 @@ import pytest
 import soundfile
 import tiny_corpus
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 from transformers import (
     AutoModelForAudioClassification,
@@ -32,6 +34,7 @@ from mmser.model_loading import load_model
 from mmser.names import Named, reading
 from mmser.prediction_inputs import find_inputs
 from mmser.prediction_run import load_classifier
+from mmser.publishing import complete_page
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
 from processing_mmser import MMSERPipeline, MMSERProcessor, load_feature_extractor
 
@@ -183,6 +186,116 @@ def test_a_backbone_gets_a_new_head_and_a_model_without_head_takes_a_checkpoint_
         assert torch.equal(weight, whole.state_dict()[f"mmser.{name}"])
     model, report = MMSERForAudioClassification.from_pretrained(folder, output_loading_info=True)
     assert isinstance(model, MMSERForAudioClassification) and not report["missing_keys"]
+
+
+def loads(folder):
+    """The ways that read a folder of a model, each with its name."""
+    config, other = MMSERConfig.from_pretrained(folder), folder.with_name("other")
+    yield "model", lambda: MMSERForAudioClassification.from_pretrained(folder)
+    yield "model with its configuration", lambda: MMSERForAudioClassification.from_pretrained(folder, config=config)
+    yield "subfolder", lambda: MMSERForAudioClassification.from_pretrained(folder.parent, subfolder=folder.name)
+    yield "configuration", lambda: MMSERConfig.from_pretrained(folder)
+    yield "processor", lambda: MMSERProcessor.from_pretrained(folder)
+    yield "encoder", lambda: MMSERForAudioClassification.from_backbones(str(folder), None)
+    yield "pipeline", lambda: load_classifier(str(folder))
+    yield "export", lambda: MMSERPipeline.from_onnx(folder)
+    yield "page", lambda: complete_page(folder, other, "me/model")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt"]
+)
+@pytest.mark.parametrize("kind", ["file", "device", "pipe"])
+def test_a_file_of_a_model_is_no_link_out_of_its_folder(folder, tmp_path_factory, name, kind):
+    """It could be private, and go to the Hub with the model; or one that never ends."""
+    tiny_corpus.tiny_processor().save_pretrained(folder)
+    ways = list(loads(folder))
+    inside, target = folder / name, tmp_path_factory.mktemp("private") / "file"
+    (folder / "notes.txt").write_text("mine")
+    os.replace(inside, target)
+    if kind == "pipe":
+        os.mkfifo(inside)
+    else:
+        inside.symlink_to(target if kind == "file" else "/dev/zero")
+    said = "is a folder, a device or a pipe" if kind == "pipe" else r"is a link out of its folder, to .*, and is not"
+    for way, load in ways:
+        if way == "page" and name == "config.json" and kind != "file":
+            continue  # it says that there is none
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(inside))} {said}"):
+            load()
+
+
+def test_a_picture_of_a_model_is_no_link_out_of_its_folder_either(folder, tmp_path):
+    (tmp_path / "private.png").write_bytes(b"mine")
+    (folder / "evaluation" / "plots").mkdir(parents=True)
+    (folder / "evaluation" / "plots" / "a.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(ValueError, match=r"plots/a\.png is a link out of its folder"):
+        complete_page(folder, tmp_path / "page", "me/model")
+
+
+def shard(folder, prefix=""):
+    """Let an index name the weights, under another name."""
+    names = load_file(folder / "model.safetensors")
+    (folder / "sub").mkdir(exist_ok=True)
+    os.replace(folder / "model.safetensors", folder / "sub" / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, f"{prefix}sub/part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_links_within_a_folder_and_parts_of_weights_below_it_are_read(folder, tmp_path, monkeypatch):
+    (folder / "blob").mkdir()
+    os.replace(folder / "config.json", folder / "blob" / "a")
+    (folder / "config.json").symlink_to("blob/a")
+    assert MMSERForAudioClassification.from_pretrained(folder)
+    shard(folder)
+    (tmp_path / "link").symlink_to(folder)
+    assert MMSERForAudioClassification.from_pretrained(tmp_path / "link")
+    part = folder / "sub" / "part.safetensors"
+    os.replace(part, tmp_path / "a")
+    part.symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"part\.safetensors is a link out of its folder"):
+        MMSERForAudioClassification.from_pretrained(folder)
+    (tmp_path / "cache").mkdir()  # of the Hub, into which older versions of its library made links
+    os.replace(tmp_path / "a", tmp_path / "cache" / "a")
+    part.unlink()
+    part.symlink_to(tmp_path / "cache" / "a")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert MMSERForAudioClassification.from_pretrained(folder)
+
+
+def test_a_snapshot_of_the_hub_holds_links(folder, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        os.replace(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert MMSERForAudioClassification.from_pretrained(snapshot)
+    (blobs / "model.safetensors").replace(tmp_path / "elsewhere")
+    (blobs / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a link out of its folder"):
+        MMSERForAudioClassification.from_pretrained(snapshot)
+
+
+@pytest.mark.parametrize("prefix", ["../model/", "{}/", "sub/../../model/", "..\\model\\", "C:\\", "C:"])
+def test_an_index_names_no_weights_outside_of_its_folder(folder, prefix):
+    ways = list(loads(folder))
+    shard(folder, prefix.format(folder))
+    for _, load in ways:
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors\.index\.json names '.*' for weights, which is not in its folder"
+        ):
+            load()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[", "[" * 100_000, "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ""}}'],
+)
+def test_an_index_that_is_none_is_named(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of weights: "):
+        MMSERForAudioClassification.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -22,12 +22,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 try:
-    from .configuration_mmser import MODALITIES, MMSERConfig
+    from .configuration_mmser import MODALITIES, MMSERConfig, check_own_files
     from .encoders_mmser import build_encoder, load_encoder
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
         raise
-    from configuration_mmser import MODALITIES, MMSERConfig
+    from configuration_mmser import MODALITIES, MMSERConfig, check_own_files
     from encoders_mmser import build_encoder, load_encoder
 
 WEIGHT_SAMPLES = 64  # numbers of each matrix that its checksum looks at
@@ -60,13 +60,15 @@ class LoadsAdapters:
             OSError: the encoder of the adapters cannot be read.
             ValueError: it has other weights, or an encoder is named for a checkpoint that has its own; or the
                 configuration is not that of the weights: layers are missing, or there are others; or weights are NaN,
-                or what was fitted is impossible.
+                or what was fitted is impossible; or files are not in the folder, see [`check_own_files`].
         """
         load = partial(_load_whole, super().from_pretrained)
         name = pretrained_model_name_or_path
         places = {kind: kwargs.pop(f"{kind}_name_or_path") for kind in MODALITIES if f"{kind}_name_or_path" in kwargs}
         hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         own: Any = config
+        if name is not None:
+            check_own_files(name, kwargs.get("subfolder") or "")
         if not isinstance(config, PreTrainedConfig) and name is not None:
             content, _ = MMSERConfig.get_config_dict(name if config is None else config, **hub_kwargs)
             own = MMSERConfig.from_dict(content) if content.get("lora") else None
@@ -258,6 +260,7 @@ def _check_lora(lora: Any, name_or_path: str) -> None:
 def _read_encoder(
     kind: str, config: MMSERConfig, source: str, load_model: Callable[..., Any], hub_kwargs: dict[str, Any]
 ) -> nn.Module:
+    check_own_files(source)
     try:
         content, _ = PreTrainedConfig.get_config_dict(source, **hub_kwargs)
         if content.get("model_type") == MMSERConfig.model_type:

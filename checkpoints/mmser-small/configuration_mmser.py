@@ -8,12 +8,16 @@ the network and to explain its own labels is here.
 import copy
 import dataclasses
 import difflib
+import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import field
+from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import constants
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -232,6 +236,65 @@ def check_names(given: Iterable[str], known: Iterable[str], kind: str) -> None:
             is_misspelt = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]}?" if is_misspelt else f"the nearest names are {', '.join(nearest)}."
             raise TypeError(f"`{name}` is no {kind}: {hint}")
+
+
+def whole_repository(folder: Path) -> Path:
+    """A snapshot in the cache of the Hub holds links to files beside it: all of the repository is the folder there."""
+    real = folder.absolute()
+    is_snapshot = real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir()
+    return real.parent.parent if is_snapshot else real
+
+
+def check_own_files(name_or_path: str | os.PathLike, subfolder: str = "", files: Iterable[Path] = ()) -> None:
+    """
+    Refuse a folder of a model whose files are elsewhere: by a link out of it, or by an index that names the parts of
+    its weights. Links into the cache of the Hub are fine. A name on the Hub is not looked at: it has its own files.
+
+    Args:
+        name_or_path, subfolder: where the model is.
+        files: further ones of its, in folders below.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    folder = Path(name_or_path, subfolder).expanduser()
+    if not folder.is_dir():
+        return
+    places = (whole_repository(Path(name_or_path).expanduser()), constants.HF_HUB_CACHE)
+    roots = [os.path.join(os.path.realpath(place), "") for place in places]
+    for file in (*files, *sorted(path for path in folder.iterdir() if not path.is_dir())):
+        _check_own_file(file, roots)
+    for index in sorted([*folder.glob("*.index.json"), *folder.glob("*.index.*.json")]):
+        for name in _parts_of_weights(index):
+            parts = re.split(r"[\\/]", name)  # as each system has it
+            if os.path.isabs(name) or ".." in parts or ":" in parts[0] or not parts[0]:
+                raise ValueError(
+                    f"{index} names {name!r} for weights, which is not in its folder: weights lie beside their index."
+                )
+            _check_own_file(folder / name, roots)
+
+
+def _check_own_file(file: Path, roots: list[str]) -> None:
+    real = os.path.realpath(file)
+    if not real.startswith(tuple(roots)):
+        raise ValueError(
+            f"{file} is a link out of its folder, to {real}, and is not followed: if you trust it, put the file "
+            "itself in its place."
+        )
+    if os.path.exists(real) and not os.path.isfile(real):
+        raise ValueError(f"{file} is a folder, a device or a pipe, and no file of a model.")
+
+
+def _parts_of_weights(index: Path) -> set[str]:
+    """The names of files that an index of weights has."""
+    try:
+        content = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights: it is not JSON, or nested too deep.") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) and name for name in names.values()):
+        raise ValueError(f"{index} is no index of weights: its `weight_map` must have the name of a file for each.")
+    return set(names.values())
 
 
 def as_ids(values: Iterable[Any], name: str) -> list[int]:
@@ -558,6 +621,12 @@ class MMSERConfig(PreTrainedConfig):
                 setattr(self, name, dict(self.sub_configs_defaults[name].init_kwargs))
             elif modality not in self.modalities and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is given, but `modalities` ({self.modalities}) has no {modality!r}.")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As always, after a look at whether the files of a folder are its own: [`check_own_files`]."""
+        check_own_files(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

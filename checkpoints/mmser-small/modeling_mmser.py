@@ -35,6 +35,7 @@ try:
         MODALITIES,
         MMSERConfig,
         check_names,
+        check_own_files,
         check_token_ids,
         ignored_modality,
         reason_unused,
@@ -97,6 +98,7 @@ except ImportError:
         MODALITIES,
         MMSERConfig,
         check_names,
+        check_own_files,
         check_token_ids,
         ignored_modality,
         reason_unused,
@@ -565,13 +567,16 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
         Returns: the model in float32 and eval mode.
         Raises:
             TypeError: an override that is no field of `MMSERConfig`.
-            ValueError: a checkpoint that lacks weights of its encoder, fewer layers in it than are to be kept, or no
-                encoder at all.
+            ValueError: a checkpoint that lacks weights of its encoder, or has files elsewhere; fewer layers in it than
+                are to be kept, or no encoder at all.
         """
         MMSERConfig.check_fields(config_overrides)
         if audio_name_or_path is None and text_name_or_path is None:
             raise ValueError("Give an audio encoder, a text encoder or both; both are None.")
         hub_kwargs = hub_kwargs or {}
+        for source in (audio_name_or_path, text_name_or_path):
+            if isinstance(source, str | os.PathLike):
+                check_own_files(source, hub_kwargs.get("subfolder") or "")
         audio_config, text_config = (
             AutoConfig.from_pretrained(source, **hub_kwargs) if isinstance(source, str | os.PathLike) else source
             for source in (audio_name_or_path, text_name_or_path)

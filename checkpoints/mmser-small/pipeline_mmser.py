@@ -42,7 +42,14 @@ try:
         unwrap_audio,
         warn_if_silent,
     )
-    from .configuration_mmser import MODALITIES, check_names, check_token_ids, ignored_modality, reason_unused
+    from .configuration_mmser import (
+        MODALITIES,
+        check_names,
+        check_own_files,
+        check_token_ids,
+        ignored_modality,
+        reason_unused,
+    )
     from .conformal_mmser import PredictionSets, check_coverage
 except ImportError:
     if __package__:  # beside a checkpoint a failed import is a real error, not a reason to take an installed copy
@@ -57,7 +64,14 @@ except ImportError:
         unwrap_audio,
         warn_if_silent,
     )
-    from configuration_mmser import MODALITIES, check_names, check_token_ids, ignored_modality, reason_unused
+    from configuration_mmser import (
+        MODALITIES,
+        check_names,
+        check_own_files,
+        check_token_ids,
+        ignored_modality,
+        reason_unused,
+    )
     from conformal_mmser import PredictionSets, check_coverage
 
 logger = logging.get_logger(__name__)
@@ -187,6 +201,7 @@ class MMSEROnnxForAudioClassification:
         onnxruntime = _import_onnxruntime()
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         path: Any = name_or_path
+        check_own_files(path, kwargs.get("subfolder") or "")
         if not Path(path).is_file():
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             try:

@@ -34,7 +34,7 @@ try:
         stream_audio,
         warn_once,
     )
-    from .configuration_mmser import MMSERConfig, check_names, reason_unused
+    from .configuration_mmser import MMSERConfig, check_names, check_own_files, reason_unused
     from .pipeline_mmser import (
         AudioClassificationTask,
         Chunk,
@@ -57,7 +57,7 @@ except ImportError:
         stream_audio,
         warn_once,
     )
-    from configuration_mmser import MMSERConfig, check_names, reason_unused
+    from configuration_mmser import MMSERConfig, check_names, check_own_files, reason_unused
     from pipeline_mmser import (
         AudioClassificationTask,
         Chunk,
@@ -236,6 +236,12 @@ class MMSERProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         audio = [] if self.feature_extractor is None else [self.audio_input_name, "attention_mask"]
         return [*audio, *(["input_ids", "text_attention_mask"] if "text" in self.modalities else [])]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As always, after a look at whether the files of a folder are its own: [`check_own_files`]."""
+        check_own_files(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
