@@ -2,18 +2,26 @@
 """Any file, bytes, array or stream to mono float32 samples at one sampling rate.
 
 Read `load_audio` (a whole clip) first, then `stream_audio` (a long recording, a block at a time), `audio_length` and
-`why_silent`. `pad_and_stack` makes one array of several clips. Files are decoded in `decoding_mmser`.
+`why_silent`. `download` brings what is behind an address, `pad_and_stack` makes one array of several clips. Files are
+decoded in `decoding_mmser`.
 """
 
 import contextlib
+import http.client
 import io
+import ipaddress
 import mmap
 import numbers
 import os
+import socket
 import stat
-from collections.abc import Iterator
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import soxr
@@ -34,6 +42,11 @@ MAX_SAMPLING_RATE = 10_000_000  # Hz; above it a header is broken, and resamplin
 MAX_SAMPLE = 1e12  # above it squares and their sums overflow, and no sound is meant
 MANY_SAMPLES, MAX_GROWTH = 2**26, 256  # a file beyond both is not read whole; Opus of speech grows 100-fold
 MAX_BYTES = 2**32  # nor is a file of more, which no WAV holds
+MAX_DOWNLOAD, MAX_WAIT = 2**30, 600  # bytes and seconds of what is behind an address
+SILENCE_OF_SERVER = 30  # seconds that it may take until it says something
+PIECE = 2**20  # bytes that are read at once
+MOST_REDIRECTIONS = 6
+SECRETS = ("fd00:ec2::254", "100.100.100.200")  # where clouds tell machines their passwords, as link-local ones do
 LOUD = 10.0  # floats lie in [-1, 1]; samples of 16 bits that were only cast reach some thousands
 SILENT = 10 ** (-61 / 20)  # -61 dB of full scale: what is no louder is silence, as in `mmser.voice_activity`
 INTEGER_FORMATS = {  # dtype: (zero level, full scale)
@@ -324,6 +337,170 @@ def read_whole(path, name: str = "audio") -> bytes:
             "(`chunk_length_s`)"
         )
     return path.read_bytes() if size else b""
+
+
+def download(address: str) -> bytes:
+    """
+    The content behind an address.
+
+    Args:
+        address (`str`): it begins with `http://` or `https://`.
+
+    Raises:
+        ValueError: it cannot be read, has more than `MAX_DOWNLOAD` bytes or takes longer than `MAX_WAIT` seconds; or
+            it leads to where clouds keep passwords, from the internet into the own network, or to no such address.
+    """
+    end, sockets = time.monotonic() + MAX_WAIT, list[socket.socket]()
+    limit = threading.Timer(MAX_WAIT, lambda: [_hang_up(each) for each in sockets])  # a server may send byte by byte
+    limit.daemon = True
+    limit.start()
+    try:
+        with _open_address(address, sockets) as response:
+            claimed = response.headers.get("Content-Length") or ""
+            length = int(claimed) if claimed.isdecimal() and not response.chunked else None
+            return read_bounded(response.read1, length, end)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # urllib's errors are OSErrors
+        reason = _too_slow() if time.monotonic() >= end else " ".join(str(error).split())
+        raise ValueError(f"audio '{address}': cannot be downloaded ({reason})") from error
+    finally:
+        limit.cancel()
+        for connection in sockets:
+            _hang_up(connection)
+
+
+def read_bounded(read: Callable[[int], bytes], length: int | None = None, end: float | None = None) -> bytes:
+    """
+    All that `read`, which is asked for some bytes at a time, gives from elsewhere.
+
+    Args:
+        read: gives `b""` at the end.
+        length (`int`): how much there should be, if that is known.
+        end (`float`): when it must be there, by `time.monotonic`; `MAX_WAIT` from now by default.
+
+    Raises:
+        ValueError: it is more than `MAX_DOWNLOAD` bytes, less than `length`, or too slow.
+    """
+    end = time.monotonic() + MAX_WAIT if end is None else end
+    pieces, held = list[bytes](), 0
+    while (length is None or held < length) and max(held, length or 0) <= MAX_DOWNLOAD:
+        piece = read(PIECE if length is None else min(PIECE, length - held))
+        if time.monotonic() >= end:
+            raise ValueError(_too_slow())
+        if not piece:
+            break
+        pieces.append(piece)
+        held += len(piece)
+    if max(held, length or 0) > MAX_DOWNLOAD:
+        raise ValueError(f"it is larger than {MAX_DOWNLOAD:,} bytes: download it, cut it, and give the files")
+    if length is not None and held < length:
+        raise ValueError(f"it is cut short: {held:,} of {length:,} bytes came")
+    return b"".join(pieces)
+
+
+def _too_slow() -> str:
+    return f"it takes longer than {MAX_WAIT:g} s"
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _open_address(address: str, sockets: list[socket.socket]) -> Any:
+    """The answer of the server at an address, or of that to which it leads; its connections are added to `sockets`."""
+    opener = urllib.request.build_opener(_Http(sockets), _Https(sockets), _Redirection())
+    before = ""
+    for _ in range(MOST_REDIRECTIONS):
+        _check_host(address, before)
+        try:
+            return opener.open(address, timeout=SILENCE_OF_SERVER)
+        except _Moved as moved:
+            address, before = moved.address, address
+    raise ValueError("it leads from address to address")
+
+
+class _Moved(Exception):
+    """What is behind an address is at another one."""
+
+    def __init__(self, address: str):
+        super().__init__(address)
+        self.address = address
+
+
+class _Redirection(urllib.request.HTTPRedirectHandler):
+    """Tells of the other address: urllib's own would read all that comes with it."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        fp.close()
+        raise _Moved(newurl)
+
+
+class _Watched(http.client.HTTPConnection):
+    sockets: list[socket.socket]
+
+    def connect(self) -> None:
+        super().connect()
+        self.sockets.append(self.sock)
+        _refuse_secret(self.sock.getpeername()[0])  # a name may mean another machine than a moment ago
+
+
+class _WatchedTLS(_Watched, http.client.HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, sockets: list[socket.socket]):
+        super().__init__()
+        self.sockets = sockets
+
+    def http_open(self, request):
+        return self.do_open(self.watched(_Watched), request)
+
+    def watched(self, kind: type[_Watched]) -> Any:
+        return type(kind.__name__, (kind,), {"sockets": self.sockets})
+
+
+class _Https(_Http, urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(self.watched(_WatchedTLS), request)
+
+
+def _check_host(address: str, before: str) -> None:
+    """Refuse an address that is none, or that of another one leads to and should not."""
+    if urlsplit(address).scheme not in ("http", "https"):
+        raise ValueError(f"it leads to {address!r:.200}, and only http:// and https:// are read")
+    numbers = _numbers(address)
+    for number in numbers:
+        _refuse_secret(number)
+    if not before or urlsplit(address).hostname == urlsplit(before).hostname:
+        return
+    if not all(map(_is_public, numbers)) and all(map(_is_public, _numbers(before))):
+        raise ValueError(f"it leads to {address!r:.200}, a machine that the internet does not reach")
+
+
+def _numbers(address: str) -> list[str]:
+    """The numbers of the machines that an address may mean; none if nobody here knows it, but perhaps a proxy."""
+    host = urlsplit(address).hostname
+    if not host:
+        raise ValueError(f"{address!r:.200} names no machine")
+    try:
+        return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except OSError:
+        return []
+
+
+def _as_number(number: str) -> Any:
+    found = ipaddress.ip_address(number.partition("%")[0])
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def _is_public(number: str) -> bool:
+    return _as_number(number).is_global
+
+
+def _refuse_secret(number: str) -> None:
+    if _as_number(number).is_link_local or str(_as_number(number)) in SECRETS:
+        raise ValueError(f"{number} is where clouds tell machines their passwords, and is not read")
 
 
 def _check_samples(samples: np.ndarray, name: str, start: int = 0) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import urllib.request
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ try:
         AUDIO_KEYS,
         MIN_SECONDS,
         audio_length,
+        download,
         load_audio,
         pad_and_stack,
         stream_audio,
@@ -58,6 +58,7 @@ except ImportError:
         AUDIO_KEYS,
         MIN_SECONDS,
         audio_length,
+        download,
         load_audio,
         pad_and_stack,
         stream_audio,
@@ -955,7 +956,7 @@ def _unpack(item, text_keys: tuple[str, ...]) -> tuple[Any, Any, int | None, str
         audio, words = _first(item, AUDIO_KEYS), _first(item, text_keys)
         sampling_rate = item.get("sampling_rate")
     if isinstance(audio, str) and audio.startswith(("http://", "https://")):
-        name, audio = f"audio '{audio}'", _download(audio)
+        name, audio = f"audio '{audio}'", download(audio)
     return audio, words, sampling_rate, name
 
 
@@ -1026,15 +1027,6 @@ def _mean_answers(answers: list[dict], shares: np.ndarray) -> dict[str, Any]:
         return float(np.dot(shares, values))
 
     return mean(answers)
-
-
-def _download(url: str) -> bytes:
-    """The content behind an http(s) URL."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            return response.read()
-    except OSError as error:  # urllib's errors are OSErrors
-        raise ValueError(f"audio '{url}': cannot be downloaded ({error})") from error
 
 
 __all__ = [

@@ -15,6 +15,11 @@ from huggingface_hub import constants
 from configuration_mmser import whole_repository
 
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lzma", "zstd")  # what an address may look into: `zip://a.wav::FILE`
+# Kinds of addresses that lead to another machine; others (`file`, `reference`, `dir`, ...) may lead back to this one
+REMOTE = (
+    *("http", "https", "hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "r2", "swift"),
+    *("ftp", "sftp", "ssh", "smb", "webdav", "hdfs", "webhdfs", "dbfs", "lakefs", "dropbox", "gdrive", "box"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,16 @@ class Boundary:
         is_inside_archive = bool(outer) and all(part.split("://")[0] in ARCHIVES for part in outer)
         file = last if is_inside_archive else path
         if is_elsewhere(file):
-            if self.reach.allow_urls or file.startswith(self.addresses):
+            if file.startswith(self.addresses):
                 return ""
-            return f"{path} is an address, and is not fetched: to read addresses that data name, give --allow_urls"
+            if not self.reach.allow_urls:
+                return f"{path} is an address, and is not fetched: to read addresses that data name, give --allow_urls"
+            if "://" not in file or ("::" not in file and file.partition("://")[0].casefold() in REMOTE):
+                return ""
+            return (
+                f"{path} is an address of a kind that data may not name: write files of this machine as a path, and "
+                f"others as {', '.join(REMOTE[:4])}, ..., perhaps in an archive (zip://a.wav::https://...)"
+            )
         if self._roots is None or self.reach.allow_outside_files:
             return ""
         real = self._followed(file)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from audio_mmser import MIN_SECONDS, audio_length, check_is_file, load_audio, read_whole
+from audio_mmser import MIN_SECONDS, audio_length, check_is_file, download, load_audio, read_bounded, read_whole
 from mmser.augmentation import Augmenter, augmentation_generator
 from mmser.bad_rows import BadRows, rule_of, skip_or_raise
 from mmser.targets import COLUMN as TARGETS
@@ -209,8 +209,10 @@ def _opened(path: str) -> BinaryIO:
 def _fetch(source: str | bytes) -> str | bytes:
     """The bytes behind an address (`hf://`, `zip://`, ... in streamed data sets); paths and bytes as they are."""
     if isinstance(source, str) and "://" in source:
+        if source.startswith(("http://", "https://")) and "::" not in source:
+            return download(source)
         with fsspec.open(source, "rb") as file:
-            return file.read()
+            return read_bounded(file.read)
     return source
 
 
