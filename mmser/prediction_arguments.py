@@ -116,6 +116,9 @@ class PredictionArguments:
         default_factory=list,
         metadata={POSITIONAL: True, "help": "Audio files, folders with such files, patterns (*.wav), or addresses."},
     )
+    allow_outside_files: bool = field(
+        default=False, metadata={"help": "Follow links in a folder, or found by a pattern, that lead out of it."}
+    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={

@@ -5,6 +5,7 @@
 """
 
 import glob
+import itertools
 import os
 import re
 import unicodedata
@@ -14,6 +15,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from audio_mmser import audio_length, why_silent
+from mmser.boundary import Reach, of_folder
 from mmser.console import mistake
 from mmser.prediction_arguments import PredictionArguments
 from mmser.sources import AUDIO_SUFFIXES, find_column
@@ -22,6 +24,8 @@ from mmser.timed_files import Span, read_rttm, read_srt
 
 RATE = 16_000  # Hz, in which lengths are counted
 FEW = 3  # bad rows that a message lists
+GONE, SPECIAL = "there is no such file", "this is a device or a pipe"  # what is wrong with a file
+WAY_OUT = "and is not followed: name the file itself, or give --allow_outside_files"
 
 
 @dataclass
@@ -54,12 +58,13 @@ class Input:
         return Path(self.name).stem
 
 
-def find_inputs(words: Sequence[str]) -> list[Input]:
+def find_inputs(words: Sequence[str], allow_outside_files: bool = False) -> list[Input]:
     """
     The recordings that words of the command line name, each once: files, all audio files below a folder, patterns
     such as `*.wav` or `**/*.wav` (where the shell has not replaced them), and addresses.
 
-    A file that is not there is an input with an error, as long as there is another.
+    A file that is not there is an input with an error, as long as there is another. So is a link out of the folder in
+    which it was found, unless `allow_outside_files`; a link that is named itself is followed.
 
     Raises:
         ValueError: a folder or a pattern without audio files.
@@ -67,36 +72,41 @@ def find_inputs(words: Sequence[str]) -> list[Input]:
     """
     found: dict[str, Input] = {}
     for word in words:
-        for source in _sources(word):
-            found.setdefault(os.path.normpath(source) if "://" not in source else source, Input(source))
+        folder, sources = _sources(word)
+        boundary = None if folder is None else of_folder(folder, Reach(allow_outside_files=allow_outside_files))
+        for source in sources:
+            key = os.path.normpath(source) if "://" not in source else source
+            leads_out = boundary is not None and boundary.refusal(source)
+            if key not in found or not leads_out:  # it may be named itself as well
+                found[key] = Input(source, error=f"this is a link out of {folder}, {WAY_OUT}" if leads_out else "")
     for one in found.values():
-        if "://" not in one.source and not os.path.isfile(one.source):
-            one.error = "this is a device or a pipe" if os.path.exists(one.source) else "there is no such file"
+        if not one.error and "://" not in one.source and not os.path.isfile(one.source):
+            one.error = f"{SPECIAL}, and is never read as audio" if os.path.exists(one.source) else GONE
     if found and all(one.error for one in found.values()):
         first = next(iter(found.values()))
-        name = first.name
-        if os.path.exists(first.source):
-            raise ValueError(f"{name}: {first.error}, and is never read as audio.")
-        raise FileNotFoundError(f"{name}: there is no such file or folder.{near_name(Path(name))}")
+        if first.error == GONE:
+            raise FileNotFoundError(f"{first.name}: {GONE} or folder.{near_name(Path(first.name))}")
+        raise ValueError(f"{first.name}: {first.error}.")
     return list(found.values())
 
 
-def _sources(word: str) -> list[str]:
+def _sources(word: str) -> tuple[Path | None, list[str]]:
+    """What a word means, and the folder in which that was looked for; None where the word itself names it."""
     if "://" in word or os.path.isfile(word):
-        return [word]
+        return None, [word]
     if os.path.isdir(word):
         files = _audio_files_below(word)
         if not files:
             raise ValueError(f"{word} has no audio files: none ends in {', '.join(AUDIO_SUFFIXES)}.")
-        return files
+        return Path(word), files
     if not glob.has_magic(word):
-        return [word]
-    files = []
-    for path in sorted(glob.glob(os.path.expanduser(word), recursive=True)):
+        return None, [word]
+    files, word = [], os.path.expanduser(word)
+    for path in sorted(glob.glob(word, recursive=True)):
         files += _audio_files_below(path) if os.path.isdir(path) else [path] if _is_audio(path) else []
     if not files:
         raise ValueError(f"No audio file matches {word}.")
-    return files
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(word).parts)), files
 
 
 def _audio_files_below(folder: str) -> list[str]:

@@ -36,7 +36,7 @@ SAMPLE = 65536  # bytes of a file, to tell it from others
 # Flags that change answers
 ASKED = (
     *("segments", "segments_above", "chunk_length_s", "stride_length_s", "allowed_labels", "return_set"),
-    *("part_size", "format", "audio_column", "text_column"),
+    *("part_size", "format", "audio_column", "text_column", "allow_outside_files"),
 )
 
 
@@ -133,7 +133,7 @@ def run(options: PredictionArguments, share: Share) -> int:
 
 def find_bulk(options: PredictionArguments) -> Bulk:
     """What is to be done, in an order that every process finds; no input is opened yet."""
-    inputs = find_inputs(options.inputs)
+    inputs = find_inputs(options.inputs, options.allow_outside_files)
     notes = add_texts(inputs, options)
     turns = speaker_turns(inputs, Path(options.speakers)) if options.speakers else []
     return Bulk(inputs, turns, notes, Path(str(options.output_dir)), options.part_size, str(options.format))

@@ -90,7 +90,7 @@ class Job:
 
 def find_job(options: PredictionArguments) -> Job:
     """All that is wrong with what was given, and can be seen without the model, is an error here."""
-    inputs = find_inputs(options.inputs) or [Input("", text=options.text)]
+    inputs = find_inputs(options.inputs, options.allow_outside_files) or [Input("", text=options.text)]
     if options.needs_one_recording and len(inputs) > 1:
         raise ValueError(f"{options.needs_one_recording} is for one recording, and there are {len(inputs)} inputs.")
     measure(inputs)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `mmser.boundary`: which files the data of a stranger may name."""
 
+import csv
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +14,16 @@ import pytest
 import tiny_corpus
 from test_loading import clips, write_table, write_wav
 
+import predict_hf
 import train_hf
 from mmser.boundary import Boundary, Reach, is_elsewhere, of_folder, of_hub
 from mmser.corpus_conversion import CORPORA, Conversion, Options
 from mmser.examples import EmotionDataset
 from mmser.loading import load_emotion_dataset, load_emotion_split
+from mmser.prediction_arguments import default_checkpoint
+from mmser.prediction_inputs import find_inputs
 
+BOX = str(default_checkpoint())
 SPLITS = ("train", "validation", "test")
 OUTSIDE = r"row 2: .* is not in the folder of the data, .*--allow_outside_files"
 
@@ -192,6 +197,59 @@ def test_addresses_that_are_allowed_do_not_lead_back_to_this_machine(reach, fold
     here += ["https://a.b/c.wav::/etc/passwd", "generic://file:///etc/passwd", "filecache::/etc/passwd::dir://x"]
     for path in here:
         assert "is an address of a kind that data may not name" in Boundary(reach, folders).refusal(path)
+
+
+@pytest.fixture
+def calls(tmp_path, secret):
+    """A folder of recordings, with links: out of it, within it, and to a folder elsewhere."""
+    folder = tmp_path / "calls"
+    write_wav(folder / "deep" / "a.wav", 0.2)
+    (folder / "b.wav").symlink_to("deep/a.wav")
+    (folder / "c.wav").symlink_to(secret)
+    (folder / "deeper").symlink_to(secret.parent)
+    return folder
+
+
+def test_predict_follows_no_link_out_of_a_folder(calls, monkeypatch):
+    said = "this is a link out of calls, and is not followed: name the file itself, or give --allow_outside_files"
+    monkeypatch.chdir(calls.parent)
+    for words in (["calls"], ["calls/**/*.wav"], ["calls/*"]):
+        found = {one.source: one.error for one in find_inputs(words)}
+        assert found.pop("calls/c.wav") == said
+        if words != ["calls"]:  # patterns find what is behind a link to a folder
+            assert found.pop("calls/deeper/voice.wav") == said
+        assert found == {"calls/b.wav": "", "calls/deep/a.wav": ""}
+        assert not any(one.error for one in find_inputs(words, allow_outside_files=True))
+    for words in (["calls/c.wav"], ["calls", "calls/c.wav"], ["calls/c.wav", "calls"]):  # one that is named itself
+        assert not any(one.error for one in find_inputs(words))
+    (calls / "b.wav").unlink()
+    (calls / "deep" / "a.wav").unlink()
+    with pytest.raises(ValueError, match=rf"^calls/c\.wav: {said}\.$"):
+        find_inputs(["calls"])
+
+
+def test_predict_may_be_given_a_folder_that_is_a_link_or_a_snapshot_of_the_hub(calls, tmp_path):
+    (calls / "c.wav").unlink()
+    (tmp_path / "link").symlink_to(calls)
+    assert [one.error for one in find_inputs([str(tmp_path / "link")])] == ["", ""]
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "123"
+    write_wav(tmp_path / "datasets--a--b" / "blobs" / "0.wav", 0.2)
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.wav").symlink_to("../../blobs/0.wav")
+    assert [one.error for one in find_inputs([str(snapshot)])] == [""]
+
+
+@pytest.mark.parametrize("way", ["--output", "--output_dir"])
+def test_the_flag_reaches_predict(calls, tmp_path, way, capsys):
+    """The other recordings get their answers, and the link its sentence; with the flag it gets an answer too."""
+    for flags, errors in (([], 1), (["--allow_outside_files"], 0)):
+        place = tmp_path / f"answers{errors}{'.csv' if way == '--output' else ''}"
+        words = [str(calls), "--checkpoint", BOX, way, str(place), "--format", "csv", *flags]
+        assert predict_hf.main(words) == bool(errors)
+        written = (place if way == "--output" else place / "answers.csv").read_text(encoding="utf-8")
+        rows = list(csv.DictReader(written.splitlines()))
+        assert [bool(row["error"]) for row in rows] == [False, bool(errors), False]
+        assert all(("link out of" in row["error"]) == bool(row["error"]) == (not row["score"]) for row in rows)
 
 
 def test_a_share_of_another_machine_is_an_address(monkeypatch):

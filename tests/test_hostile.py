@@ -472,7 +472,10 @@ def test_predict_says_what_is_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"pipe\.wav: this is a device or a pipe, and is never read as audio"):
         find_inputs([str(tmp_path)])
     soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16_000)
-    assert [one.error for one in find_inputs([str(tmp_path)])] == ["", "this is a device or a pipe"]
+    assert [one.error for one in find_inputs([str(tmp_path)])] == [
+        "",
+        "this is a device or a pipe, and is never read as audio",
+    ]
 
 
 @pytest.fixture
