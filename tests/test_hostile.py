@@ -3,9 +3,11 @@
 
 import errno
 import json
+import multiprocessing.reduction
 import os
 import pickle
 import re
+import sys
 import time
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
+from test_corpus_command import emodb
 from tiny import tiny_config, tiny_model
 from transformers import (
     AutoModelForAudioClassification,
@@ -25,18 +28,32 @@ from transformers import (
 )
 
 import audio_mmser
+import eval_hf
+import export_hf
+import predict_hf
 import train_hf
 from audio_mmser import audio_length, load_audio, stream_audio, why_silent
 from configuration_mmser import MMSERConfig
-from mmser.arguments import ModelArguments
+from mmser import corpus_command, explain_command
+from mmser.app_answers import Answers
+from mmser.arguments import ModelArguments, read_recipe
 from mmser.examples import EmotionDataset, ExampleReader, content_sample
+from mmser.label_map import read_label_map
+from mmser.loading import load_emotion_dataset, load_emotion_split
 from mmser.model_loading import load_model
 from mmser.names import Named, reading
+from mmser.prediction_arguments import default_checkpoint
 from mmser.prediction_inputs import find_inputs
 from mmser.prediction_run import load_classifier
-from mmser.publishing import complete_page
+from mmser.publishing import complete_page, publish
+from mmser.timed_files import read_rttm, read_srt
+from mmser.vocabulary import read_texts
 from modeling_mmser import MMSERForAudioClassification, MMSERModel
 from processing_mmser import MMSERPipeline, MMSERProcessor, load_feature_extractor
+
+BOX = str(default_checkpoint())
+ONE_STEP = ("--max_steps", "1", "--save_strategy", "no")
+ALONE = ("--use_cpu", "--dataloader_num_workers", "0")  # workers get their tensors from each other by pickle
 
 
 @pytest.fixture
@@ -349,12 +366,58 @@ def test_a_pipeline_says_why_a_checkpoint_does_not_load(folder):
     assert "Traceback" not in str(caught.value)
 
 
-def test_nothing_is_unpickled(tmp_path, corpus, tokenizer, monkeypatch, quiet):
+def refuse(*_, **__):
+    raise AssertionError("something was unpickled")
+
+
+watched: list[bool] = []  # whether a class that a pickle names is an error now
+
+
+def watch(event, arguments):
+    if watched and event == "pickle.find_class":  # whatever name the function has that unpickles
+        raise AssertionError(f"something was unpickled: {arguments}")
+
+
+@pytest.fixture(scope="module")
+def watcher():
+    sys.addaudithook(watch)  # it stays, as Python has it
+
+
+@pytest.fixture
+def without_pickle(watcher, monkeypatch):
+    """From its call on nothing can be unpickled, neither by `pickle` nor by another library's name for it."""
+
+    def start():
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(pickle, name, refuse)
+        watched.append(True)
+
+    yield start
+    watched.clear()
+
+
+def test_the_watch_sees_pickles(without_pickle, tmp_path):
+    """Else the next tests could not fail."""
+    content, unpickle = pickle.dumps(tmp_path), pickle.loads
+    torch.save(torch.ones(1), tmp_path / "a.pt")
+    np.save(tmp_path / "a.npy", np.array([tmp_path]), allow_pickle=True)
+    ways = [
+        lambda: pickle.loads(content),
+        lambda: unpickle(content),
+        lambda: torch.load(tmp_path / "a.pt", weights_only=False),
+        lambda: np.load(tmp_path / "a.npy", allow_pickle=True),
+        lambda: multiprocessing.reduction.ForkingPickler.loads(content),
+    ]
+    assert unpickle(content) == tmp_path
+    without_pickle()
+    for way in ways:
+        with pytest.raises((AssertionError, TypeError)):
+            way()
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == 1
+
+
+def test_nothing_is_unpickled(tmp_path, corpus, tokenizer, without_pickle, quiet):
     """Training, going on from a checkpoint on the way, loading and classifying need no pickle."""
-
-    def refuse(*_, **__):
-        raise AssertionError("something was unpickled")
-
     flags = {
         "max_steps": 2,
         "save_strategy": "steps",
@@ -363,12 +426,129 @@ def test_nothing_is_unpickled(tmp_path, corpus, tokenizer, monkeypatch, quiet):
         "dataloader_num_workers": 0,
     }
     train_hf.main(tiny_corpus.tiny_flags(corpus, tmp_path / "run", tokenizer, **flags))
-    for name in ("load", "loads", "Unpickler"):
-        monkeypatch.setattr(pickle, name, refuse)
+    without_pickle()
     train_hf.main(tiny_corpus.tiny_flags(corpus, tmp_path / "run", tokenizer, **{**flags, "max_steps": 3}))
     classify = pipeline("audio-classification", model=str(tmp_path / "run"), trust_remote_code=True)
     assert classify(str(next((corpus / "test").glob("*.wav"))))
     assert AutoModelForAudioClassification.from_pretrained(tmp_path / "run", trust_remote_code=True)
+
+
+def run_predict(corpus, folder, _):
+    assert predict_hf.main([str(corpus / "test"), "--checkpoint", BOX, "--output", str(folder / "a.parquet")]) == 0
+    assert predict_hf.main([str(corpus / "test"), "--checkpoint", BOX, "--output_dir", str(folder / "parts")]) == 0
+
+
+def run_explain(corpus, folder, _):
+    explain_command.main([str(corpus / "test" / "5_1.wav"), "--checkpoint", BOX, "--window", "0.2"])
+
+
+def run_eval(corpus, folder, _):
+    given = ["--checkpoint", BOX, "--data_dir", str(corpus), "--ood_dir", str(corpus / "ood")]
+    eval_hf.main([*given, "--output_dir", str(folder / "report"), "--bootstrap_samples", "5", *ALONE])
+
+
+def in_floats(folder):
+    """A checkpoint that can be exported and trained; that in the box is in int8."""
+    for part in (tiny_corpus.tiny_model(), tiny_corpus.tiny_processor()):
+        part.save_pretrained(folder / "floats")
+    return str(folder / "floats")
+
+
+def run_export(corpus, folder, _):
+    pytest.importorskip("onnxruntime")
+    export_hf.main(["--checkpoint", in_floats(folder), "--output_dir", str(folder / "onnx")])
+    assert load_classifier(str(folder / "onnx"))(str(corpus / "test" / "5_1.wav"))
+
+
+def run_serve(corpus, folder, _):
+    serving = pytest.importorskip("mmser.serving")
+    app = serving.create_app(load_classifier(BOX), serving.Limits(), BOX)
+    client = pytest.importorskip("fastapi.testclient").TestClient(app)
+    answer = client.post("/classify", files={"file": (corpus / "test" / "5_1.wav").read_bytes()}, data={"text": "no"})
+    assert answer.status_code == 200 and answer.json()["label"]
+
+
+def run_cache(corpus, folder, _):
+    given = ["--model_name_or_path", in_floats(folder), "--data_dir", str(corpus), *ALONE]
+    given += ["--freeze_audio", "--freeze_text", "--cache_encoder_states", str(folder / "states"), *ONE_STEP]
+    for name in ("first", "second"):  # which reads what the first has kept
+        train_hf.main([*given, "--output_dir", str(folder / name)])
+
+
+def run_search(corpus, folder, tokenizer):
+    pytest.importorskip("optuna")
+    for trials in (1, 2):  # the second goes on
+        train_hf.main(tiny_corpus.tiny_flags(corpus, folder / "runs", tokenizer, max_steps=1, hp_search=trials))
+
+
+def run_corpus(corpus, folder, _):
+    emodb(folder / "emodb")
+    words = ["emodb", "--input", str(folder / "emodb"), "--output", str(folder / "data")]
+    assert corpus_command.main(words) == 0
+    assert load_emotion_dataset(folder / "data", allow_outside_files=True)
+
+
+def run_adapt(corpus, folder, _):
+    given = ["--adapt", "--model_name_or_path", BOX, "--data_dir", str(corpus), "--output_dir", str(folder / "own")]
+    train_hf.main([*given, *ALONE])
+
+
+def run_push(corpus, folder, _):
+    assert publish(BOX, "me/model", dry_run=True)
+
+
+def run_page(corpus, folder, _):
+    pytest.importorskip("matplotlib")
+    assert Answers(load_classifier(BOX), BOX, 60.0).many([str(path) for path in (corpus / "test").glob("*.wav")])
+
+
+COMMANDS = {name.removeprefix("run_"): function for name, function in globals().items() if name.startswith("run_")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_unpickles(command, tmp_path, corpus, tokenizer, without_pickle, quiet, capsys):
+    without_pickle()
+    COMMANDS[command](corpus, tmp_path, tokenizer)
+
+
+def onnx_file(path, inputs=("x",), place=None):
+    """A graph that adds weights, which are in another file if there is a `place`, and the notes of an export."""
+    onnx = pytest.importorskip("onnx")
+    kind = onnx.TensorProto.FLOAT
+    weights = onnx.numpy_helper.from_array(np.zeros(4, dtype=np.float32), "w")
+    if place is not None:
+        weights.ClearField("raw_data")
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        weights.external_data.add(key="location", value=str(place))
+    nodes = [onnx.helper.make_node("Add", [inputs[0], "w"], ["y"])]
+    given, made = ([onnx.helper.make_tensor_value_info(name, kind, [4]) for name in names] for names in (inputs, "y"))
+    graph = onnx.helper.make_graph(nodes, "g", given, made, [weights])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    onnx.helper.set_model_props(model, {"config": "{}"})
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", ["empty", "junk", "cut", "weights above", "weights behind a link", "other inputs"])
+def test_an_export_that_is_damaged_or_reads_other_files_is_one_sentence(tmp_path, kind):
+    pytest.importorskip("onnxruntime")
+    (folder := tmp_path / "onnx").mkdir()
+    path, said = folder / "model.onnx", r"model\.onnx cannot be read as an ONNX model: \S[^\n]*$"
+    (tmp_path / "private").write_bytes(bytes(16))
+    if kind in ("empty", "junk"):
+        path.write_bytes(b"" if kind == "empty" else bytes(range(200)))
+    elif kind.startswith("weights"):
+        onnx_file(path, place="../private" if kind == "weights above" else "link")
+        if kind == "weights behind a link":
+            (folder / "link").symlink_to(tmp_path / "private")
+            said = "link is a link out of its folder"
+    else:
+        onnx_file(path)
+        said = r"The model is damaged: its inputs are \['x'\], and none of input_values, "
+        if kind == "cut":
+            path.write_bytes(path.read_bytes()[:-40])
+            said = r"model\.onnx cannot be read as an ONNX model: \S[^\n]*$"
+    with pytest.raises(ValueError, match=said):
+        MMSERPipeline.from_onnx(folder)
 
 
 def test_weights_in_a_pickle_run_nothing(folder, tmp_path):
@@ -573,3 +753,41 @@ def test_mel_bands_that_the_encoder_does_not_take_are_one_sentence(whole):
     model, processor = MMSERForAudioClassification.from_pretrained(folder), MMSERProcessor.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"`input_features` has 17 mel bands; this encoder takes 16 \(`feature_size`"):
         model(**processor(np.random.default_rng(0).normal(0, 0.1, 16_000), sampling_rate=16_000))
+
+
+def with_holes(path, size=200 * 10**9):
+    """A file that takes no room on the disk, and says that it has 200 GB."""
+    path.touch()
+    os.truncate(path, size)
+    return path
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.tsv", "metadata.jsonl"])
+def test_a_table_that_would_fill_the_memory_is_refused_by_its_size(tmp_path, name):
+    said = rf"{re.escape(name)} has 200,000,000,000 bytes, and at most 2,147,483,648 of a table or a text are read"
+    table = with_holes(tmp_path / name)
+    for place in ({"data_dir": tmp_path}, {"manifest": table}):
+        with pytest.raises(ValueError, match=said):
+            load_emotion_dataset(**place)
+    for read in (read_label_map, load_emotion_split, lambda path: list(read_texts([path]))):
+        with pytest.raises(ValueError, match=said):
+            read(table)
+
+
+@pytest.mark.parametrize(("name", "read"), [("a.srt", read_srt), ("a.rttm", read_rttm), ("recipe.json", read_recipe)])
+def test_so_are_subtitles_turns_and_recipes(tmp_path, name, read):
+    path = with_holes(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} has 200,000,000,000 bytes, and at most 2,147,483,648"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.txt", "model.safetensors.index.json"])
+def test_so_are_the_files_of_a_model_that_are_read_whole(folder, name):
+    tiny_corpus.tiny_processor().save_pretrained(folder)
+    ways = list(loads(folder))
+    with_holes(folder / name)
+    for _, load in ways:
+        with pytest.raises(
+            ValueError, match=rf"{name} has 200,000,000,000 bytes, and at most 268,435,456 of such a file"
+        ):
+            load()
