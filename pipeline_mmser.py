@@ -44,6 +44,7 @@ try:
     )
     from .configuration_mmser import (
         MODALITIES,
+        check_depth,
         check_names,
         check_own_files,
         check_token_ids,
@@ -67,6 +68,7 @@ except ImportError:
     )
     from configuration_mmser import (
         MODALITIES,
+        check_depth,
         check_names,
         check_own_files,
         check_token_ids,
@@ -155,6 +157,20 @@ class MMSEROnnxOutput(ModelOutput):
     auxiliary: dict[str, torch.Tensor] | None = None
 
 
+def _noted_config(note: str) -> MMSEROnnxConfig:
+    """The configuration that is noted in an exported model."""
+    try:
+        content = json.loads(note)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            "The model is damaged: what it notes of its configuration is not JSON, or too deep."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"The model is damaged: it notes {content!r:.80} in place of a configuration.")
+    check_depth(content, "What the model notes of its configuration")
+    return MMSEROnnxConfig(**content)
+
+
 class MMSEROnnxForAudioClassification:
     """
     A model that `export_hf.py` wrote, run by onnxruntime. It is called like the PyTorch model, with the output of
@@ -174,12 +190,17 @@ class MMSEROnnxForAudioClassification:
     def __init__(self, session, config: MMSEROnnxConfig | None = None):
         self.session = session
         self.notes = session.get_modelmeta().custom_metadata_map
-        self.config = MMSEROnnxConfig(**json.loads(self.notes["config"])) if config is None else config
+        self.config = _noted_config(self.notes["config"]) if config is None else config
         self.prediction_sets = PredictionSets(self.config.prediction_set_thresholds)
         self.inputs = {node.name: node.shape for node in session.get_inputs()}
         self.output_names = [node.name for node in session.get_outputs()]
         names = ("input_values", "input_features", "input_ids")  # one of audio comes first, if there is one
-        self.main_input_name = next(name for name in names if name in self.inputs)
+        inputs = [name for name in names if name in self.inputs]
+        if not inputs:
+            raise ValueError(
+                f"The model is damaged: its inputs are {list(self.inputs)}, and none of {', '.join(names)}."
+            )
+        self.main_input_name = inputs[0]
         self.input_modalities = tuple(self.config.used_modalities)
 
     @classmethod
@@ -197,7 +218,7 @@ class MMSEROnnxForAudioClassification:
 
         Raises:
             ImportError: onnxruntime is not installed.
-            ValueError: an ONNX file of something else, or a PyTorch checkpoint.
+            ValueError: an ONNX file of something else or a damaged one, or a PyTorch checkpoint.
         """
         onnxruntime = _import_onnxruntime()
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -219,7 +240,12 @@ class MMSEROnnxForAudioClassification:
             providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+        try:
+            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+        except Exception as error:  # its own kinds have no base of theirs
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise ValueError(f"{path} cannot be read as an ONNX model: {str(error).splitlines()[0]}") from error
         if "config" not in session.get_modelmeta().custom_metadata_map:
             raise ValueError(f"{os.fspath(name_or_path)!r} was not written by export_hf.py: it lacks its notes")
         return cls(session, config)

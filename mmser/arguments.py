@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmser.flags import FlagParser, parse_json, split_debug, with_trainer_flags
 from mmser.names import Named, checkpoint_folder
-from mmser.table_files import near_name
+from mmser.table_files import near_name, read_content
 from mmser.training_flags import TrainingFlags
 
 if TYPE_CHECKING:  # what imports torch or datasets is imported when it is needed: `--help` does not need it
@@ -702,7 +702,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"The recipe {path} does not exist.{near_name(Path(path))}")
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
+        content = read_content(Path(path), f"The recipe {path}").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"The recipe {path} is not UTF-8 text: save it as UTF-8.") from error
     return parse_json(content, f"The recipe {path}")

@@ -59,7 +59,9 @@ class BesideBars(python_logging.Handler):
         """Write one message."""
         from tqdm import tqdm
 
-        kind, message = record.levelname.lower(), self.format(record)
+        from mmser.tables import without_controls  # here, as it imports NumPy
+
+        kind, message = record.levelname.lower(), without_controls(self.format(record))
         if record.levelno == python_logging.INFO and message in self._told:
             return
         self._told.add(message)

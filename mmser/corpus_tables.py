@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mmser.table_files import read_rows
+from mmser.table_files import read_content, read_rows
 
 Fields = dict[str, str]
 Reader = Callable[[Sequence[Path]], dict[str, Fields]]
@@ -75,10 +75,10 @@ def read_shemo(files: Sequence[Path]) -> dict[str, Fields]:
     for path in files:
         if path.name == "shemo.json":
             try:
-                content = json.loads(path.read_text(encoding="utf-8-sig"))
+                content = json.loads(read_content(path, str(path)).decode("utf-8-sig"))
                 named = content.items() if isinstance(content, dict) else [(entry["id"], entry) for entry in content]
                 clips |= {name: {"transcription": entry["transcript"].strip("\ufeff \n")} for name, entry in named}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path} is not the table of ShEMO, which has a transcript for each clip") from error
     return clips
 
@@ -110,7 +110,7 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[Fields]:
 
 def _lines(path: Path, encoding: str = "cp1252") -> list[str]:
     """The lines of a text in UTF-8, in UTF-16 with a mark, or else in `encoding`."""
-    content = path.read_bytes()
+    content = read_content(path, str(path))
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16").splitlines()
     try:

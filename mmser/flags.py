@@ -180,6 +180,7 @@ class FlagParser(HfArgumentParser):
             raise ValueError(f"{name} has the unknown key {unknown[0]}: {_hint(unknown[0], destination)}")
         given = {destination[key]: value for key, value in recipe.items()}
         for key, value in recipe.items():
+            _check_depth(value, f"{name}: {key}")
             self._check_kind(f"{name}: {key}", value, destination[key])
         self.set_defaults(**given)
         for action in self._actions:
@@ -305,7 +306,16 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} is nested too deeply.") from error
     if not isinstance(value, dict):
         raise ValueError(f'{name} must be a JSON object, as in {{"name": 1}}, got {text.strip()[:80]}.')
+    _check_depth(value, name)
     return value
+
+
+def _check_depth(value: Any, name: str) -> None:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if any(isinstance(one, dict | list) and one for one in inner):
+        from configuration_mmser import check_depth  # here: it imports torch, for which few recipes need to wait
+
+        check_depth(value, name)
 
 
 def with_trainer_flags(own: type) -> type:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from configuration_mmser import DEFAULT_LABELS
+from configuration_mmser import DEFAULT_LABELS, check_depth
 
 logger = logging.get_logger(__name__)
 
@@ -23,6 +23,10 @@ ALIKE = 0.8  # of two names, as `difflib` counts it: "hapy" and "happy" have 0.8
 FEW_BESIDE = 0.05  # of the clips of the class that a name is like: with fewer, it is rather misspelt
 FEW_PER_CLASS = 20  # training clips, on average: with fewer, a class that lacks some is no mistake but a try
 
+HIDDEN = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: controls, marks of a format, separators of lines
+JOINERS = "\u200c\u200d"  # of this kind, but words of Persian and other languages are written with them
+WITHOUT_JOINERS = str.maketrans("", "", JOINERS)
+
 Found = Mapping[str, Sequence[str]]  # label as it is written -> where its rows are, for messages
 
 
@@ -30,15 +34,24 @@ def gather_labels(labelled_rows: Iterable[tuple[Any, str]]) -> Found:
     """The labels of (label, row) pairs, each with its rows. Rows without a label are left out.
 
     Raises:
-        ValueError: if a label is a list or the like.
+        ValueError: if a label is a list or the like, or holds what cannot be seen.
     """
     found: dict[str, list[str]] = {}
     for label, row in labelled_rows:
         if isinstance(label, list | tuple | dict):
             raise ValueError(f"{row}: a label is one name or number, got {label!r:.60}")
         if not is_missing(written := written_label(label)):
+            if written not in found:
+                check_visible(written, f"{row}: the label")
             found.setdefault(written, []).append(row)
     return found
+
+
+def check_visible(name: str, what: str) -> None:
+    """Raise ValueError for a name with characters that nobody sees: line breaks, marks of direction, of no width."""
+    hidden = [letter for letter in name if unicodedata.category(letter) in HIDDEN and letter not in JOINERS]
+    if hidden:
+        raise ValueError(f"{what} {name!r:.80} holds U+{ord(hidden[0]):04X}, which cannot be seen: remove it")
 
 
 def choose_label_names(
@@ -63,6 +76,7 @@ def choose_label_names(
         ValueError: if there are fewer than two names, two are the same, or they are not all of one kind.
     """
     if given is not None:
+        check_depth(list(given), "label names (--labels)")
         names = _check_names([str(name).strip() for name in given])
         if not _have_numbers(tuple(names)) and any(_as_id(label) is not None for label in found or ()):
             logger.info(f"Labels that are numbers are ids: {', '.join(f'{i} {name}' for i, name in enumerate(names))}")
@@ -97,6 +111,8 @@ def _warn_of_other_declared_names(class_names: Sequence[str] | None, names: Sequ
 
 
 def _check_names(names: list[str]) -> list[str]:
+    for name in names:
+        check_visible(name, "the label name")
     keys = _keys(tuple(names))
     if len(set(keys)) != len(keys) or "" in keys or len(keys) < 2:
         alone = (
@@ -312,9 +328,11 @@ def is_no_class(label: str) -> bool:
 
 
 def label_key(name: str) -> str:
-    """What two spellings of a label have in common: case, spaces and zeros do not count."""
+    """What two spellings of a label have in common: case, spaces, joiners and zeros do not count."""
     number = _as_id(name)
-    return " ".join(unicodedata.normalize("NFC", name).casefold().split()) if number is None else str(number)
+    if number is not None:
+        return str(number)
+    return " ".join(unicodedata.normalize("NFC", name).translate(WITHOUT_JOINERS).casefold().split())
 
 
 @lru_cache(maxsize=16)

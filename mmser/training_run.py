@@ -29,6 +29,7 @@ from mmser.division import describe_division
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
 from mmser.files import write_atomically
 from mmser.groups import split_groups, split_speakers
+from mmser.labels import check_visible
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.model_card import write_model_card
 from mmser.model_loading import encoder_name, load_config, load_label_names
@@ -281,6 +282,9 @@ def _auxiliary_fields(arguments: DataArguments, checkpoint: str | None) -> dict[
     fields |= given
     try:
         check_auxiliary_tasks(fields["auxiliary_tasks"], fields["auxiliary_label_maps"])
+        for task, kind in fields["auxiliary_tasks"].items():
+            for name in kind if isinstance(kind, list) else ():
+                check_visible(str(name), f"{task} has a class, and its name")
     except (TypeError, ValueError) as error:
         raise ValueError(f"--auxiliary_tasks: {error}") from error
     return fields

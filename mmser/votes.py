@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from configuration_mmser import check_depth
 from mmser.labels import is_missing, is_no_class, label_id
 
 FLAG = "--label_distribution_columns"
@@ -77,6 +78,7 @@ def _listed(value: Any, where: str) -> dict[str, Any]:
         text = value.strip()
         try:
             value = json.loads(text) if text[:1] in ("[", "{") else re.split(SEPARATORS, text)
+            check_depth(value, "it")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is no JSON ({error}): {text!r:.60}") from error
     if isinstance(value, Mapping):
@@ -97,14 +99,14 @@ def _listed(value: Any, where: str) -> dict[str, Any]:
 
 
 def _number(value: Any, where: str) -> float:
-    if value is None or is_missing(str(value).strip()):  # tables leave a cell without votes empty
+    if value is None or str(value).strip() == "":  # tables leave a cell without votes empty
         return 0.0
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = -1.0
     if isinstance(value, bool) or not 0 <= number < math.inf:
-        raise ValueError(f"{where}: votes and shares are numbers of 0 or more, got {value!r:.60}")
+        raise ValueError(f"{where}: votes and shares are numbers of 0 or more, or empty for 0, got {value!r:.60}")
     return number
 
 

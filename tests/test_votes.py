@@ -83,11 +83,16 @@ def test_a_cell_of_votes(cell, votes):
         ("[0.7, 0.3]", "row 1: 'votes': a list holds votes, .* got 0.7; write shares as an object"),
         ([["happy"]], "a list holds votes"),
         ("[happy]", "row 1: 'votes' is no JSON"),
-        ({"happy": -1}, "row 1: 'votes': votes and shares are numbers of 0 or more, got -1"),
-        ({"happy": "many"}, "numbers of 0 or more, got 'many'"),
-        ({"happy": float("inf")}, "numbers of 0 or more, got inf"),
-        ({"happy": True}, "numbers of 0 or more, got True"),
-        ({"happy": [1]}, r"numbers of 0 or more, got \[1\]"),
+        ({"happy": -1}, "row 1: 'votes': votes and shares are numbers of 0 or more, or empty for 0, got -1"),
+        ({"happy": "many"}, "numbers of 0 or more, or empty for 0, got 'many'"),
+        ({"happy": float("inf")}, "numbers of 0 or more, or empty for 0, got inf"),
+        ({"happy": float("nan"), "sad": 1}, "numbers of 0 or more, or empty for 0, got nan"),
+        (
+            '{"happy": NaN, "sad": 1}',
+            "row 1: 'votes': votes and shares are numbers of 0 or more, or empty for 0, got nan",
+        ),
+        ({"happy": True}, "numbers of 0 or more, or empty for 0, got True"),
+        ({"happy": [1]}, r"numbers of 0 or more, or empty for 0, got \[1\]"),
     ],
 )
 def test_a_bad_cell_is_named(cell, message):
@@ -97,9 +102,14 @@ def test_a_bad_cell_is_named(cell, message):
 
 def test_a_column_for_each_class():
     columns = {"h": "happy", "s": "sad", "a": "angry"}
-    assert read_votes({"h": "2", "s": "", "a": "nan"}, columns, "row 1") == {"happy": 2, "sad": 0, "angry": 0}
-    with pytest.raises(ValueError, match="row 1: 's': votes and shares are numbers of 0 or more, got '-2'"):
+    assert read_votes({"h": "2", "s": "", "a": " "}, columns, "row 1") == {"happy": 2, "sad": 0, "angry": 0}
+    with pytest.raises(
+        ValueError, match="row 1: 's': votes and shares are numbers of 0 or more, or empty for 0, got '-2'"
+    ):
         read_votes({"h": "2", "s": "-2", "a": "1"}, columns, "row 1")
+    for missing in ("nan", "NaN", float("nan")):  # a sum that failed, and no share of 0
+        with pytest.raises(ValueError, match=f"row 1: 's': votes and shares are .*, or empty for 0, got {missing!r}"):
+            read_votes({"h": "2", "s": missing, "a": "1"}, columns, "row 1")
     with pytest.raises(ValueError, match="row 1 has no vote that counts in 'h', 's', 'a'"):
         read_votes({"h": "0", "s": "", "a": None}, columns, "row 1")
 

@@ -57,6 +57,7 @@ INTEGER_FORMATS = {  # dtype: (zero level, full scale)
     "uint16": (2**15, 2**15),
 }
 AUDIO_KEYS = ("raw", "array", "bytes", "path", "file", "audio")  # what a dict may hold, in this order
+MOST_WRAPPINGS = 8  # dicts around a clip
 _warned: set[str] = set()
 
 
@@ -236,21 +237,23 @@ def unwrap_audio(audio, sampling_rate: int | None = None, name: str = "audio") -
     Args:
         audio, sampling_rate, name: as in [`load_audio`].
     """
-    if hasattr(audio, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` gives
-        try:
-            audio = audio.get_all_samples()
-        except RuntimeError as error:  # its own kind of error
-            raise ValueError(f"{name}: cannot be decoded by torchcodec ({error})") from error
-    if isinstance(audio, dict):
+    for _ in range(MOST_WRAPPINGS):
+        if hasattr(audio, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` gives
+            try:
+                audio = audio.get_all_samples()
+            except RuntimeError as error:  # its own kind of error
+                raise ValueError(f"{name}: cannot be decoded by torchcodec ({error})") from error
+        if _is_pair(audio):
+            return audio[1], audio[0]
+        if hasattr(audio, "sample_rate"):  # torchcodec's AudioSamples
+            return audio.data, audio.sample_rate
+        if not isinstance(audio, dict):
+            return audio, sampling_rate
         held = next((audio[key] for key in AUDIO_KEYS if audio.get(key) is not None), None)
         if held is None:
             raise ValueError(f"{name}: a dict needs one of {list(AUDIO_KEYS)}, got {list(audio)}")
-        return unwrap_audio(held, audio.get("sampling_rate") or sampling_rate, name)
-    if _is_pair(audio):
-        return audio[1], audio[0]
-    if hasattr(audio, "sample_rate"):  # torchcodec's AudioSamples
-        return audio.data, audio.sample_rate
-    return audio, sampling_rate
+        audio, sampling_rate = held, audio.get("sampling_rate") or sampling_rate
+    raise ValueError(f"{name}: dicts in dicts, deeper than {MOST_WRAPPINGS} levels, are no clip")
 
 
 def has_own_rate(audio) -> bool:
@@ -351,7 +354,7 @@ def download(address: str) -> bytes:
             it leads to where clouds keep passwords, from the internet into the own network, or to no such address.
     """
     end, sockets = time.monotonic() + MAX_WAIT, list[socket.socket]()
-    limit = threading.Timer(MAX_WAIT, lambda: [_hang_up(each) for each in sockets])  # a server may send byte by byte
+    limit = threading.Timer(MAX_WAIT, _hang_up, [sockets])  # a server may send byte by byte
     limit.daemon = True
     limit.start()
     try:
@@ -364,8 +367,7 @@ def download(address: str) -> bytes:
         raise ValueError(f"audio '{address}': cannot be downloaded ({reason})") from error
     finally:
         limit.cancel()
-        for connection in sockets:
-            _hang_up(connection)
+        _hang_up(sockets)
 
 
 def read_bounded(read: Callable[[int], bytes], length: int | None = None, end: float | None = None) -> bytes:
@@ -401,9 +403,10 @@ def _too_slow() -> str:
     return f"it takes longer than {MAX_WAIT:g} s"
 
 
-def _hang_up(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended by itself
-        connection.shutdown(socket.SHUT_RDWR)
+def _hang_up(connections: list[socket.socket]) -> None:
+    for connection in connections:
+        with contextlib.suppress(OSError):  # it has ended by itself
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _open_address(address: str, sockets: list[socket.socket]) -> Any:

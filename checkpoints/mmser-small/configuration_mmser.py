@@ -44,6 +44,8 @@ PADDING_DEPENDENT = {
 
 # Bounds far above any network. A checkpoint of a stranger must not make a machine build one that fills its memory
 LARGEST_SIZE, MOST_LAYERS, LARGEST_NUMBER = 2**16, 2**10, 2**24
+MOST_TEXT, READ_WHOLE = 2**28, (".json", ".txt", ".model", ".jinja", ".py", ".md")  # bytes of files of a model
+MOST_LEVELS = 64  # of lists and dicts in each other
 MOST_WEIGHTS, MOST_ENCODER_WEIGHTS = 2**30, 2**33  # of all after the encoders; of one encoder
 # Fields of encoders that PyTorch fails at with errors of its own, if they are 0
 AT_LEAST_ONE = (
@@ -238,6 +240,17 @@ def check_names(given: Iterable[str], known: Iterable[str], kind: str) -> None:
             raise TypeError(f"`{name}` is no {kind}: {hint}")
 
 
+def check_depth(value: Any, name: str) -> None:
+    """Raise `ValueError` for lists and dicts that are nested deeper than `MOST_LEVELS`; Python fails at a thousand."""
+    level, levels = [value], 0
+    while level:
+        if levels > MOST_LEVELS:
+            raise ValueError(f"{name} is nested too deeply: at most {MOST_LEVELS} levels are read.")
+        nested = {id(one): one for one in level if isinstance(one, dict | list | tuple)}.values()  # each once
+        level = [inner for one in nested for inner in (one.values() if isinstance(one, dict) else one)]
+        levels += 1
+
+
 def whole_repository(folder: Path) -> Path:
     """A snapshot in the cache of the Hub holds links to files beside it: all of the repository is the folder there."""
     real = folder.absolute()
@@ -248,7 +261,8 @@ def whole_repository(folder: Path) -> Path:
 def check_own_files(name_or_path: str | os.PathLike, subfolder: str = "", files: Iterable[Path] = ()) -> None:
     """
     Refuse a folder of a model whose files are elsewhere: by a link out of it, or by an index that names the parts of
-    its weights. Links into the cache of the Hub are fine. A name on the Hub is not looked at: it has its own files.
+    its weights; or would fill the memory before they are understood. Links into the cache of the Hub are fine. A name
+    on the Hub is not looked at: it has its own files.
 
     Args:
         name_or_path, subfolder: where the model is.
@@ -283,6 +297,10 @@ def _check_own_file(file: Path, roots: list[str]) -> None:
         )
     if os.path.exists(real) and not os.path.isfile(real):
         raise ValueError(f"{file} is a folder, a device or a pipe, and no file of a model.")
+    if file.suffix in READ_WHOLE and os.path.exists(real) and os.path.getsize(real) > MOST_TEXT:
+        raise ValueError(
+            f"{file} has {os.path.getsize(real):,} bytes, and at most {MOST_TEXT:,} of such a file are read."
+        )
 
 
 def _parts_of_weights(index: Path) -> set[str]:
@@ -570,6 +588,11 @@ class MMSERConfig(PreTrainedConfig):
     auxiliary_label_maps: dict[str, dict[str, str | float | int]] = field(default_factory=dict)
     auxiliary_hidden_size: int = 64
     auxiliary_loss_weight: float | int = 0.3
+
+    def __new__(cls, *args, **kwargs):
+        """Looks at the values before their types are checked, which would recurse into them."""
+        check_depth(kwargs, cls.__name__)
+        return super().__new__(cls)
 
     def __post_init__(self, **kwargs):
         if kwargs.pop("supervised_contrastive_temperature", 0.1) != 0.1:
