@@ -19,6 +19,7 @@ from mmser.tables import harmless
 
 TITLE = "MMSER: which emotion is in a voice?"
 FOLDER = "GRADIO_TEMP_DIR"  # what Gradio calls the place of recordings
+MAX_UPLOAD = 2**30  # bytes, without which Gradio takes all that is sent: an hour of WAV has less
 KEPT = 3600  # seconds that it keeps them, checked as often
 IS_LIVE = """() => {
     for (const name of ["answer", "answers"]) document.getElementById(name)?.setAttribute("aria-live", "polite");
@@ -162,4 +163,5 @@ def settings() -> dict[str, Any]:
         "share": False,
         "ssr_mode": False,
         "prevent_thread_lock": True,
+        "max_file_size": MAX_UPLOAD,
     }

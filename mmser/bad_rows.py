@@ -4,8 +4,6 @@
 `BadRows` is that rule for a whole run: it keeps what was left out, for a file, and says when it is too much.
 """
 
-import csv
-import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from mmser.files import write_atomically
+from mmser.table_files import as_text, csv_line
 
 logger = logging.get_logger(__name__)
 BAD_EXAMPLES = "bad_examples.csv"
@@ -94,9 +93,7 @@ class BadRows:
             self.path.unlink(missing_ok=True)
             return None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = io.StringIO(newline="")
-        csv.writer(lines, lineterminator="\n").writerows([["problem"], *([problem] for problem in self.problems)])
-        write_atomically(self.path, lines.getvalue())
+        write_atomically(self.path, "".join(csv_line([as_text(line)]) for line in ("problem", *self.problems)))
         return self.path
 
 

@@ -5,7 +5,6 @@ Read in this order: `find_clips` (which files are clips, and what is known of th
 `assign_splits`, `write_data`. `convert` does all of it.
 """
 
-import csv
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -21,6 +20,7 @@ from mmser.files import whole_folder
 from mmser.known_corpora import CORPORA, OTHER, SEXES, KnownCorpus, describe_corpus
 from mmser.sources import AUDIO_SUFFIXES, SPLIT_NAMES, Record
 from mmser.splits import divide_by_speaker
+from mmser.table_files import as_text, csv_line
 from mmser.tables import format_table
 
 OPEN_SET, OPEN_SET_KNOWN_VOICES = "ood", "ood_train"  # folders of clips of none of the classes
@@ -395,14 +395,14 @@ def _write_into(folder: Path, result: Conversion) -> None:
         ]
         _write_table(folder / split / "metadata.csv", ["file_name", "label", *columns], rows)
     if result.left_out:
-        _write_table(folder / LEFT_OUT_NAME, ["file_name", "reason"], result.left_out)
+        left_out = [[as_text(cell) for cell in row] for row in result.left_out]
+        _write_table(folder / LEFT_OUT_NAME, ["file_name", "reason"], left_out)
     (folder / "README.md").write_text(describe_result(result), encoding="utf-8")
 
 
 def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([header, *rows])
+        file.writelines(csv_line(row) for row in (header, *rows))
 
 
 # --------------------------------------------------------------------------------------------------- 4. in words

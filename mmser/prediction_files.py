@@ -5,8 +5,6 @@ Read in this order: `write` (all that was asked for), `content` (a file of any f
 table), `answer` (what counts as the answer).
 """
 
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from mmser.files import check_writable, write_atomically
 from mmser.plots import check_matplotlib, plot_timeline
 from mmser.prediction_arguments import PredictionArguments
 from mmser.prediction_run import Prediction, Segment
+from mmser.table_files import as_text, csv_line
 from mmser.tables import json_line, strict_json
 from mmser.timed_files import Span, format_audacity, format_rttm, format_srt
 
@@ -220,11 +219,7 @@ def nested(prediction: Prediction, labels: Sequence[str], by_segment: bool) -> d
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue().encode()
+    return "".join(csv_line(map(as_text, cells)) for cells in (rows[0], *(row.values() for row in rows))).encode()
 
 
 def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:

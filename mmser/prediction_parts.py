@@ -26,6 +26,7 @@ from mmser.names import CONFIG
 from mmser.prediction_arguments import PredictionArguments, Share
 from mmser.prediction_files import content
 from mmser.prediction_inputs import Input, add_texts, find_inputs, measure, speaker_turns
+from mmser.table_files import csv_line
 from mmser.timed_files import Span
 
 IDENTITY = "run.json"  # what the parts in a folder are the answers to
@@ -265,14 +266,13 @@ def _merge_csv(parts: Sequence[Path], path: Path) -> int:
     errors = 0
     columns = _widest([next(rows) for rows in map(_csv_rows, parts)])
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
+        file.write(csv_line(columns))
         for part in parts:
             rows = _csv_rows(part)
             header = next(rows)
             places = [header.index(name) if name in header else None for name in columns]
             for row in rows:
-                writer.writerow(["" if place is None else row[place] for place in places])
+                file.write(csv_line("" if place is None else row[place] for place in places))
                 errors += bool(row[header.index("error")])
     return errors
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of CSV, TSV and JSONL files, and the files that they name, as spreadsheets and other systems write them too.
 
-`read_rows` finds the delimiter and the encoding (`read_text`), `find_files` the files.
+`read_rows` finds the delimiter and the encoding (`read_text`), `find_files` the files; `as_text` is for tables that
+spreadsheets read.
 """
 
 import codecs
@@ -15,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from transformers.utils import logging
 
@@ -22,7 +24,38 @@ logger = logging.get_logger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+MAX_BYTES = 2**31  # of a table or a text: those of ten million clips
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+# What spreadsheets take for the beginning of a formula, also in its wide forms; apostrophes before it count as ours
+FORMULA = re.compile(r"'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+
+
+def as_text(cell: Any) -> Any:
+    """
+    A cell as a spreadsheet may read it: words that it would take for a formula get an apostrophe in front, as one
+    types it there. Numbers stay. `read_rows` takes the apostrophe away.
+    """
+    if not isinstance(cell, str) or FORMULA.match(cell) is None:
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+def from_text(cell: str) -> str:
+    """What `as_text` was given."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def csv_line(cells: Iterable[Any]) -> str:
+    """A line of a CSV file. Line breaks of any kind are in quotes: `csv` forgets CR where lines end in LF."""
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return f"{line.getvalue()[:-2]}\n"
 
 
 def is_table(path: Path) -> bool:
@@ -95,9 +128,19 @@ def read_rows(path: Path, name: str, problems: list[str]) -> list[tuple[int, dic
     return rows
 
 
+def read_content(path: Path, name: str) -> bytes:
+    """The bytes of a table or a text; ValueError, about `name`, if they are more than `MAX_BYTES`."""
+    size = path.stat().st_size  # which may be a claim: a file with holes takes no room on the disk
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{name} has {size:,} bytes, and at most {MAX_BYTES:,} of a table or a text are read: divide it"
+        )
+    return path.read_bytes()
+
+
 def read_text(path: Path, name: str) -> str:
     """The text of a file in UTF-8 or, with a byte order mark, UTF-16; ValueError, about `name`, for any other."""
-    content = path.read_bytes()
+    content = read_content(path, name)
     is_utf32 = content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))  # the first begins like UTF-16
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not is_utf32:
         logger.info(f"{name} is in UTF-16")
@@ -121,14 +164,17 @@ def read_text(path: Path, name: str) -> str:
 
 def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict | str]]:
     """Line numbers, each with the row or what is wrong with it."""
+    from configuration_mmser import check_depth  # here: flags need this module, and do not wait for torch
+
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            check_depth(row, "It")
         except json.JSONDecodeError as error:
             yield number, f"is not valid JSON: {error}"
-        except RecursionError:
+        except (ValueError, RecursionError):
             yield number, "is nested too deeply"
         else:
             yield number, row if isinstance(row, dict) else f"is not a JSON object: {line.strip()[:60]}"
@@ -150,7 +196,7 @@ def _csv_rows(file: io.StringIO, name: str) -> Iterator[tuple[int, dict | str]]:
             raise ValueError(f"{name} has two columns {twice[0]!r}: rename one of them")
         for values in lines:
             if len(values) == len(header):
-                yield reader.line_num, dict(zip(header, values, strict=True))
+                yield reader.line_num, dict(zip(header, map(from_text, values), strict=True))
             else:
                 yield reader.line_num, f"has {len(values)} fields, but the header has {len(header)}"
     except csv.Error as error:

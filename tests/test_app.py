@@ -281,6 +281,22 @@ def test_the_page_answers_as_its_functions_do(place, address):
     assert client.predict([clip, notes], api_name="/classify_many") == place.answers.many(files)
 
 
+def test_the_page_takes_no_file_without_end(place, monkeypatch):
+    pytest.importorskip("gradio")
+    import httpx
+
+    monkeypatch.setattr(app_page, "MAX_UPLOAD", 5000)
+    with app_page.own_folder():
+        page = app_page.make_page(place.answers)
+        _, address, _ = page.launch(**app_page.settings(), server_name="127.0.0.1")
+        found = [
+            httpx.post(f"{address}gradio_api/upload", files={"files": ("a.wav", bytes(size))}, trust_env=False)
+            for size in (4000, 6000)
+        ]
+        page.close()
+    assert [answer.status_code for answer in found] == [200, 413]
+
+
 @pytest.mark.skipif(
     CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="there is no Chromium, or no playwright"
 )
