@@ -149,7 +149,7 @@ def load_feature_extractor(name_or_path: str | os.PathLike, **kwargs) -> Any:
     """
     fields, _ = FeatureExtractionMixin.get_feature_extractor_dict(name_or_path, **kwargs)
     check_feature_extractor(fields, f"{name_or_path}/preprocessor_config.json")
-    return AutoFeatureExtractor.from_pretrained(name_or_path, **kwargs)
+    return AutoFeatureExtractor.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
 
 
 class NoTokenizer:
@@ -239,8 +239,12 @@ class MMSERProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As always, after a look at whether the files of a folder are its own: [`check_own_files`]."""
+        """
+        As always, after a look at whether the files of a folder are its own: [`check_own_files`]. Code in it is run
+        with `trust_remote_code=True` alone: without it, Transformers would ask on the terminal.
+        """
         check_own_files(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

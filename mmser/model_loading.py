@@ -57,7 +57,7 @@ def random_encoder_config(kind: str, arguments: ModelArguments) -> PreTrainedCon
     if name == ModelArguments.__dataclass_fields__[f"{kind}_model_name_or_path"].default:
         config = getattr(MMSERConfig(), f"{kind}_config")
     else:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     flag = f"{kind}_config_overrides"
     try:
         check_names(
@@ -110,7 +110,8 @@ def _join_processor(arguments: ModelArguments) -> MMSERProcessor:
     else:
         feature_extractor = load_feature_extractor(name)
     if arguments.text_model_name_or_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or arguments.text_model_name_or_path)
+        name = arguments.tokenizer_name or arguments.text_model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return MMSERProcessor(feature_extractor, tokenizer)
 
 

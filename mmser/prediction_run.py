@@ -153,7 +153,8 @@ def load_classifier(checkpoint: str, device: str | None = None) -> MMSERPipeline
         _check_device(device)
     with reading(flag), without_bars_of_weights():
         try:
-            return pipeline("audio-classification", model=checkpoint, device=device)  # type: ignore[return-value]
+            options = {"device": device, "trust_remote_code": False}  # and not None, with which the terminal is asked
+            return pipeline("audio-classification", model=checkpoint, **options)  # type: ignore[return-value]
         except ValueError as error:  # in which Transformers hides the one of loading, as the end of a traceback
             if found := HIDDEN_ERROR.search(str(error)):
                 raise ValueError(found[1]) from error

@@ -269,7 +269,7 @@ def _read_encoder(
         encoder_config = copy.deepcopy(getattr(config, f"{kind}_config"))
         encoder_config.dtype = torch.float32
         encoder = build_encoder(kind, encoder_config)
-        load_encoder(encoder, source, **hub_kwargs)
+        load_encoder(encoder, source, trust_remote_code=False, **hub_kwargs)
     except OSError as error:
         where = "is no folder here" if Path(source).is_absolute() else "cannot be read"
         raise OSError(

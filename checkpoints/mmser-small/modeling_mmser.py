@@ -573,7 +573,7 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
         MMSERConfig.check_fields(config_overrides)
         if audio_name_or_path is None and text_name_or_path is None:
             raise ValueError("Give an audio encoder, a text encoder or both; both are None.")
-        hub_kwargs = hub_kwargs or {}
+        hub_kwargs = {"trust_remote_code": False, **(hub_kwargs or {})}
         for source in (audio_name_or_path, text_name_or_path):
             if isinstance(source, str | os.PathLike):
                 check_own_files(source, hub_kwargs.get("subfolder") or "")
