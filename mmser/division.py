@@ -5,17 +5,19 @@
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 from transformers.utils import logging
 
 from mmser.examples import content_sample, map_in_threads
+from mmser.files import read_json
 
 logger = logging.get_logger(__name__)
 IDENTITY_NAME = "run_identity.json"
+FRACTIONS = {"validation_fraction", "test_fraction"}
 
 
 def describe_division(splits: Mapping[str, datasets.Dataset], fractions: Mapping[str, float], seed: int) -> dict:
@@ -56,8 +58,10 @@ def divide_again(
     path = Path(checkpoint) / IDENTITY_NAME
     if not path.is_file():
         return None
-    identity = json.loads(path.read_text(encoding="utf-8"))
+    identity = read_json(path)
     known = identity.get("division")
+    if known and not _is_division(known):
+        raise ValueError(f"{path} is damaged: its `division` is none. Delete the file, and all clips are judged.")
     if not known or known["clips"] != _checksum(_samples(undivided)):
         return None
     splits = load(**known["fractions"], seed=known["seed"])
@@ -68,7 +72,7 @@ def divide_again(
             "training: name the columns as there (--speaker_column, --label_map), or give data with splits."
         )
     learnt = [divided["train"]]
-    if identity["settings"].get("adapt") and "validation" in divided:  # adapting takes these clips too
+    if (identity.get("settings") or {}).get("adapt") and "validation" in divided:  # adapting takes these clips too
         learnt.append(divided.pop("validation"))
     held_out = ", ".join(f"{len(split)} for {name}" for name, split in divided.items() if name != "train")
     logger.warning(
@@ -77,6 +81,15 @@ def divide_again(
     )
     others = {name: split for name, split in splits.items() if name not in known["splits"]}
     return {**divided, "train": datasets.concatenate_datasets(learnt), **others}
+
+
+def _is_division(known: Any) -> bool:
+    """Whether this is what `describe_division` gives; the file may be a stranger's."""
+    kinds = {"fractions": dict, "seed": int, "clips": str, "splits": dict}
+    if not isinstance(known, dict) or not all(isinstance(known.get(name), kind) for name, kind in kinds.items()):
+        return False
+    fractions = known["fractions"]
+    return set(fractions) <= FRACTIONS and all(isinstance(share, int | float) for share in fractions.values())
 
 
 def _samples(split: datasets.Dataset) -> list[str]:

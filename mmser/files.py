@@ -9,6 +9,7 @@ write into a folder.
 import contextlib
 import errno
 import glob
+import json
 import os
 import platform
 import re
@@ -189,6 +190,17 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.replace(hidden, path)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that is large, damaged or a stranger's; ValueError, naming it, if it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is no JSON, or nested too deeply.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it must hold a JSON object, got {content!r:.80}.")
+    return content
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -44,6 +44,8 @@ class EndpointHandler:
             ValueError: what cannot be used. The endpoint answers with the sentence.
         """
         parameters = data.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f'parameters: send an object, as in {{"top_k": 1}}, not {parameters!r:.80}.')
         unknown = [name for name in parameters if name not in OPTIONS]
         if unknown:
             raise ValueError(f"parameters: there is no {unknown[0]!r}; there are {', '.join(OPTIONS)}.")

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig, check_own_files
 from mmser.arguments import SourceArguments
+from mmser.files import read_json
 from mmser.model_card import (
     CARD_NAME,
     card_metadata,
@@ -50,6 +51,7 @@ REQUIREMENTS = (
 )
 ONNX_REQUIREMENT = "onnxruntime>=1.22"
 PIPELINE_TAG, LIBRARY = "audio-classification", "transformers"
+MANY_VALUES = 10_000
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
 # https://huggingface.co/docs/hub/repositories-licenses
@@ -161,7 +163,7 @@ def complete_page(folder: str | Path, into: Path, name: str, metadata: Mapping[s
         raise FileNotFoundError(f"{source} is no checkpoint: {reason}.")
     files = _files_to_publish(source)
     check_own_files(source, files=files)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     if config.get("model_type") not in (MMSERConfig.model_type, MMSEROnnxConfig.model_type):
         raise ValueError(
             f"{source} is no MMSER checkpoint: its config.json has model_type {config.get('model_type')!r}."
@@ -172,7 +174,7 @@ def complete_page(folder: str | Path, into: Path, name: str, metadata: Mapping[s
         _place(path, target)
     for file_name in FILES_OF_A_RUN:
         if (into / file_name).is_file():
-            content = json.loads((into / file_name).read_text(encoding="utf-8"))
+            content = read_json(into / file_name)
             _replace(into / file_name, json.dumps(with_names_alone(content), indent=2) + "\n")
     _replace(into / "config.json", json.dumps(without_local_paths(config), indent=2, sort_keys=True) + "\n")
     shutil.copy(HANDLER, into / "handler.py")
@@ -247,6 +249,7 @@ def complete_card(
         _replace(card, _short_card(name, config))
     content = ModelCard.load(card, ignore_metadata_errors=False)
     written = content.data.to_dict()
+    check_number_of_values(written)
     known = card_metadata({**results, "model_name": name}, name, config).to_dict() if results else {}
     default = {"library_name": LIBRARY, "pipeline_tag": PIPELINE_TAG}
     data = {**default, **known, **written, **{key: value for key, value in metadata.items() if value}}
@@ -268,7 +271,7 @@ def complete_card(
 
 def _results(source: Path) -> dict[str, Any]:
     path = source / RESULTS_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _short_card(name: str, config: Mapping[str, Any]) -> str:
@@ -279,6 +282,16 @@ def _short_card(name: str, config: Mapping[str, Any]) -> str:
         f'```python\nfrom transformers import pipeline\n\nclassifier = {call}\nclassifier("clip.wav")\n```\n\n'
         "It comes without the results of its training: measure it on your own recordings before use.\n"
     )
+
+
+def check_number_of_values(data: Any) -> None:
+    """Raise ValueError for metadata of `MANY_VALUES` or more: a few lines of YAML can name the same lists for ever."""
+    left, number = [data], 0
+    while left:
+        one, number = left.pop(), number + 1
+        if number > MANY_VALUES:
+            raise ValueError(f"The metadata of README.md hold more than {MANY_VALUES:,} values: shorten them.")
+        left += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list | tuple) else ()
 
 
 def check_metadata(data: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@
 import io
 import threading
 import time
+import zipfile
 
 import fsspec
 import numpy as np
@@ -120,4 +121,15 @@ def test_what_other_kinds_of_addresses_hold_is_bounded_too(monkeypatch):
         file.write(bytes(2**21 + 1))
     row = {"audio": "memory://large.wav", "labels": 0, "row": "train row 3"}
     with pytest.raises(ValueError, match=r"^train row 3: .*memory://large\.wav: it is larger than 2,097,152 bytes"):
+        ExampleReader()(row, np.random.default_rng(0))
+
+
+def test_what_an_archive_becomes_is_bounded_too(monkeypatch, tmp_path):
+    """A few kilobytes, of which four megabytes become."""
+    monkeypatch.setattr(audio_mmser, "MAX_DOWNLOAD", 2**21)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.wav", bytes(2**22))
+    row = {"audio": f"zip://a.wav::{tmp_path / 'a.zip'}", "labels": 0, "row": "train row 3"}
+    assert (tmp_path / "a.zip").stat().st_size < 2**14
+    with pytest.raises(ValueError, match=r"^train row 3: .*a\.zip: it is larger than 2,097,152 bytes"):
         ExampleReader()(row, np.random.default_rng(0))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what a checkpoint of a stranger, or a damaged one, cannot do: see SECURITY.md."""
 
+import contextlib
 import errno
+import itertools
 import json
 import multiprocessing.reduction
 import os
@@ -37,10 +39,12 @@ from configuration_mmser import MMSERConfig
 from mmser import corpus_command, explain_command
 from mmser.app_answers import Answers
 from mmser.arguments import ModelArguments, read_recipe
+from mmser.division import divide_again
 from mmser.examples import EmotionDataset, ExampleReader, content_sample
+from mmser.handler import EndpointHandler
 from mmser.label_map import read_label_map
 from mmser.loading import load_emotion_dataset, load_emotion_split
-from mmser.model_loading import load_model
+from mmser.model_loading import load_model, load_processor, random_encoder_config
 from mmser.names import Named, reading
 from mmser.prediction_arguments import default_checkpoint
 from mmser.prediction_inputs import find_inputs
@@ -461,9 +465,12 @@ def run_export(corpus, folder, _):
 
 
 def run_serve(corpus, folder, _):
-    serving = pytest.importorskip("mmser.serving")
-    app = serving.create_app(load_classifier(BOX), serving.Limits(), BOX)
-    client = pytest.importorskip("fastapi.testclient").TestClient(app)
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from mmser.serving import Limits, create_app
+
+    client = TestClient(create_app(load_classifier(BOX), Limits(), BOX))
     answer = client.post("/classify", files={"file": (corpus / "test" / "5_1.wav").read_bytes()}, data={"text": "no"})
     assert answer.status_code == 200 and answer.json()["label"]
 
@@ -549,6 +556,49 @@ def test_an_export_that_is_damaged_or_reads_other_files_is_one_sentence(tmp_path
             said = r"model\.onnx cannot be read as an ONNX model: \S[^\n]*$"
     with pytest.raises(ValueError, match=said):
         MMSERPipeline.from_onnx(folder)
+
+
+def foreign_code(folder, where):
+    """Let a checkpoint or an encoder name code of its own in one of its files; returns what that code would write."""
+    names = ("Config", "Model", "ModelForAudioClassification", "Processor", "FeatureExtractor")
+    auto_map = {**{f"Auto{name}": "evil.Evil" for name in names}, "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    task = {"impl": "evil.Evil", "pt": ["AutoModelForAudioClassification"], "type": "audio"}
+    file, change = {
+        "model": ("config", {"auto_map": auto_map}),
+        "encoder": ("config", {"auto_map": auto_map, "model_type": "evil"}),
+        "pipeline": ("config", {"custom_pipelines": {"audio-classification": task}}),
+        "processor": ("processor_config", {"auto_map": auto_map, "processor_class": "Evil"}),
+        "feature extractor": (
+            "processor_config",
+            {"feature_extractor": {"auto_map": auto_map, "feature_extractor_type": "Evil"}},
+        ),
+        "tokenizer": ("tokenizer_config", {"auto_map": auto_map, "tokenizer_class": "Evil"}),
+    }[where]
+    path, owned = folder / f"{file}.json", folder / "owned"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **change}))
+    (folder / "evil.py").write_text(f"open({str(owned)!r}, 'w').close()\nclass Evil:\n    pass\n")
+    return owned
+
+
+@pytest.mark.parametrize("where", ["model", "encoder", "pipeline", "processor", "feature extractor", "tokenizer"])
+def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, where, monkeypatch, quiet):
+    """Transformers asks on the terminal whether it may run, where it is not told: one key away from running it."""
+
+    asked = []
+    tiny_corpus.tiny_processor().save_pretrained(folder)
+    ways = [load for name, load in loads(folder) if name not in ("export", "page")]
+    given = {"audio_model_name_or_path": str(folder), "text_model_name_or_path": str(folder)}
+    given |= {"tokenizer_name": str(folder)}
+    ways.append(lambda: load_processor(ModelArguments(**given)))
+    ways.append(lambda: load_processor(ModelArguments(model_name_or_path=str(folder))))
+    ways.append(lambda: random_encoder_config("audio", ModelArguments(**given)))
+    owned = foreign_code(folder, where)
+    monkeypatch.setattr("builtins.input", lambda words: asked.append(words) or "y")
+    for load in ways:
+        with contextlib.suppress(ValueError, OSError, StrictDataclassError):  # it may be refused
+            load()
+        assert not asked and not owned.exists()
 
 
 def test_weights_in_a_pickle_run_nothing(folder, tmp_path):
@@ -791,3 +841,58 @@ def test_so_are_the_files_of_a_model_that_are_read_whole(folder, name):
             ValueError, match=rf"{name} has 200,000,000,000 bytes, and at most 268,435,456 of such a file"
         ):
             load()
+
+
+DIVISION = {"fractions": {"test_fraction": 0.1}, "seed": 1, "clips": "x", "splits": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "[]",
+        "{",
+        *(
+            json.dumps({"division": division})
+            for division in (
+                [1],
+                {**DIVISION, "fractions": {"allow_urls": True}},
+                {**DIVISION, "fractions": {"test_fraction": []}},
+                {**DIVISION, "seed": "1"},
+                {**DIVISION, "clips": None},
+            )
+        ),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_training_is_no_fault_of_the_program(tmp_path, content):
+    (tmp_path / "run_identity.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run_identity\.json is damaged: "):
+        divide_again(None, tmp_path, refuse)
+
+
+@pytest.mark.parametrize("name", ["config.json", "eval_results.json", "trainer_state.json"])
+def test_a_page_is_made_of_files_that_are_whole(folder, tmp_path, name):
+    for content in ("[" * 100_000, "[]", "{"):
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"{name} is damaged: it "):
+            complete_page(folder, tmp_path / f"page{len(content)}", "me/model")
+
+
+def test_a_card_that_names_its_own_lists_for_ever_fills_no_memory(folder, tmp_path):
+    """Nine times nine times nine ... words of a hundred bytes."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghij")]
+    (folder / "README.md").write_text("\n".join(["---", *lines, "language: *j", "---", "# A model"]))
+    with pytest.raises(ValueError, match=r"The metadata of README\.md hold more than 10,000 values"):
+        complete_page(folder, tmp_path / "page", "me/model")
+
+
+@pytest.mark.parametrize("parameters", [5, "top_k", ["top_k"], {"model": "other"}])
+def test_an_endpoint_says_what_parameters_it_takes(parameters):
+    handler = EndpointHandler.__new__(EndpointHandler)
+    handler.classifier = refuse
+    with pytest.raises(ValueError, match=r"^parameters: (send an object|there is no 'model'; there are top_k)"):
+        handler({"inputs": {"text": "no"}, "parameters": parameters})
+    for inputs in (5, None, "/etc/passwd", "https://a.b/c.wav", {"audio": "/etc/passwd"}, [{"path": "/etc/passwd"}]):
+        with pytest.raises(ValueError, match=r"^inputs: (send|this is no base64)"):
+            handler({"inputs": inputs})
