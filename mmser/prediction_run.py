@@ -153,8 +153,11 @@ def load_classifier(checkpoint: str, device: str | None = None) -> MMSERPipeline
         _check_device(device)
     with reading(flag), without_bars_of_weights():
         try:
-            options = {"device": device, "trust_remote_code": False}  # and not None, with which the terminal is asked
-            return pipeline("audio-classification", model=checkpoint, **options)  # type: ignore[return-value]
+            options: Any = {
+                "device": device,
+                "trust_remote_code": False,
+            }  # and not None, with which the terminal is asked
+            return pipeline("audio-classification", model=checkpoint, **options)
         except ValueError as error:  # in which Transformers hides the one of loading, as the end of a traceback
             if found := HIDDEN_ERROR.search(str(error)):
                 raise ValueError(found[1]) from error
