@@ -179,14 +179,14 @@ def without_signature(text: str) -> str:
     return text.rpartition(SIGNATURE.split("(")[0])[0] or text
 
 
-def is_own_card(path: Path) -> bool:
-    """Whether we wrote this file, and nobody changed it since."""
+def is_own_card(path: Path, may_be_changed: bool = False) -> bool:
+    """Whether we wrote this file, and nobody changed it since, or only above the line that says so."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
     body, line, _ = text.rpartition(SIGNATURE.split("(")[0])
-    return bool(line) and sign_card(body) == text
+    return bool(line) and (may_be_changed or sign_card(body) == text)
 
 
 def _free_path(folder: Path) -> Path:

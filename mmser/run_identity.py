@@ -320,7 +320,7 @@ def holds_run(folder: Path) -> bool:
 
 def is_stopped(folder: Path) -> bool:
     """Whether a training began in this folder that did not come to its end, which is a card beside its results."""
-    cards = [path for pattern in CARD_PATTERNS for path in folder.glob(pattern) if is_own_card(path)]
+    cards = [path for pattern in CARD_PATTERNS for path in folder.glob(pattern) if is_own_card(path, True)]
     return (folder / IDENTITY_NAME).is_file() and not (cards and (folder / RESULTS_NAME).is_file())
 
 

@@ -2,9 +2,11 @@
 """Tests of what all benchmarks share, of the committed results, and of `open_set.py`, `head_depth.py`, `judged.py`,
 `compatibility.py`, `bad_data.py`, `faults.py`."""
 
+import contextlib
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import torch
 
 from benchmarks import bad_data
@@ -575,6 +578,44 @@ def test_a_command_that_was_killed_ends_as_one_that_was_not(tmp_path):
     assert all(row["cases"] == row["hit"] == 1 for row in rows)
     assert not any(row[problem] for row in rows for problem in ("lost", "wrong", "hung"))
     assert rows[0]["largest difference"] == 0
+
+
+@needs_fork
+def test_rows_that_are_not_measured_again_stay():
+    from benchmarks import faults
+
+    earlier = [{"command": name, "fault": "moment", "cases": 1} for name in ("a", "b", "c")]
+    new = [{"command": "b", "fault": fault, "cases": 2} for fault in ("read-only", "moment")]
+    rows = faults.in_place_of(earlier, new, ["a", "b", "c"])
+    found = [(row["command"], row["fault"], row["cases"]) for row in rows]
+    assert found == [("a", "moment", 1), ("b", "moment", 2), ("b", "read-only", 2), ("c", "moment", 1)]
+
+
+@needs_fork
+def test_the_end_of_a_search_is_checked(tmp_path):
+    from benchmarks import faults
+
+    search = tmp_path / "search"
+    (search / "trial-1").mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(search / "search.db")) as database:
+        database.execute("CREATE TABLE trials (trial_id, number, state)")
+        database.execute("CREATE TABLE trial_values (trial_id, value)")
+        database.executemany("INSERT INTO trials VALUES (?, ?, ?)", [(1, 0, "COMPLETE"), (2, 1, "COMPLETE")])
+        database.executemany("INSERT INTO trial_values VALUES (?, ?)", [(1, 0.25), (2, 0.5)])
+        database.commit()
+    for name, folder in (("best_recipe", "best"), ("trial-1", "trial-1")):
+        (search / f"{name}.json").write_text(json.dumps({"learning_rate": 0.1, "output_dir": folder}))
+    results = {"validation": {"model": {"weighted_f1": 0.5}}}
+    (search / "trial-1" / "eval_results.json").write_text(json.dumps(results))
+    safetensors.torch.save_file({"a": torch.zeros(2)}, search / "trial-1" / "model.safetensors")
+    assert faults.not_best(tmp_path, 2) == []
+    assert faults.not_best(tmp_path, 3) == ["2 of 3 trials are done"]
+    (search / "trial-0").mkdir()
+    results["validation"]["model"]["weighted_f1"] = 0.25
+    (search / "trial-1" / "eval_results.json").write_text(json.dumps(results))
+    safetensors.torch.save_file({"a": torch.full((2,), torch.nan)}, search / "trial-1" / "model.safetensors")
+    (search / "best_recipe.json").write_text('{"learning_rate": 0.2, "output_dir": "best"}')
+    assert faults.not_best(tmp_path, 2) == ["the folders", "the recipe", "the score", "the weights"]
 
 
 @needs_fork

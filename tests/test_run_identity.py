@@ -290,8 +290,10 @@ def test_of_a_run_that_lacks_its_card_alone_the_card_is_written(corpus, tokenize
     (tmp_path / "run" / "README.md").unlink()
     training_run.write_results(results, tmp_path / "run", shlex.split(results["command"]))
     assert card == (tmp_path / "run" / "README.md").read_text()
-    with pytest.raises(ValueError, match="holds a finished run and no checkpoint"):
-        train(corpus, tmp_path / "run", tokenizer, **flags)
+    for text in (card, card.replace("# ", "# My ", 1)):  # also where somebody changed it
+        (tmp_path / "run" / "README.md").write_text(text)
+        with pytest.raises(ValueError, match="holds a finished run and no checkpoint"):
+            train(corpus, tmp_path / "run", tokenizer, **flags)
 
 
 def test_a_run_that_was_stopped_before_it_was_judged_is_trained_anew(corpus, tokenizer, tmp_path, monkeypatch, caplog):
