@@ -411,12 +411,12 @@ def _hang_up(connections: list[socket.socket]) -> None:
 
 def _open_address(address: str, sockets: list[socket.socket]) -> Any:
     """The answer of the server at an address, or of that to which it leads; its connections are added to `sockets`."""
-    opener = urllib.request.build_opener(_Http(sockets), _Https(sockets), _Redirection())
+    ask = urllib.request.build_opener(_Http(sockets), _Https(sockets), _Redirection()).open
     before = ""
     for _ in range(MOST_REDIRECTIONS):
         _check_host(address, before)
         try:
-            return opener.open(address, timeout=SILENCE_OF_SERVER)
+            return ask(address, timeout=SILENCE_OF_SERVER)
         except _Moved as moved:
             address, before = moved.address, address
     raise ValueError("it leads from address to address")
