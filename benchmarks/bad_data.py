@@ -6,7 +6,8 @@
 Makes recordings, spoils some in several ways and trains a small model for a few steps with `--on_bad_example skip`, in
 a process of its own: with few bad files, which must finish, and with many, which must stop early. Clips that are
 silent or clipped can be read, and a label may be written otherwise: these are no bad rows, and must not be listed. At
-last with labels of no class, which must be refused before a clip is read: they may be a class that would be lost.
+last with labels of no class: few of each, which are left out and listed, and many, which must be refused before a clip
+is read, as they may be a class that would be lost.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def train(corpus: Path, output: Path) -> tuple[int, str, float, float]:
 def measure(files: int, bad_share: float, folder: Path, kinds: Sequence[str] = KINDS) -> Row:
     """A row of the table: one corpus, one training."""
     spoilt = make_corpus(folder / "corpus", files, bad_share, kinds)
-    unreadable = {name for name, kind in spoilt.items() if kind in UNREADABLE}
+    unreadable = {name for name, kind in spoilt.items() if kind in (*UNREADABLE, OF_NO_CLASS)}
     status, said, seconds, megabytes = train(folder / "corpus", folder / "run")
     problems = [row["problem"] for row in read_csv(path)] if (path := folder / "run" / BAD_EXAMPLES).is_file() else []
     numbers = [int(re.findall(r" row (\d+)", problem)[0]) - 2 for problem in problems]  # the header is row 1
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report, _ = read_results(options.output)
     else:
         rows = []
-        for share, kinds in ((0.0, KINDS), (FEW, KINDS), (MANY, KINDS), (FEW, (OF_NO_CLASS,))):
+        for share, kinds in ((0.0, KINDS), (FEW, KINDS), (MANY, KINDS), (FEW, (OF_NO_CLASS,)), (MANY, (OF_NO_CLASS,))):
             folder = Path(tempfile.mkdtemp(prefix="bad_data_"))
             try:
                 rows.append(measure(options.files, share, folder, kinds))

@@ -177,9 +177,16 @@ def check_writable(folder: Path) -> None:
         raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
 
 
+def check_is_no_device(path: Path) -> None:
+    """Refuse the name of a device or a pipe, which a file would replace. ValueError, naming it."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a device or a pipe, which a file would replace: name a file.")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write, which takes the place of `path` if the block ends without an error."""
+    check_is_no_device(path)
     remove_remains(path.with_name(glob.escape(path.name)))
     hidden = hidden_path(path)
     try:

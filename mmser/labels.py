@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 UNKNOWN_LABEL = -1  # "none of the known classes": only in open-set data
 FEW = 5  # labels and rows that a message lists
 ALIKE = 0.8  # of two names, as `difflib` counts it: "hapy" and "happy" have 0.89
-FEW_BESIDE = 0.05  # of the clips of the class that a name is like: with fewer, it is rather misspelt
+FEW_BESIDE = 0.05  # of the clips of a class: a name with fewer is rather misspelt
 FEW_PER_CLASS = 20  # training clips, on average: with fewer, a class that lacks some is no mistake but a try
 
 HIDDEN = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: controls, marks of a format, separators of lines
@@ -197,10 +197,11 @@ def check_labels(
     is_found: bool = False,
     for_training: bool = False,
     are_given: bool = True,
+    may_skip: bool = False,
 ) -> None:
     """Refuse labels that are none of the classes, and classes that cannot be learned; warn about rare classes.
 
-    Labels are checked before rows: a label that is not known is a whole class, and never a bad row to leave out.
+    Labels are checked before rows: a label that is not known may be a whole class, which is no bad row to leave out.
 
     Args:
         found: labels of all rows.
@@ -209,17 +210,21 @@ def check_labels(
         is_found: whether these were found in the rows: then a class without a training row is an accident.
         for_training: False: the classes are those of a model, which is evaluated.
         are_given: whether the names are the user's or a model's: then advice to name others is no way out.
+        may_skip: whether rows may be left out: then a label of so few that it is no class, but a slip, is no error
+            here. Its rows are bad ones.
 
     Raises:
         ValueError: naming each label, how many rows have it, and what to do.
     """
     logger.info(f"Labels: {', '.join(label_names)}")
     problems, ids = [], {}
+    of_a_class = sum(map(len, found.values())) / len(label_names)
     for label, rows in found.items():
         try:
             ids[label] = label_id(label, label_names, rows[0])
         except ValueError as error:
-            problems.append(f"{error} ({_count(rows)} with this label)")
+            if not may_skip or len(rows) >= FEW_BESIDE * of_a_class:
+                problems.append(f"{error} ({_count(rows)} with this label)")
     counts = [0] * len(label_names)
     for label in ids.keys() & (training or {}).keys():
         counts[ids[label]] += len((training or {})[label])

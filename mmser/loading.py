@@ -122,7 +122,7 @@ def load_emotion_dataset(
         name, config = sources[0].location, sources[0].config_name
         return stream_hub(name, config, request, label_names, rule.on_bad_example, checkpoint_names)
     joined = _join_sources(sources, request, label_map, rule)
-    label_names = _choose_classes(joined, label_names, checkpoint_names, for_training)
+    label_names = _choose_classes(joined, label_names, checkpoint_names, for_training, not rule.ends_run)
     usable = _check_records(joined.records, label_names, request.problems, tasks=request.tasks)
     rule.report(request.problems, loaded=len(usable) + len(request.problems))
     fractions = {"test": test_fraction, "validation": validation_fraction}
@@ -168,7 +168,11 @@ def _join_sources(
 
 
 def _choose_classes(
-    joined: _Joined, given: Sequence[str] | None, checkpoint_names: Sequence[str] | None, for_training: bool
+    joined: _Joined,
+    given: Sequence[str] | None,
+    checkpoint_names: Sequence[str] | None,
+    for_training: bool,
+    may_skip: bool,
 ) -> list[str]:
     """Choose the class names (see `choose_label_names`), and check that each label has its class."""
     records = joined.known
@@ -183,7 +187,8 @@ def _choose_classes(
     if not joined.is_plain:
         refuse_other_labels(records, label_names)
     is_found = given is None and not joined.class_names
-    check_labels(found, training or None, label_names, is_found, for_training, are_given=given is not None)
+    are_given = given is not None
+    check_labels(found, training or None, label_names, is_found, for_training, are_given, may_skip)
     return label_names
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmser.arguments import DataArguments
+from mmser.files import check_is_no_device
 from mmser.flags import POSITIONAL
 from mmser.names import CONFIG, checkpoint_folder
 
@@ -307,6 +308,7 @@ class PredictionArguments:
             path = Path(getattr(self, name) or "")
             if path.is_dir() and getattr(self, name):
                 raise ValueError(f"--{name} {path} is a folder: name a file.")
+            check_is_no_device(path)
             if path.is_file() and not self.overwrite:
                 raise ValueError(f"--{name} {path} exists: choose another name, or add --overwrite.")
         if self.by_segment and not self.inputs:

@@ -528,7 +528,19 @@ def test_of_spoilt_files_those_that_cannot_be_used_are_left_out(tmp_path):
     assert left == {f"{number}.wav" for number in range(140)} - bad and len(rule.problems) == len(bad) == 20
 
 
-def test_labels_of_no_class_are_no_bad_rows(tmp_path):
+def test_few_labels_of_no_class_are_bad_rows(tmp_path):
+    spoilt = bad_data.make_corpus(tmp_path / "corpus", 600, 0.02, [bad_data.OF_NO_CLASS])
+    source = {"manifest": tmp_path / "corpus" / "metadata.csv", "label_names": bad_data.LABELS}
+    with pytest.raises(ValueError, match=r"labels? cannot be used"):
+        load_emotion_dataset(**source)
+    rule = BadRows("skip", 1.0)
+    splits, _ = load_emotion_dataset(**source, on_bad_example=rule)
+    left = {Path(clip).name for split in splits.values() for clip in split["audio"]}
+    assert len(spoilt) == len(rule.problems) == 12 and left == {f"{number}.wav" for number in range(600)} - set(spoilt)
+    assert all("unknown label" in problem for problem in rule.problems)
+
+
+def test_many_labels_of_no_class_are_no_bad_rows(tmp_path):
     """They may be a whole class, which would be lost: the run ends before a clip is read."""
     spoilt = bad_data.make_corpus(tmp_path / "corpus", 40, 0.2, [bad_data.OF_NO_CLASS])
     assert len(spoilt) == 8

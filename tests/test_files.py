@@ -16,6 +16,7 @@ import pytest
 import eval_hf
 import export_hf
 import predict_hf
+from mmser.arguments import parse_arguments
 from mmser.caching import StateStore
 from mmser.files import (
     check_writable,
@@ -28,6 +29,7 @@ from mmser.files import (
     whole_folder,
     write_atomically,
 )
+from mmser.prediction_arguments import PREDICTION_ARGUMENTS
 
 SMALL = Path(__file__).parent.parent / "checkpoints" / "mmser-small"
 
@@ -46,6 +48,18 @@ def gone():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in its folders")
+def test_a_pipe_is_not_replaced(tmp_path):
+    path = tmp_path / "pipe.csv"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"pipe\.csv is a device or a pipe, which a file would replace: name a file"):
+        write_atomically(path, "new")
+    flags = ["x.wav", "--checkpoint", str(SMALL), "--output", str(path), "--overwrite"]
+    with pytest.raises(ValueError, match="is a device or a pipe"):
+        parse_arguments(PREDICTION_ARGUMENTS, flags)
+    assert path.is_fifo()
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):

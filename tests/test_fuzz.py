@@ -137,7 +137,7 @@ def test_json_that_python_reads_and_then_fails_at_is_refused(tmp_path, levels):
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.wav", "label": {text}}}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"metadata\.jsonl row 1 is nested too deeply"):
         load_emotion_dataset(tmp_path / "metadata.jsonl")
-    with pytest.raises(ValueError, match=r"row 1: 'votes' is no JSON .*nested too deeply"):
+    with pytest.raises(ValueError, match=r"row 1: 'votes' is no JSON"):
         read_votes({"votes": text}, {"votes": None}, "row 1")
 
 

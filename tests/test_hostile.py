@@ -786,6 +786,28 @@ def test_a_tokenizer_that_takes_no_token_is_refused_by_name(whole, value):
         MMSERProcessor.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "a"}])
+def test_a_normalizer_that_fills_the_memory_is_refused(whole, pattern):
+    folder = whole()
+    rewrite(folder / "tokenizer_config.json", "tokenizer_class", to="TokenizersBackend")  # of which the file says all
+    doubling = {"type": "Replace", "pattern": pattern, "content": "aa"}
+    nested = {"type": "Sequence", "normalizers": [doubling] * 20}
+    rewrite(folder / "tokenizer.json", "normalizer", to={"type": "Sequence", "normalizers": [nested, doubling]})
+    with pytest.raises(ValueError, match="the normalizer of the tokenizer makes a text over 64 times as long"):
+        MMSERProcessor.from_pretrained(folder)
+    rewrite(folder / "tokenizer.json", "normalizer", to=doubling)  # as those of some models write a space otherwise
+    MMSERProcessor.from_pretrained(folder)
+
+
+def test_a_regular_expression_that_never_ends_is_one_sentence(whole):
+    folder = whole()
+    rewrite(folder / "tokenizer_config.json", "tokenizer_class", to="TokenizersBackend")
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa|a?a)+$"}, "behavior": "Isolated", "invert": False}
+    rewrite(folder / "tokenizer.json", "pre_tokenizer", to=split)
+    with pytest.raises(ValueError, match=r"the tokenizer cannot read .*aaa.*retry-limit"):
+        MMSERProcessor.from_pretrained(folder)(text="a" * 40 + "!")
+
+
 def test_a_token_beyond_the_embeddings_is_one_sentence(whole):
     folder = whole()
     rewrite(folder / "tokenizer.json", "model", "vocab", "joy", to=10**6)

@@ -4,6 +4,7 @@
 Every clip is computed alone, so that no value depends on its batch.
 """
 
+import json
 import numbers
 import os
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ EXTRACTOR_BOUNDS: dict[str, tuple[int, int]] = {
     "chunk_length": (1, 3600),  # s
 }
 EXTRACTOR_FRACTIONS = {"padding_value": (-1e6, 1e6), "dither": (0, 1)}
+MOST_GROWTH = 64  # times that a normalizer may make a text longer; those of models stay below 4
 MOST_CELLS = 2**24  # frames of the longest clip times frequencies; Whisper has 1.2 million
 
 
@@ -135,6 +137,22 @@ def check_feature_extractor(fields: Any, where: str = "") -> None:
             raise ValueError(
                 f"`feature_extractor.hop_length`{of_file} must be at least {least:,} with this `chunk_length`, "
                 f"`sampling_rate` and `n_fft`, got {fields['hop_length']:,}."
+            )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer whose normalizer makes far more of a text than it is: a few doublings fill any memory."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    growth, steps = 1, [] if normalizer is None else [json.loads(normalizer.__getstate__())]
+    while steps:
+        step = steps.pop()
+        steps += step.get("normalizers") or []
+        if step.get("type") == "Replace":
+            replaced = step["pattern"].get("String") or "?"  # a regular expression may find a single letter
+            growth *= max(1, -(-len(step["content"]) // len(replaced)))
+        if growth > MOST_GROWTH:
+            raise ValueError(
+                f"the normalizer of the tokenizer makes a text over {MOST_GROWTH} times as long, as that of no model."
             )
 
 
@@ -203,6 +221,7 @@ class MMSERProcessor(ProcessorMixin):
         limit = MAX_TEXT_TOKENS if tokenizer is None else tokenizer.model_max_length
         if isinstance(limit, bool) or not isinstance(limit, numbers.Real) or not limit >= 1:
             raise ValueError(f"`model_max_length` of tokenizer_config.json must be at least 1, got {limit!r:.80}.")
+        check_tokenizer(tokenizer)
         super().__init__(**{name: getattr(self, name) for name in self.get_attributes()})
         if feature_extractor is None:
             return
@@ -385,11 +404,20 @@ class MMSERProcessor(ProcessorMixin):
         )
         return np.asarray(features[self.audio_input_name][0], dtype=np.float32)
 
+    def _tokenize(self, words: list[str], **options) -> Any:
+        try:
+            return self.tokenizer(words, **options)
+        except BaseException as error:
+            # What its Rust code says of a regular expression that never comes to an end is no `Exception`
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer cannot read {words!s:.80}: {error}") from error
+
     def _process_texts(self, texts: list[str | None], return_tensors=None, **text_kwargs):
         """List of texts (None = missing) -> `input_ids` and `text_attention_mask`."""
         limit = min(self.tokenizer.model_max_length, MAX_TEXT_TOKENS, text_kwargs.get("max_length") or MAX_TEXT_TOKENS)
         words = [text or "" for text in texts]
-        whole = self.tokenizer(words, **{**text_kwargs, "padding": False, "truncation": False, "verbose": False})
+        whole = self._tokenize(words, **{**text_kwargs, "padding": False, "truncation": False, "verbose": False})
         too_long = sum(len(ids) > limit for ids in whole["input_ids"])
         if too_long:
             warn_once(
@@ -397,7 +425,7 @@ class MMSERProcessor(ProcessorMixin):
                 f"{too_long} of {len(texts)} texts are longer than {limit} tokens and were cut there. "
                 "Further cuts are not reported.",
             )
-        encoded = self.tokenizer(words, **{**text_kwargs, "truncation": True, "max_length": limit})
+        encoded = self._tokenize(words, **{**text_kwargs, "truncation": True, "max_length": limit})
         encoded.pop("token_type_ids", None)
         encoded["text_attention_mask"] = encoded.pop("attention_mask")
         for row, text in enumerate(texts):
