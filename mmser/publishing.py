@@ -332,8 +332,8 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def _data_flags(source: Path) -> str:
     """The flags that named the clips of a training, as its results tell; DATA stands for what they do not tell."""
-    path, unknown = source / RESULTS_NAME, "--data_dir DATA"
-    command = shlex.split(json.loads(path.read_bytes()).get("command") or "") if path.is_file() else []
+    unknown = "--data_dir DATA"
+    command = shlex.split(_results(source).get("command") or "")
     if len(command) < 2 or (command[1].endswith(".json") and not Path(command[1]).is_file()):
         return unknown
     given = given_flags(command[1:])

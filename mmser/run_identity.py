@@ -28,7 +28,7 @@ from mmser.arguments import DataArguments, ModelArguments
 from mmser.bad_rows import BAD_EXAMPLES
 from mmser.division import IDENTITY_NAME
 from mmser.examples import content_sample, map_in_threads
-from mmser.files import locked, write_atomically
+from mmser.files import locked, read_json, write_atomically
 from mmser.model_card import CARD_PATTERNS, is_own_card
 from mmser.model_loading import encoder_name, feature_settings, vocabulary_checksum
 from mmser.progress import CURVES_NAME
@@ -326,7 +326,7 @@ def is_stopped(folder: Path) -> bool:
 
 def changed_settings(folder: Path, identity: Mapping[str, Any]) -> list[str]:
     """The settings in which a run differs from the one in `folder`, in words. All else was compared before."""
-    earlier = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    earlier = read_json(folder / IDENTITY_NAME)
     return _differences(earlier["settings"], identity["settings"])
 
 

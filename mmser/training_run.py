@@ -27,7 +27,7 @@ from mmser.caching import CachedStatesDataset, EncoderStateCache
 from mmser.distillation import NEEDS_FROZEN_AUDIO, DistilledDataset, TeacherLogits
 from mmser.division import describe_division
 from mmser.examples import EmotionDataset, EmotionIterableDataset, class_counts, drop_unreadable, reading_options
-from mmser.files import write_atomically
+from mmser.files import read_json, write_atomically
 from mmser.groups import split_groups, split_speakers
 from mmser.labels import check_visible
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
@@ -150,7 +150,7 @@ def finish_earlier(
     if not (folder / RESULTS_NAME).is_file():
         logger.warning(f"The run in {folder} was stopped before its model was judged: it is trained anew.")
         return None
-    results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+    results = read_json(folder / RESULTS_NAME)
     if arguments.process_index == 0:
         logger.info(f"The run in {folder} is finished, but for its model card.")
         print(write_card(results, folder, data))
