@@ -49,6 +49,15 @@ for command, words in json.loads(sys.argv[1]):
         print(getattr(error, "code", error))
     print("heavy:", sorted({"torch", "datasets", "scipy"} & set(sys.modules)), end="\\f")
 """
+AS_PROGRAMS = """
+import json, runpy, sys
+for program, words in json.loads(sys.argv[1]):
+    sys.argv = [program, *words]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as error:
+        print("code", error.code, end="\\f", file=sys.stderr)
+"""
 NO_MEMORY = "The device has not enough memory: lower --batch_size or --max_seconds."
 NO_SPACE = "Free some, and give the same command again."
 FROM_A_WORKER = """Caught ValueError in DataLoader worker process 0.
@@ -418,18 +427,27 @@ def test_other_processes_let_the_first_speak(monkeypatch, capsys):
     assert waited == [console.RANK_DELAY]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_programs_end_with_a_sentence(command, tmp_path):
-    """As a user calls them; `main` called from Python raises, as all other tests of the commands see."""
-    flags = ["--checkpoint", str(tmp_path / "gone")] if command != "train_hf" else ["--use_cpu"]
-    if command != "app":
-        flags += ["--output_dir", str(tmp_path / "out")] if command != "predict_hf" else ["clip.wav"]
-    if command in ("train_hf", "eval_hf"):
-        flags += ["--data_dir", str(tmp_path)]
+def test_the_programs_end_with_a_sentence(tmp_path):
+    """
+    As a user calls them; `main` called from Python raises, as all other tests of the commands see. One process runs
+    all, one after the other: it imports torch once.
+    """
+    asked = []
+    for command in COMMANDS:
+        flags = ["--checkpoint", str(tmp_path / "gone")] if command != "train_hf" else ["--use_cpu"]
+        if command != "app":
+            flags += ["--output_dir", str(tmp_path / "out")] if command != "predict_hf" else ["clip.wav"]
+        if command in ("train_hf", "eval_hf"):
+            flags += ["--data_dir", str(tmp_path)]
+        asked.append([str(ROOT / f"{command}.py"), flags])
     done = subprocess.run(
-        [sys.executable, ROOT / f"{command}.py", *flags],
-        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", AS_PROGRAMS, json.dumps(asked)], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
-    assert str(tmp_path) in done.stderr.splitlines()[-1]
+    answers = done.stderr.split("\f")[:-1]
+    assert len(answers) == len(asked) and "Traceback" not in done.stderr, done.stderr
+    for command, answer in zip(COMMANDS, answers, strict=True):
+        *_, sentence, code = answer.splitlines()
+        assert sentence.startswith("error: ") and str(tmp_path) in sentence and code == "code 2", (
+            f"{command}: {answer}"
+        )
