@@ -2,6 +2,7 @@
 """Tests of `demo/train_tokenizer.py`: the same transcripts give the same pieces, and these cover all their words."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,11 @@ def corpus(tmp_path):
 
 def test_fresh_processes_learn_the_same_tokenizer(corpus, tmp_path):
     files = []
-    for name in ("first", "second", "third"):
-        subprocess.run([sys.executable, SCRIPT, corpus, tmp_path / name], check=True)
+    for name, hashes in (("first", "1"), ("second", "2")):  # the trainer, in Rust, draws its own
+        environment = {**os.environ, "PYTHONHASHSEED": hashes}
+        subprocess.run([sys.executable, SCRIPT, corpus, tmp_path / name], check=True, env=environment)
         files.append((tmp_path / name / "tokenizer.json").read_bytes())
-    assert files[0] == files[1] == files[2]
+    assert files[0] == files[1]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
     assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4]
