@@ -6,10 +6,11 @@ The reference is always the run without a cache, and `safetensors` for the files
 
 import json
 import logging as python_logging
+import multiprocessing
 import pickle
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -486,24 +487,24 @@ def test_interrupted_build_goes_on_where_it_was(splits, tmp_path, monkeypatch):
     torch.testing.assert_close(logits(model, cached), logits(model, dataset), atol=1e-5, rtol=1e-5)
 
 
-KILLED = """
-import resource, signal, sys
-sys.path[:0] = {path!r}
-import numpy as np
-from mmser.caching import StateStore
-store = StateStore({folder!r}, (2,), "float32", 10**6)
-store.add("key", np.zeros((1000, 2)), 1, "a clip")
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-store.flush()
-"""
+def write_until_killed(folder):
+    import resource
+
+    store = StateStore(folder, (2,), "float32", 10**6)
+    store.add("key", np.zeros((1000, 2)), 1, "a clip")
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    store.flush()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on files that kills")
 def test_nothing_is_left_of_a_process_that_was_killed_while_it_wrote(tmp_path):
     """Nor what safetensors writes under a name of its own."""
-    killed = subprocess.run([sys.executable, "-c", KILLED.format(path=sys.path, folder=str(tmp_path))])
-    assert killed.returncode < 0 and list(tmp_path.iterdir())
+    killed = multiprocessing.get_context("fork").Process(target=write_until_killed, args=(tmp_path,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGXFSZ and list(tmp_path.iterdir())
     store = StateStore(tmp_path, (2,), "float32", 10**6)
     assert not list(tmp_path.iterdir())
     store.add("key", np.zeros((1000, 2)), 1, "a clip")

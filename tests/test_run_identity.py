@@ -6,12 +6,11 @@ Order: runs of `train_hf.main` in a folder that holds one, fingerprints, the fol
 
 import errno
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
-import socket
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate import PartialState
 from filelock import FileLock
 from tiny_corpus import (
     JOINT,
@@ -36,6 +36,7 @@ from tiny_corpus import (
 import train_hf
 from mmser import run_identity, training_run
 from mmser.arguments import DataArguments
+from mmser.files import locked
 from mmser.loading import load_emotion_dataset
 from mmser.run_identity import (
     IDENTITY_NAME,
@@ -344,8 +345,20 @@ def prepare_processes(corpus, folder):
 
 
 def run_process(corpus, folder):
-    """With other hashes of strings."""
-    (folder / f"fingerprint{os.environ['RANK']}").write_text(fingerprint_of(folder / "moved"))
+    """With other hashes of strings; then both ask for a folder in which another training is."""
+    rank = os.environ["RANK"]
+    (folder / f"fingerprint{rank}").write_text(fingerprint_of(folder / "moved"))
+    if rank == "0":
+        held = locked(folder / "run" / run_identity.LOCK, 0)
+        assert held
+    PartialState(cpu=True).wait_for_everyone()
+    run_identity.PATIENCE = 0.5
+    try:
+        with lock_output_dir(SimpleNamespace(output_dir=folder / "run", process_index=int(rank))):
+            said = "locked"
+    except ValueError as error:
+        said = str(error)
+    (folder / f"said{rank}").write_text(said)
 
 
 def test_the_fingerprint_of_clips_is_the_same_in_another_process_and_another_folder(two_processes):
@@ -442,24 +455,24 @@ def test_deleting_that_is_interrupted_leaves_no_checkpoint_that_looks_whole(star
 
 # ---- two trainings at once -----------------------------------------------------------------------------------------
 
-HOLD = """
-import sys, types
-sys.path[:0] = {path!r}
-from mmser.run_identity import lock_output_dir
-with lock_output_dir(types.SimpleNamespace(output_dir={folder!r}, process_index=0)):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(folder, told):
+    with lock_output_dir(SimpleNamespace(output_dir=folder, process_index=0)):
+        told.set()
+        signal.pause()
 
 
 @pytest.fixture
 def other_training(tmp_path):
-    """A process that has locked the folder `run`, until it is killed."""
-    program = HOLD.format(path=sys.path, folder=str(tmp_path / "run"))
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"locked\n"
-        yield process
-        process.kill()
+    """A process that has locked the folder `run`, until it is killed. A fork imports nothing again."""
+    fork = multiprocessing.get_context("fork")
+    told = fork.Event()
+    process = fork.Process(target=hold, args=(tmp_path / "run", told))
+    process.start()
+    assert told.wait(60)
+    yield process
+    process.kill()
+    process.join()
 
 
 def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(
@@ -472,7 +485,7 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(
             train(corpus, tmp_path / "run", tokenizer)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [run_identity.LOCK]
     other_training.kill()  # as a container or a user does it: what it leaves blocks nobody
-    other_training.wait()
+    other_training.join()
     train(corpus, tmp_path / "run", tokenizer, max_steps=1)
     assert steps_of(tmp_path / "run") == 1
     train(corpus, tmp_path / "run", tokenizer, max_steps=2)  # nor does a training that has ended in this process
@@ -506,35 +519,14 @@ def test_a_folder_that_cannot_be_locked_is_an_error_that_names_it(tmp_path, monk
         pass
 
 
-def test_only_the_main_process_locks(tmp_path, other_training):
+def test_only_the_main_process_locks(tmp_path):
+    held = locked(tmp_path / "run" / run_identity.LOCK, 0)
+    assert held
     with lock_output_dir(SimpleNamespace(output_dir=tmp_path / "run", process_index=1)):
         pass
 
 
-RANK = """
-import sys, types
-sys.path[:0] = {path!r}
-from accelerate import PartialState
-PartialState(cpu=True)
-from mmser import run_identity
-run_identity.PATIENCE = 0.5
-try:
-    with run_identity.lock_output_dir(types.SimpleNamespace(output_dir={folder!r}, process_index={rank})):
-        print("locked")
-except ValueError as error:
-    print(error)
-"""
-
-
-def test_all_processes_of_a_second_training_are_refused(tmp_path, other_training):
+def test_all_processes_of_a_second_training_are_refused(two_processes):
     """Only the first one asks for the lock: the others would wait for it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        network = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    processes = []
-    for rank in (0, 1):
-        program = RANK.format(path=sys.path, folder=str(tmp_path / "run"), rank=rank)
-        environment = {**os.environ, **network, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"}
-        processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE))
-    said = [process.communicate(timeout=120)[0].decode() for process in processes]
+    said = [(two_processes / f"said{rank}").read_text() for rank in (0, 1)]
     assert all("another training writes into this folder" in line for line in said)
