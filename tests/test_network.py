@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """With local folders no call leaves the machine: training, evaluation, export, pipelines in PyTorch and ONNX.
 
-They run in a process whose Python sockets are watched (`network/sitecustomize.py`); under strace, where there is one,
-the sockets of native code are watched as well.
+`windows.py` does all that, in a process whose Python sockets are watched (`network/sitecustomize.py`); under strace,
+where there is one, the sockets of native code are watched as well. `test_windows.py` looks at the same run.
 """
 
 import json
@@ -14,28 +14,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from tiny_corpus import tiny_flags, tiny_tokenizer, write_corpus
+import pytest
+from tiny_corpus import write_corpus
 
 import pipeline_mmser
 
 ROOT = Path(__file__).parents[1]
 WATCH = ROOT / "tests" / "network"
-EVERYTHING = """
-import json, os, sys
-import eval_hf, export_hf, train_hf
-train, evaluate, export, clip, model, exported = map(json.loads, sys.argv[1:])
-train_hf.main(train)
-eval_hf.main(evaluate)
-export_hf.main(export)
-from transformers import pipeline
-from mmser import MMSERPipeline
-clip = {"path": clip, "text": "what a joy"}
-for classify in (pipeline("audio-classification", model=model, trust_remote_code=True),
-                 pipeline("audio-classification", model=exported, trust_remote_code=True),
-                 MMSERPipeline.from_onnx(exported)):
-    print(len(classify(clip)))
-print("telemetry of onnxruntime:", os.environ["ORT_DISABLE_TELEMETRY"])
-"""
 OUTSIDE = re.compile(
     r"(?:connect|sendto|sendmsg|sendmmsg)\(.*(?:inet_addr\(\"(?!127\.)|inet_pton\(AF_INET6, \"(?!::1\"))"
 )
@@ -85,34 +70,30 @@ def has_strace():
     return bool(shutil.which("strace")) and subprocess.run(["strace", "-o", os.devnull, "true"]).returncode == 0
 
 
-def test_nothing_leaves_the_machine(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus")
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    model, exported = str(tmp_path / "model"), str(tmp_path / "onnx")
-    train = tiny_flags(corpus, model, tmp_path / "tokenizer", report_to=None, dataloader_num_workers=1)
-    evaluate = ["--checkpoint", model, "--data_dir", str(corpus), "--bootstrap_samples", "5", "--use_cpu"]
-    evaluate += ["--dataloader_num_workers", "0", "--ood_dir", str(corpus / "ood")]
-    export = ["--checkpoint", model, "--output_dir", exported]
-    words = [train, evaluate, export, str(corpus / "test" / "5_1.wav"), model, exported]
-    command = [sys.executable, "-c", EVERYTHING, *map(json.dumps, words)]
-    trace = tmp_path / "trace"
+def tell_story(folder):
+    """Run `windows.py`, watched; `done.json` gets how it ended and what it said."""
+    corpus = write_corpus(folder / "corpus", validation=(7, 8, 9))  # enough clips to calibrate on
+    (folder / "own").mkdir()
+    command = [sys.executable, ROOT / "tests" / "windows.py", corpus, folder / "own"]
     if has_strace():
-        command = [
-            "strace",
-            "-f",
-            "--seccomp-bpf",
-            "-qq",
-            "-e",
-            "trace=connect,sendto,sendmsg,sendmmsg",
-            "-o",
-            trace,
-            *command,
-        ]
-    done = subprocess.run(command, env=watched(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert noted(tmp_path) == []
-    assert done.stdout.splitlines()[-4:] == ["4", "4", "4", "telemetry of onnxruntime: 1"]
-    made = [str(path) for path in (tmp_path / "home").rglob("*")]
+        traced = ["-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", folder / "trace"]
+        command = ["strace", "-f", "--seccomp-bpf", "-qq", *traced, *command]
+    done = subprocess.run(command, env=watched(folder), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    left = {"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+    (folder / "done.json").write_text(json.dumps(left))
+
+
+@pytest.fixture
+def folder(shared):
+    return shared("windows", tell_story)
+
+
+def test_nothing_leaves_the_machine(folder):
+    done, trace = json.loads((folder / "done.json").read_text()), folder / "trace"
+    assert done["code"] == 0, done["stderr"][-3000:]
+    assert noted(folder) == []
+    assert done["stdout"].splitlines()[-5:-1] == ["4", "4", "4", "telemetry of onnxruntime: 1"]
+    made = [str(path) for path in (folder / "home").rglob("*")]
     assert not [path for path in made if "icrosoft" in path]  # the data base of its telemetry, made at its import
     if trace.exists():
         assert [line for line in trace.read_text(errors="replace").splitlines() if OUTSIDE.search(line)] == []

@@ -2,17 +2,16 @@
 """Tests that nothing on a user's path needs Linux, by a simulated Windows, and of `oldest_versions.py`."""
 
 import ast
-import os
+import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import test_network
 from oldest_versions import FIRST_WHEELS, oldest_versions
 from packaging.version import Version
-from tiny_corpus import write_corpus
 from windows import MISSING_CALLS, MISSING_MODULES, refusal
 
 ROOT = Path(__file__).parents[1]
@@ -80,16 +79,9 @@ def test_names_that_windows_refuses(name, part):
     assert refusal(name) == part
 
 
-def test_the_commands_work_on_a_simulated_windows(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus", validation=(7, 8, 9))  # enough clips to calibrate on
-    (tmp_path / "own").mkdir()
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "windows.py", corpus, tmp_path / "own"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=500,
-    )
-    assert done.returncode == 0 and b"WORKED" in done.stdout, done.stderr.decode(errors="replace")[-4000:]
+def test_the_commands_work_on_a_simulated_windows(shared):
+    done = json.loads((shared("windows", test_network.tell_story) / "done.json").read_text())
+    assert done["code"] == 0 and done["stdout"].endswith("WORKED\n"), done["stderr"][-4000:]
 
 
 def test_the_oldest_versions_are_those_of_setup_cfg():

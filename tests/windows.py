@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windows, as far as it can be simulated on Linux: a program that trains, evaluates, classifies and exports there.
+Its last lines tell how many classes three pipelines know, and what the telemetry of onnxruntime is set to.
 
     python tests/windows.py CORPUS FOLDER
 
 Calls that Windows lacks are gone for our code. Names that it refuses are an error within FOLDER, and so is to replace,
 rename or delete a file that is open or mapped. So is text that our modules open without an encoding. `test_windows.py`
-runs it.
+and `test_network.py` look at one run of it.
 """
 
 import builtins
@@ -202,6 +203,19 @@ def use_everything(corpus: Path, folder: Path) -> None:
     sound = str(next((corpus / "test").glob("*.wav")))
     onnx = flags(output=folder / "onnx.srt", checkpoint=folder / "export", overwrite=True)
     assert predict_hf.main([sound, "--segments", *onnx]) == 0
+    use_pipelines(model, folder / "export", sound)
+
+
+def use_pipelines(model: Path, exported: Path, sound: str) -> None:
+    """As Python code uses a checkpoint and an export."""
+    from transformers import pipeline
+
+    from mmser import MMSERPipeline
+
+    trusted = (pipeline("audio-classification", model=str(path), trust_remote_code=True) for path in (model, exported))
+    for classify in (*trusted, MMSERPipeline.from_onnx(exported)):
+        print(len(classify({"path": sound, "text": "what a joy"})))
+    print("telemetry of onnxruntime:", os.environ["ORT_DISABLE_TELEMETRY"])
 
 
 if __name__ == "__main__":
