@@ -88,19 +88,27 @@ def make_checkpoint(folder, whisper, **overrides):
     tiny_processor(whisper).save_pretrained(folder)
 
 
+def make_wav2vec2(folder):
+    make_export(folder, whisper=False, **STABLE)
+
+
+def make_whisper(folder):
+    make_export(folder, whisper=True, **JOINED)
+
+
+def make_export(folder, whisper, **overrides):
+    make_checkpoint(folder / "checkpoint", whisper, **overrides)
+    report = export_checkpoint(folder / "checkpoint", folder / "onnx")
+    (folder / "report.pickle").write_bytes(pickle.dumps(report))
+
+
 @pytest.fixture(scope="module", params=["wav2vec2", "whisper"])
 def export(request, shared):
     """A checkpoint, its export to ONNX in float32, and the processor of both."""
     if torch.__version__ < EXPORTS_SINCE:
         pytest.skip(f"needs torch {EXPORTS_SINCE}")
     whisper = request.param == "whisper"
-
-    def make(folder):
-        make_checkpoint(folder / "checkpoint", whisper, **(JOINED if whisper else STABLE))
-        report = export_checkpoint(folder / "checkpoint", folder / "onnx")
-        (folder / "report.pickle").write_bytes(pickle.dumps(report))
-
-    folder = shared(f"export_{request.param}", make)
+    folder = shared(f"export_{request.param}", make_whisper if whisper else make_wav2vec2)
     return SimpleNamespace(
         checkpoint=folder / "checkpoint",
         folder=folder / "onnx",

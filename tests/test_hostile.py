@@ -459,9 +459,8 @@ def in_floats(folder):
 
 
 def run_export(corpus, folder, _):
-    pytest.importorskip("onnxruntime")
-    export_hf.main(["--checkpoint", in_floats(folder), "--output_dir", str(folder / "onnx")])
-    assert load_classifier(str(folder / "onnx"))(str(corpus / "test" / "5_1.wav"))
+    export_hf.main(["--checkpoint", in_floats(folder), "--output_dir", str(folder / "x"), "--format", "safetensors"])
+    assert load_classifier(str(folder / "x"))(str(corpus / "test" / "5_1.wav"))
 
 
 def run_serve(corpus, folder, _):
@@ -516,6 +515,18 @@ COMMANDS = {name.removeprefix("run_"): function for name, function in globals().
 def test_no_command_unpickles(command, tmp_path, corpus, tokenizer, without_pickle, quiet, capsys):
     without_pickle()
     COMMANDS[command](corpus, tmp_path, tokenizer)
+
+
+def test_an_export_to_onnx_is_used_without_pickle(corpus, shared, without_pickle):
+    """It is made of what the export to safetensors reads as well."""
+    pytest.importorskip("onnxscript")
+    import test_export
+
+    if torch.__version__ < test_export.EXPORTS_SINCE:
+        pytest.skip(f"needs torch {test_export.EXPORTS_SINCE}")
+    folder = shared("export_wav2vec2", test_export.make_wav2vec2)
+    without_pickle()
+    assert load_classifier(str(folder / "onnx"))(str(corpus / "test" / "5_1.wav"))
 
 
 def onnx_file(path, inputs=("x",), place=None):
