@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several test files ask for by name, and the set-up of each test process."""
 
+import contextlib
 import gc
 import importlib.util
 import logging as python_logging
@@ -35,6 +36,15 @@ def pytest_collection_finish():
     which costs 0.3 s as long as it looks at all of them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request):
+    """No picture is drawn, except in a test file that says DRAWS."""
+    from pictures import pictures_are_dots
+
+    with contextlib.nullcontext() if hasattr(request.module, "DRAWS") else pictures_are_dots():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from mmser.app_arguments import APP_ARGUMENTS
 from mmser.arguments import parse_arguments
 from modeling_mmser import register_auto_classes
 
+DRAWS = True  # see the fixture `pictures`
 TEXT = "what a joy"
 CHUNKS = {"chunk_length_s": 6, "stride_length_s": 1, "return_uncertainty": True}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

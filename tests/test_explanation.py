@@ -12,6 +12,7 @@ from mmser import cli
 from mmser.explain_command import main
 from mmser.explanation import Explanation, explain, silence, split_words, without_word
 
+DRAWS = True  # see the fixture `pictures`
 RATE = 16_000
 
 

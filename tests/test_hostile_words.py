@@ -37,6 +37,7 @@ from mmser.sources import DataColumns
 from mmser.table_files import as_text, from_text, read_rows
 from mmser.tables import format_table, harmless
 
+DRAWS = True  # see the fixture `pictures`
 EVIL = [
     "{{ 7 * 7 }}{% raw %}{{ cycler.__init__.__globals__.os.system('x') }}",
     "<script>alert(1)</script><img src=x onerror=alert(1)>",

@@ -27,6 +27,7 @@ from mmser.plots import (
 )
 
 matplotlib = pytest.importorskip("matplotlib")
+DRAWS = True  # see the fixture `pictures`
 LABEL_NAMES = ["neutral", "happy", "sad", "angry"]
 
 

@@ -35,6 +35,7 @@ from pipeline_mmser import mean_over_time
 from processing_mmser import MMSERPipeline
 
 ROOT = Path(__file__).parents[1]
+DRAWS = True  # see the fixture `pictures`
 LONG = ("--segments_above", "1.5", "--chunk_length_s", "1.2", "--stride_length_s", "0.2")
 CHUNKS = {"chunk_length_s": 1.2, "stride_length_s": 0.2, "return_uncertainty": True}
 WORDS = [("what a joy", 0.1, 0.9), ("stop it now", 1.2, 1.9)]

@@ -22,6 +22,8 @@ from mmser.progress import (
     stage,
 )
 
+DRAWS = True  # see the fixture `pictures`
+
 
 def test_losses_and_evaluations_in_words():
     parts = {"loss_cross_entropy": 0.92, "loss_anchor": 0.39}

@@ -2,7 +2,6 @@
 """Tests of mmser.publishing and mmser.push_command: a run becomes a page on a Hub of this machine."""
 
 import ast
-import base64
 import configparser
 import functools
 import json
@@ -15,6 +14,7 @@ import pytest
 import test_hub
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
+from pictures import DOT
 
 from mmser import cli, publishing
 from mmser.model_card import is_own_card
@@ -22,9 +22,6 @@ from mmser.publishing import check_metadata, complete_page, publish
 
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "checkpoints" / "mmser-small"
-DOT = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
 GOOD = {"license": "cc-by-4.0", "language": ["de", "en"], "pipeline_tag": "audio-classification"}
 
 

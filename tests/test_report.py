@@ -15,6 +15,7 @@ from tiny_corpus import parse_strict_json
 from mmser.report import Measured, draw, judge, verdict, write_report, write_with_plots
 from mmser.results import reproducible
 
+DRAWS = True  # see the fixture `pictures`
 NAMES = ["neutral", "happy", "sad", "angry"]
 
 
