@@ -15,7 +15,10 @@ from tiny_corpus import AUDIO, JOINT, TEXT, tiny_tokenizer, write_corpus, write_
 from transformers import BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
+from mmser.export import export_checkpoint
 from mmser.loading import load_emotion_dataset
+from modeling_mmser import MMSERForAudioClassification
+from processing_mmser import MMSERPipeline, MMSERProcessor
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "real_speech.py"
 STAGE_1 = {
@@ -287,9 +290,25 @@ def scores_of(result):
     return {(line["score"], line["group"]): line for line in result["scores"]}
 
 
-def test_stages_modalities_and_exports(script, options, quiet):
+@pytest.fixture
+def no_onnx(script, monkeypatch):
+    """PyTorch in place of onnxruntime: an export to ONNX takes as long as all else. `test_export.py` has it."""
+
+    def export(checkpoint, folder, **options):
+        report = export_checkpoint(checkpoint, folder, formats=["safetensors"], **options)
+        report.sizes["model.onnx"] = report.sizes.pop("model.safetensors")
+        return report
+
+    def load(folder, **options):
+        model, processor = (part.from_pretrained(folder) for part in (MMSERForAudioClassification, MMSERProcessor))
+        return MMSERPipeline(model, processor=processor, device="cpu", **options)
+
+    monkeypatch.setattr(script, "export_checkpoint", export)
+    monkeypatch.setattr(script.MMSERPipeline, "from_onnx", load)
+
+
+def test_stages_modalities_and_exports(script, options, quiet, no_onnx):
     """Two stages, what is said of their modalities, a model of both data sets, and an export."""
-    pytest.importorskip("onnxruntime")
     study = script.Study(options)
     study.rows[script.BEST] = dataclasses.replace(study.rows[script.BEST], starts_from=script.HEARD, averages=1)
     names = (script.HEARD, script.BEST, "trained on speech, all stages", "trained on both")
