@@ -50,7 +50,7 @@ for data in given:
     except ValueError as error:
         said.append(str(error))
 json.dump(said, open("endpoint.json", "w"))
-print(sorted(name for name in sys.modules if name.split(".")[0] in ("mmser", "pipeline_mmser")))
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("mmser", "pipeline_mmser", "onnxruntime")))
 """
 
 
