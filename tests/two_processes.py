@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from pictures import pictures_are_dots
 
 TIMEOUT = 600  # seconds, of all pairs
 
@@ -76,5 +77,6 @@ if __name__ == "__main__":
     corpus, folder = map(Path, sys.argv[1:3])
     modules = {name: importlib.import_module(name) for name in sys.argv[3:]}
     gc.freeze()  # the trainers collect garbage often, and what was imported is none
-    for name, module in modules.items():
-        fork_pair(module, corpus, folder / name)
+    with pictures_are_dots():
+        for name, module in modules.items():
+            fork_pair(module, corpus, folder / name)
