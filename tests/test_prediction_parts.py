@@ -73,12 +73,21 @@ def words(folder, *more, format="parquet"):
     return [*common, "--format", format, "--transcripts", "words.csv", *map(str, more)]
 
 
-def in_a_fork(folder, rank=0, processes=1, killed_at=None, format="parquet"):
+def in_a_fork(*arguments, **options):
+    """How the process of `fork` ended, as of `os.waitstatus_to_exitcode`."""
+    return code_of(fork(*arguments, **options))
+
+
+def code_of(process):
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def fork(folder, rank=0, processes=1, killed_at=None, format="parquet"):
     """The command as a process of a launcher, killed by SIGKILL while it writes its file `killed_at`: of each part
-    that of its check and its own. Returns: how it ended, as of `os.waitstatus_to_exitcode`."""
+    that of its check and its own. Returns: its number."""
     process = os.fork()
     if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return process
     code = 99
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
@@ -320,16 +329,25 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     assert Share(1, 4, 1).device("cuda:7") == "cuda:7" and Share().device("cuda") == "cuda"
 
 
-def test_under_torchrun(place, tmp_path):
+def test_two_processes_at_once(place, tmp_path, capfd):
+    both = [fork(tmp_path / "x", rank, 2) for rank in (0, 1)]
+    assert [code_of(process) for process in both] == [0, 0]
+    assert names(tmp_path / "x") == ALL and "process 1: part 2, 1 of 3" in capfd.readouterr().err
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["flags"]["part_size"] == PART_SIZE
+
+
+def test_under_torchrun(tmp_path):
+    """Each process knows which it is. Torch is imported by the launcher alone: the command would do it twice more."""
     try:
         torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, use_libuv=True)
     except RuntimeError as error:
         assert "without libuv" in str(error)
         pytest.skip("this torch was built without what torchrun needs, as Debian's 2.6 is")
-    program = Path(predict_hf.__file__)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", program]
-    environment = {**os.environ, "PYTHONPATH": str(program.parent)}
-    done = subprocess.run([*launcher, *words(tmp_path / "x")], env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert names(tmp_path / "x") == ALL and b"process 1: part 2, 1 of 3" in done.stderr
-    assert json.loads((tmp_path / "x" / "run.json").read_text())["flags"]["part_size"] == PART_SIZE
+    (tmp_path / "program.py").write_text(
+        "from mmser.prediction_arguments import Share\nprint(Share.of_environment())\n", encoding="utf-8"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", tmp_path / "program.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(predict_hf.__file__).parent)}
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.splitlines()) == [str(Share(rank, 2, rank)) for rank in (0, 1)]
