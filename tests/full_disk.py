@@ -11,6 +11,7 @@ must do its work when there is room again. `test_full_disk.py` runs it.
 
 import contextlib
 import functools
+import gc
 import io
 import os
 import resource
@@ -122,4 +123,5 @@ def main(kind: str, corpus: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # the trainers collect garbage often, and what was imported is none
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -11,6 +11,7 @@ and `test_network.py` look at one run of it.
 
 import builtins
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -165,6 +166,7 @@ def use_everything(corpus: Path, folder: Path) -> None:
     import predict_hf
     import train_hf
 
+    gc.freeze()  # the trainers collect garbage often, and what was imported is none
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     model = folder / "modèle"
     frozen = {
