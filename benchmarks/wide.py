@@ -5,14 +5,14 @@
         --cache_dir runs/parts_states
 
 Each trial changes one thing of a model that has every part on. The encoder is frozen and the models hear audio alone
-(`pooled_states.py`). Only train + validation of both sets are read: each third of the speakers is held out once, and
-for some trials each fourth of the corpora. Of a run that was stopped, the trials that are done are kept: give the same
-command again.
+(`pooled_states.py`). Only train + validation of both sets are read: the validation clips are judged, each third of the
+speakers is held out once, and for some trials each fourth of the corpora. Of a run that was stopped, the trials that
+are done are kept: give the same command again.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ AVERAGED = replace(START, weight_averaging=0.998)
 EQUAL_LAYERS = replace(START, lr_multipliers={"layer_weights": 0.0})  # all layers of the encoder count alike
 NONE = WITHOUT["none of these"]
 BLOCKS = {"classifier_norm_first": True, "classifier_drop_path_rate": 0.5}  # of every trial that says nothing else
-SPEAKERS, CORPORA = "speakers held out", "corpora held out"
+SPLITS = VALIDATION, SPEAKERS, CORPORA = "validation", "speakers held out", "corpora held out"
 CORPUS_FOLDS = 4
-Folds = Iterable[tuple[np.ndarray, np.ndarray]]
+Folds = Sequence[tuple[np.ndarray, np.ndarray]]  # rows to train on, rows to judge
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,15 @@ WITH_CORPORA = (
 )
 
 
-def load_both(options: argparse.Namespace) -> Clips:
-    """Training and validation of both sets; the test clips are not read."""
+def load_both(options: argparse.Namespace) -> tuple[Clips, np.ndarray]:
+    """Training and validation of both sets, and which of them are for validation; the test clips are not read."""
     wide = load_emotion_dataset(options.wide_data_dir, label_names=LABELS, test_fraction=0)[0]
     tables = {f"wide {name}": split for name, split in wide.items()}
     own = load_emotion_dataset(options.data_dir, label_names=LABELS)[0]
     tables |= {name: own[name] for name in ("train", "validation")}
-    return join(*encode_as_two_frames(tables, options.audio_encoder, options.cache_dir).values())
+    parts = encode_as_two_frames(tables, options.audio_encoder, options.cache_dir)
+    is_validation = [np.full(len(part), name.endswith("validation")) for name, part in parts.items()]
+    return join(*parts.values()), np.concatenate(is_validation)
 
 
 def folds_by_groups_of_corpora(clips: Clips) -> Folds:
@@ -119,8 +121,8 @@ def answers_of(trial: Trial | None, shown: Clips, others: Clips, seed: int) -> n
 
 
 def held_out_answers(trial: Trial | None, clips: Clips, folds: Folds, seed: int) -> np.ndarray:
-    """Logits [N, C] of all clips, each by a model that was not shown its fold."""
-    logits = np.empty((len(clips), len(LABELS)), dtype=np.float32)
+    """Logits [N, C] of all clips, each by a model that was not shown its fold; NaN where no fold judges a clip."""
+    logits = np.full((len(clips), len(LABELS)), np.nan, dtype=np.float32)
     for shown, rows in folds:
         logits[rows] = answers_of(trial, clips.take(shown), clips.take(rows), seed)
     return logits
@@ -138,16 +140,21 @@ def scores(logits: np.ndarray, clips: Clips) -> dict[str, float]:
     }
 
 
-def measure(clips: Clips, seeds: Sequence[int], names: Sequence[str], path: Path) -> list[Row]:
+def measure(
+    clips: Clips, is_validation: np.ndarray, seeds: Sequence[int], names: Sequence[str], path: Path
+) -> list[Row]:
     """All trials with all seeds. What `path` has already, from a run that was stopped, is not repeated."""
-    splits: dict[str, Folds] = {SPEAKERS: folds_by_speaker(clips), CORPORA: folds_by_groups_of_corpora(clips)}
-    jobs = [(seed, name, SPEAKERS) for seed in seeds for name in names]
+    validation = [(np.flatnonzero(~is_validation), np.flatnonzero(is_validation))]
+    splits: dict[str, Folds] = {VALIDATION: validation, SPEAKERS: folds_by_speaker(clips)}
+    splits[CORPORA] = folds_by_groups_of_corpora(clips)
+    jobs = [(seed, name, split) for seed in seeds for name in names for split in (VALIDATION, SPEAKERS)]
     jobs += [(seed, name, CORPORA) for seed in seeds for name in names if name in WITH_CORPORA]
     lines = read_csv(path) if path.is_file() else []
     done = {(line["seed"], line["trial"], line["split"]) for line in lines}
     for seed, name, split in logging.tqdm([job for job in jobs if job not in done], desc="trials"):
         logits = held_out_answers(TRIALS[name], clips, splits[split], seed)
-        lines.append({"split": split, "trial": name, "seed": seed, **scores(logits, clips)})
+        judged = np.concatenate([rows for _, rows in splits[split]])
+        lines.append({"split": split, "trial": name, "seed": seed, **scores(logits[judged], clips.take(judged))})
         write_csv(path, lines)
     return lines
 
@@ -158,7 +165,7 @@ def measure(clips: Clips, seeds: Sequence[int], names: Sequence[str], path: Path
 def summarise(lines: Sequence[Row]) -> list[Row]:
     """A row for each split and trial; differences are to all parts on, seed by seed."""
     rows = []
-    for split in (SPEAKERS, CORPORA):
+    for split in SPLITS:
         own = [line for line in lines if line["split"] == split]
         first = {line["seed"]: line["by_corpus"] for line in own if line["trial"] == ALL}
         for name in (name for name in TRIALS if any(line["trial"] == name for line in own)):
@@ -187,8 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report, lines = read_results(options.output)
     else:
         torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
-        clips = load_both(options)
-        lines = measure(clips, range(options.seeds), options.trials, options.output.with_suffix(".csv"))
+        clips, is_validation = load_both(options)
+        lines = measure(clips, is_validation, range(options.seeds), options.trials, options.output.with_suffix(".csv"))
         sizes = {"clips": len(clips), "speakers": len(set(clips.speakers)), "corpora": len(set(clips.corpora))}
         settings = {"epochs": EPOCHS, "batch_size": START.batch_size, **sizes, **FIELDS, **BLOCKS}
         report = {"environment": environment(), "settings": settings, "summary": summarise(lines)}

@@ -129,6 +129,20 @@ def test_a_trial_is_told_nothing_of_its_fold_nor_of_what_it_leaves_out(clips, mo
         assert {own.shape[1] for own in shown.states} == {2}
 
 
+def test_validation_clips_are_judged_by_a_model_of_the_training_clips(clips, monkeypatch, tmp_path):
+    """What is answered rightly is only in the validation clips, and these alone are scored."""
+    shown = []
+
+    def answers(trial, own, others, seed):
+        shown.append(own)
+        return np.eye(4)[others.labels.numpy() if len(others) == 20 else (others.labels.numpy() + 1) % 4]
+
+    monkeypatch.setattr(wide, "answers_of", answers)
+    lines = wide.measure(clips, np.arange(60) >= 40, [0], [wide.ALL], tmp_path / "lines.csv")
+    assert (lines[0]["split"], lines[0]["weighted_f1"]) == (wide.VALIDATION, 1) and len(shown[0]) == 40
+    assert set(shown[0].speakers) == set(clips.speakers[:40])
+
+
 def test_a_stopped_run_goes_on(clips, monkeypatch, tmp_path):
     done = []
 
@@ -137,9 +151,10 @@ def test_a_stopped_run_goes_on(clips, monkeypatch, tmp_path):
         return np.eye(4)[clips.labels.numpy()]
 
     monkeypatch.setattr(wide, "held_out_answers", answers)
-    wide.measure(clips, [0], [wide.ALL], tmp_path / "lines.csv")
-    lines = wide.measure(clips, [0, 1], [wide.ALL], tmp_path / "lines.csv")
-    assert done == [(3, 0), (4, 0), (3, 1), (4, 1)] and lines == read_csv(tmp_path / "lines.csv")
+    is_validation = np.arange(60) >= 40
+    wide.measure(clips, is_validation, [0], [wide.ALL], tmp_path / "lines.csv")
+    lines = wide.measure(clips, is_validation, [0, 1], [wide.ALL], tmp_path / "lines.csv")
+    assert done == [(1, 0), (3, 0), (4, 0), (1, 1), (3, 1), (4, 1)] and lines == read_csv(tmp_path / "lines.csv")
     rows = wide.summarise(lines)
-    assert [(row["split"], row["seeds"]) for row in rows] == [(wide.SPEAKERS, 2), (wide.CORPORA, 2)]
+    assert [(row["split"], row["seeds"]) for row in rows] == [(split, 2) for split in wide.SPLITS]
     assert all(row["difference"] == "" for row in rows)
