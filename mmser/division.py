@@ -38,6 +38,13 @@ def describe_division(splits: Mapping[str, datasets.Dataset], fractions: Mapping
     return {"fractions": dict(fractions), "seed": seed, "clips": _checksum(everything), "splits": checksums}
 
 
+def learnt_validation(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint learnt from the validation clips of its data, as `--adapt` does."""
+    path = Path(checkpoint) / IDENTITY_NAME
+    settings = read_json(path).get("settings") if path.is_file() else None
+    return isinstance(settings, dict) and settings.get("adapt") is True
+
+
 def divide_again(
     undivided: datasets.Dataset, checkpoint: str | Path, load: Callable[..., Mapping[str, datasets.Dataset]]
 ) -> Mapping[str, datasets.Dataset] | None:
@@ -45,7 +52,7 @@ def divide_again(
     Divide the clips that a checkpoint was trained on as its training did.
 
     Args:
-        undivided: all clips of data without splits.
+        undivided: all clips, of data without splits or of a checkpoint that learnt from their validation split.
         checkpoint: folder of the checkpoint, or its name on the Hub.
         load: loads the same data with the fractions and the seed that are given to it.
 

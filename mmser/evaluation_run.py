@@ -19,7 +19,7 @@ from mmser.arguments import COMPARED_GROUPS, SPLITS, EvaluationArguments, Source
 from mmser.bad_rows import BadRows
 from mmser.batches import MMSERDataCollator
 from mmser.console import without_bars_of_weights
-from mmser.division import divide_again
+from mmser.division import divide_again, learnt_validation
 from mmser.examples import EmotionDataset, drop_unreadable
 from mmser.files import files_together
 from mmser.groups import duration_bands, split_groups, split_speakers
@@ -70,9 +70,19 @@ def load_clips(
 
     with reading(source.on_the_hub):
         splits = load(source.bad_rows, validation_fraction=0.0, test_fraction=0.0)
-        if set(splits) - {OTHER} == {"train"}:
+        known = {name: table for name, table in splits.items() if name != OTHER}
+        learnt = learnt_validation(arguments.model_name_or_path)
+        if set(known) == {"train"} or learnt:
             again = partial(load, BadRows(source.on_bad_example))  # the bad rows are noted by now
-            splits = divide_again(splits["train"], arguments.model_name_or_path, again) or splits
+            undivided = datasets.concatenate_datasets(list(known.values()))
+            divided = divide_again(undivided, arguments.model_name_or_path, again)
+            if divided is None and learnt and "validation" in known:
+                logger.warning(
+                    f"{arguments.model_name_or_path} learnt from the validation clips of its data too. These "
+                    "are not all of the same clips: if its validation clips are among them, scores and calibration "
+                    "on these are too good."
+                )
+            splits = divided or splits
     if tasks and config is not None:
         splits, _ = derive_targets(splits, label_names, tasks, config.auxiliary_label_maps, has_default=False)
     other = splits.pop(OTHER, None)

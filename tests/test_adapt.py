@@ -30,8 +30,9 @@ from mmser.adapted_layers import (
     scaled_centroids,
     what_it_knew,
 )
-from mmser.arguments import TRAINING_ARGUMENTS, parse_arguments
+from mmser.arguments import EVALUATION_ARGUMENTS, TRAINING_ARGUMENTS, parse_arguments
 from mmser.calibration import folds_by_group
+from mmser.evaluation_run import load_clips
 from mmser.model_calibration import fit_openmax
 from modeling_mmser import MMSERForAudioClassification
 from quantization_mmser import quantize_dynamic
@@ -309,6 +310,13 @@ def test_a_few_clips_change_what_it_answers_and_the_checkpoint_is_whole(run, che
     assert classify(clip)[0]["label"] == "angry"
     with pytest.raises(ValueError, match="holds a finished run"):
         run()
+    asked = ["--checkpoint", str(folder), "--data_dir", str(corpus), "--split"]
+    evaluation, source = parse_arguments(EVALUATION_ARGUMENTS, [*asked, "test"])
+    clips = load_clips(source, evaluation, NAMES)
+    assert len(clips.train) == 40  # with the validation clips, from which it learnt too
+    evaluation, source = parse_arguments(EVALUATION_ARGUMENTS, [*asked, "validation"])
+    with pytest.raises(ValueError, match="no validation split"):
+        load_clips(source, evaluation, NAMES)
 
 
 def test_a_model_in_int8_can_be_adapted_and_stays_in_int8(run, checkpoint, tmp_path, capsys):

@@ -38,7 +38,7 @@ import eval_hf
 import train_hf
 from mmser import evaluation_run, report
 from mmser.arguments import DataArguments, EvaluationArguments, SourceArguments
-from mmser.division import describe_division, divide_again
+from mmser.division import describe_division, divide_again, learnt_validation
 from mmser.evaluation_run import store_calibration
 from mmser.trainer import MMSERTrainer
 from modeling_mmser import MMSERForAudioClassification, register_auto_classes
@@ -356,6 +356,21 @@ def test_of_the_clips_that_a_model_was_trained_on_those_that_were_held_out_are_j
     assert "was trained on these clips" in caplog.text
     held_out = results["data"]["clips"]["validation"]
     assert run(checkpoint=folder / "run", **data, split="validation")["rows"]["model"]["clips"] == held_out
+
+
+def test_after_adapting_no_validation_clip_is_left_to_judge(tmp_path):
+    """Adapting takes the validation clips of data with splits too."""
+    splits = {
+        name: datasets.Dataset.from_list([{"text": f"{name} {number}", "labels": number % 2} for number in range(4)])
+        for name in ("train", "validation", "test")
+    }
+    assert not learnt_validation(tmp_path)
+    identity = {"division": describe_division(splits, {}, 7), "settings": {"adapt": True}}
+    (tmp_path / "run_identity.json").write_text(json.dumps(identity), encoding="utf-8")
+    assert learnt_validation(tmp_path)
+    everything = datasets.concatenate_datasets(list(splits.values()))
+    divided = divide_again(everything, tmp_path, lambda **_: dict(splits))
+    assert {name: len(split) for name, split in divided.items()} == {"train": 8, "test": 4}
 
 
 def test_a_bad_row_is_listed_once_although_the_clips_are_divided_again(run, undivided, tmp_path):
