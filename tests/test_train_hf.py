@@ -60,6 +60,14 @@ def run(corpus, tokenizer, tmp_path):
     return call
 
 
+@pytest.fixture(scope="module")
+def unjudged(corpus, tmp_path_factory):
+    """Flags of the training clips alone: a run that holds none out judges none, which is half of its time."""
+    table = tmp_path_factory.mktemp("unjudged") / "train.csv"
+    write_table(table, read_rows(corpus, "train"))
+    return {"data_dir": None, "manifest": table, "validation_fraction": 0, "test_fraction": 0}
+
+
 def log_lines(folder):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [line for line in history if "loss" in line]
@@ -124,13 +132,13 @@ def test_the_folder_has_everything_and_no_pickle(finished):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no modes")
-def test_weights_can_be_read_by_whom_the_umask_lets_read(run, tmp_path):
+def test_weights_can_be_read_by_whom_the_umask_lets_read(run, unjudged, tmp_path):
     """Of a group folder: safetensors alone would let their owner alone read them."""
     earlier = os.umask(0o002)
     try:
         flags = {"weight_averaging": 0.5, "adversarial_head": "corpus"}
         flags |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
-        run(**FROZEN, **flags, cache_encoder_states=tmp_path / "states")
+        run(**unjudged, **FROZEN, **flags, cache_encoder_states=tmp_path / "states")
     finally:
         os.umask(earlier)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")}
@@ -176,8 +184,9 @@ def test_the_card_is_filled(finished):
     assert "train_hf.py --data_dir" in card.text
 
 
-def test_a_second_call_goes_on_from_the_last_checkpoint(run, tmp_path, caplog):
+def test_a_second_call_goes_on_from_the_last_checkpoint(run, unjudged, tmp_path, caplog):
     whole = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "save_total_limit": 9}
+    whole |= unjudged
     run(**whole)
     expected = losses(tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
@@ -280,7 +289,7 @@ def test_a_setting_without_effect_is_told(caplog, words, said):
     assert caplog.text.count("has no effect") == bool(said) and (said or "") in caplog.text
 
 
-def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corpus, tokenizer, tmp_path):
+def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corpus, tokenizer, unjudged, tmp_path):
     torch.manual_seed(0)
     sizes = {"encoder_layers": 3, "num_mel_bins": 16, "max_source_positions": 64}
     encoder = WhisperModel(WhisperConfig(**{**AUDIO_CONFIGS["whisper"], **sizes}))
@@ -288,7 +297,7 @@ def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corp
     tiny_processor(whisper=True).feature_extractor.save_pretrained(tmp_path / "whisper")
     random_audio = {"random_audio_encoder": None, "audio_config_overrides": None}
     flags = {"audio_model_name_or_path": tmp_path / "whisper", "audio_num_hidden_layers": 2, **random_audio}
-    flags |= {"max_seconds": 1, "max_steps": 1, "freeze_audio": True}
+    flags |= {**unjudged, "max_seconds": 1, "max_steps": 1, "freeze_audio": True}
     train_hf.main(tiny_flags(corpus, tmp_path / "out", tokenizer, **flags))
     model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
     assert len(model.mmser.audio_encoder.layers) == model.config.audio_config.encoder_layers == 2
@@ -302,7 +311,7 @@ def test_the_layers_of_an_encoder_can_be_cut_only_when_it_starts_pretrained(corp
                 parse_arguments(TRAINING_ARGUMENTS, [f"--{kind}_num_hidden_layers", "2", "--use_cpu", *flag])
 
 
-def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(corpus, tokenizer, tmp_path, monkeypatch):
+def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(run, unjudged, monkeypatch):
     implementations, results = {}, {}
 
     def remember(arguments, *others, **options):
@@ -313,16 +322,15 @@ def test_the_attention_of_all_parts_can_be_chosen_and_changes_little(corpus, tok
 
     monkeypatch.setattr(model_loading, "load_model", remember)
     for name in ("sdpa", "eager"):
-        flags = tiny_flags(corpus, tmp_path / name, tokenizer, attn_implementation=name, max_steps=2)
-        results[name] = train_hf.main(flags)
+        results[name] = run("--overwrite_output_dir", **unjudged, attn_implementation=name)
     assert implementations == {"sdpa": {"sdpa"}, "eager": {"eager"}}
     losses = [results[name]["training"]["train_loss"] for name in ("sdpa", "eager")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_spec_augment_can_be_set_for_any_encoder_that_learns(corpus, tokenizer, tmp_path):
+def test_spec_augment_can_be_set_for_any_encoder_that_learns(run, unjudged, tmp_path):
     flags = {"apply_spec_augment": True, "mask_time_prob": 0.3, "mask_feature_prob": 0.2, "mask_feature_length": 4}
-    train_hf.main(tiny_flags(corpus, tmp_path / "out", tokenizer, **flags, max_steps=1))
+    run(**unjudged, **flags, max_steps=1)
     config = MMSERForAudioClassification.from_pretrained(tmp_path / "out").config.audio_config
     assert {name: getattr(config, name) for name in flags} == flags
     with pytest.raises(ValueError, match="no effect with --freeze_audio"):
@@ -381,9 +389,10 @@ def test_cached_states_give_the_scores_of_a_run_without_cache(run, finished, cor
 
 
 @pytest.mark.parametrize("copies", [None, 2])
-def test_augmented_copies_in_the_cache(run, tmp_path, caplog, copies):
+def test_augmented_copies_in_the_cache(run, unjudged, tmp_path, caplog, copies):
     with caplog.at_level(python_logging.INFO, logger="mmser.caching"):
-        run(**FROZEN, max_steps=1, cache_encoder_states=tmp_path / "cache", augmented_copies=copies)
+        flags = {**unjudged, **FROZEN, "max_steps": 1}
+        run(**flags, cache_encoder_states=tmp_path / "cache", augmented_copies=copies)
     lines = [record.getMessage() for record in caplog.records if record.name == "mmser.caching"]
     assert any(
         f"Encoder states of 32 clips: {32 * (copies or 4)} of audio encoded, 0 reused" in line for line in lines
@@ -406,11 +415,12 @@ def test_what_cannot_be_cached_is_refused(run, corpus, checkpoint, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_recipe_runs_with_amp_frozen_encoders_and_supervised_contrast(run, monkeypatch, tmp_path):
+def test_a_recipe_runs_with_amp_frozen_encoders_and_supervised_contrast(run, unjudged, monkeypatch, tmp_path):
     monkeypatch.setattr("mmser.training_arguments.processor_has_bf16", lambda: True)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"freeze_audio": True, "freeze_text": True, "use_amp": True, "augment": False}))
-    results = run(str(recipe), config_overrides={**JOINT, "supervised_contrastive_loss_weight": 0.1}, max_steps=3)
+    overrides = {**JOINT, "supervised_contrastive_loss_weight": 0.1}
+    results = run(str(recipe), **unjudged, config_overrides=overrides, max_steps=3)
     parameters = {row["part"]: row["trainable"] for row in results["parameters"]}
     assert parameters["audio_encoder"] == parameters["text_encoder"] == 0 < parameters["fusion"]
     lines = log_lines(tmp_path / "out")
@@ -418,8 +428,9 @@ def test_a_recipe_runs_with_amp_frozen_encoders_and_supervised_contrast(run, mon
     assert json.loads((tmp_path / "out" / "training_args.json").read_text())["bf16"] is True
 
 
-def test_freezing_the_feature_encoder_alone(run):
-    parameters = {row["part"]: row for row in run(freeze_feature_encoder=True, max_steps=1)["parameters"]}
+def test_freezing_the_feature_encoder_alone(run, unjudged):
+    results = run(**unjudged, freeze_feature_encoder=True, max_steps=1)
+    parameters = {row["part"]: row for row in results["parameters"]}
     assert 0 < parameters["audio_encoder"]["trainable"] < parameters["audio_encoder"]["parameters"]
 
 
@@ -438,13 +449,17 @@ def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, m
     assert (training[0]["text_dropout"], training[0]["audio_dropout"]) == (0.3, 0.2)
     assert all(kwargs["max_seconds"] == 0.3 and kwargs["seed"] == 7 for kwargs in made)
     assert all("augmenter" not in kwargs for kwargs in made if not kwargs.get("training"))
-    made.clear()
-    run("--overwrite_output_dir", "--augmentations", "speed", "level", max_steps=1)
-    augmenters = [kwargs["augmenter"] for kwargs in made if kwargs.get("training")]
-    assert augmenters == [Augmenter(effects=("speed", "level"))]
-    made.clear()
-    run("--overwrite_output_dir", "--no_augment", max_steps=1)
-    assert [kwargs["augmenter"] for kwargs in made if kwargs.get("training")] == [None]
+
+    def stop(*_):
+        raise InterruptedError("all is made")
+
+    monkeypatch.setattr(training_run, "train", stop)
+    chosen = ["--augmentations", "speed", "level"], Augmenter(effects=("speed", "level"))
+    for words, augmenter in (chosen, (["--no_augment"], None)):
+        made.clear()
+        with pytest.raises(InterruptedError):
+            run("--overwrite_output_dir", *words)
+        assert [kwargs["augmenter"] for kwargs in made if kwargs.get("training")] == [augmenter]
 
 
 def test_the_run_tells_what_it_does(run, corpus, tmp_path, caplog, capsys):
@@ -586,21 +601,27 @@ def streamed(corpus, tmp_path):
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_a_stream_goes_on_where_it_was_stopped(run, streamed, tmp_path, strategy):
     """In the first pass, at its end and in a later one, which the steps alone do not tell: a pass is four steps."""
-    flags = {"data_dir": None, "dataset_name": streamed, "streaming": True, "max_steps": 9, "save_steps": 2}
-    flags |= {"eval_strategy": "epoch", "save_strategy": strategy, "load_best_model_at_end": False, "logging_steps": 1}
-    run(**flags, save_total_limit=9)
+    steps = {"steps": (2, 4, 6), "epoch": (8,)}[strategy]
+    flags = {"data_dir": None, "dataset_name": streamed, "streaming": True, "save_steps": 2, "save_total_limit": 9}
+    flags |= {
+        "max_steps": steps[-1] + 1,
+        "eval_strategy": "epoch",
+        "save_strategy": strategy,
+        "load_best_model_at_end": False,
+    }
+    run(**flags)
 
     def log(folder):
         lines = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         times = ("runtime", "per_second")
         return [{name: line[name] for name in line if not name.endswith(times)} for line in lines]
 
-    for step in (2, 4, 6, 8) if strategy == "steps" else (4, 8):
+    for step in steps:
         stopped = tmp_path / f"stopped at {step}"
         stopped.mkdir()
         shutil.copy(tmp_path / "out" / "run_identity.json", stopped)
         shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
-        run(**flags, save_total_limit=9, output_dir=stopped)
+        run(**flags, output_dir=stopped)
         assert log(stopped) == log(tmp_path / "out"), step
 
 
@@ -683,6 +704,16 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
     assert started.config.class_counts is None and started.config.num_labels == 3  # a stream's clips cannot be counted
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["one", "averaged"])
+def going_on(request, checkpoint, tmp_path_factory):
+    """What goes on from `checkpoint`, or from its mean with another: flags, processor, the model with its classes."""
+    words = ["--model_name_or_path", str(checkpoint), "--use_cpu"]
+    words += ["--average_with", save_another(tmp_path_factory.mktemp("other"), 5)] if request.param else []
+    processor = MMSERProcessor.from_pretrained(checkpoint)
+    arguments, _, _ = parse_arguments(TRAINING_ARGUMENTS, words)
+    return arguments, processor, load_model(arguments, NAMES, processor)
+
+
 @pytest.mark.parametrize(
     ("names", "places"),
     [
@@ -693,13 +724,8 @@ def test_going_on_with_another_label_set(run, corpus, checkpoint, tmp_path):
         (["neutral", "Happy", "sad", "angry"], [0, 1, 2, 3]),
     ],
 )
-@pytest.mark.parametrize("is_averaged", [False, True])
-def test_a_class_keeps_its_weights_at_its_new_id(checkpoint, tmp_path, caplog, names, places, is_averaged):
-    words = ["--model_name_or_path", str(checkpoint), "--use_cpu"]
-    words += ["--average_with", save_another(tmp_path / "other", 5)] if is_averaged else []
-    processor = MMSERProcessor.from_pretrained(checkpoint)
-    arguments, _, _ = parse_arguments(TRAINING_ARGUMENTS, words)
-    earlier = load_model(arguments, NAMES, processor)
+def test_a_class_keeps_its_weights_at_its_new_id(going_on, tmp_path, caplog, names, places):
+    arguments, processor, earlier = going_on
     with caplog.at_level(python_logging.INFO, logger="mmser"):
         model = load_model(arguments, names, processor)
     is_same = places == [0, 1, 2, 3]
@@ -736,9 +762,9 @@ def save_another(folder, seed, **overrides):
     return str(folder)
 
 
-def test_averaged_checkpoints_are_the_mean_of_all(run, checkpoint, tmp_path):
+def test_averaged_checkpoints_are_the_mean_of_all(run, unjudged, checkpoint, tmp_path):
     others = [save_another(tmp_path / str(seed), seed) for seed in (5, 6)]
-    run("--average_with", *others, **continued(checkpoint), learning_rate=0.0, max_steps=1)
+    run("--average_with", *others, **unjudged, **continued(checkpoint), learning_rate=0.0, max_steps=1)
     weights = [
         dict(MMSERForAudioClassification.from_pretrained(name).named_parameters()) for name in (checkpoint, *others)
     ]
@@ -771,10 +797,10 @@ def test_averaging_needs_a_first_checkpoint(run, checkpoint):
         run("--average_with", str(checkpoint))
 
 
-def test_distillation_from_a_teacher(run, checkpoint, tmp_path):
+def test_distillation_from_a_teacher(run, unjudged, checkpoint, tmp_path):
     """Live, and with its logits in the cache: the same losses."""
     overrides = {**JOINT, "distillation_loss_weight": 0.5}
-    flags = {**FROZEN, "config_overrides": overrides, "teacher_name_or_path": checkpoint}
+    flags = {**unjudged, **FROZEN, "config_overrides": overrides, "teacher_name_or_path": checkpoint}
     run("--no_augment", **flags)
     live = losses(tmp_path / "out")
     assert all(line["loss_distillation"] > 0 for line in log_lines(tmp_path / "out"))
