@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -522,6 +523,26 @@ def resumable(splits, folder, start, **arguments):
     return make_trainer(model, splits, folder, NOISY, **{**defaults, **arguments})
 
 
+@pytest.fixture(scope="module")
+def whole(splits, tmp_path_factory):
+    """A run without a stop, whose checkpoints are read only: its start, trainer, folder, seconds by another clock."""
+    torch.manual_seed(0)
+    start, folder = tiny_model(), tmp_path_factory.mktemp("whole")
+    trainer = resumable(splits, folder, start)
+    began = time.monotonic()
+    trainer.train()
+    return SimpleNamespace(start=start, trainer=trainer, folder=folder, seconds=time.monotonic() - began)
+
+
+def checkpoint_with(whole, folder, change):
+    """A copy of its checkpoint of step 4, after `change(what its state says of the callbacks)`; returns the folder."""
+    copied = Path(shutil.copytree(whole.folder / "checkpoint-4", folder / "checkpoint-4"))
+    state = json.loads((copied / "trainer_state.json").read_text())
+    change(state["stateful_callbacks"])
+    (copied / "trainer_state.json").write_text(json.dumps(state))
+    return copied
+
+
 @pytest.mark.parametrize(
     ("strategy", "workers", "checkpoints"),
     [
@@ -531,19 +552,23 @@ def resumable(splits, folder, start, **arguments):
         ("sequential", 0, (6,)),
     ],
 )
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(strategy, workers, checkpoints, splits, tmp_path):
-    start = tiny_model()
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(strategy, workers, checkpoints, splits, whole, tmp_path):
+    """Also if the first one had no workers."""
     arguments = {"train_sampling_strategy": strategy, "dataloader_num_workers": workers}
-    whole = resumable(splits, tmp_path / "whole", start, **arguments)
-    whole.train()
-    losses = training_losses(whole)
+    uninterrupted, folder = whole.trainer, whole.folder
+    if strategy != "group_by_length":
+        folder = tmp_path / "whole"
+        uninterrupted = resumable(splits, folder, whole.start, **arguments)
+        uninterrupted.train()
+    losses = training_losses(uninterrupted)
     assert len(set(losses)) == len(losses) == 9
     for step in checkpoints:
-        resumed = resumable(splits, tmp_path / "resumed", start, **arguments, save_strategy="no")
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        resumed = resumable(splits, tmp_path / "resumed", whole.start, **arguments, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         assert resumed.state.global_step == 9
         assert training_losses(resumed) == pytest.approx(losses, abs=1e-5), f"from step {step}"
-        torch.testing.assert_close(flat_parameters(resumed.model), flat_parameters(whole.model), atol=1e-5, rtol=0)
+        ends = flat_parameters(resumed.model), flat_parameters(uninterrupted.model)
+        torch.testing.assert_close(*ends, atol=1e-5, rtol=0)
 
 
 def test_resuming_in_the_middle_of_an_accumulated_epoch(splits, tmp_path):
@@ -556,36 +581,28 @@ def test_resuming_in_the_middle_of_an_accumulated_epoch(splits, tmp_path):
     assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5)
 
 
-def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(splits, tmp_path):
-    start = tiny_model()
-    whole = resumable(splits, tmp_path / "whole", start)
+def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(splits, whole, tmp_path):
+    assert 0 < whole.trainer.training_time.seconds <= whole.seconds
+
+    def took_long(callbacks):
+        saved = callbacks["TrainingTime"]["attributes"]
+        assert 0 < saved["seconds_before"] < whole.trainer.training_time.seconds
+        saved["seconds_before"] = 1000.0
+
+    checkpoint = checkpoint_with(whole, tmp_path, took_long)
+    resumed = resumable(splits, tmp_path / "resumed", whole.start, save_strategy="no")
     began = time.monotonic()
-    whole.train()
-    assert 0 < whole.training_time.seconds <= time.monotonic() - began
-    path = tmp_path / "whole" / "checkpoint-4" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    saved = state["stateful_callbacks"]["TrainingTime"]["attributes"]
-    assert 0 < saved["seconds_before"] < whole.training_time.seconds
-    saved["seconds_before"] = 1000.0
-    path.write_text(json.dumps(state))
-    resumed = resumable(splits, tmp_path / "resumed", start)
-    began = time.monotonic()
-    resumed.train(resume_from_checkpoint=str(path.parent))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert 1000 < resumed.training_time.seconds <= 1000 + time.monotonic() - began
     began = time.monotonic()
     resumed.train()  # anew
     assert 0 < resumed.training_time.seconds <= time.monotonic() - began
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_seconds(splits, tmp_path):
-    start = tiny_model()
-    resumable(splits, tmp_path / "whole", start).train()
-    path = tmp_path / "whole" / "checkpoint-4" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    del state["stateful_callbacks"]["TrainingTime"]
-    path.write_text(json.dumps(state))
-    resumed = resumable(splits, tmp_path / "resumed", start)
-    resumed.train(resume_from_checkpoint=str(path.parent))
+def test_a_checkpoint_of_an_earlier_version_has_no_seconds(splits, whole, tmp_path):
+    checkpoint = checkpoint_with(whole, tmp_path, lambda callbacks: callbacks.pop("TrainingTime"))
+    resumed = resumable(splits, tmp_path / "resumed", whole.start, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     later = json.loads((tmp_path / "resumed" / "checkpoint-6" / "trainer_state.json").read_text())
     assert later["stateful_callbacks"]["TrainingTime"]["attributes"]["seconds_before"] > 0
 
@@ -652,17 +669,14 @@ def test_a_resumed_run_goes_on_with_its_average(splits, tmp_path):
     torch.testing.assert_close(flat_parameters(resumed.model), flat_parameters(whole.model), atol=1e-5, rtol=0)
 
 
-def test_a_checkpoint_without_an_average_begins_one(splits, tmp_path):
+def test_a_checkpoint_without_an_average_begins_one(splits, whole, tmp_path):
     """Resumed with `weight_averaging` that the run did not have before."""
-    start = tiny_model()
-    whole = resumable(splits, tmp_path / "whole", start)
-    whole.train()
-    checkpoint = tmp_path / "whole" / "checkpoint-6"
-    resumed = resumable(splits, tmp_path / "resumed", start, weight_averaging=0.9, save_strategy="no")
+    checkpoint = whole.folder / "checkpoint-6"
+    resumed = resumable(splits, tmp_path / "resumed", whole.start, weight_averaging=0.9, save_strategy="no")
     remember = RememberWeights(resumed.model)
     resumed.add_callback(remember)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert training_losses(resumed) == pytest.approx(training_losses(whole), abs=1e-5)
+    assert training_losses(resumed) == pytest.approx(training_losses(whole.trainer), abs=1e-5)
     average = flat_parameters(MMSERForAudioClassification.from_pretrained(checkpoint)).double()
     for step, last in enumerate(remember.weights[1:], start=7):
         keep = min(0.9, (1 + step) / (10 + step))
