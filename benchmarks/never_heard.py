@@ -190,7 +190,16 @@ def score(never_heard: Outputs, known: Outputs, unknown: Outputs | None) -> dict
     return found
 
 
-def measure_one(division: Division, seed: int) -> dict[str, dict[str, float]]:
+def mean_over_draws(draws: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """The mean of each score over the draws that have it, else None: where nothing is wrong, no AUROC of errors is."""
+    means: dict[str, float | None] = {}
+    for name in draws[0]:
+        values = [own[name] for own in draws if not np.isnan(own[name])]
+        means[name] = float(np.mean(values)) if values else None
+    return means
+
+
+def measure_one(division: Division, seed: int) -> dict[str, dict[str, float | None]]:
     """Variant -> the mean of its scores over the draws. All variants are asked about the same clips."""
     trained = train_and_calibrate(division, seed)
     labels = division.never_heard.labels.numpy()
@@ -207,10 +216,7 @@ def measure_one(division: Division, seed: int) -> dict[str, dict[str, float]]:
             unknown = ask(model, division.unknown) if len(division.unknown) else None
             scores = score(ask(model, rest), ask(model, division.test), unknown)
             found[variant].append({**scores, "clips": len(rest), "seconds": seconds})
-    return {
-        variant: {name: float(np.mean([own[name] for own in draws])) for name in draws[0]}
-        for variant, draws in found.items()
-    }
+    return {variant: mean_over_draws(draws) for variant, draws in found.items()}
 
 
 # ---- running and showing

@@ -90,6 +90,12 @@ def test_scores_are_scikit_learns():
     assert "unknown_auroc" not in never_heard.score(new, known, None)
 
 
+def test_a_score_that_a_draw_has_not_is_left_out_of_its_mean():
+    """Where no answer is wrong nothing tells wrong ones apart."""
+    draws = [{"f1": 1.0, "auroc": np.nan, "none": np.nan}, {"f1": 0.5, "auroc": 0.75, "none": np.nan}]
+    assert never_heard.mean_over_draws(draws) == {"f1": 0.75, "auroc": 0.75, "none": None}
+
+
 def test_adapting_helps_where_classes_sound_otherwise_and_a_stopped_run_goes_on(clips, monkeypatch, tmp_path):
     monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, **SMALL_PARTS})
     monkeypatch.setattr(pooled_states, "EPOCHS", 20)
