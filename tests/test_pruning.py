@@ -15,7 +15,6 @@ import export_hf
 from benchmarks import smaller
 from mmser.pruning import layer_importance, prune, remove_layers, units_of, units_to_keep
 from modeling_mmser import MMSERForAudioClassification
-from processing_mmser import MMSERPipeline
 from quantization_mmser import quantize_dynamic
 
 KINDS = [*AUDIO_CONFIGS, "xlm-roberta"]
@@ -250,23 +249,18 @@ def run(folder, output, *flags):
 
 
 def test_the_command_prunes_trains_and_exports_in_int8(folder, tmp_path):
-    """For PyTorch and for onnxruntime; the export itself compares the two with the pruned model."""
+    """The export itself compares what it wrote with the pruned model. `test_export.py` has ONNX of pruned heads."""
     data = ["--data_dir", folder / "corpus", "--calibration_clips", "8"]
     report = run(
         *(folder, tmp_path / "out", "--prune", "0.5", *data, "--recovery_epochs", "1", "--freeze_audio"),
-        *("--format", "onnx", "safetensors", "--dtype", "int8"),
+        *("--format", "safetensors", "--dtype", "int8"),
     )
     assert "each with 1 heads and 8 columns" in str(report) and "trained again for 1 epochs" in str(report)
-    assert {"onnx", "safetensors"} == report.comparisons.keys()
+    assert report.comparisons.keys() == {"safetensors"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["audio_attention_heads"] == 1 and config["audio_config"]["encoder_ffn_dim"] == 8
     model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
     assert model.openmax.is_fitted or model.temperature.item() != 1.0  # fitted after the training
-    classifier = MMSERPipeline(model, processor=tiny_processor(True), device="cpu")
-    exported = MMSERPipeline.from_onnx(tmp_path / "out")
-    sound = {"raw": 0.1 * np.random.default_rng(0).standard_normal(8000), "sampling_rate": 16000, "text": "stop it"}
-    scores = [{entry["label"]: entry["score"] for entry in each(sound)} for each in (classifier, exported)]
-    assert scores[0] == pytest.approx(scores[1], abs=0.05)
 
 
 def test_the_file_shrinks_as_asked_and_in_int8_once_more(folder, tmp_path):
