@@ -7,6 +7,7 @@ Read in this order: the ONNX graph (any batch size, audio length and text length
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import json
 import logging
@@ -481,6 +482,7 @@ def export_checkpoint(
                 report.comparisons[name] = compare(model, exported, processor)
                 check_tolerance(report.comparisons[name], TOLERANCES[dtype] if tolerance is None else tolerance)
             del exported  # before the other format needs the memory
+            gc.collect()  # models hold themselves in circles, and Windows moves no file that one of them has mapped
     report.sizes = {path.name: path.stat().st_size for path in sorted(output_dir.iterdir())}
     return report
 
@@ -510,7 +512,8 @@ def _in_dtype(model: MMSERForAudioClassification, scratch: Path, dtype: str) -> 
     if dtype == "int8":
         return quantize_dynamic(copy.deepcopy(model))
     model.save_pretrained(scratch)
-    return MMSERForAudioClassification.from_pretrained(scratch, dtype=getattr(torch, dtype))
+    converted = MMSERForAudioClassification.from_pretrained(scratch, dtype=getattr(torch, dtype))
+    return converted._apply(torch.clone)  # not mapped from a file that is about to go, which Windows refuses
 
 
 def _write_safetensors(model, processor, folder: Path, scratch: Path, dtype: str):

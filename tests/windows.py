@@ -195,7 +195,7 @@ def use_everything(corpus: Path, folder: Path) -> None:
     for turn in range(2):
         eval_hf.main(flags(**evaluation))
         export_hf.main(
-            flags(**exported, **({"format": "onnx"} if turn else {"format": "safetensors", "dtype": "float16"}))
+            flags(**exported, **({"format": "onnx", "dtype": "float16"} if turn else {"format": "safetensors"}))
         )
         for name in ("answers.csv",) if turn else ("answers.csv", "answers.parquet"):
             output = flags(output=folder / name, checkpoint=model, device="cpu", overwrite=True)
