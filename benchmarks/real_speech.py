@@ -149,6 +149,13 @@ AS_PUBLISHED = config(classifier_norm_first=False, classifier_drop_path_rate=0.0
 WIDE_ROWS = [
     Row("hand-made features + logistic regression, both sets", function="hand-made features", once=True, **BOTH_SETS),
     Row("frozen encoder + linear probe, both sets", function="linear probe", once=True, **BOTH_SETS),
+    Row(
+        "WhisperForAudioClassification, fine-tuned, both sets",
+        function="whisper",
+        needs=(WIDE, WIDE_TUNED),
+        note="as many seconds of training as both stages of MMSER",
+        **BOTH_SETS,
+    ),
     Row(WIDE, recipe=WIDE_1, keep=True, **BOTH_SETS),
     Row(WIDE_TUNED, recipe=WIDE_2, starts_from=WIDE, keep=True, **BOTH_SETS),
     Row(EQUAL_LAYERS, recipe=WIDE_1, changes={"lr_multipliers": {"layer_weights": 0.0}}, **BOTH_SETS),
