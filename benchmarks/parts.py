@@ -25,6 +25,7 @@ from benchmarks.pooled_states import (
     EPOCHS,
     FIELDS,
     Clips,
+    Schedule,
     encode,
     every_fourth_frame,
     folds_by_corpus,
@@ -196,39 +197,65 @@ PARTS: dict[str, Callable[[Mapping[str, Clips], int], Measured]] = {
 # ---- all parts against each ablation, on clips that no choice is hidden from: the test split is not read here
 
 SMALL = "small network"
+SMALLER_BATCHES = "batches of 32, averaged weights"  # all parts, trained otherwise
+SCHEDULES = {SMALLER_BATCHES: Schedule(batch_size=32, weight_averaging=0.99)}
 
 
 def answers_of(variant: str, shown: Clips, others: Clips, seed: int) -> np.ndarray:
     if variant == SMALL:
         return train_small_network(shown, seed)(others).argmax(axis=1)
-    return predict(train(shown, WITHOUT[variant], seed), others)["logits"].argmax(axis=1)
+    model = train(shown, WITHOUT.get(variant, {}), seed, SCHEDULES.get(variant))
+    return predict(model, others)["logits"].argmax(axis=1)
+
+
+def f1_on(name: str, clips: Mapping[str, Clips], variant: str, seed: int) -> float:
+    """Weighted F1 on the clips of a split, of a model of the training clips."""
+    answers = answers_of(variant, clips["train"], clips[name], seed)
+    return scores_of(answers, clips[name].labels.numpy())["weighted_f1"]
+
+
+def f1_on_speakers(both: Clips, variant: str, seed: int) -> float:
+    """Weighted F1 over all clips, where each third of the speakers is held out once."""
+    held_out = np.empty(len(both), dtype=np.int64)
+    for shown, rows in folds_by_speaker(both):
+        held_out[rows] = answers_of(variant, both.take(shown), both.take(rows), seed)
+    return scores_of(held_out, both.labels.numpy())["weighted_f1"]
+
+
+def f1_on_corpora(both: Clips, variant: str, seed: int) -> float:
+    """The mean over the corpora of the weighted F1 on each one, held out."""
+    scores = []
+    for shown, rows in folds_by_corpus(both):
+        answers = answers_of(variant, both.take(shown), both.take(rows), seed)
+        scores.append(scores_of(answers, both.labels.numpy()[rows])["weighted_f1"])
+    return float(np.mean(scores))
 
 
 def ablations(clips: Mapping[str, Clips], seed: int) -> Measured:
-    """Weighted F1 on validation, and over train + validation where each third of the speakers is held out once."""
+    """Weighted F1 on validation, and over train + validation on speakers held out."""
     both, found = join(clips["train"], clips["validation"]), []
     for variant in (*WITHOUT, SMALL):
-        answers = answers_of(variant, clips["train"], clips["validation"], seed)
-        score = scores_of(answers, clips["validation"].labels.numpy())["weighted_f1"]
-        found.append(("validation", variant, score))
-        held_out = np.empty(len(both), dtype=np.int64)
-        for shown, rows in folds_by_speaker(both):
-            held_out[rows] = answers_of(variant, both.take(shown), both.take(rows), seed)
-        found.append(("speakers held out", variant, scores_of(held_out, both.labels.numpy())["weighted_f1"]))
+        found.append(("validation", variant, f1_on("validation", clips, variant, seed)))
+        found.append(("speakers held out", variant, f1_on_speakers(both, variant, seed)))
     return found
 
 
 def against_small(clips: Mapping[str, Clips], seed: int) -> Measured:
-    """The whole model and the small network: each corpus held out once (the mean of their weighted F1), and test."""
+    """The whole model and the small network: on corpora held out, and on test."""
     both, found = join(clips["train"], clips["validation"]), []
     for variant in (ALL, SMALL):
-        scores = []
-        for shown, rows in folds_by_corpus(both):
-            answers = answers_of(variant, both.take(shown), both.take(rows), seed)
-            scores.append(scores_of(answers, both.labels.numpy()[rows])["weighted_f1"])
-        found.append(("corpus held out", variant, float(np.mean(scores))))
-        answers = answers_of(variant, clips["train"], clips["test"], seed)
-        found.append(("test", variant, scores_of(answers, clips["test"].labels.numpy())["weighted_f1"]))
+        found.append(("corpus held out", variant, f1_on_corpora(both, variant, seed)))
+        found.append(("test", variant, f1_on("test", clips, variant, seed)))
+    return found
+
+
+def smaller_batches(clips: Mapping[str, Clips], seed: int) -> Measured:
+    """More and smaller steps, and the mean of the weights: on validation, and on speakers and corpora held out."""
+    both, found = join(clips["train"], clips["validation"]), []
+    for variant in (ALL, SMALLER_BATCHES, SMALL):
+        found.append(("validation", variant, f1_on("validation", clips, variant, seed)))
+        found.append(("speakers held out", variant, f1_on_speakers(both, variant, seed)))
+        found.append(("corpus held out", variant, f1_on_corpora(both, variant, seed)))
     return found
 
 
@@ -245,7 +272,13 @@ def poolings(clips: Mapping[str, Clips], seed: int) -> Measured:
     return found
 
 
-MEASUREMENTS = {**PARTS, "poolings": poolings, "ablations": ablations, "against a small network": against_small}
+MEASUREMENTS = {
+    **PARTS,
+    "poolings": poolings,
+    "ablations": ablations,
+    "against a small network": against_small,
+    "smaller batches": smaller_batches,
+}
 
 # ---- running and showing
 

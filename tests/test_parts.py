@@ -71,6 +71,37 @@ def test_a_training_learns_and_a_clip_does_not_depend_on_its_batch(clips, quick,
         np.testing.assert_allclose(together[:6], alone, atol=1e-4)
 
 
+def test_no_clip_is_answered_by_a_model_of_its_speaker_or_its_corpus(clips, monkeypatch):
+    seen = []
+
+    def answers(variant, shown, others, seed):
+        seen.append((variant, shown, others))
+        return others.labels.numpy()
+
+    monkeypatch.setattr(parts, "answers_of", answers)
+    split = {"train": clips.take(np.arange(36)), "validation": clips.take(np.arange(36, 48))}
+    found = parts.smaller_batches(split, 0)
+    assert {value for _, _, value in found} == {1.0} and len(found) == 9
+    for variant in (parts.ALL, parts.SMALLER_BATCHES, parts.SMALL):
+        on_validation, *by_speaker = [pair[1:] for pair in seen if pair[0] == variant]
+        assert on_validation[0] is split["train"] and on_validation[1] is split["validation"]
+        by_speaker, by_corpus = by_speaker[:3], by_speaker[3:]
+        assert all(not set(shown.speakers) & set(others.speakers) for shown, others in by_speaker)
+        assert all(not set(shown.corpora) & set(others.corpora) for shown, others in by_corpus)
+        for folds in (by_speaker, by_corpus):
+            assert sum(len(others) for _, others in folds) == 48
+
+
+def test_the_schedule_of_smaller_batches_is_that_of_its_name(clips, monkeypatch):
+    seen = []
+    monkeypatch.setattr(parts, "train", lambda *given: seen.append(given))
+    monkeypatch.setattr(parts, "predict", lambda model, others: {"logits": np.eye(4)[others.labels.numpy()]})
+    parts.answers_of(parts.SMALLER_BATCHES, clips, clips, 5)
+    parts.answers_of("no blocks", clips, clips, 5)
+    assert [given[1] for given in seen] == [{}, {"classifier_num_layers": 0}] and seen[1][3] is None
+    assert (seen[0][3].batch_size, seen[0][3].weight_averaging, seen[0][3].epochs) == (32, 0.99, pooled_states.EPOCHS)
+
+
 def test_few_shots_against_scikit_learn():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 25)
