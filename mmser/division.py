@@ -41,8 +41,7 @@ def describe_division(splits: Mapping[str, datasets.Dataset], fractions: Mapping
 def learnt_validation(checkpoint: str | Path) -> bool:
     """Whether a checkpoint learnt from the validation clips of its data, as `--adapt` does."""
     path = Path(checkpoint) / IDENTITY_NAME
-    settings = read_json(path).get("settings") if path.is_file() else None
-    return isinstance(settings, dict) and settings.get("adapt") is True
+    return path.is_file() and _is_adapted(read_json(path))
 
 
 def divide_again(
@@ -79,7 +78,7 @@ def divide_again(
             "training: name the columns as there (--speaker_column, --label_map), or give data with splits."
         )
     learnt = [divided["train"]]
-    if (identity.get("settings") or {}).get("adapt") and "validation" in divided:  # adapting takes these clips too
+    if _is_adapted(identity) and "validation" in divided:  # adapting takes these clips too
         learnt.append(divided.pop("validation"))
     held_out = ", ".join(f"{len(split)} for {name}" for name, split in divided.items() if name != "train")
     logger.warning(
@@ -88,6 +87,11 @@ def divide_again(
     )
     others = {name: split for name, split in splits.items() if name not in known["splits"]}
     return {**divided, "train": datasets.concatenate_datasets(learnt), **others}
+
+
+def _is_adapted(identity: Mapping[str, Any]) -> bool:
+    settings = identity.get("settings")
+    return isinstance(settings, dict) and settings.get("adapt") is True
 
 
 def _is_division(known: Any) -> bool:

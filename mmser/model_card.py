@@ -5,7 +5,6 @@ Three sources say what is true: the results of the run, the configuration beside
 fitted, which modalities were trained). `write_model_card` is the entry; `checkpoint_state` reads the weights.
 """
 
-import functools
 import hashlib
 import itertools
 import re
@@ -200,16 +199,6 @@ def _free_path(folder: Path) -> Path:
     return path
 
 
-@functools.cache
-def _template() -> jinja2.Template:
-    """The card without its numbers; to compile it takes as long as an epoch of a tiny model."""
-    # A name that is not there is an error, not an empty place in the card
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-
-
 def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path:
     """
     Fill `model_card_template.md` and write it as `README.md` beside a saved checkpoint.
@@ -232,7 +221,11 @@ def write_model_card(results: Mapping[str, Any], output_dir: str | Path) -> Path
     split = "test" if "test" in results else "validation"
     name = results.get("model_name") or folder.resolve().name
     trainable = {row["part"]: row["trainable"] for row in results["parameters"]}
-    text = _template().render(
+    # A name that is not there is an error, not an empty place in the card
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         card_data=card_metadata(results, name, config.to_dict(), state.modalities).to_yaml(),
         name=name,
         version=__version__,
