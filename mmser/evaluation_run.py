@@ -25,6 +25,7 @@ from mmser.files import files_together
 from mmser.groups import duration_bands, split_groups, split_speakers
 from mmser.loading import draw_clips, load_emotion_dataset, load_emotion_split
 from mmser.log_mel_probe import log_mel_probe
+from mmser.model_loading import let_go_of_files
 from mmser.names import Named, reading
 from mmser.progress import calm, stage
 from mmser.report import Measured
@@ -201,8 +202,7 @@ def store_calibration(
     if not changed:
         logger.info(f"Calibrating changed nothing: {folder} is as it was.")
         return folder
-    # The weights are mapped from the file that is about to be replaced, which Windows refuses: no more of them is
-    model._apply(torch.clone)
+    let_go_of_files(model)  # of the one that is about to be replaced
     # The code too: older code might read the calibration in another way
     with files_together(folder, last=WEIGHT_FILES) as hidden, tempfile.TemporaryDirectory() as temporary:
         model.save_pretrained(hidden)

@@ -28,7 +28,7 @@ from configuration_mmser import CUSTOM_PIPELINES
 from mmser.arguments import DTYPES, FORMATS, OPSET
 from mmser.console import without_bars_of_weights
 from mmser.files import check_writable, whole_folder
-from mmser.model_loading import label_names_of
+from mmser.model_loading import label_names_of, let_go_of_files
 from mmser.names import Named, reading
 from mmser.quantization import quantize_onnx
 from mmser.tables import format_table
@@ -513,7 +513,7 @@ def _in_dtype(model: MMSERForAudioClassification, scratch: Path, dtype: str) -> 
         return quantize_dynamic(copy.deepcopy(model))
     model.save_pretrained(scratch)
     converted = MMSERForAudioClassification.from_pretrained(scratch, dtype=getattr(torch, dtype))
-    return converted._apply(torch.clone)  # not mapped from a file that is about to go, which Windows refuses
+    return let_go_of_files(converted)  # the scratch folder is about to go
 
 
 def _write_safetensors(model, processor, folder: Path, scratch: Path, dtype: str):

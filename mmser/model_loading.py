@@ -388,6 +388,11 @@ def check_teacher(
             )
 
 
+def let_go_of_files(model: MMSERForAudioClassification) -> MMSERForAudioClassification:
+    """Copy weights that are mapped from files into memory, in place: Windows replaces and removes no mapped file."""
+    return model._apply(torch.clone)
+
+
 def label_names_of(config: Any) -> list[str]:
     """The label names of a configuration in the order of their ids."""
     return [config.id2label[index] for index in range(config.num_labels)]
