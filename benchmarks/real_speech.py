@@ -37,7 +37,7 @@ from benchmarks import baselines
 from benchmarks.modalities import METRICS, Lines, autocast_of, examine_checkpoint, groups_of, score
 from benchmarks.pooled_states import stratified_folds
 from benchmarks.real_speech_tables import (
-    ALL_ALONE,
+    ALL_BEST,
     ALL_HEARD,
     ALL_ON,
     ALL_TUNED,
@@ -46,7 +46,6 @@ from benchmarks.real_speech_tables import (
     FOLD_STAGES,
     FROZEN,
     HEARD,
-    LONGER,
     LORA,
     PLAIN_HEAD,
     RUN_COLUMNS,
@@ -96,6 +95,7 @@ class Row:
     leaves_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # column -> value
     starts_from: str | None = None  # the row whose checkpoint of the same seed is the start
     averages: int = 1  # start from the mean of so many checkpoints of that row
+    common_start: bool = False  # the runs whose checkpoints are averaged start from one checkpoint
     needs: tuple[str, ...] = ()  # rows that must be finished before, with the same seed
     keep: bool = False  # keep the checkpoint
     examine: bool = False  # also test with modalities that are wrong
@@ -136,8 +136,8 @@ STUDY = [
     Row(ALONE, "study", STAGE_3, starts_from=TUNED, note="the third stage: text joins the tuned encoder"),
     Row(BEST, "study", STAGE_3, starts_from=TUNED, averages=3, keep=True, note="from the mean of three seeds"),
     Row(ALL_HEARD, "study", ALL_PARTS, keep=True, note="the whole head in place of the plain one"),
-    Row(ALL_TUNED, "study", STAGE_2, starts_from=ALL_HEARD, keep=True),
-    Row(ALL_ALONE, "study", STAGE_3, starts_from=ALL_TUNED),
+    Row(ALL_TUNED, "study", STAGE_2, starts_from=ALL_HEARD, common_start=True, keep=True),
+    Row(ALL_BEST, "study", STAGE_3, starts_from=ALL_TUNED, averages=3, keep=True, note="from the mean of three seeds"),
 ]
 TUNING = [
     Row(LORA, "tuning", STAGE_2, changes={"lora_rank": 16}, starts_from=HEARD, note="adapters in place of all weights")
@@ -194,8 +194,7 @@ COMPACT = [
 
 
 def _speaker_fold_rows() -> Iterator[Row]:
-    """Both heads, each with both stages, on each fold of the speakers: what `recipes/` are chosen by. Half of the
-    clips give the deep head half of the steps, so its first stage is there with twice the epochs too."""
+    """Both heads, each with both stages, on each fold of the speakers: what `recipes/` are chosen by."""
     for number in range(1, SPEAKER_FOLDS + 1):
         fold: Tree = {"data": "fold", "leaves_out": {"speakers": f"{number} of {SPEAKER_FOLDS}"}}
         held_out = {"validation_fraction": 0.1}  # for the calibration, which changes no answer
@@ -203,8 +202,6 @@ def _speaker_fold_rows() -> Iterator[Row]:
             names = [f"{head}, {stage}, fold {number}" for stage in FOLD_STAGES]
             yield Row(names[0], "folds", first, changes={**PLAIN, **held_out}, keep=True, **fold)
             yield Row(names[1], "folds", STAGE_2, changes=held_out, starts_from=names[0], **fold)
-        changes = {**PLAIN, **held_out, "num_train_epochs": 30}
-        yield Row(f"{LONGER}, {FOLD_STAGES[0]}, fold {number}", "folds", ALL_PARTS, changes=changes, **fold)
 
 
 FOLDS = list(_speaker_fold_rows())
@@ -291,7 +288,8 @@ class Study:
         """The runs whose checkpoints a run starts from."""
         if run.row.starts_from is None:
             return []
-        return [Run(self.rows[run.row.starts_from], run.seed + SEED_STEP * i) for i in range(run.row.averages)]
+        seed = run.seed % SEED_STEP if run.row.common_start else run.seed
+        return [Run(self.rows[run.row.starts_from], seed + SEED_STEP * i) for i in range(run.row.averages)]
 
     def needed(self, run: Run) -> list[Run]:
         """What must be finished before a run."""
@@ -352,7 +350,7 @@ class Study:
         places += [self.options.wide_data_dir] if row.data == "wide" else []
         chosen = {
             "settings": self.settings(row) if row.recipe else dict(row.changes),
-            "row": [row.function, row.data, dict(row.leaves_out), row.averages],
+            "row": [row.function, row.data, dict(row.leaves_out), row.averages, row.common_start],
             "places": [Path(place).name for place in places],
             "needs": [self.fingerprint(needed.row) for needed in self.needed(Run(row, 0))],
         }
@@ -548,6 +546,7 @@ def collect(study: Study) -> tuple[Tree, Lines]:
             values = [line["weighted_f1"] for line in lines_of if line["score"] == score_name]
             entry |= {key: float(np.mean(values))} if values else {}
         entry |= {"starts_from": row.starts_from, "averages": row.averages} if row.starts_from else {}
+        entry |= {"common_start": True} if row.common_start else {}
         entry |= {"leaves_out": dict(row.leaves_out)} if row.leaves_out else {}
         details = [result["details"] for result in results if "details" in result]
         rows.append(entry | ({"details": details} if details else {}))

@@ -13,8 +13,7 @@ FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, se
 ALONE, BEST = "MMSER, tuned once", "MMSER"
 PLAIN_HEAD, ALL_ON = "plain head", "every part on"
 FOLD_STAGES = "first stage", "second stage"
-LONGER = f"{ALL_ON}, twice the epochs"
-ALL_HEARD, ALL_TUNED, ALL_ALONE = (f"{ALL_ON}, {name}" for name in (*FOLD_STAGES, "tuned once"))
+ALL_HEARD, ALL_TUNED, ALL_BEST = (f"{ALL_ON}, {name}" for name in (*FOLD_STAGES, "third stage"))
 WIDE, WIDE_TUNED = "MMSER, frozen encoder, both sets", "MMSER, both sets"
 LORA = "MMSER, second stage, LoRA of rank 16"
 # What a run has besides scores; in the CSV file it stands on the run's first line
@@ -54,13 +53,14 @@ class Results:
         metrics = {"weighted F1": "weighted_f1", "unweighted recall": "unweighted_average_recall"}
         return {prefix + name: cell(self.of(row, score, metric)) for name, metric in metrics.items()}
 
-    def seconds_of_training(self, row: str) -> float | None:
-        """Of a row and of those whose checkpoints it starts from."""
-        own, start = self.run(row, "training_seconds"), self.rows[row].get("starts_from")
-        if own is None or start is None:
-            return own
-        earlier = self.seconds_of_training(start)
-        return None if earlier is None else own + self.rows[row]["averages"] * earlier
+    def seconds_of_training(self, row: str, runs: int = 1) -> float | None:
+        """Of so many runs of a row, and of those whose checkpoints they start from."""
+        own, entry = self.run(row, "training_seconds"), self.rows[row]
+        if own is None or "starts_from" not in entry:
+            return None if own is None else runs * own
+        starts = 1 if entry.get("common_start") else runs * entry["averages"]
+        earlier = self.seconds_of_training(entry["starts_from"], starts)
+        return None if earlier is None else runs * own + earlier
 
 
 def millions(parameters: float | None) -> str:
@@ -119,7 +119,7 @@ def folds_table(results: Results) -> str:
     rows = []
     for stage in FOLD_STAGES:
         means: dict[str, BySeed] = {}
-        for head in (PLAIN_HEAD, ALL_ON, LONGER):
+        for head in (PLAIN_HEAD, ALL_ON):
             prefix = f"{head}, {stage}, "
             names = [name for name in results.names("folds") if name.startswith(prefix)]
             if not names:

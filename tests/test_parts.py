@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of benchmarks/parts.py and the small trainings that it measures with."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from sklearn.metrics import f1_score
 from sklearn.neighbors import NearestCentroid
 
 from benchmarks import parts, pooled_states
-from benchmarks.pooled_states import Clips
-from benchmarks.tables import read_csv
+from benchmarks.pooled_states import Clips, Schedule
+from benchmarks.tables import ROOT, read_csv
 
 SMALL_PARTS = {"classifier_num_layers": 2, "classifier_hidden_size": 32, "fusion_hidden_size": 32, "feature_size": 16}
 
@@ -31,8 +33,7 @@ def clips():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, **SMALL_PARTS})
-    monkeypatch.setattr(pooled_states, "EPOCHS", 30)
-    monkeypatch.setattr(pooled_states, "BATCH_SIZE", 16)
+    monkeypatch.setattr(parts, "RECIPE", Schedule(30, 16, weight_averaging=0.9))
     monkeypatch.setattr(pooled_states, "SMALL_NETWORK_STEPS", 400)
 
 
@@ -65,7 +66,7 @@ def test_a_training_learns_and_a_clip_does_not_depend_on_its_batch(clips, quick,
     clips = clips if variant != parts.SMALL else pooled_states.two_frames(clips)
     assert (parts.answers_of(variant, clips, clips, 0) == clips.labels.numpy()).mean() > 0.9
     if variant == parts.ALL:
-        model = pooled_states.train(clips, {}, 0)
+        model = pooled_states.train(clips, {}, 0, parts.RECIPE)
         together = pooled_states.predict(model, clips)["logits"]
         alone = [pooled_states.predict(model, clips.take([row]))["logits"][0] for row in range(6)]
         np.testing.assert_allclose(together[:6], alone, atol=1e-4)
@@ -80,26 +81,43 @@ def test_no_clip_is_answered_by_a_model_of_its_speaker_or_its_corpus(clips, monk
 
     monkeypatch.setattr(parts, "answers_of", answers)
     split = {"train": clips.take(np.arange(36)), "validation": clips.take(np.arange(36, 48))}
-    found = parts.smaller_batches(split, 0)
-    assert {value for _, _, value in found} == {1.0} and len(found) == 9
-    for variant in (parts.ALL, parts.SMALLER_BATCHES, parts.SMALL):
-        on_validation, *by_speaker = [pair[1:] for pair in seen if pair[0] == variant]
+    split["test"] = clips.take(np.arange(12))
+    by_speaker, by_corpus = parts.ablations(split, 0), parts.against_small(split, 0)
+    assert {value for _, _, value in by_speaker + by_corpus} == {1.0}
+    assert len(by_speaker) == 2 * (len(parts.WITHOUT) + 2) and len(by_corpus) == 5
+    for variant in (parts.ALL, parts.LARGER_BATCHES, parts.SMALL):
+        on_validation, *held_out = [pair[1:] for pair in seen if pair[0] == variant]
         assert on_validation[0] is split["train"] and on_validation[1] is split["validation"]
-        by_speaker, by_corpus = by_speaker[:3], by_speaker[3:]
-        assert all(not set(shown.speakers) & set(others.speakers) for shown, others in by_speaker)
-        assert all(not set(shown.corpora) & set(others.corpora) for shown, others in by_corpus)
-        for folds in (by_speaker, by_corpus):
+        of_speakers, of_corpora = held_out[:3], held_out[3:6]
+        assert all(not set(shown.speakers) & set(others.speakers) for shown, others in of_speakers)
+        assert all(not set(shown.corpora) & set(others.corpora) for shown, others in of_corpora)
+        for folds in (of_speakers, of_corpora):
             assert sum(len(others) for _, others in folds) == 48
+        # The test clips are read for the whole model and the small network alone
+        assert (held_out[6:] != []) == (variant != parts.LARGER_BATCHES)
 
 
-def test_the_schedule_of_smaller_batches_is_that_of_its_name(clips, monkeypatch):
+def test_all_variants_are_trained_by_the_schedule_of_the_recipe(clips, monkeypatch):
+    recipe = json.loads((ROOT / "recipes" / "real_speech_all_parts.json").read_text(encoding="utf-8"))
+    assert (
+        Schedule(
+            epochs=recipe["num_train_epochs"],
+            batch_size=recipe["per_device_train_batch_size"],
+            learning_rate=recipe["learning_rate"],
+            weight_averaging=recipe["weight_averaging"],
+        )
+        == parts.RECIPE
+    )
+    assert recipe["config_overrides"] == pooled_states.FIELDS
+    assert recipe["lr_multipliers"] == pooled_states.LR_MULTIPLIERS
+    assert recipe["weight_decay"] == pooled_states.WEIGHT_DECAY
     seen = []
     monkeypatch.setattr(parts, "train", lambda *given: seen.append(given))
     monkeypatch.setattr(parts, "predict", lambda model, others: {"logits": np.eye(4)[others.labels.numpy()]})
-    parts.answers_of(parts.SMALLER_BATCHES, clips, clips, 5)
-    parts.answers_of("no blocks", clips, clips, 5)
-    assert [given[1] for given in seen] == [{}, {"classifier_num_layers": 0}] and seen[1][3] is None
-    assert (seen[0][3].batch_size, seen[0][3].weight_averaging, seen[0][3].epochs) == (32, 0.99, pooled_states.EPOCHS)
+    for variant in (parts.ALL, "no blocks", parts.LARGER_BATCHES):
+        parts.answers_of(variant, clips, clips, 5)
+    assert [given[1] for given in seen] == [{}, {"classifier_num_layers": 0}, {}]
+    assert [given[3] for given in seen] == [parts.RECIPE, parts.RECIPE, Schedule(batch_size=64)]
 
 
 def test_few_shots_against_scikit_learn():

@@ -151,6 +151,20 @@ def test_needed_rows_come_first_and_are_done_although_not_asked_for(script, done
     assert [str(run) for run in study.plan(study.rows)] == ["study / first, seed 0", "study / second, seed 0"]
 
 
+def test_runs_that_are_averaged_can_start_from_one_checkpoint(script, done, options):
+    rows = [
+        script.Row("last", "study", function="act", starts_from="second", averages=3),
+        script.Row("second", "study", function="act", starts_from="first", common_start=True, keep=True),
+        script.Row("first", "study", function="act", keep=True),
+    ]
+    options.seeds = [0, 1]
+    study = script.Study(options, rows)
+    study.execute(study.plan(["last"]))
+    assert sorted(seed for name, seed in done if name == "first") == [0, 1]
+    assert sorted(seed for name, seed in done if name == "second") == [0, 1, 10, 11, 20, 21]
+    assert [start.seed for start in study.starts(script.Run(rows[1], 21))] == [1]
+
+
 def test_a_failure_is_told_and_stops_only_what_needs_it(script, done, flags, monkeypatch, capsys):
     rows = [
         script.Row("bad", "study", function="act", changes={"x": "fails"}),
@@ -209,6 +223,9 @@ def test_every_row_of_a_recipe_is_a_command_that_is_understood(script, options, 
         named = [name for name in (model.model_name_or_path, *model.average_with) if name]
         assert named == [str(study.folder(start) / "model") for start in study.starts(run)]
         assert [start.seed for start in study.starts(run)] == [7, 17, 27][: row.averages if row.starts_from else 0]
+        assert [start.seed for start in study.starts(script.Run(row, 17))][:1] == (
+            [] if row.starts_from is None else [7] if row.common_start else [17]
+        )
         assert data.cache_encoder_states is not None  # the text encoder is frozen in all recipes
         # dictionaries of the recipe are merged with those of the row
         assert model.config_overrides["classifier_dropout"] == 0.25
@@ -367,11 +384,14 @@ def test_the_seconds_of_a_row_are_those_of_all_its_stages(script, tables):
     rows = [{"table": row.table, "row": row.name, "seeds": [0]} for row in script.STUDY]
     for row, own in zip(rows, script.STUDY, strict=True):
         row |= {"starts_from": own.starts_from, "averages": own.averages} if own.starts_from else {}
+        row |= {"common_start": True} if own.common_start else {}
     empty = {"score": "audio_only", "group": "all", "clips": 1, "seed": 0}
     seconds = {script.HEARD: 1.0, script.TUNED: 10.0, script.BEST: 100.0}
+    seconds |= {script.ALL_HEARD: 1.0, script.ALL_TUNED: 10.0, script.ALL_BEST: 100.0}
     results = tables.Results(rows, [{"row": name, "training_seconds": s, **empty} for name, s in seconds.items()])
     assert results.seconds_of_training(script.BEST) == 133  # three times the first and the second
-    assert results.seconds_of_training(script.TUNED) == 11
+    assert results.seconds_of_training(script.ALL_BEST) == 131  # the first once, as the three second ones share it
+    assert results.seconds_of_training(script.TUNED) == results.seconds_of_training(script.ALL_TUNED) == 11
     assert results.seconds_of_training(script.ALONE) is None
 
 
