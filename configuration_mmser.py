@@ -30,7 +30,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float64", "float", "half", "double"
 DEFAULT_LABELS = ("neutral", "happy", "sad", "angry")
 DEFAULT_REJECTION = 0.3  # a larger probability of "unknown" rejects a clip, unless a threshold is set or fitted
 MODALITIES = ("audio", "text")
-POOLINGS = ("mean", "statistics", "attentive_statistics", "bounded_attentive_statistics")
+POOLINGS = ("mean", "statistics", "layer_statistics", "attentive_statistics", "bounded_attentive_statistics")
 REGRESSION = "regression"  # in `auxiliary_tasks`: a number; else a task has a list of classes
 
 # Audio encoders whose output is shown by tests not to depend on the padding of a batch.
@@ -410,6 +410,7 @@ class MMSERConfig(PreTrainedConfig):
             need it; behind pretrained ones it takes away how strong a state is, which tells emotions apart.
         pooling_type (`str`): how states over time become one vector. "attentive_statistics", as published, takes their
             mean and deviation weighted by attention; "statistics" weighs all alike; "mean" leaves the deviation out.
+            "layer_statistics" is "statistics", but that the deviation of the audio is the sum of those of its layers.
             "bounded_attentive_statistics" starts as "statistics" and stays near it: see `pooling_score_limit`.
         pooling_hidden_size (`int`): width of the attention scorer in the attentive statistics.
         pooling_score_limit (`float`): the scores of "bounded_attentive_statistics" stay within plus and minus this.

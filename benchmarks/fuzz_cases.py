@@ -275,7 +275,7 @@ SMALL: Any = {
     **{"cross_attention_hidden_size": 16, "cross_attention_heads": 2, "pooling_hidden_size": 8, "anchor_size": 8},
 }
 CHOICES = {
-    "pooling_type": ("mean", "statistics", "attentive_statistics", "bounded_attentive_statistics"),
+    "pooling_type": ("mean", "statistics", "layer_statistics", "attentive_statistics", "bounded_attentive_statistics"),
     "fusion_type": ("gated", "transformer"),
     "fusion_norm": ("standardization", "layer_norm"),
     "openmax_distance": ("centroid", "anchor"),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many small trainings on a frozen audio encoder, each in seconds: what `parts.py` measures with.
 
-Each clip is stood for by two frames, mean + deviation and mean - deviation of each layer's states over time. So plain
-statistics pooling finds the mean and the deviation that it finds in the clip itself, and all that comes after the
-pooling is the real model, its losses and its optimiser. What the pooling attends to within a clip cannot be seen here.
+Each clip is stood for by two frames, mean + deviation and mean - deviation of each layer's states over time. So the
+pooling "layer_statistics" finds the mean and the deviations that it finds in the clip itself, and all that comes after
+the pooling is the real model, its losses and its optimiser. What the pooling attends to within a clip cannot be seen
+here, and "statistics" finds the same as "layer_statistics": in two frames all layers move together.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from processing_mmser import MMSERProcessor
 
 # Chosen by cross-validation over speakers, on train + validation. All parts of the model are on
 FIELDS = {
-    "pooling_type": "statistics",
+    "pooling_type": "layer_statistics",
     "cross_attention_layer_norm": False,
     "fusion_dropout": 0.2,
     "mixup_alpha": 0.4,

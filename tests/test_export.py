@@ -54,7 +54,8 @@ pytest.importorskip("onnxscript")
 OUTPUTS = ["logits", "uncertainty", "unknown_probability", "open_set_probabilities", "rejection_score", "is_unknown"]
 TASKS = {"sentiment": ["negative", "neutral", "positive"], "arousal": "regression"}
 PRUNED = {"audio_attention_heads": 1, "text_attention_heads": 1}  # of two
-JOINED = {"fusion_type": "transformer", "cross_attention_layer_norm": False, "auxiliary_tasks": TASKS, **PRUNED}
+JOINED = {"fusion_type": "transformer", "pooling_type": "layer_statistics", "cross_attention_layer_norm": False}
+JOINED |= {"auxiliary_tasks": TASKS, **PRUNED}
 STABLE = {
     "pooling_type": "bounded_attentive_statistics",
     "classifier_norm_first": True,

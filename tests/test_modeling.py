@@ -661,7 +661,56 @@ def test_bounded_pooling_starts_as_plain_statistics_and_stays_near_them():
         assert weights[0].max() / weights[0].min() > math.exp(0.9)
 
 
-@pytest.mark.parametrize("pooling_type", ["mean", "statistics", "bounded_attentive_statistics"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_layer_statistics_sum_the_deviations_of_the_layers(kind):
+    """Against float64, from the audio and from its cached states, and with text that the audio attends to."""
+    model = tiny_model(kind, pooling_type="layer_statistics")
+    with torch.no_grad():
+        model.mmser.layer_weights.copy_(torch.linspace(-1, 1, len(model.mmser.layer_weights)))
+    batch = tiny_batch(model, lengths_for(kind), TEXT_LENGTHS)
+    model.mmser.fit_standardization([batch])
+    model.eval()
+    with torch.no_grad():
+        output = model.mmser(**batch)
+        audio = {name: batch[name] for name in batch if not name.startswith(("input_ids", "text"))}
+        states = model.mmser.encode(**audio)
+        text = {name: batch[name] for name in ("input_ids", "text_attention_mask")}
+        cached = model.mmser(audio_states=states["audio_states"], attention_mask=states["attention_mask"], **text)
+        without_audio = model.mmser(**text).audio_embeds
+    size = model.config.audio_config.hidden_size
+    weights = torch.softmax(model.mmser.layer_weights, dim=0).detach().double().numpy()
+    scale = model.mmser.state_norm.scale.double().numpy()
+    for row, valid in enumerate(states["attention_mask"].bool()):
+        layers = states["audio_states"][row, valid].double().numpy()
+        expected = np.einsum("l,ld,ld->d", weights, scale, layers.std(axis=0)) if valid.any() else np.zeros(size)
+        np.testing.assert_allclose(output.audio_embeds[row, size:], expected, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(cached.audio_embeds, output.audio_embeds, rtol=1e-4, atol=1e-4)
+    assert output.audio_embeds[:3, size:].min() > 0 and (without_audio[:, size:] == 0).all()
+    # The mean is that of what has attended to the text; of the text there is one layer
+    plain = MMSERForAudioClassification(copy.deepcopy(model.config)).eval()
+    plain.load_state_dict(model.state_dict())
+    plain.config.pooling_type = plain.mmser.config.pooling_type = "statistics"
+    with torch.no_grad():
+        of_plain = plain.mmser(**batch)
+    torch.testing.assert_close(output.audio_embeds[:, :size], of_plain.audio_embeds[:, :size])
+    torch.testing.assert_close(output.text_embeds, of_plain.text_embeds)
+    assert (output.audio_embeds - of_plain.audio_embeds)[:3, size:].abs().max() > 0.01
+
+
+def test_layer_statistics_of_one_layer_are_plain_statistics():
+    parts = {"modalities": ["audio"], "use_weighted_layer_sum": False, "cross_attention_layer_norm": False}
+    logits = []
+    for pooling_type in ("statistics", "layer_statistics"):
+        torch.manual_seed(0)
+        config = MMSERConfig(audio_config=AUDIO_CONFIGS["wav2vec2"], pooling_type=pooling_type, **parts)
+        model = MMSERForAudioClassification(config).eval()
+        batch = tiny_batch(model, [3000, 2100], [1, 1])
+        with torch.no_grad():
+            logits.append(model(**{name: batch[name] for name in ("input_values", "attention_mask")}).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling_type", ["mean", "statistics", "layer_statistics", "bounded_attentive_statistics"])
 def test_every_pooling_trains_saves_and_does_not_depend_on_padding(pooling_type, tmp_path):
     model = tiny_model(pooling_type=pooling_type)
     batch = tiny_batch(model, [3000, 2100, 2500, 0], TEXT_LENGTHS)
@@ -680,7 +729,7 @@ def test_every_pooling_trains_saves_and_does_not_depend_on_padding(pooling_type,
     assert together.std(dim=0).mean() > 0.1
 
 
-@pytest.mark.parametrize("pooling_type", ["statistics", "bounded_attentive_statistics"])
+@pytest.mark.parametrize("pooling_type", ["statistics", "layer_statistics", "bounded_attentive_statistics"])
 def test_a_model_of_one_modality_takes_every_pooling(pooling_type):
     parts = {"audio_config": AUDIO_CONFIGS["wav2vec2"], "pooling_hidden_size": 8, "fusion_hidden_size": 16}
     config = MMSERConfig(**parts, modalities=["audio"], pooling_type=pooling_type, classifier_num_layers=1)

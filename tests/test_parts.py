@@ -44,6 +44,20 @@ def test_two_frames_have_the_mean_and_the_deviation_of_all(clips):
         np.testing.assert_allclose(two.numpy().std(axis=0), own.numpy().std(axis=0), atol=1e-6)
 
 
+def test_two_frames_stand_for_a_clip_where_each_layer_is_pooled(clips):
+    """The whole model answers as it does for the clip itself, and as with plain statistics of the two frames."""
+    two = pooled_states.two_frames(clips)
+    model = pooled_states.build(clips, {**SMALL_PARTS, "pooling_type": "layer_statistics"}).eval()
+    with torch.no_grad():
+        model.mmser.layer_weights.copy_(torch.tensor([0.7, -0.4]))
+        model.mmser.state_norm.scale.uniform_(0.5, 2)
+    answers = pooled_states.predict(model, clips)["logits"]
+    np.testing.assert_allclose(pooled_states.predict(model, two)["logits"], answers, atol=1e-4)
+    model.config.pooling_type = "statistics"
+    np.testing.assert_allclose(pooled_states.predict(model, two)["logits"], answers, atol=1e-4)
+    assert np.abs(pooled_states.predict(model, clips)["logits"] - answers).max() > 1e-3
+
+
 def test_folds_share_no_speaker_and_hold_each_clip_out_once(clips):
     for folds, groups in (
         (pooled_states.folds_by_speaker(clips), clips.speakers),

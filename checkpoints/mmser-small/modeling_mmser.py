@@ -173,19 +173,26 @@ class StatisticsPooling(nn.Module):
         """How much each position counts, float32 [B, T]: 0 where it is not valid; the sum of a row is 1, or 0."""
         return mask / mask.sum(dim=1, keepdim=True).clamp(min=1).float()
 
-    def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: Tensor, deviation: Tensor | None = None) -> Tensor:
         """Pool states [B, T, D] over the valid positions of `mask`, bool [B, T], to [B, output_size]; no valid one
-        gives 0."""
+        gives 0. A `deviation`, [B, D], stands in place of that of the states."""
         weights = self.weights(hidden_states, mask).unsqueeze(-1)  # (B, T, 1)
-        states = hidden_states.float()
-        mean = (weights * states).sum(dim=1)
-        if not self.deviation:
-            return mean.to(hidden_states.dtype)
-        # The derivative of the variance by the mean is 0: no gradient need pass through the mean
-        variance = (weights * (states - mean[:, None].detach()).square()).sum(dim=1)
-        # The derivative of a square root is infinite at 0, and a single valid position has variance 0
-        deviation = torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
-        return torch.cat([mean, deviation], dim=-1).to(hidden_states.dtype)
+        mean, own = mean_and_deviation(hidden_states, weights, self.deviation and deviation is None)
+        pooled = [mean, own if deviation is None else deviation] if self.deviation else [mean]
+        return torch.cat(pooled, dim=-1).to(hidden_states.dtype)
+
+
+def mean_and_deviation(hidden_states: Tensor, weights: Tensor, with_deviation: bool = True) -> tuple[Tensor, Any]:
+    """Of states [B, T, D] over time, with weights [B, T, 1] that add up to 1 or are 0: float32 [B, D] each. The
+    deviation is None unless asked for."""
+    states = hidden_states.float()
+    mean = (weights * states).sum(dim=1)
+    if not with_deviation:
+        return mean, None
+    # The derivative of the variance by the mean is 0: no gradient need pass through the mean
+    variance = (weights * (states - mean[:, None].detach()).square()).sum(dim=1)
+    # The derivative of a square root is infinite at 0, and a single valid position has variance 0
+    return mean, torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
 
 
 class AttentiveStatsPooling(StatisticsPooling):
@@ -214,8 +221,8 @@ class AttentiveStatsPooling(StatisticsPooling):
 
 def build_pooling(config: MMSERConfig, input_size: int) -> StatisticsPooling:
     """The pooling of `config.pooling_type` for states of a width."""
-    if config.pooling_type in ("mean", "statistics"):
-        return StatisticsPooling(input_size, deviation=config.pooling_type == "statistics")
+    if config.pooling_type in ("mean", "statistics", "layer_statistics"):
+        return StatisticsPooling(input_size, deviation=config.pooling_type != "mean")
     limit = config.pooling_score_limit if config.pooling_type == "bounded_attentive_statistics" else None
     return AttentiveStatsPooling(input_size, config.pooling_hidden_size, limit)
 
@@ -830,7 +837,7 @@ class MMSERModel(MMSERPreTrainedModel):
         if output_attentions is None:
             output_attentions = getattr(self.config, "output_attentions", False)
         flags = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
-        audio_hidden, audio_mask, record = self._audio_states(audio, audio_states, attention_mask, flags)
+        audio_hidden, audio_mask, record, deviation = self._audio_states(audio, audio_states, attention_mask, flags)
         # The record is that of the audio encoder, unless there is none
         text_flags = flags if record is None else {}
         text_hidden, text_mask, text_record = self._text_states(
@@ -843,7 +850,7 @@ class MMSERModel(MMSERPreTrainedModel):
             if text_hidden is not None:
                 text_hidden = self.state_perturbation("text", text_hidden, text_mask)
         join = self._join if len(self.config.modalities) > 1 else self._pass_on
-        audio_embeds, text_embeds, fused, gate = join(audio_hidden, audio_mask, text_hidden, text_mask)
+        audio_embeds, text_embeds, fused, gate = join(audio_hidden, audio_mask, text_hidden, text_mask, deviation)
         return MMSERModelOutput(
             pooler_output=fused,
             audio_embeds=audio_embeds,
@@ -875,17 +882,20 @@ class MMSERModel(MMSERPreTrainedModel):
             logger.warning_once(f"{reason}: its {ignored} input is ignored.")
         return ignored
 
-    def _pass_on(self, audio_hidden, audio_mask, text_hidden, text_mask) -> tuple[Any, Any, Tensor, None]:
+    def _pass_on(self, audio_hidden, audio_mask, text_hidden, text_mask, deviation) -> tuple[Any, Any, Tensor, None]:
         """As `_join`, for a model of one modality."""
         (name,) = self.config.modalities
         hidden, mask = (audio_hidden, audio_mask) if name == "audio" else (text_hidden, text_mask)
         if self.joint_encoder is not None:
             (hidden,) = self.joint_encoder({name: hidden}, {name: mask}, {name: mask.any(dim=1)})
-        embeds = getattr(self, f"{name}_pooling")(self.layer_norm(hidden), mask)
+        embeds = getattr(self, f"{name}_pooling")(self.layer_norm(hidden), mask, deviation)
         return *((embeds, None) if name == "audio" else (None, embeds)), self.fusion(embeds), None
 
-    def _join(self, audio_hidden, audio_mask, text_hidden, text_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """States [B, T, D] and masks [B, T], None for what is not given -> pooled audio, pooled text, fused, gate."""
+    def _join(
+        self, audio_hidden, audio_mask, text_hidden, text_mask, deviation: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States [B, T, D] and masks [B, T], None for what is not given, and the `_layer_deviation` of the audio ->
+        pooled audio, pooled text, fused, gate."""
         if audio_hidden is None:
             audio_hidden, audio_mask = self._nothing(text_hidden, self.missing_audio)
         if text_hidden is None:
@@ -901,19 +911,20 @@ class MMSERModel(MMSERPreTrainedModel):
         else:
             states, masks = {"audio": audio_hidden, "text": text_hidden}, {"audio": audio_mask, "text": text_mask}
             audio_attended, text_attended = self.joint_encoder(states, masks, {"audio": has_audio, "text": has_text})
-        audio_embeds = self.audio_pooling(audio_attended, audio_mask)  # (B, 2 D)
+        audio_embeds = self.audio_pooling(audio_attended, audio_mask, deviation)  # (B, 2 D)
         text_embeds = self.text_pooling(text_attended, text_mask)
         return audio_embeds, text_embeds, *self.fusion(audio_embeds, text_embeds, has_audio, has_text)
 
-    def _audio_states(self, audio, audio_states, attention_mask, flags: dict) -> tuple[Any, Any, Any]:
-        """States [B, Ta, D] and bool mask [B, Ta] of the audio, or of its `audio_states`, and the encoder's output."""
+    def _audio_states(self, audio, audio_states, attention_mask, flags: dict) -> tuple[Any, Any, Any, Any]:
+        """States [B, Ta, D] and bool mask [B, Ta] of the audio, or of its `audio_states`, the encoder's output, and
+        the `_layer_deviation`."""
         if audio is not None:
             layers, mask, record = self._encode_audio(audio, attention_mask, **flags)
-            return self._weigh_layers(layers), mask, record
+            return self._weigh_layers(layers), mask, record, self._layer_deviation(layers, mask)
         if audio_states is not None:
-            states = self._weigh_layers(audio_states.unbind(dim=2), self.dtype)
-            return states, _as_mask(attention_mask, audio_states, "attention_mask"), None
-        return None, None, None
+            layers, mask = audio_states.unbind(dim=2), _as_mask(attention_mask, audio_states, "attention_mask")
+            return self._weigh_layers(layers, self.dtype), mask, None, self._layer_deviation(layers, mask)
+        return None, None, None, None
 
     def _text_states(self, input_ids, text_states, attention_mask, flags: dict) -> tuple[Any, Any, Any]:
         """States [B, L, D] and bool mask [B, L] of the text, or its `text_states`, and the encoder's output."""
@@ -1031,15 +1042,36 @@ class MMSERModel(MMSERPreTrainedModel):
         or another type."""
         # sum_l w_l (layer_l - mean_l) scale_l, with all that does not depend on the clip taken together
         dtype = dtype or layers[0].dtype
-        with loaded(self.state_norm):
-            factors, mean = self.state_norm.scale.float(), self.state_norm.mean.float()
-        if self.layer_weights is not None:
-            factors = F.softmax(self.layer_weights.float(), dim=0)[:, None].to(factors.device) * factors
+        factors, mean = self._layer_factors()
         offset = (factors * mean).sum(dim=0).to(layers[0].device, dtype)
         factors = factors.to(layers[0].device, dtype)
         if torch.is_grad_enabled() and factors.requires_grad:
             return cast(Tensor, WeightedLayerSum.apply(-offset, factors, *layers))
         return weighted_layer_sum(-offset, factors, layers)
+
+    def _layer_factors(self) -> tuple[Tensor, Tensor]:
+        """By what the layers' states are multiplied, float32 [layers, D], and the mean that is taken off before."""
+        with loaded(self.state_norm):
+            factors, mean = self.state_norm.scale.float(), self.state_norm.mean.float()
+        if self.layer_weights is not None:
+            factors = F.softmax(self.layer_weights.float(), dim=0)[:, None].to(factors.device) * factors
+        return factors, mean
+
+    def _layer_deviation(self, layers: Sequence[Tensor], mask: Tensor) -> Tensor | None:
+        """
+        With the pooling "layer_statistics" the layers' deviations over time, standardised and summed by the layers'
+        weights, float32 [B, D]. That of the summed states would depend on how the layers move together as well.
+
+        Args:
+            layers: states [B, Ta, D] each.
+            mask: bool [B, Ta].
+        """
+        if self.config.pooling_type != "layer_statistics":
+            return None
+        factors, weights = self._layer_factors()[0], self.audio_pooling.weights(layers[0], mask).unsqueeze(-1)
+        deviations = [mean_and_deviation(layer, weights)[1] for layer in layers]
+        factors = factors.to(deviations[0].device)
+        return torch.stack([factor * own for factor, own in zip(factors, deviations, strict=True)]).sum(dim=0)
 
     def _audio_layers(self, output: BaseModelOutput) -> tuple[Tensor, ...]:
         """The states that enter the weighted sum, one or one per layer, each [B, Ta, D]."""
