@@ -182,15 +182,19 @@ class StatisticsPooling(nn.Module):
         return torch.cat(pooled, dim=-1).to(hidden_states.dtype)
 
 
-def mean_and_deviation(hidden_states: Tensor, weights: Tensor, with_deviation: bool = True) -> tuple[Tensor, Any]:
+def mean_and_deviation(
+    hidden_states: Tensor, weights: Tensor, with_deviation: bool = True, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Any]:
     """Of states [B, T, D] over time, with weights [B, T, 1] that add up to 1 or are 0: float32 [B, D] each. The
-    deviation is None unless asked for."""
-    states = hidden_states.float()
-    mean = (weights * states).sum(dim=1)
-    if not with_deviation:
-        return mean, None
-    # The derivative of the variance by the mean is 0: no gradient need pass through the mean
-    variance = (weights * (states - mean[:, None].detach()).square()).sum(dim=1)
+    deviation is multiplied by `scale`, and None unless asked for."""
+    # As matrix products: each copy of the states is as large as they are
+    states, weights = hidden_states.float(), weights.transpose(1, 2)
+    with without_autocast(states):
+        mean = (weights @ states)[:, 0]
+        if not with_deviation:
+            return mean, None
+        # The derivative of the variance by the mean is 0: no gradient need pass through the mean
+        variance = (weights @ (states - mean[:, None].detach()).square())[:, 0] * scale**2
     # The derivative of a square root is infinite at 0, and a single valid position has variance 0
     return mean, torch.where(variance > 1e-7, variance.clamp(min=1e-7).sqrt(), variance.new_zeros(()))
 
@@ -846,7 +850,11 @@ class MMSERModel(MMSERPreTrainedModel):
         record = record or text_record
         if self.state_perturbation is not None:
             if audio_hidden is not None:
-                audio_hidden = self.state_perturbation("audio", audio_hidden, audio_mask)
+                clean, audio_hidden = audio_hidden, self.state_perturbation("audio", audio_hidden, audio_mask)
+                if deviation is not None:  # of the layers, which are not perturbed: what that of their sum gains
+                    weights = self.audio_pooling.weights(clean, audio_mask).unsqueeze(-1)
+                    before, after = (mean_and_deviation(states, weights)[1] for states in (clean, audio_hidden))
+                    deviation = deviation + after - before
             if text_hidden is not None:
                 text_hidden = self.state_perturbation("text", text_hidden, text_mask)
         join = self._join if len(self.config.modalities) > 1 else self._pass_on
@@ -1042,25 +1050,20 @@ class MMSERModel(MMSERPreTrainedModel):
         or another type."""
         # sum_l w_l (layer_l - mean_l) scale_l, with all that does not depend on the clip taken together
         dtype = dtype or layers[0].dtype
-        factors, mean = self._layer_factors()
+        with loaded(self.state_norm):
+            factors, mean = self.state_norm.scale.float(), self.state_norm.mean.float()
+        if self.layer_weights is not None:
+            factors = F.softmax(self.layer_weights.float(), dim=0)[:, None].to(factors.device) * factors
         offset = (factors * mean).sum(dim=0).to(layers[0].device, dtype)
         factors = factors.to(layers[0].device, dtype)
         if torch.is_grad_enabled() and factors.requires_grad:
             return cast(Tensor, WeightedLayerSum.apply(-offset, factors, *layers))
         return weighted_layer_sum(-offset, factors, layers)
 
-    def _layer_factors(self) -> tuple[Tensor, Tensor]:
-        """By what the layers' states are multiplied, float32 [layers, D], and the mean that is taken off before."""
-        with loaded(self.state_norm):
-            factors, mean = self.state_norm.scale.float(), self.state_norm.mean.float()
-        if self.layer_weights is not None:
-            factors = F.softmax(self.layer_weights.float(), dim=0)[:, None].to(factors.device) * factors
-        return factors, mean
-
     def _layer_deviation(self, layers: Sequence[Tensor], mask: Tensor) -> Tensor | None:
         """
         With the pooling "layer_statistics" the layers' deviations over time, standardised and summed by the layers'
-        weights, float32 [B, D]. That of the summed states would depend on how the layers move together as well.
+        weights, float32 [B, D]. The deviation of the summed states also depends on how the layers move together.
 
         Args:
             layers: states [B, Ta, D] each.
@@ -1068,10 +1071,18 @@ class MMSERModel(MMSERPreTrainedModel):
         """
         if self.config.pooling_type != "layer_statistics":
             return None
-        factors, weights = self._layer_factors()[0], self.audio_pooling.weights(layers[0], mask).unsqueeze(-1)
-        deviations = [mean_and_deviation(layer, weights)[1] for layer in layers]
-        factors = factors.to(deviations[0].device)
-        return torch.stack([factor * own for factor, own in zip(factors, deviations, strict=True)]).sum(dim=0)
+        with loaded(self.state_norm):
+            scales = self.state_norm.scale.float()
+        shares = scales.new_ones(1)
+        if self.layer_weights is not None:
+            shares = F.softmax(self.layer_weights.float(), dim=0).to(scales.device)
+        weights = self.audio_pooling.weights(layers[0], mask).unsqueeze(-1)
+        deviations = [  # layers may lie on several devices
+            share
+            * mean_and_deviation(layer, weights.to(layer.device), scale=scale.to(layer.device))[1].to(share.device)
+            for share, scale, layer in zip(shares, scales, layers, strict=True)
+        ]
+        return torch.stack(deviations).sum(dim=0)
 
     def _audio_layers(self, output: BaseModelOutput) -> tuple[Tensor, ...]:
         """The states that enter the weighted sum, one or one per layer, each [B, Ta, D]."""

@@ -58,7 +58,7 @@ class Results:
         own, entry = self.run(row, "training_seconds"), self.rows[row]
         if own is None or "starts_from" not in entry:
             return None if own is None else runs * own
-        starts = 1 if entry.get("common_start") else runs * entry["averages"]
+        starts = entry["averages"] * (1 if entry.get("common_start") else runs)
         earlier = self.seconds_of_training(entry["starts_from"], starts)
         return None if earlier is None else runs * own + earlier
 

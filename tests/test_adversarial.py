@@ -210,6 +210,25 @@ def test_a_clip_is_attacked_alone_whatever_its_padding(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_reaches_the_deviation_of_the_layers(kind):
+    model, batch = model_of_states(pooling_type="layer_statistics"), batch_of_states()
+    own, pooled = StatePerturbation(model.mmser, kind, 0.3), []
+    model.mmser.register_forward_hook(lambda module, args, output: pooled.append(output.audio_embeds.detach()))
+
+    def backward():
+        output = model(**batch)
+        loss = own.loss(output.loss, output.logits)
+        loss.backward()
+        return loss.detach()
+
+    own.step(backward, nullcontext(), lambda: model(**{k: v for k, v in batch.items() if k != "labels"}).logits)
+    half = pooled[0].shape[1] // 2
+    has_frames = batch["attention_mask"].sum(dim=1) > 1  # a single one has no deviation
+    moved = (pooled[-1] - pooled[0])[has_frames, half:].norm(dim=1)
+    assert (moved > 0.01).all() and (pooled[-1][:, half:] >= 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_mixtures_and_teachers_are_the_same_in_all_passes(kind, splits, tmp_path):
     """VAT asks for the prediction of the same mixture: without a perturbation there is nothing to ask for."""
     model, batch = model_of_states(dropout=True, mixup_alpha=0.5, distillation_loss_weight=0.5), batch_of_states()

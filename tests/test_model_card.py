@@ -234,6 +234,21 @@ def cases(tmp_path_factory):
 # --- when each sentence is true --------------------------------------------------------------------------------------
 
 
+def test_another_pooling_and_another_fusion_are_named(tmp_path):
+    model = tiny_model(fusion_type="transformer", pooling_type="layer_statistics")
+    with torch.no_grad():  # as of a model that was trained with both
+        model.base_model.fusion.audio.bias.fill_(0.1)
+        model.base_model.fusion.text.bias.fill_(0.1)
+    model.save_pretrained(tmp_path)
+    write_results(make_results(model), tmp_path, ["train_hf.py", "--lr", "1"])
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (
+        "Audio and text run through one small encoder, are pooled by their mean and the deviation of each audio layer "
+        "and joined by attention; either may be missing." in card
+    )
+    assert "Okabe" not in card and "Arevalo" not in card
+
+
 def untrained_sentence(case):
     config = case.config
     weights = {

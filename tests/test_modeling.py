@@ -697,6 +697,20 @@ def test_layer_statistics_sum_the_deviations_of_the_layers(kind):
     assert (output.audio_embeds - of_plain.audio_embeds)[:3, size:].abs().max() > 0.01
 
 
+def test_layer_statistics_do_not_depend_on_how_large_states_are():
+    model = tiny_model("wav2vec2", pooling_type="layer_statistics")
+    shape = model.mmser.state_norm.mean.shape
+    torch.manual_seed(0)
+    states = torch.randn(3, 40, *shape)
+    deviations = []
+    for own in (states, 1e-5 * states):
+        model.mmser.fit_standardization([{"audio_states": own}])
+        with torch.no_grad():
+            deviations.append(model.eval().mmser(audio_states=own).audio_embeds[:, shape[1] :])
+    assert deviations[0].min() > 0.1
+    torch.testing.assert_close(*deviations, rtol=1e-2, atol=1e-3)
+
+
 def test_layer_statistics_of_one_layer_are_plain_statistics():
     parts = {"modalities": ["audio"], "use_weighted_layer_sum": False, "cross_attention_layer_norm": False}
     logits = []

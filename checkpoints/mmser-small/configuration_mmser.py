@@ -410,8 +410,9 @@ class MMSERConfig(PreTrainedConfig):
             need it; behind pretrained ones it takes away how strong a state is, which tells emotions apart.
         pooling_type (`str`): how states over time become one vector. "attentive_statistics", as published, takes their
             mean and deviation weighted by attention; "statistics" weighs all alike; "mean" leaves the deviation out.
-            "layer_statistics" is "statistics", but that the deviation of the audio is the sum of those of its layers.
-            "bounded_attentive_statistics" starts as "statistics" and stays near it: see `pooling_score_limit`.
+            "layer_statistics" is "statistics", but the deviation of the audio is taken of each layer, and then summed
+            by the layers' weights. "bounded_attentive_statistics" starts as "statistics" and stays near it: see
+            `pooling_score_limit`.
         pooling_hidden_size (`int`): width of the attention scorer in the attentive statistics.
         pooling_score_limit (`float`): the scores of "bounded_attentive_statistics" stay within plus and minus this.
         fusion_type (`str`): how the modalities are joined: "gated", by attention from each to the other and a gate on
