@@ -343,8 +343,10 @@ def test_under_torchrun(tmp_path):
     except RuntimeError as error:
         assert "without libuv" in str(error)
         pytest.skip("this torch was built without what torchrun needs, as Debian's 2.6 is")
+    # The launcher's processes share an output without buffers, where `print` writes a line and its end apart
     (tmp_path / "program.py").write_text(
-        "from mmser.prediction_arguments import Share\nprint(Share.of_environment())\n", encoding="utf-8"
+        "import sys\nfrom mmser.prediction_arguments import Share\nsys.stdout.write(f'{Share.of_environment()}\\n')\n",
+        encoding="utf-8",
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", tmp_path / "program.py"]
     environment = {**os.environ, "PYTHONPATH": str(Path(predict_hf.__file__).parent)}
