@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 from hypothesis import strategies as st
 
-from configuration_mmser import MMSERConfig
+from configuration_mmser import POOLINGS, MMSERConfig
 from mmser.arguments import EVALUATION_ARGUMENTS, EXPORT_ARGUMENTS, TRAINING_ARGUMENTS
 from mmser.flags import POSITIONAL
 from mmser.prediction_arguments import PredictionArguments
@@ -275,7 +275,7 @@ SMALL: Any = {
     **{"cross_attention_hidden_size": 16, "cross_attention_heads": 2, "pooling_hidden_size": 8, "anchor_size": 8},
 }
 CHOICES = {
-    "pooling_type": ("mean", "statistics", "layer_statistics", "attentive_statistics", "bounded_attentive_statistics"),
+    "pooling_type": POOLINGS,
     "fusion_type": ("gated", "transformer"),
     "fusion_norm": ("standardization", "layer_norm"),
     "openmax_distance": ("centroid", "anchor"),
