@@ -247,6 +247,11 @@ def test_another_pooling_and_another_fusion_are_named(tmp_path):
         "and joined by attention; either may be missing." in card
     )
     assert "Okabe" not in card and "Arevalo" not in card
+    with torch.no_grad():  # never trained with audio: of text there is one layer
+        model.base_model.fusion.audio.bias.zero_()
+    model.save_pretrained(tmp_path)
+    write_results(make_results(model), tmp_path, ["train_hf.py", "--lr", "1"])
+    assert "The states are pooled by their mean and deviation." in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def untrained_sentence(case):
