@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from configuration_mmser import MMSERConfig
 from mmser.adversarial import DomainHead, reversal_strength
+from mmser.augmentation import Augmenter
 from mmser.averaging import WeightAverage
 from mmser.batches import pad_states
 from mmser.caching import CachedStatesDataset, EncoderStateCache
@@ -60,6 +61,7 @@ class Clips:
         corpora, speakers: N names; a speaker's name has that of the corpus in it.
         targets: of tasks beside the emotion, [N] each, as `auxiliary_targets` of the model.
         shares: of the votes for each class, float32 [N, C], where the labels are the majority of votes.
+        augmented: as `states`, of an augmented copy of each clip.
     """
 
     states: list[Tensor]
@@ -68,6 +70,7 @@ class Clips:
     speakers: np.ndarray
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     shares: Tensor | None = None
+    augmented: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,14 +82,25 @@ class Clips:
         targets = {task: values[torch.from_numpy(rows)] for task, values in self.targets.items()}
         shares = None if self.shares is None else self.shares[torch.from_numpy(rows)]
         labels = self.labels[torch.from_numpy(rows)]
-        return Clips(states, labels, self.corpora[rows], self.speakers[rows], targets, shares)
+        augmented = None if self.augmented is None else [self.augmented[row] for row in rows]
+        return Clips(states, labels, self.corpora[rows], self.speakers[rows], targets, shares, augmented)
 
     def layers(self, count: int | None) -> "Clips":
-        """The states of the first `count` layers only; None keeps all."""
-        return replace(self, states=[states[:, :count] for states in self.states])
+        """The states of the first `count` layers only, without augmented copies; None keeps all."""
+        if count is None:
+            return self
+        return replace(self, states=[states[:, :count] for states in self.states], augmented=None)
+
+    def with_copies(self) -> "Clips":
+        """Each clip, and then the augmented copy of each."""
+        if self.augmented is None:
+            raise ValueError("these clips have no augmented copies")
+        twice = self.take(np.tile(np.arange(len(self)), 2))
+        return replace(twice, states=[*self.states, *self.augmented], augmented=None)
 
 
 def join(*parts: Clips) -> Clips:
+    """The clips of all parts, with neither targets of tasks, nor shares, nor augmented copies."""
     return Clips(
         [states for part in parts for states in part.states],
         torch.cat([part.labels for part in parts]),
@@ -128,10 +142,12 @@ def state_cache(audio_encoder: str, cache_dir: Path) -> EncoderStateCache:
     return EncoderStateCache(cache_dir, model, processor, autocast=autocast_here())
 
 
-def encode_table(split: datasets.Dataset, cache: EncoderStateCache) -> Clips:
-    """The clips of a table, with all their frames."""
+def encode_table(split: datasets.Dataset, cache: EncoderStateCache, augmenter: Augmenter | None = None) -> Clips:
+    """The clips of a table, with all their frames; with an augmenter, an augmented copy of each clip in its place."""
     rate = cache.processor.feature_extractor.sampling_rate
-    dataset = CachedStatesDataset(EmotionDataset(split, sampling_rate=rate, use_text=False), cache)
+    as_for_training = {"training": augmenter is not None, "augmenter": augmenter}
+    plain = EmotionDataset(split, sampling_rate=rate, use_text=False, **as_for_training)
+    dataset = CachedStatesDataset(plain, cache, augmented_copies=int(augmenter is not None))
     states = [np.array(cast(Any, dataset[row])["audio_states"]) for row in range(len(split))]
     corpora = np.array(split["corpus"])
     speakers = [speaker_key(speaker, corpus) for speaker, corpus in zip(split["speaker"], corpora, strict=True)]
@@ -139,14 +155,15 @@ def encode_table(split: datasets.Dataset, cache: EncoderStateCache) -> Clips:
 
 
 def encode_as_two_frames(
-    tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir: Path
+    tables: Mapping[str, datasets.Dataset], audio_encoder: str, cache_dir: Path, augmenter: Augmenter | None = None
 ) -> dict[str, Clips]:
-    """The clips of each table, with two frames that stand for all; all frames of a few clips are in memory at once."""
+    """As `encode_table`, with two frames that stand for all; all frames of a few clips are in memory at once."""
     cache = state_cache(audio_encoder, cache_dir)
 
     def portions(split: datasets.Dataset) -> Iterator[Clips]:
         for start in range(0, len(split), PORTION):
-            yield two_frames(encode_table(split.select(range(start, min(start + PORTION, len(split)))), cache))
+            part = split.select(range(start, min(start + PORTION, len(split))))
+            yield two_frames(encode_table(part, cache, augmenter))
 
     return {name: join(*portions(split)) for name, split in tables.items()}
 
@@ -230,15 +247,22 @@ class Batches:
 
 
 def train(
-    clips: Clips, overrides: Mapping[str, Any] | None = None, seed: int = 0, schedule: Schedule | None = None
+    clips: Clips,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    schedule: Schedule | None = None,
+    start: MMSERForAudioClassification | None = None,
 ) -> MMSERForAudioClassification:
-    """Train a model of `build` on all of `clips`; returned in eval mode."""
+    """Train a model of `build` on all of `clips`, with the weights of `start` if there is one; returned in eval
+    mode."""
     schedule = schedule or Schedule()
     torch.manual_seed(seed)
     draws = schedule.draws(clips)
     model = build(clips, overrides or {}, draws)
     model.mmser.fit_standardization(Batches(clips))
     model.auxiliary.fit_targets(clips.targets)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     multipliers = {**LR_MULTIPLIERS, **schedule.lr_multipliers}
     groups = parameter_groups(model, schedule.learning_rate, multipliers, WEIGHT_DECAY)
     adversary = _Adversary(model, clips) if schedule.hides_corpus else None

@@ -207,6 +207,28 @@ def _speaker_fold_rows() -> Iterator[Row]:
 FOLDS = list(_speaker_fold_rows())
 
 
+def _wide_trial_rows() -> Iterator[Row]:
+    """What clips of two frames, as in `wide.py`, cannot show. A third of the speakers of both sets is held out."""
+    fold: Tree = {"table": "wide_trials", "data": "wide", "leaves_out": {"speakers": "1 of 3"}}
+    held_out = {"validation_fraction": 0.1}  # for the calibration, which changes no answer
+    first, pooling = "frozen encoder", {"pooling_type": "layer_statistics"}
+    for name, fields in ((first, {}), (f"{first}, transformer fusion", {"fusion_type": "transformer"})):
+        changes = {**PLAIN, **held_out, **config(**pooling, **fields)}
+        yield Row(name, recipe=WIDE_1, changes=changes, keep=name == first, **fold)
+    learns: dict[str, Tree] = {
+        "its last layer": {"freeze_audio_layers": 3},
+        "its last two": {"freeze_audio_layers": 2},
+        "all of it": {},
+        "LoRA of rank 16": {"lora_rank": 16},
+    }
+    for name, changes in learns.items():
+        one_epoch = {**held_out, **changes, "num_train_epochs": 1}
+        yield Row(f"an epoch that tunes {name}", recipe=WIDE_2, changes=one_epoch, starts_from=first, **fold)
+
+
+WIDE_TRIALS = list(_wide_trial_rows())
+
+
 def fold_rows(data_dir: str) -> list[Row]:
     """A row for each corpus and language with test clips that is left out; one for both if they are the same clips."""
     splits, _ = read_splits(data_dir)
@@ -274,7 +296,17 @@ class Study:
     def __init__(self, options: argparse.Namespace, rows: Sequence[Row] | None = None):
         self.options = options
         if rows is None:
-            rows = [*STUDY, *WIDE_ROWS, *FOLDS, *TUNING, *PARTS, *TEXT, *fold_rows(options.data_dir), *COMPACT]
+            rows = [
+                *STUDY,
+                *WIDE_ROWS,
+                *FOLDS,
+                *WIDE_TRIALS,
+                *TUNING,
+                *PARTS,
+                *TEXT,
+                *fold_rows(options.data_dir),
+                *COMPACT,
+            ]
             if options.spoken_text_dir is None:
                 rows = [row for row in rows if row.data not in ("spoken", "mix")]
             if options.wide_data_dir is None:
@@ -328,7 +360,7 @@ class Study:
 
     def data_folder(self, row: Row) -> str:
         """`--data_dir` for "speech", `--spoken_text_dir` for "spoken". "mix", which is both, "wide", the first and
-        `--wide_data_dir`, and "fold", the first without `row.leaves_out`, are written as listings."""
+        `--wide_data_dir`, and "fold", the first, are written as listings; without `row.leaves_out` if there is any."""
         if row.data in ("speech", "spoken"):
             return self.options.data_dir if row.data == "speech" else self.options.spoken_text_dir
         splits, label_names = read_splits(self.options.data_dir)
@@ -337,10 +369,11 @@ class Study:
             others, other_names = read_splits(getattr(self.options, flag))
             if other_names != label_names:
                 raise ValueError(f"--data_dir has the labels {label_names}, --{flag} {other_names}")
-            both = {name: [*clips, *others.get(name, [])] for name, clips in splits.items()}
-            return write_listing(self.options.work_dir / row.data, both, label_names)
+            splits = {name: [*clips, *others.get(name, [])] for name, clips in splits.items()}
+            if not row.leaves_out:
+                return write_listing(self.options.work_dir / row.data, splits, label_names)
         column, value = next(iter(row.leaves_out.items()))  # a second one names the same clips
-        folder = self.options.work_dir / "folds" / slug(f"{column} {value}")
+        folder = self.options.work_dir / "folds" / slug(f"{'' if row.data == 'fold' else row.data} {column} {value}")
         fold = hold_out_speakers(splits, value) if column == "speakers" else hold_out(splits, column, value)
         return write_listing(folder, fold, label_names)
 

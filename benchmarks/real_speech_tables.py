@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.modalities import EXAMINED
 from benchmarks.tables import BySeed, Row, cell, difference, mean, table
 
-TABLES = ("study", "wide", "folds", "tuning", "parts", "text", "generalisation", "compact")
+TABLES = ("study", "wide", "folds", "wide_trials", "tuning", "parts", "text", "generalisation", "compact")
 FROZEN, HEARD, TUNED = "MMSER, frozen encoder", "MMSER, first stage", "MMSER, second stage"
 ALONE, BEST = "MMSER, tuned once", "MMSER"
 PLAIN_HEAD, ALL_ON = "plain head", "every part on"
@@ -145,6 +145,18 @@ def tuning_table(results: Results) -> str:
     return table(rows)
 
 
+def wide_trials_table(results: Results) -> str:
+    """Each trial; the difference is to the first."""
+    names = results.names("wide_trials")
+    rows = []
+    for name in names:
+        seconds = results.run(name, "training_seconds")
+        row: Row = {"trial": name, "trained parameters": millions(results.run(name, "trainable_parameters"))}
+        row["seconds of its own"] = "-" if seconds is None else f"{seconds:.0f}"
+        rows.append(row | compared(results, name, names[0]))
+    return table(rows)
+
+
 def compared(results: Results, name: str, base: str) -> Row:
     """Scores of a row, and what they differ by from those of another."""
     row: Row = {}
@@ -210,6 +222,7 @@ MAKERS: dict[str, Callable[[Results], str]] = {
     "study": study_table,
     "wide": wide_table,
     "folds": folds_table,
+    "wide_trials": wide_trials_table,
     "tuning": tuning_table,
     "parts": parts_table,
     "text": text_table,

@@ -12,7 +12,7 @@ are done are kept: give the same command again.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sklearn.model_selection import GroupKFold
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.auxiliary_tasks import TASKS, sex_of
 from benchmarks.parts import ALL, LABELS, SMALL, WITHOUT, scores_of
 from benchmarks.pooled_states import (
     FIELDS,
@@ -37,12 +38,17 @@ from benchmarks.pooled_states import (
     train_small_network,
 )
 from benchmarks.tables import Row, cell, difference, parse_arguments, publish, read_csv, read_results, table, write_csv
+from benchmarks.teaching import with_cross_fitted_targets, with_pseudo_labels, with_targets_of_an_ensemble
+from mmser.augmentation import Augmenter
 from mmser.loading import load_emotion_dataset
 from mmser.metrics import softmax
 from mmser.results import environment
+from modeling_mmser import MMSERForAudioClassification
 
 EPOCHS = 8  # of about 7,000 clips: 875 steps
 START = Schedule(epochs=EPOCHS)
+SEED_STEP = 10  # between the members of an ensemble
+COPIES = "a copy in a room, at another level"
 AVERAGED = replace(START, weight_averaging=0.998)
 EQUAL_LAYERS = replace(START, lr_multipliers={"layer_weights": 0.0})  # all layers of the encoder count alike
 NONE = WITHOUT["none of these"]
@@ -54,12 +60,25 @@ Folds = Sequence[tuple[np.ndarray, np.ndarray]]  # rows to train on, rows to jud
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial changes: fields of the configuration, the schedule, the layers of the encoder, corpora left out."""
+    """What a trial changes of a model with every part on.
+
+    Args:
+        overrides: fields of the configuration.
+        schedule: how it is trained.
+        layers: of the states, the first ones; the first of these is the encoder's input.
+        leaves_out: corpora that it does not learn from.
+        teach: what is done to the clips that it learns from, with a seed.
+        members: trainings with seeds of their own; their probabilities are averaged.
+        is_soup: the members start from one training and have half its epochs; their weights are averaged.
+    """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     schedule: Schedule = START
-    layers: int | None = None  # of the states, the first ones; the first of these is the encoder's input
+    layers: int | None = None
     leaves_out: tuple[str, ...] = ()
+    teach: Callable[[Clips, int], Clips] | None = None
+    members: int = 1
+    is_soup: bool = False
 
 
 TRIALS: dict[str, Trial | None] = {
@@ -87,6 +106,14 @@ TRIALS: dict[str, Trial | None] = {
     "more mixup": Trial({"mixup_alpha": 1.0}),
     "slower blocks": Trial(schedule=replace(START, lr_multipliers={"classifier": 0.5})),
     "without EmoSpeechCmd": Trial(leaves_out=("EmoSpeechCmd",)),
+    "no label smoothing": Trial({"label_smoothing": 0.0}),
+    "learns the sex too": Trial({"auxiliary_tasks": {"sex": TASKS["sex"]}}),
+    "soft targets": Trial(teach=with_cross_fitted_targets),
+    "taught by an ensemble": Trial(teach=with_targets_of_an_ensemble),
+    "pseudo-labels of calm clips": Trial(teach=with_pseudo_labels),
+    COPIES: Trial(schedule=replace(START, epochs=EPOCHS // 2), teach=lambda clips, seed: clips.with_copies()),
+    "ensemble of three": Trial(members=3),
+    "soup of three": Trial(members=3, is_soup=True),
 }
 WITH_CORPORA = (
     *(ALL, "no blocks", "none of these", SMALL, "sampling temperature 3", "hides the corpus"),
@@ -95,14 +122,25 @@ WITH_CORPORA = (
 
 
 def load_both(options: argparse.Namespace) -> tuple[Clips, np.ndarray]:
-    """Training and validation of both sets, and which of them are for validation; the test clips are not read."""
+    """Training and validation of both sets, and which of them are for validation; the test clips are not read.
+
+    Augmented copies are made for the trial that learns from them alone: they take as long as the clips themselves.
+    """
     wide = load_emotion_dataset(options.wide_data_dir, label_names=LABELS, test_fraction=0)[0]
     tables = {f"wide {name}": split for name, split in wide.items()}
     own = load_emotion_dataset(options.data_dir, label_names=LABELS)[0]
     tables |= {name: own[name] for name in ("train", "validation")}
     parts = encode_as_two_frames(tables, options.audio_encoder, options.cache_dir)
     is_validation = [np.full(len(part), name.endswith("validation")) for name, part in parts.items()]
-    return join(*parts.values()), np.concatenate(is_validation)
+    sexes = [
+        sex_of(*pair) for split in tables.values() for pair in zip(split["corpus"], split["speaker"], strict=True)
+    ]
+    clips = replace(join(*parts.values()), targets={"sex": torch.tensor(sexes)})
+    if COPIES in options.trials:
+        augmenter = Augmenter(effects=("room", "level"))
+        copies = encode_as_two_frames(tables, options.audio_encoder, options.cache_dir, augmenter)
+        clips = replace(clips, augmented=join(*copies.values()).states)
+    return clips, np.concatenate(is_validation)
 
 
 def folds_by_groups_of_corpora(clips: Clips) -> Folds:
@@ -115,9 +153,30 @@ def answers_of(trial: Trial | None, shown: Clips, others: Clips, seed: int) -> n
     if trial is None:
         return train_small_network(shown, seed)(others)
     shown = shown.take(~np.isin(shown.corpora, trial.leaves_out)).layers(trial.layers)
-    return predict(train(shown, {**BLOCKS, **trial.overrides}, seed, trial.schedule), others.layers(trial.layers))[
-        "logits"
-    ]
+    others = others.layers(trial.layers)
+    if trial.teach:
+        shown = trial.teach(shown, seed)
+    tasks = trial.overrides.get("auxiliary_tasks", {})
+    shown = replace(shown, targets={task: shown.targets[task] for task in tasks})
+    fields = {**BLOCKS, **trial.overrides}
+    seeds = [seed + SEED_STEP * member for member in range(trial.members)]
+    if trial.is_soup:
+        return predict(soup(shown, fields, seeds, trial.schedule), others)["logits"]
+    probabilities = [softmax(predict(train(shown, fields, own, trial.schedule), others)["logits"]) for own in seeds]
+    return np.log(np.mean(probabilities, axis=0))
+
+
+def soup(
+    shown: Clips, fields: Mapping[str, Any], seeds: Sequence[int], schedule: Schedule
+) -> MMSERForAudioClassification:
+    """The mean of the weights of trainings that go on from one, for half its epochs each, with seeds of their own."""
+    first = train(shown, fields, seeds[0], schedule)
+    shorter = replace(schedule, epochs=schedule.epochs // 2)
+    members = [train(shown, fields, seed, shorter, first).state_dict() for seed in seeds]
+    for name, value in first.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.stack([member[name] for member in members]).mean(dim=0))
+    return first
 
 
 def held_out_answers(trial: Trial | None, clips: Clips, folds: Folds, seed: int) -> np.ndarray:
@@ -141,14 +200,21 @@ def scores(logits: np.ndarray, clips: Clips) -> dict[str, float]:
 
 
 def measure(
-    clips: Clips, is_validation: np.ndarray, seeds: Sequence[int], names: Sequence[str], path: Path
+    clips: Clips,
+    is_validation: np.ndarray,
+    seeds: Sequence[int],
+    names: Sequence[str],
+    path: Path,
+    chosen: Sequence[str] = SPLITS,
 ) -> list[Row]:
-    """All trials with all seeds. What `path` has already, from a run that was stopped, is not repeated."""
+    """Trials with all seeds, on the chosen splits. What `path` has already, from a run that was stopped, is not
+    repeated."""
     validation = [(np.flatnonzero(~is_validation), np.flatnonzero(is_validation))]
     splits: dict[str, Folds] = {VALIDATION: validation, SPEAKERS: folds_by_speaker(clips)}
     splits[CORPORA] = folds_by_groups_of_corpora(clips)
     jobs = [(seed, name, split) for seed in seeds for name in names for split in (VALIDATION, SPEAKERS)]
     jobs += [(seed, name, CORPORA) for seed in seeds for name in names if name in WITH_CORPORA]
+    jobs = [job for job in jobs if job[2] in chosen]
     lines = read_csv(path) if path.is_file() else []
     done = {(line["seed"], line["trial"], line["split"]) for line in lines}
     for seed, name, split in logging.tqdm([job for job in jobs if job not in done], desc="trials"):
@@ -189,13 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_flags(parser)
     parser.add_argument("--wide_data_dir", type=Path, help="ser4wide, the second set")
     parser.add_argument("--trials", nargs="+", choices=list(TRIALS), default=list(TRIALS), metavar="TRIAL")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="SPLIT")
     options = parse_arguments(parser, "wide", arguments, required=("data_dir", "wide_data_dir"))
     if options.from_results:
         report, lines = read_results(options.output)
     else:
         torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
         clips, is_validation = load_both(options)
-        lines = measure(clips, is_validation, range(options.seeds), options.trials, options.output.with_suffix(".csv"))
+        path = options.output.with_suffix(".csv")
+        lines = measure(clips, is_validation, range(options.seeds), options.trials, path, options.splits)
         sizes = {"clips": len(clips), "speakers": len(set(clips.speakers)), "corpora": len(set(clips.corpora))}
         settings = {"epochs": EPOCHS, "batch_size": START.batch_size, **sizes, **FIELDS, **BLOCKS}
         report = {"environment": environment(), "settings": settings, "summary": summarise(lines)}

@@ -84,6 +84,10 @@ class ModelArguments:
     freeze_feature_encoder: bool = field(
         default=False, metadata={"help": "Freeze only the convolutions in front of the audio encoder."}
     )
+    freeze_audio_layers: int | None = field(
+        default=None,
+        metadata={"help": "Freeze the first layers of the audio encoder, so many, and what comes before them."},
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={
@@ -157,6 +161,8 @@ class ModelArguments:
             raise ValueError(
                 f"--{moot[0]} is for a new model: that of --model_name_or_path has its encoders. Leave it out."
             )
+        if self.freeze_audio and self.freeze_audio_layers is not None:
+            raise ValueError("--freeze_audio freezes all layers: leave out --freeze_audio_layers.")
         if self.freeze_audio and any(getattr(self, name) for name in SPEC_AUGMENT):
             raise ValueError("SpecAugment masks what an encoder learns from: it has no effect with --freeze_audio.")
 
@@ -168,6 +174,8 @@ class ModelArguments:
             if changed:
                 raise ValueError(f"--{changed[0]} is about adapters: add --lora_rank, such as --lora_rank 16.")
             return
+        if self.freeze_audio_layers is not None:
+            raise ValueError("--lora_rank freezes the weights of all layers: leave out --freeze_audio_layers.")
         if self.lora_rank < 1:
             raise ValueError(f"--lora_rank must be 1 or more, got {self.lora_rank}.")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -181,7 +189,7 @@ class ModelArguments:
     def _check_without(self, kind: str) -> None:
         """Refuse flags that need the encoder `kind`, "audio" or "text", which there is none of."""
         about = [f"random_{kind}_encoder", f"{kind}_config_overrides", f"{kind}_num_hidden_layers", f"freeze_{kind}"]
-        about += ["tokenizer_name"] if kind == "text" else ["freeze_feature_encoder"]
+        about += ["tokenizer_name"] if kind == "text" else ["freeze_feature_encoder", "freeze_audio_layers"]
         about += SPEC_AUGMENT if kind == "audio" else ()
         useless = [name for name in about if getattr(self, name) not in (None, False, {})]
         flag = f"--{kind}_model_name_or_path none"

@@ -162,6 +162,8 @@ def load_model(
         model.freeze_text_encoder()
     if arguments.freeze_feature_encoder:
         model.freeze_feature_encoder()
+    if arguments.freeze_audio_layers is not None:
+        model.freeze_audio_layers(arguments.freeze_audio_layers)
     if arguments.lora_rank is not None:
         add_adapters(
             model,

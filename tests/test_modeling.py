@@ -965,6 +965,28 @@ def test_freezing_only_the_feature_encoder(kind):
     assert model.mmser.audio_encoder.training
 
 
+@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-layer", "whisper"])
+def test_freezing_the_first_layers(kind):
+    """A gradient reaches the last layer and what comes after it, and nothing before."""
+    model = tiny_model(kind)
+    for wrong in (0, 2, -1):
+        with pytest.raises(ValueError, match=f"{wrong} of the 2 layers of the audio encoder cannot be frozen"):
+            model.freeze_audio_layers(wrong)
+    model.freeze_audio_layers(1)
+    encoder = model.mmser.audio_encoder
+    if kind == "whisper":
+        learns = {*encoder.layers[1].parameters(), *encoder.layer_norm.parameters()}
+    else:
+        last_norm = encoder.encoder.layer_norm.parameters() if encoder.config.do_stable_layer_norm else []
+        learns = {*encoder.encoder.layers[1].parameters(), *last_norm}
+    assert {parameter for parameter in encoder.parameters() if parameter.requires_grad} == learns
+    encoder.config.apply_spec_augment, encoder.config.mask_time_prob = True, 0.5
+    train_step(model.train(), tiny_batch(model, [80] * 4 if kind == "whisper" else [6000] * 4, TEXT_LENGTHS))
+    for name, parameter in encoder.named_parameters():
+        assert (parameter.grad is not None) == (parameter in learns), name
+    assert model.mmser.frozen_encoders() == set() and encoder.training
+
+
 # The deep classifier
 
 

@@ -55,7 +55,7 @@ def given(tmp_path_factory, script):
     tiny_tokenizer().save_pretrained(folder / "text")
     (folder / "recipes").mkdir()
     for name in script.RECIPES:
-        recipe = STAGE_2 if name == script.STAGE_2 else STAGE_1
+        recipe = STAGE_2 if name in (script.STAGE_2, script.WIDE_2) else STAGE_1
         (folder / "recipes" / name).write_text(json.dumps(recipe))
     return folder
 
@@ -285,6 +285,19 @@ def test_both_data_sets_are_joined_split_by_split(script, given, options, data, 
         for key in ("audio", "text", "labels", "speaker", "corpus", "language"):
             expected = [clip[key] for clip in (*speech[split], *others.get(split, []))]
             assert [clip[key] for clip in both[split]] == expected
+
+
+def test_trials_of_both_sets_hold_out_speakers_of_both(script, given, options):
+    """All rows have the same clips, none of the test split; the folds of one set alone have other folders."""
+    study = script.Study(options)
+    folder = study.data_folder(script.WIDE_TRIALS[0])
+    assert {study.data_folder(row) for row in script.WIDE_TRIALS} == {folder} != {study.data_folder(script.FOLDS[0])}
+    splits = clips_of(folder)
+    speakers = [{(clip["corpus"], clip["speaker"]) for clip in splits[name]} for name in ("train", "test")]
+    assert speakers[0] and speakers[1] and not speakers[0] & speakers[1]
+    read = {name: clips_of(given / name) for name in ("speech", "wide")}
+    expected = [clip["audio"] for own in read.values() for name in ("train", "validation") for clip in own[name]]
+    assert sorted(clip["audio"] for own in splits.values() for clip in own) == sorted(expected)
 
 
 def test_what_is_swapped_stays_in_its_language_and_differs(script):

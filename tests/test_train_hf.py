@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard
 from tiny import AUDIO_CONFIGS, fit_openmax_by_chance
 from tiny_corpus import (
+    AUDIO,
     JOINT,
     NAMES,
     WORDS,
@@ -432,6 +433,19 @@ def test_freezing_the_feature_encoder_alone(run, unjudged):
     results = run(**unjudged, freeze_feature_encoder=True, max_steps=1)
     parameters = {row["part"]: row for row in results["parameters"]}
     assert 0 < parameters["audio_encoder"]["trainable"] < parameters["audio_encoder"]["parameters"]
+
+
+def test_freezing_the_first_layers_of_the_audio_encoder(run, unjudged, tmp_path):
+    two_layers = {**AUDIO, "num_hidden_layers": 2}
+    results = run(**unjudged, freeze_audio_layers=1, audio_config_overrides=two_layers, max_steps=2)
+    trained = next(row["trainable"] for row in results["parameters"] if row["part"] == "audio_encoder")
+    model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
+    own = sum(parameter.numel() for parameter in model.mmser.audio_encoder.encoder.layers[1].parameters())
+    assert trained == own > 0
+    no_audio = {"audio_model_name_or_path": "none", "random_audio_encoder": None, "audio_config_overrides": None}
+    for also in ({"freeze_audio": True}, {"lora_rank": 2}, no_audio):
+        with pytest.raises(ValueError, match="freeze_audio_layers"):
+            run(**unjudged, freeze_audio_layers=1, **also)
 
 
 def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of benchmarks/wide.py, and of the schedules that its trials change."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score, log_loss
 
-from benchmarks import pooled_states, wide
+from benchmarks import pooled_states, teaching, wide
 from benchmarks.pooled_states import Clips, Schedule
 from benchmarks.tables import read_csv
 from mmser.metrics import softmax
@@ -158,3 +160,95 @@ def test_a_stopped_run_goes_on(clips, monkeypatch, tmp_path):
     rows = wide.summarise(lines)
     assert [(row["split"], row["seeds"]) for row in rows] == [(split, 2) for split in wide.SPLITS]
     assert all(row["difference"] == "" for row in rows)
+
+
+def test_cross_fitted_targets_are_of_teachers_that_heard_other_speakers(clips, monkeypatch):
+    def teacher(shown, seed):
+        def answers(others):
+            assert not set(shown.speakers) & set(others.speakers)
+            return np.log(np.tile([0.1, 0.2, 0.3, 0.4], (len(others), 1)))
+
+        return answers
+
+    monkeypatch.setattr(teaching, "train_small_network", teacher)
+    shares = teaching.with_cross_fitted_targets(clips, 0).shares.numpy()
+    np.testing.assert_allclose(shares, 0.5 * np.eye(4)[clips.labels] + 0.5 * np.array([0.1, 0.2, 0.3, 0.4]), rtol=1e-6)
+
+
+def test_an_ensemble_teaches_the_mean_of_its_probabilities(clips, monkeypatch):
+    seeds, rng = [], np.random.default_rng(0)
+    logits = rng.normal(size=(6, len(clips), 4))
+    monkeypatch.setattr(
+        *(teaching, "train_small_network"), lambda shown, seed: seeds.append(seed) or (lambda others: logits[seed])
+    )
+    shares = teaching.with_targets_of_an_ensemble(clips, 1).shares.numpy()
+    powers = np.exp(logits[3:])
+    expected = (powers / powers.sum(axis=-1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(shares, 0.5 * np.eye(4)[clips.labels] + 0.5 * expected, rtol=1e-5)
+    assert seeds == [3, 4, 5]
+
+
+def test_pseudo_labels_are_of_calm_clips_alone(clips, monkeypatch):
+    """Their teachers learn from all others; a corpus that has its own neutral keeps its labels."""
+    monkeypatch.setattr(teaching, "CALM_CORPORA", ("corpus1",))
+    is_calm = (clips.corpora == "corpus1") & (clips.labels.numpy() == 0)
+    seen = []
+    monkeypatch.setattr(
+        *(teaching, "train_small_network"),
+        lambda shown, seed: seen.append(len(shown)) or (lambda others: np.tile([0.0, 0, 9, 0], (len(others), 1))),
+    )
+    labels = teaching.with_pseudo_labels(clips, 0).labels.numpy()
+    np.testing.assert_array_equal(labels, np.where(is_calm, 2, clips.labels.numpy()))
+    assert is_calm.any() and seen == [60 - is_calm.sum()] * 3
+    without = clips.take(~is_calm)
+    assert teaching.with_pseudo_labels(without, 0).labels.equal(without.labels)
+
+
+@pytest.mark.parametrize("trial", [wide.TRIALS["soft targets"], wide.TRIALS["taught by an ensemble"]])
+def test_a_taught_model_learns(clips, quick, trial, monkeypatch):
+    monkeypatch.setattr(pooled_states, "SMALL_NETWORK_STEPS", 50)
+    taught = wide.Trial(teach=trial.teach, schedule=Schedule(20, 16, 3e-3))
+    assert (wide.answers_of(taught, clips, clips, 0).argmax(axis=1) == clips.labels.numpy()).mean() > 0.9
+
+
+def test_a_model_learns_the_sex_where_it_is_known(clips, quick, monkeypatch):
+    sexes = torch.where(torch.arange(60) < 30, torch.arange(60) % 2, -100)
+    own = replace(clips, targets={"sex": sexes})
+    trial = replace(wide.TRIALS["learns the sex too"], schedule=Schedule(20, 16, 3e-3))
+    learned = []
+    train = pooled_states.train
+    monkeypatch.setattr(wide, "train", lambda *given: learned.append(train(*given)) or learned[0])
+    answers = wide.answers_of(trial, own, own, 0)
+    assert (answers.argmax(axis=1) == clips.labels.numpy()).mean() > 0.9
+    assert pooled_states.predict(learned[0], own)["auxiliary_sex"].shape == (60, 2)
+
+
+def test_copies_are_learned_from_beside_their_clips(clips):
+    with pytest.raises(ValueError, match="no augmented copies"):
+        clips.with_copies()
+    own = replace(clips, augmented=[states + 1 for states in clips.states]).take(np.arange(10, 20))
+    both = own.with_copies()
+    assert len(both) == 20 and both.labels.equal(clips.labels[10:20].repeat(2))
+    torch.testing.assert_close(torch.stack(both.states[10:]), torch.stack(both.states[:10]) + 1)
+    assert list(both.speakers) == list(clips.speakers[10:20]) * 2 and own.layers(2).augmented is None
+
+
+def test_an_ensemble_answers_with_the_mean_probability(clips, quick):
+    schedule = Schedule(2, 16, 3e-3)
+    alone = [wide.answers_of(wide.Trial(schedule=schedule), clips, clips, seed) for seed in (1, 11, 21)]
+    together = wide.answers_of(wide.Trial(schedule=schedule, members=3), clips, clips, 1)
+    expected = np.mean([softmax(logits.astype(np.float64)) for logits in alone], axis=0)
+    np.testing.assert_allclose(softmax(together.astype(np.float64)), expected, rtol=1e-4)
+
+
+def test_a_soup_is_the_mean_of_trainings_that_share_their_start(clips, quick):
+    schedule = Schedule(4, 16, 3e-3)
+    found = wide.soup(clips, {}, [0, 10], schedule).state_dict()
+    start = pooled_states.train(clips, {}, 0, schedule)
+    members = [
+        pooled_states.train(clips, {}, seed, replace(schedule, epochs=2), start).state_dict() for seed in (0, 10)
+    ]
+    assert any(not value.equal(members[1][name]) for name, value in members[0].items())
+    for name, value in found.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (members[0][name] + members[1][name]) / 2)
