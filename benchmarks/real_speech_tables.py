@@ -146,13 +146,12 @@ def tuning_table(results: Results) -> str:
 
 
 def wide_trials_table(results: Results) -> str:
-    """Each trial; the difference is to the first."""
-    names = results.names("wide_trials")
+    """Each trial that is finished; the difference is to the first."""
+    names = [name for name in results.names("wide_trials") if results.seeds(name) != "-"]
     rows = []
     for name in names:
-        seconds = results.run(name, "training_seconds")
         row: Row = {"trial": name, "trained parameters": millions(results.run(name, "trainable_parameters"))}
-        row["seconds of its own"] = "-" if seconds is None else f"{seconds:.0f}"
+        row["seconds of its own"] = f"{results.run(name, 'training_seconds'):.0f}"
         rows.append(row | compared(results, name, names[0]))
     return table(rows)
 
