@@ -50,6 +50,8 @@ try:
         WeightedLayerSum,
         build_audio_encoder,
         build_text_encoder,
+        freeze_convolutions,
+        freeze_first_layers,
         is_frozen,
         keep_heads,
         keep_layers,
@@ -113,6 +115,8 @@ except ImportError:
         WeightedLayerSum,
         build_audio_encoder,
         build_text_encoder,
+        freeze_convolutions,
+        freeze_first_layers,
         is_frozen,
         keep_heads,
         keep_layers,
@@ -630,37 +634,11 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
 
     def freeze_feature_encoder(self):
         """Freeze only the convolutions in front of the audio encoder's attention layers."""
-        encoder = self._encoder("audio")
-        if self.config.uses_log_mel:
-            encoder.conv1.requires_grad_(False)
-            encoder.conv2.requires_grad_(False)
-        else:
-            encoder.feature_extractor._freeze_parameters()
+        freeze_convolutions(self._encoder("audio"))
 
     def freeze_audio_layers(self, num_layers: int):
-        """
-        Freeze the first attention layers of the audio encoder, and all that comes before them. Their dropout stays on.
-
-        Raises:
-            ValueError: if not one layer or more would be left to learn.
-        """
-        whole = self._encoder("audio")
-        encoder = whole if self.config.uses_log_mel else whole.encoder
-        if not 1 <= num_layers < len(encoder.layers):
-            raise ValueError(
-                f"{num_layers} of the {len(encoder.layers)} layers of the audio encoder cannot be frozen: freeze at "
-                "least one and not all, or all of it with `freeze_audio_encoder`."
-            )
-        self.freeze_feature_encoder()
-        before = list(encoder.layers[:num_layers])
-        if encoder is not whole:
-            before += [whole.feature_projection, encoder.pos_conv_embed]
-            if not getattr(whole.config, "do_stable_layer_norm", False):  # else this norm is the last of all
-                before.append(encoder.layer_norm)
-            if hasattr(whole, "masked_spec_embed"):  # a gradient for it would go back through all layers
-                whole.masked_spec_embed.requires_grad_(False)
-        for module in before:
-            module.requires_grad_(False)
+        """Freeze the first attention layers of the audio encoder, and all that comes before them."""
+        freeze_first_layers(self._encoder("audio"), num_layers)
 
     def get_input_embeddings(self) -> nn.Module:
         return self._encoder("text").get_input_embeddings()

@@ -446,6 +446,40 @@ def set_num_heads(attention: Any, num_heads: int) -> None:
         attention.all_head_size = num_heads * attention.attention_head_size
 
 
+def freeze_convolutions(encoder: Any) -> None:
+    """Freeze the convolutions in front of an audio encoder's attention layers."""
+    if hasattr(encoder, "feature_extractor"):
+        encoder.feature_extractor._freeze_parameters()
+    else:
+        encoder.conv1.requires_grad_(False)
+        encoder.conv2.requires_grad_(False)
+
+
+def freeze_first_layers(encoder: Any, num_layers: int) -> None:
+    """
+    Freeze the first attention layers of an audio encoder, and all that comes before them. Their dropout stays on.
+
+    Raises:
+        ValueError: if not one layer or more would be left to learn.
+    """
+    stack = getattr(encoder, "encoder", encoder)
+    if not 1 <= num_layers < len(stack.layers):
+        raise ValueError(
+            f"{num_layers} of the {len(stack.layers)} layers of the audio encoder cannot be frozen: freeze at least "
+            "one and not all, or all of it with `freeze_audio_encoder`."
+        )
+    freeze_convolutions(encoder)
+    frozen = list(stack.layers[:num_layers])
+    if stack is not encoder:
+        frozen += [encoder.feature_projection, stack.pos_conv_embed]
+        if not getattr(encoder.config, "do_stable_layer_norm", False):  # else this norm is the last of all
+            frozen.append(stack.layer_norm)
+        if hasattr(encoder, "masked_spec_embed"):  # a gradient for it would go back through all layers
+            encoder.masked_spec_embed.requires_grad_(False)
+    for module in frozen:
+        module.requires_grad_(False)
+
+
 def keep_layers(config: PreTrainedConfig, kind: str, num_layers: int) -> PreTrainedConfig:
     """A copy of the configuration of an encoder ("audio" or "text") that has the first `num_layers` of its layers."""
     available = config.num_hidden_layers
