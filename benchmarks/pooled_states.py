@@ -145,9 +145,9 @@ def state_cache(audio_encoder: str, cache_dir: Path) -> EncoderStateCache:
 def encode_table(split: datasets.Dataset, cache: EncoderStateCache, augmenter: Augmenter | None = None) -> Clips:
     """The clips of a table, with all their frames; with an augmenter, an augmented copy of each clip in its place."""
     rate = cache.processor.feature_extractor.sampling_rate
-    as_for_training = {"training": augmenter is not None, "augmenter": augmenter}
-    plain = EmotionDataset(split, sampling_rate=rate, use_text=False, **as_for_training)
-    dataset = CachedStatesDataset(plain, cache, augmented_copies=int(augmenter is not None))
+    is_copy = augmenter is not None
+    plain = EmotionDataset(split, sampling_rate=rate, use_text=False, training=is_copy, augmenter=augmenter)
+    dataset = CachedStatesDataset(plain, cache, augmented_copies=int(is_copy))
     states = [np.array(cast(Any, dataset[row])["audio_states"]) for row in range(len(split))]
     corpora = np.array(split["corpus"])
     speakers = [speaker_key(speaker, corpus) for speaker, corpus in zip(split["speaker"], corpora, strict=True)]
