@@ -373,7 +373,7 @@ class Study:
             if not row.leaves_out:
                 return write_listing(self.options.work_dir / row.data, splits, label_names)
         column, value = next(iter(row.leaves_out.items()))  # a second one names the same clips
-        folder = self.options.work_dir / "folds" / slug(f"{'' if row.data == 'fold' else row.data} {column} {value}")
+        folder = self.options.work_dir / "folds" / slug(f"{row.data} {column} {value}")
         fold = hold_out_speakers(splits, value) if column == "speakers" else hold_out(splits, column, value)
         return write_listing(folder, fold, label_names)
 
