@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
 from audio_mmser import MIN_SECONDS
 from configuration_mmser import CUSTOM_PIPELINES
@@ -519,18 +520,28 @@ def _in_dtype(model: MMSERForAudioClassification, scratch: Path, dtype: str) -> 
 def _write_safetensors(model, processor, folder: Path, scratch: Path, dtype: str):
     """Write a PyTorch checkpoint; return it loaded again, to compute in float32."""
     converted = _in_dtype(model, scratch, dtype)
-    # What is not in int8 is stored in float16, as in ONNX files, and computed in float32; vectors and scales stay
-    small = (
-        {
-            name: value.half() if value.is_floating_point() and value.ndim > 1 else value
-            for name, value in converted.state_dict().items()
-        }
-        if dtype == "int8"
-        else None
-    )
+    small = _in_few_bytes(converted) if dtype == "int8" else None
     converted.save_pretrained(folder, state_dict=small)
     processor.save_pretrained(folder)
     return MMSERForAudioClassification.from_pretrained(folder, dtype=torch.float32)
+
+
+def _in_few_bytes(model: MMSERForAudioClassification) -> dict[str, Tensor]:
+    """
+    The weights of a model in int8 as they are stored: what is in floats is stored in float16, as in ONNX files, and
+    computed in float32; vectors and scales stay. Whisper's positions are left out where they are the sinusoids (but
+    for float16, in which OpenAI stores them): a model starts with these.
+    """
+    stored = {
+        name: value.half() if value.is_floating_point() and value.ndim > 1 else value
+        for name, value in model.state_dict().items()
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, WhisperEncoder):
+            table = module.embed_positions.weight
+            if torch.allclose(table, sinusoids(*table.shape).to(table), rtol=0, atol=torch.finfo(torch.float16).eps):
+                del stored[f"{name}.embed_positions.weight"]
+    return stored
 
 
 def _write_onnx(model, processor, folder: Path, scratch: Path, dtype: str, opset: int):

@@ -6,10 +6,12 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import AUDIO_CONFIGS, alone, tiny_batch, tiny_model
 from tiny_corpus import tiny_flags, tiny_processor, write_corpus
 from tiny_corpus import tiny_model as tiny_corpus_model
 from transformers import pipeline
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 import quantization_mmser
 import train_hf
@@ -196,6 +198,32 @@ def test_an_export_is_used_like_a_checkpoint(checkpoint, tmp_path):
         for clip, given in zip(classifier(clips), results, strict=True):
             scores = {entry["label"]: entry["score"] for entry in given}
             assert all(scores[entry["label"]] == pytest.approx(entry["score"], abs=tolerance) for entry in clip)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("are_sinusoids", [True, False])
+def test_sinusoids_are_not_stored_and_other_positions_are(are_sinusoids, tmp_path, caplog):
+    """Exactly the same answers; `AutoModel` and a process without MMSER: `test_small_checkpoint.py`."""
+    model, processor = tiny_corpus_model(whisper=True), tiny_processor(True)
+    positions = model.mmser.audio_encoder.embed_positions.weight
+    positions.copy_(positions.half() if are_sinusoids else positions.flip(0))  # OpenAI's are in float16
+    for name, part in (("float32", model), ("float32", processor)):
+        part.save_pretrained(tmp_path / name)
+    export_checkpoint(tmp_path / "float32", tmp_path / "int8", formats=["safetensors"], dtype="int8")
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    name = "mmser.audio_encoder.embed_positions.weight"
+    assert (name not in stored) is are_sinusoids
+    caplog.clear()
+    loaded = [cls.from_pretrained(tmp_path / "int8") for cls in (MMSERForAudioClassification, MMSERModel)]
+    assert "MISSING" not in caplog.text
+    expected = sinusoids(*positions.shape) if are_sinusoids else positions.half().float()
+    for own in (loaded[0].mmser, loaded[1]):
+        assert own.audio_encoder.embed_positions.weight.equal(expected)
+    # A file of before, with the table, answers as one without
+    save_file({**stored, name: expected.contiguous()}, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
+    before = MMSERForAudioClassification.from_pretrained(tmp_path / "int8")
+    features = {"input_features": torch.randn(2, model.config.audio_config.num_mel_bins, 40)}
+    assert before(**features).logits.equal(loaded[0](**features).logits)
 
 
 def test_the_weights_take_a_quarter(tmp_path):

@@ -468,6 +468,8 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Whisper's positions are sinusoids, with which it starts: an export in int8 does not store them
+    _keys_to_ignore_on_load_missing = (r"audio_encoder\.embed_positions\.weight",)  # type: ignore[assignment]
     # Blocks that add up what several of their layers give: `device_map="auto"` keeps each on one device
     _no_split_modules = (  # type: ignore[assignment]  # typed as a list; a tuple cannot be changed
         *(
@@ -1253,7 +1255,10 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
     _keep_in_fp32_modules_strict = (  # type: ignore[assignment]  # typed as a list
         *("openmax", "temperature", "log_temperature", "error_calibration", "prediction_sets"),
     )
-    _keys_to_ignore_on_load_missing = (r"prediction_sets\.thresholds",)  # type: ignore[assignment]  # checkpoints of 0.1.0
+    _keys_to_ignore_on_load_missing = (  # type: ignore[assignment]
+        *(MMSERPreTrainedModel._keys_to_ignore_on_load_missing or ()),
+        r"prediction_sets\.thresholds",  # checkpoints of 0.1.0
+    )
 
     def __init__(self, config: MMSERConfig):
         """Start with random weights."""
