@@ -38,6 +38,8 @@ Tree = dict[str, Any]
 
 SPEECH = "CREMA-D"
 NEW_SPEAKERS, WORDS = "CREMA-D, new speakers", "XED, text alone"
+BOTH = "CREMA-D, new speakers, with their words"
+NOT_CORPORA = (NEW_SPEAKERS, BOTH, WORDS)
 RECIPES = FIRST, SECOND = "small_first.json", "small_second.json"
 CHECKPOINT = ROOT / "checkpoints" / "mmser-small"
 VOCABULARY_SIZE = 6000
@@ -103,6 +105,7 @@ def test_sets(options: argparse.Namespace) -> dict[str, list[Tree]]:
     """Clips by the name of their row: speakers, corpora and texts that the model has not seen."""
     speech = load_emotion_dataset(options.work_dir / "speech" / "metadata.csv")[0]["test"]
     sets = {NEW_SPEAKERS: [{"path": clip["audio"], "labels": clip["labels"]} for clip in speech]}
+    sets[BOTH] = [{"path": clip["audio"], "text": clip["text"], "labels": clip["labels"]} for clip in speech]
     wide = load_emotion_dataset(options.data_dir)[0]
     clips = [clip for split in options.splits for clip in wide[split]]
     for corpus in sorted({clip["corpus"] for clip in clips}):
@@ -138,15 +141,15 @@ def judge(checkpoint: Path, sets: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
         row["ECE"] = expected_calibration_error(answers["probabilities"], labels)
         row["uncertainty"] = float(answers["uncertainty"].mean())
         known = answers["uncertainty"] if name == NEW_SPEAKERS else known
-        if name not in (NEW_SPEAKERS, WORDS):
+        if name not in NOT_CORPORA:
             is_new = np.arange(len(known) + len(clips)) >= len(known)
             row["more uncertain (AUROC)"] = rank_auroc(np.concatenate([known, answers["uncertainty"]]), is_new)
         rows.append(row)
         print(row, flush=True)
-    corpora = [row for row in rows if row["tested on"] not in (NEW_SPEAKERS, WORDS)]
+    corpora = [row for row in rows if row["tested on"] not in NOT_CORPORA]
     columns = ("weighted F1", "unweighted recall", "ECE", "uncertainty", "more uncertain (AUROC)")
     mean = {column: float(np.mean([row[column] for row in corpora])) for column in columns}
-    rows.insert(len(corpora) + 1, {"tested on": f"mean of {len(corpora)} corpora never heard", **mean})
+    rows.insert(len(corpora) + 2, {"tested on": f"mean of {len(corpora)} corpora never heard", **mean})
     return rows
 
 

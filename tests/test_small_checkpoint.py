@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 import soundfile
 from huggingface_hub import ModelCard
 
+from mmser.export import export_checkpoint
+from mmser.prediction_run import load_classifier
 from mmser.publishing import without_local_paths
+from mmser.stream import MMSERStream
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "mmser-small"
@@ -119,3 +123,60 @@ def test_an_endpoint_answers_as_the_pipeline_does(folder, answers):
     assert all(set(entry) == {"label", "score"} for entries in several for entry in entries)
     assert all(one.startswith("inputs: ") and "base64" in one for one in (*refused[:3], refused[4])), refused
     assert refused[3].startswith("parameters: there is no 'num_workers'; there are top_k")
+
+
+# ---- what it says
+
+HEARD, READ = [0.033, 0.062, 0.854, 0.051], [0.662, 0.277, 0.039, 0.022]
+
+
+def voice(seconds):
+    """A hum of 130 to 190 Hz in syllables, as loud as speech and the same on every machine. float32 (time,)"""
+    times = np.arange(round(16_000 * seconds)) / 16_000
+    phase = 2 * np.pi * (160 * times - 30 / (2 * np.pi * 0.7) * np.cos(2 * np.pi * 0.7 * times))
+    hum = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 12))
+    return (0.1 * (0.55 + 0.45 * np.sin(2 * np.pi * 4 * times)) * hum).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return load_classifier(str(CHECKPOINT), device="cpu")
+
+
+def scores_of(entries):
+    return {entry["label"]: entry["score"] for entry in entries}
+
+
+def test_its_scores_stay(classifier):
+    """Of one clip, alone and with words: stored, for changes of the code that change what it says."""
+    clip = {"raw": voice(3), "sampling_rate": 16_000}
+    for given, stored in ((clip, HEARD), ({"text": "I am so glad you came"}, READ)):
+        scores = scores_of(classifier(given, top_k=None))
+        # Processors with products of int8 round the states too
+        assert [scores[name] for name in ("neutral", "happy", "sad", "angry")] == pytest.approx(stored, abs=0.03)
+
+
+def test_a_stream_says_what_the_pipeline_says(classifier):
+    pieces = {"chunk_length_s": 4.0, "stride_length_s": 0.5}
+    samples = voice(9)
+    whole = classifier({"raw": samples, "sampling_rate": 16_000}, return_uncertainty=True, **pieces)["chunks"]
+    stream = MMSERStream(classifier, sampling_rate=16_000, skip_silence=False, **pieces)
+    events = [event for block in np.array_split(samples, 20) for event in stream.push(block)] + stream.flush()
+    assert [(event.start, event.end) for event in events] == [chunk["timestamp"] for chunk in whole] and len(whole) > 2
+    for event, chunk in zip(events, whole, strict=True):
+        assert event.scores == pytest.approx(scores_of(chunk["scores"]), abs=0.02)  # batches round differently
+        assert event.uncertainty == pytest.approx(chunk["scores"][0]["uncertainty"], abs=0.02)
+
+
+def test_it_answers_in_a_moment(classifier):
+    """A bound for the slowest machine: three seconds take about 50 ms of a core."""
+    classifier({"raw": voice(3), "sampling_rate": 16_000})
+    start = time.perf_counter()
+    classifier({"raw": voice(3), "sampling_rate": 16_000})
+    assert time.perf_counter() - start < 3
+
+
+def test_it_cannot_be_exported_again_and_says_what_can(tmp_path):
+    with pytest.raises(ValueError, match="is in int8: export the checkpoint that it was made from"):
+        export_checkpoint(CHECKPOINT, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())

@@ -47,7 +47,8 @@ def test_one_corpus_is_divided_by_speaker(options, wide):
 def test_the_table_has_the_scores_of_the_pipeline(options, tmp_path):
     small_model.write_speech(options.wide_dir, options.work_dir / "speech")
     sets = small_model.test_sets(options)
-    assert list(sets) == [small_model.NEW_SPEAKERS, "sine", "tone", small_model.WORDS]
+    assert list(sets) == [small_model.NEW_SPEAKERS, small_model.BOTH, "sine", "tone", small_model.WORDS]
+    assert all(clip.keys() == {"path", "text", "labels"} for clip in sets[small_model.BOTH])
     torch.manual_seed(0)
     model, processor = tiny_model(dropout=False, use_openmax=False), tiny_processor()
     model.save_pretrained(tmp_path / "model")
@@ -61,6 +62,7 @@ def test_the_table_has_the_scores_of_the_pipeline(options, tmp_path):
         assert rows[name]["weighted F1"] == pytest.approx(f1_score(true, found, average="weighted", zero_division=0))
         uncertainty[name] = [own[0]["uncertainty"] for own in answers]
         assert rows[name]["uncertainty"] == pytest.approx(np.mean(uncertainty[name]), abs=1e-6)
+    assert list(rows)[-2:] == ["mean of 2 corpora never heard", small_model.WORDS]
     known = uncertainty[small_model.NEW_SPEAKERS]
     is_new = [False] * len(known) + [True] * len(uncertainty["tone"])
     expected = roc_auc_score(is_new, known + uncertainty["tone"])
