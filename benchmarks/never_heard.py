@@ -30,6 +30,7 @@ from benchmarks.tables import (
     Row,
     cell,
     difference,
+    mean,
     parse_arguments,
     publish,
     read_csv,
@@ -40,7 +41,7 @@ from benchmarks.tables import (
 from mmser.adapted_layers import ClassifierFit, Fit, OutputFit, cross_fit, fold_temperature
 from mmser.calibration import error_detection_auroc, expected_calibration_error
 from mmser.loading import load_emotion_dataset, load_emotion_split
-from mmser.metrics import compute_classification_metrics, softmax
+from mmser.metrics import bootstrap_classification, compute_classification_metrics, softmax
 from mmser.model_calibration import calibrate_outputs, reset_calibration
 from mmser.open_set import auroc
 from mmser.results import environment
@@ -161,12 +162,17 @@ def draw(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate([own[: min(SHOTS, len(own) // 2)] for own in rows])
 
 
-def score(never_heard: Outputs, known: Outputs, unknown: Outputs | None) -> dict[str, float]:
+def score(
+    never_heard: Outputs, known: Outputs, unknown: Outputs | None, speakers: Sequence[str] | None = None
+) -> dict[str, float]:
     """
     The scores of a model on clips never heard, and on known corpora.
 
+    Args:
+        speakers: of the clips never heard, for the interval.
     Returns: of clips never heard: `weighted_f1`, `ece`, `error_rate`, `uncertainty` (the mean probability of an
         error), `error_auroc`, and the share `rejected` as none of the classes; `known_...` of the known corpora;
+        `weighted_f1_low` and `weighted_f1_high`, the 95 % interval of clips never heard;
         `new_auroc`: how well the uncertainty tells a clip never heard from one of a known corpus, `new_auroc_openmax`
         the same by OpenMax; `unknown_auroc`: OpenMax on clips of none of the classes, all never heard.
     """
@@ -180,6 +186,9 @@ def score(never_heard: Outputs, known: Outputs, unknown: Outputs | None) -> dict
         found[f"{prefix}uncertainty"] = float(outputs["uncertainty"].mean())
         found[f"{prefix}error_auroc"] = error_detection_auroc(outputs["uncertainty"], wrong)
         found[f"{prefix}rejected"] = float(outputs["is_unknown"].mean())
+    answers, labels = never_heard["logits"].argmax(axis=1), never_heard["labels"]
+    interval = bootstrap_classification(answers, labels, LABELS, speakers=speakers)["weighted_f1"]
+    found["weighted_f1_low"], found["weighted_f1_high"] = interval
     is_new = np.repeat([True, False], [len(never_heard["labels"]), len(known["labels"])])
     for name, key in (("new_auroc", "uncertainty"), ("new_auroc_openmax", "rejection_score")):
         found[name] = auroc(np.concatenate([never_heard[key], known[key]]), is_new)
@@ -214,7 +223,7 @@ def measure_one(division: Division, seed: int) -> dict[str, dict[str, float | No
                 adapt(model, shown, ADAPTING[variant])
             seconds = time.process_time() - start
             unknown = ask(model, division.unknown) if len(division.unknown) else None
-            scores = score(ask(model, rest), ask(model, division.test), unknown)
+            scores = score(ask(model, rest), ask(model, division.test), unknown, rest.speakers.tolist())
             found[variant].append({**scores, "clips": len(rest), "seconds": seconds})
     return {variant: mean_over_draws(draws) for variant, draws in found.items()}
 
@@ -267,12 +276,14 @@ def make_tables(lines: Sequence[Row]) -> dict[str, str]:
         def of(score: str, variant: str = TRAINED, name: str = name) -> str:
             return cell(by_seed(lines, variant, score, name))
 
+        bounds = [mean(by_seed(lines, TRAINED, f"weighted_f1_{bound}", name)) for bound in ("low", "high")]
         gain = difference(by_seed(lines, WHOLE, "weighted_f1", name), by_seed(lines, TRAINED, "weighted_f1", name))
         rows.append(
             {
                 "held out": name if first["kind"] == "corpus" else f"all corpora of {name}",
                 "language": first["language"],
                 "F1": of("weighted_f1"),
+                "95 % interval": "-" if None in bounds else "{:.3f} to {:.3f}".format(*bounds),
                 "adapted": of("weighted_f1", WHOLE),
                 "gain": gain,
                 "ECE": of("ece"),
@@ -281,6 +292,8 @@ def make_tables(lines: Sequence[Row]) -> dict[str, str]:
                 "uncertainty": of("uncertainty"),
                 "of known": of("known_uncertainty"),
                 "told from known": of("new_auroc"),
+                "by OpenMax": of("new_auroc_openmax"),
+                "other emotions": of("unknown_auroc"),
                 "rejected": of("rejected"),
             }
         )

@@ -43,6 +43,7 @@ from benchmarks.real_speech_tables import (
     ALL_TUNED,
     ALONE,
     BEST,
+    BOUNDS,
     FOLD_STAGES,
     FROZEN,
     HEARD,
@@ -487,7 +488,8 @@ def train(study: Study, run: Run) -> Tree:
             groups |= {f"{column}={group}": own for group, own in values.get(f"by_{column}", {}).items()}
         for group, own in groups.items():
             clips = own["clips"] if group == "all" else own["count"]
-            lines.append({"score": name, "group": group, "clips": clips, **{key: own[key] for key in METRICS}})
+            bounds = dict(zip(BOUNDS, own["weighted_f1_interval"], strict=True))
+            lines.append({"score": name, "group": group, "clips": clips, **{m: own[m] for m in METRICS}, **bounds})
     whole = next(part for part in stored["parameters"] if part["part"] == "all")
     result = {
         "training_seconds": stored["training"]["train_runtime"],

@@ -16,6 +16,7 @@ FOLD_STAGES = "first stage", "second stage"
 ALL_HEARD, ALL_TUNED, ALL_BEST = (f"{ALL_ON}, {name}" for name in (*FOLD_STAGES, "third stage"))
 WIDE, WIDE_TUNED = "MMSER, frozen encoder, both sets", "MMSER, both sets"
 LORA = "MMSER, second stage, LoRA of rank 16"
+BOUNDS = "weighted_f1_low", "weighted_f1_high"  # 95 % interval of a score; runs of before these were kept have none
 # What a run has besides scores; in the CSV file it stands on the run's first line
 RUN_COLUMNS = ("validation_weighted_f1", "training_seconds", "parameters", "trainable_parameters", "megabytes")
 
@@ -53,6 +54,11 @@ class Results:
         metrics = {"weighted F1": "weighted_f1", "unweighted recall": "unweighted_average_recall"}
         return {prefix + name: cell(self.of(row, score, metric)) for name, metric in metrics.items()}
 
+    def interval(self, row: str, score: str) -> str:
+        """The 95 % interval of the weighted F1 over all clips, each bound the mean over seeds; "-" without one."""
+        bounds = [mean(self.of(row, score, bound)) for bound in BOUNDS]
+        return "-" if None in bounds else "{:.3f} to {:.3f}".format(*bounds)
+
     def seconds_of_training(self, row: str, runs: int = 1) -> float | None:
         """Of so many runs of a row, and of those whose checkpoints they start from."""
         own, entry = self.run(row, "training_seconds"), self.rows[row]
@@ -73,18 +79,27 @@ def models_table(results: Results, names: Sequence[str]) -> str:
     for name in names:
         seconds = results.seconds_of_training(name)
         heard_no_text = name in (HEARD, TUNED, ALL_HEARD, ALL_TUNED)
+        # A model that was never trained with text ignores it: its own scores are those of audio alone
+        alone = "audio_only" if results.of(name, "audio_only") else "model"
         rows.append(
             {
                 "model": name,
                 **results.two("" if heard_no_text else name, "model"),
-                # A model that was never trained with text ignores it: its own scores are those of audio alone
-                **results.two(name, "audio_only" if results.of(name, "audio_only") else "model", "audio alone: "),
+                **results.two(name, alone, "audio alone: "),
+                "audio alone: 95 % interval": results.interval(name, alone),
                 "parameters": millions(results.run(name, "parameters")),
                 "seconds of training": "-" if seconds is None else f"{seconds:.0f}",
                 "seeds": results.seeds(name),
             }
         )
-    return table(rows)
+    return table(without_empty(rows, "audio alone: 95 % interval"))
+
+
+def without_empty(rows: list[Row], column: str) -> list[Row]:
+    """Without a column that is "-" in each row: of runs that were made before it was measured."""
+    if any(row[column] != "-" for row in rows):
+        return rows
+    return [{name: value for name, value in row.items() if name != column} for row in rows]
 
 
 def groups_tables(results: Results, names: Sequence[str], audio_alone: str) -> list[str]:
@@ -152,8 +167,9 @@ def wide_trials_table(results: Results) -> str:
     for name in names:
         row: Row = {"trial": name, "trained parameters": millions(results.run(name, "trainable_parameters"))}
         row["seconds of its own"] = f"{results.run(name, 'training_seconds'):.0f}"
+        row["audio alone: 95 % interval"] = results.interval(name, "audio_only")
         rows.append(row | compared(results, name, names[0]))
-    return table(rows)
+    return table(without_empty(rows, "audio alone: 95 % interval"))
 
 
 def compared(results: Results, name: str, base: str) -> Row:

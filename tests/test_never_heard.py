@@ -87,7 +87,25 @@ def test_scores_are_scikit_learns():
     assert found["new_auroc"] == pytest.approx(roc_auc_score(np.arange(80) < 50, both))
     both = np.concatenate([other["rejection_score"], new["rejection_score"]])
     assert found["unknown_auroc"] == pytest.approx(roc_auc_score(np.arange(70) < 20, both))
+    assert found["weighted_f1_low"] < found["weighted_f1"] < found["weighted_f1_high"]
     assert "unknown_auroc" not in never_heard.score(new, known, None)
+
+
+def test_the_interval_draws_speakers():
+    """Speakers whose clips are all right or all wrong: as wide as if each were one clip, not ten."""
+    right = np.repeat(np.arange(20) < 14, 10)
+    labels = np.tile(np.arange(4), 50)
+    logits = np.eye(4)[np.where(right, labels, (labels + 1) % 4)]
+    own = {"logits": logits, "labels": labels, "uncertainty": np.linspace(0, 1, 200), "rejection_score": np.zeros(200)}
+    own["is_unknown"] = np.zeros(200, dtype=bool)
+
+    def width(**options):
+        found = never_heard.score(own, own, None, **options)
+        return found["weighted_f1_high"] - found["weighted_f1_low"]
+
+    by_speaker = width(speakers=[str(clip // 10) for clip in range(200)])
+    assert by_speaker == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 20), rel=0.15)  # of a share of 20 speakers
+    assert by_speaker > 2.5 * width()
 
 
 def test_a_score_that_a_draw_has_not_is_left_out_of_its_mean():

@@ -367,6 +367,9 @@ def test_stages_modalities_and_exports(script, options, quiet, no_onnx):
             assert speech[score, "all"][metric] == pytest.approx(whole[score, "all"][metric])
             assert small[score, "all"][metric] == pytest.approx(whole[score, "all"][metric])
     assert results[script.COMPACT[0].name]["parameters"] <= results[script.BEST]["parameters"]
+    for score in ("model", "audio_only"):  # as the training measured them
+        line = whole[score, "all"]
+        assert line["weighted_f1_low"] <= line["weighted_f1"] <= line["weighted_f1_high"]
     tables = script.make_tables(*script.collect(study))
     assert tables.keys() == {"real_speech:study", "real_speech:text", "real_speech:compact"}
     assert "spoken text" in tables["real_speech:text"]
@@ -418,3 +421,16 @@ def test_scores_of_another_row_are_subtracted_seed_by_seed(tables):
     row = tables.compared(tables.Results(rows, values), "one", tables.FROZEN)
     assert row["difference"] == "+0.150 ± 0.071" and row["weighted F1"] == "0.700 ± 0.200"
     assert row["difference, audio alone"] == row["audio alone: weighted F1"] == "-"
+
+
+def test_an_interval_is_shown_where_it_was_measured(tables):
+    name = tables.FROZEN
+    line = {"row": name, "score": "audio_only", "group": "all", "clips": 9, "weighted_f1": 0.5}
+    low, high = tables.BOUNDS
+    rows, column = [{"table": "study", "row": name, "seeds": [0, 1]}], "95 % interval"
+    bounds = [{"seed": 0, low: 0.4, high: 0.6}, {"seed": 1, low: 0.3, high: 0.7}]
+    results = tables.Results(rows, [{**line, **own} for own in bounds])
+    assert results.interval(name, "audio_only") == "0.350 to 0.650" and results.interval(name, "model") == "-"
+    assert column in tables.models_table(results, [name])
+    of_before = tables.Results(rows, [{**line, "seed": seed, low: None, high: None} for seed in (0, 1)])
+    assert column not in tables.models_table(of_before, [name])
