@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr)
     classifier = prediction_run.load_classifier(options.model_name_or_path, options.device)
+    if options.adapt_to_inputs:
+        print(f"note: {prediction_run.adapt(classifier, job.inputs, options)}", file=sys.stderr)
     predictions = prediction_run.classify(classifier, job, options)
 
     labels = prediction_run.labels_of(classifier, options)

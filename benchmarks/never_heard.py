@@ -25,7 +25,7 @@ import torch
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.pooled_states import FIELDS, Clips, add_flags, encode_as_two_frames, join, predict, train
+from benchmarks.pooled_states import FIELDS, Batches, Clips, add_flags, encode_as_two_frames, join, predict, train
 from benchmarks.tables import (
     Row,
     cell,
@@ -38,6 +38,7 @@ from benchmarks.tables import (
     table,
     write_csv,
 )
+from benchmarks.wide import BLOCKS, EQUAL_LAYERS
 from mmser.adapted_layers import ClassifierFit, Fit, OutputFit, cross_fit, fold_temperature
 from mmser.calibration import error_detection_auroc, expected_calibration_error
 from mmser.loading import load_emotion_dataset, load_emotion_split
@@ -48,7 +49,8 @@ from mmser.results import environment
 
 LABELS = ("neutral", "happy", "sad", "angry")
 SHOTS, DRAWS = 20, 3  # clips of each class; repetitions
-TRAINED, LAYER, WHOLE = "as trained", "output layer", "classifier, by steps"
+TRAINED, CENTRE, LAYER, WHOLE = "as trained", "centre, without labels", "output layer", "classifier, by steps"
+BOTH = "centre, then classifier"
 SCORES = {  # in the tables: what each is the mean of
     "weighted_f1": "weighted F1",
     "ece": "ECE",
@@ -132,20 +134,31 @@ def ask(model: Any, clips: Clips) -> Outputs:
 
 def train_and_calibrate(division: Division, seed: int) -> Any:
     """The model of all other corpora, finished as `MMSERTrainer.finalize` does."""
-    model = train(division.train, {}, seed)
+    model = train(division.train, BLOCKS, seed, EQUAL_LAYERS)
     reset_calibration(model)
     known, held_out = ask(model, division.train), ask(model, division.validation)
     calibrate_outputs(model, held_out, division.validation.speakers.tolist(), train=known)
     return model
 
 
-# ---- the two ways to adapt: `train_hf.py --adapt --adapt_layers output`, and `train_hf.py --adapt`
+# ---- the ways to adapt: `--adapt_to_inputs`, `train_hf.py --adapt --adapt_layers output`, and `train_hf.py --adapt`
 
-ADAPTING: dict[str, Callable[[Any, Outputs], Fit]] = {LAYER: OutputFit, WHOLE: ClassifierFit}
+ADAPTING: dict[str, Callable[[Any, Outputs], Fit] | None] = {
+    CENTRE: None,
+    LAYER: OutputFit,
+    WHOLE: ClassifierFit,
+    BOTH: ClassifierFit,
+}
 
 
-def adapt(model: Any, shown: Clips, make_fit: Callable[[Any, Outputs], Fit]) -> None:
-    """Fit a model to a few clips and calibrate it anew, as the command does."""
+def adapt(model: Any, shown: Clips, variant: str) -> None:
+    """Move the centre of a model to a few clips, without their labels; or fit it to them and calibrate it anew, as the
+    command does."""
+    if variant in (CENTRE, BOTH):
+        model.mmser.recentre(Batches(shown))
+    make_fit = ADAPTING[variant]
+    if make_fit is None:
+        return
     weights, speakers = fold_temperature(model), shown.speakers.tolist()
     outputs = ask(model, shown)
     outputs, _ = cross_fit(make_fit(model, outputs), outputs, speakers)
@@ -220,7 +233,7 @@ def measure_one(division: Division, seed: int) -> dict[str, dict[str, float | No
         for variant in found:
             model, start = copy.deepcopy(trained), time.process_time()
             if variant != TRAINED:
-                adapt(model, shown, ADAPTING[variant])
+                adapt(model, shown, variant)
             seconds = time.process_time() - start
             unknown = ask(model, division.unknown) if len(division.unknown) else None
             scores = score(ask(model, rest), ask(model, division.test), unknown, rest.speakers.tolist())
@@ -284,9 +297,11 @@ def make_tables(lines: Sequence[Row]) -> dict[str, str]:
                 "language": first["language"],
                 "F1": of("weighted_f1"),
                 "95 % interval": "-" if None in bounds else "{:.3f} to {:.3f}".format(*bounds),
+                "no labels": of("weighted_f1", CENTRE),
                 "adapted": of("weighted_f1", WHOLE),
                 "gain": gain,
                 "ECE": of("ece"),
+                "ECE, no labels": of("ece", CENTRE),
                 "ECE, adapted": of("ece", WHOLE),
                 "errors": of("error_rate"),
                 "uncertainty": of("uncertainty"),

@@ -110,7 +110,7 @@ class PredictionArguments:
         "What to classify": ("checkpoint", "text", "transcripts", "live"),
         "Long recordings": ("segments", "speakers", "plot"),
         "Results": ("output", "format", "overwrite", "top_k", "allowed_labels", "return_set"),
-        "How": ("batch_size", "device"),
+        "How": ("adapt_to_inputs", "batch_size", "device"),
     }
 
     inputs: list[str] = field(
@@ -212,6 +212,13 @@ class PredictionArguments:
             "0.5 to 0.99.",
         },
     )
+    adapt_to_inputs: bool = field(
+        default=False,
+        metadata={
+            "help": "First adapt the model to the voices and microphones of the inputs, without labels; for 10 inputs "
+            "or more of mixed emotions from one place."
+        },
+    )
     batch_size: int = field(default=BATCH_SIZE, metadata={"help": "Clips or segments at a time."})
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1, mps ... Default: the GPU, if there is one."}
@@ -232,6 +239,8 @@ class PredictionArguments:
             self._check_live()
         elif not self.inputs and not self.text:
             raise ValueError("There is nothing to classify: name audio files or folders, or give --text.")
+        if self.adapt_to_inputs and not self.inputs:
+            raise ValueError("--adapt_to_inputs adapts the model to recordings: name some.")
         self._check_texts()
         self._check_parts()
         self._check_outputs()
@@ -260,7 +269,7 @@ class PredictionArguments:
     def _check_live(self) -> None:
         flags = (
             *("inputs", "text", "transcripts", "segments", "speakers", "output", "output_dir", "format", "plot"),
-            *("top_k", "allowed_labels", "return_set"),
+            *("top_k", "allowed_labels", "return_set", "adapt_to_inputs"),
         )
         for name in flags:
             if getattr(self, name):

@@ -37,7 +37,7 @@ SAMPLE = 65536  # bytes of a file, to tell it from others
 # Flags that change answers
 ASKED = (
     *("segments", "segments_above", "chunk_length_s", "stride_length_s", "allowed_labels", "return_set"),
-    *("part_size", "format", "audio_column", "text_column", "allow_outside_files"),
+    *("part_size", "format", "audio_column", "text_column", "allow_outside_files", "adapt_to_inputs"),
 )
 
 
@@ -118,6 +118,8 @@ def run(options: PredictionArguments, share: Share) -> int:
     missing = bulk.missing(share)
     if missing:
         classifier = prediction_run.load_classifier(str(options.model_name_or_path), share.device(options.device))
+        if options.adapt_to_inputs:
+            print(f"note: {prediction_run.adapt(classifier, bulk.inputs, options)}", file=sys.stderr)
         for place, number in enumerate(missing, start=1):
             make_part(bulk, number, classifier, options)
             print(f"process {share.rank}: part {number + 1}, {place} of {len(missing)} to make", file=sys.stderr)

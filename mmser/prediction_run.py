@@ -7,6 +7,7 @@ One input that cannot be read never stops the others: it gets its reason, in `Pr
 import itertools
 import logging as python_logging
 import math
+import random
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -216,6 +217,24 @@ def labels_of(classifier: MMSERPipeline, options: PredictionArguments) -> list[s
     """The labels that have a score, in the order of their ids."""
     allowed = options.allowed_labels
     return [label for label in classifier.labels if allowed is None or label in allowed]
+
+
+def adapt(classifier: MMSERPipeline, inputs: Sequence[Input], options: PredictionArguments) -> str:
+    """
+    Adapt the model to recordings, without labels (`MMSERPipeline.adapt_to`): to `ADAPTING_CLIPS` clips or segments of
+    inputs in an order by chance, which is the same for all processes. Returns what to tell of it.
+
+    Raises:
+        ValueError: no input can be read, or the model cannot be adapted.
+    """
+    chosen = [{"path": one.source} for one in inputs if one.source and not one.error]
+    random.Random(0).shuffle(chosen)
+    cut = {"chunk_length_s": options.chunk_length_s, "stride_length_s": options.stride_length_s}
+    try:
+        clips = classifier.adapt_to(chosen, skip_unreadable=True, **cut)
+    except ValueError as error:
+        raise ValueError(f"--adapt_to_inputs: {error}") from error
+    return f"the model was adapted to {clips} clips of the inputs, without labels; its calibration is that of before"
 
 
 def classify(classifier: MMSERPipeline, job: Job, options: PredictionArguments) -> list[Prediction]:

@@ -614,6 +614,71 @@ def test_clock():
     assert [clock(0), clock(65), clock(3599.96, 1), clock(3725.25, 1)] == ["0:00", "1:05", "1:00:00.0", "1:02:05.2"]
 
 
+# --- adapted without labels ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(place):
+    """The pipeline of the checkpoint, loaded anew: adapting changes it."""
+    return pipeline("audio-classification", model=str(place.folder / "model"))
+
+
+def centre_of(classifier):
+    return classifier.model.mmser.fusion.audio_norm.mean.clone()
+
+
+def test_inputs_of_any_kind_move_the_centre(fresh, place):
+    before, sizes = centre_of(fresh), []
+    samples = [tone(0.3, 300), tone(0.5, 500)]
+    with torch.no_grad():
+        embeds = [fresh.model.mmser(**fresh.processor(own, sampling_rate=RATE)).audio_embeds for own in samples]
+    assert fresh.adapt_to([{"raw": own} for own in samples], sampling_rate=RATE, batch_size=1) == 2
+    torch.testing.assert_close(centre_of(fresh), (5 * before + sum(embeds)[0]) / 7)
+    sizes.append(fresh.adapt_to(str(place.clips / "a.wav")))  # one, which is no list
+    sizes.append(fresh.adapt_to(iter([samples[0], samples[1], samples[0]]), num_clips=2, sampling_rate=RATE))
+    cut = {name: CHUNKS[name] for name in ("chunk_length_s", "stride_length_s")}
+    sizes.append(fresh.adapt_to(place.long, **cut))
+    assert sizes == [1, 2, len(list(fresh.iterate_chunks(place.long, **cut)))]
+
+
+def test_what_cannot_be_adapted_to_is_named(fresh, place):
+    before = centre_of(fresh)
+    broken = [place.clips / "a.wav", place.clips / "broken.wav"]
+    with pytest.raises(ValueError, match=r"input 1: .*broken\.wav"):
+        fresh.adapt_to(broken)
+    with pytest.raises(ValueError, match="no clip has audio"):
+        fresh.adapt_to({"text": "what a joy"})
+    with pytest.raises(TypeError, match="chunk_length_s"):
+        fresh.adapt_to(broken, chunk_length=3)
+    assert torch.equal(centre_of(fresh), before)
+    assert fresh.adapt_to(broken, skip_unreadable=True) == 1
+    fresh.model = SimpleNamespace(config=fresh.model.config)
+    with pytest.raises(ValueError, match="an exported model cannot be adapted"):
+        fresh.adapt_to(broken)
+
+
+def test_an_adapted_model_is_saved(fresh, place, tmp_path):
+    fresh.adapt_to(place.long)
+    fresh.save_pretrained(tmp_path)
+    assert pipeline("audio-classification", model=str(tmp_path))(place.long) == fresh(place.long)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_the_command_adapts_to_its_inputs(predict, place, fresh, monkeypatch, tmp_path, in_parts):
+    expected = pipeline("audio-classification", model=str(place.folder / "model"))
+    names = ["a.wav", "b.flac", "düşünce/情感.wav"]
+    assert expected.adapt_to([place.clips / name for name in names]) == 3
+    monkeypatch.setattr(prediction_run, "load_classifier", lambda *_: fresh)
+    where = ["--output_dir", tmp_path / "x", "--format", "jsonl"] if in_parts else ["--output", tmp_path / "x.jsonl"]
+    done = predict("clips", "--adapt_to_inputs", *where)
+    assert "adapted to 3 clips of the inputs" in done.err
+    written = tmp_path / "x" / "answers.jsonl" if in_parts else tmp_path / "x.jsonl"
+    rows = {Path(row["file"]).name: row for row in map(json.loads, written.read_text(encoding="utf-8").splitlines())}
+    assert len(rows) == 4 and [name for name, row in rows.items() if row["error"]] == ["broken.wav"]
+    for name in names:
+        assert_row(rows[Path(name).name], expected(str(place.clips / name), return_uncertainty=True))
+
+
 # --- wrong usage -----------------------------------------------------------------------------------------------------
 
 
@@ -635,6 +700,7 @@ def test_clock():
         (["long.wav", "--text", "x", "--segments"], "--text has no times"),
         (["long.wav", "--text", "x", "--transcripts", "long.srt"], "give one of them"),
         (["long.wav", "--transcripts", "gone.csv"], "--transcripts gone.csv does not exist"),
+        (["--text", "x", "--adapt_to_inputs"], "--adapt_to_inputs adapts the model to recordings"),
         (["--text", "x", "--segments"], "Segments are those of a recording"),
         (["--text", "caf\udce9"], "--text: the text is not in UTF-8"),
         (["clips", "--batch_size", "0"], "--batch_size must be at least 1"),

@@ -3,12 +3,15 @@
 the clips that have the modality; never dependent on a batch. The reference is numpy in float64, one clip at a time.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from tiny import alone, tiny_batch, tiny_model
+from tiny import alone, randomize, tiny_batch, tiny_config, tiny_model
 from torch import nn
 
+from configuration_mmser import MMSERConfig
 from modeling_mmser import MMSERForAudioClassification, Moments, Standardization
 
 KINDS = ("wav2vec2", "whisper")
@@ -205,6 +208,65 @@ def test_the_fusion_sees_standardised_vectors():
     vectors = torch.cat(seen).double()
     torch.testing.assert_close(vectors.mean(dim=0), torch.zeros(32).double(), rtol=0, atol=1e-2)
     torch.testing.assert_close(vectors.std(dim=0, correction=0), torch.ones(32).double(), rtol=0, atol=1e-2)
+
+
+# --- another place ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_centre_moves_to_other_clips(kind, tmp_path):
+    """Over the clips that have audio, one at a time; everything else stays."""
+    model = tiny_model(kind, 10)
+    batches = some_missing(model)
+    model.mmser.fit_standardization(batches[:9])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    audio, _ = pooled_of(model, batches[9:])
+    model.train()
+    assert model.mmser.recentre(batches[9:]) == len(audio) == 21 and model.training
+    name = "mmser.fusion.audio_norm.mean"
+    expected = (audio.sum(axis=0) + 5 * before[name].double().numpy()) / (len(audio) + 5)
+    np.testing.assert_allclose(model.state_dict()[name], expected, atol=1e-5)
+    assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == [name]
+    model.save_pretrained(tmp_path)
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded.mmser.fusion.audio_norm.mean, model.mmser.fusion.audio_norm.mean)
+
+
+def test_a_place_that_moves_all_clips_alike_is_no_longer_heard():
+    """Each state moved by one vector: the answers are those of before, up to what the former centre counts for."""
+    config = tiny_config("wav2vec2", pooling_type="statistics", cross_attention_layer_norm=False).to_dict() | {
+        "modalities": ["audio"],
+        "text_config": None,
+    }
+    torch.manual_seed(11)
+    model = randomize(MMSERForAudioClassification(MMSERConfig(**config))).eval()
+    rng = torch.Generator().manual_seed(0)
+    layers, size = model.mmser.state_norm.mean.shape
+    states = torch.randn(200, 7, layers, size, generator=rng)
+    moved = states + torch.randn(layers, size, generator=rng)
+    model.mmser.fit_standardization([{"audio_states": states}])
+    with torch.no_grad():
+        at_home, abroad = (model(audio_states=own).logits for own in (states, moved))
+        left = [(abroad - at_home).abs().mean().item()]
+        for count in (5, 50, 200):
+            own = copy.deepcopy(model)
+            assert own.mmser.recentre({"audio_states": clip[None]} for clip in moved[:count]) == count
+            left.append((own(audio_states=moved).logits - at_home).abs().mean().item())
+    assert left == sorted(left, reverse=True) and left[-1] < 0.15 * left[0]
+
+
+def test_what_has_no_centre_is_refused():
+    model = tiny_model("wav2vec2", 12)
+    words = tiny_batch(model, LENGTHS["wav2vec2"], [3, 4, 5])
+    words["attention_mask"] = torch.zeros_like(words["attention_mask"])
+    before = model.mmser.fusion.audio_norm.mean.clone()
+    for batches in ([], [words], [{"input_ids": words["input_ids"]}]):
+        with pytest.raises(ValueError, match="no clip has audio"):
+            model.mmser.recentre(batches)
+    assert torch.equal(model.mmser.fusion.audio_norm.mean, before)
+    published = tiny_model("wav2vec2", 12, fusion_norm="layer_norm")
+    with pytest.raises(ValueError, match="has a centre to move"):
+        published.mmser.recentre([tiny_batch(published, LENGTHS["wav2vec2"], [3, 4, 5])])
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
