@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of benchmarks/never_heard.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -116,8 +118,7 @@ def test_a_score_that_a_draw_has_not_is_left_out_of_its_mean():
 
 def test_adapting_helps_where_classes_sound_otherwise_and_a_stopped_run_goes_on(clips, monkeypatch, tmp_path):
     monkeypatch.setattr(pooled_states, "FIELDS", {**pooled_states.FIELDS, **SMALL_PARTS})
-    monkeypatch.setattr(pooled_states, "EPOCHS", 20)
-    monkeypatch.setattr(pooled_states, "BATCH_SIZE", 16)
+    monkeypatch.setattr(never_heard, "EQUAL_LAYERS", replace(never_heard.EQUAL_LAYERS, epochs=20, batch_size=16))
     monkeypatch.setattr(never_heard, "DRAWS", 1)
     monkeypatch.setattr(never_heard, "all_held_out", lambda languages: [HeldOut("new", "corpus", ("new",))])
     lines = never_heard.measure(clips, {"new": "xx"}, [0], tmp_path / "lines.csv")
