@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of `benchmarks/small_model.py`: who trains and who tests, and the scores of its table."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,7 +54,10 @@ def test_the_table_has_the_scores_of_the_pipeline(options, tmp_path):
     model, processor = tiny_model(dropout=False, use_openmax=False), tiny_processor()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    rows = {row["tested on"]: row for row in small_model.judge(tmp_path / "model", sets)}
+    places = small_model.clips_of_a_place(options.data_dir)
+    assert places.keys() == {"sine", "tone"}
+    assert not {path for own in places.values() for path in own} & {clip.get("path") for clip in sets["tone"]}
+    rows = {row["tested on"]: row for row in small_model.judge(tmp_path / "model", sets, {"tone": places["tone"]})}
     classify, uncertainty = MMSERPipeline(model, processor=processor, device="cpu"), {}
     for name, clips in sets.items():
         inputs = [{key: clip[key] for key in clip if key != "labels"} for clip in clips]
@@ -69,4 +73,10 @@ def test_the_table_has_the_scores_of_the_pipeline(options, tmp_path):
     assert rows["tone"]["more uncertain (AUROC)"] == pytest.approx(expected, abs=0.02)  # batches round differently
     mean = rows["mean of 2 corpora never heard"]
     assert mean["ECE"] == pytest.approx((rows["sine"]["ECE"] + rows["tone"]["ECE"]) / 2)
+    adapted = MMSERPipeline(copy.deepcopy(model), processor=processor, device="cpu")
+    adapted.adapt_to(places["tone"])
+    found = [NAMES.index(own[0]["label"]) for own in adapted([clip["path"] for clip in sets["tone"]], top_k=1)]
+    expected = f1_score([clip["labels"] for clip in sets["tone"]], found, average="weighted", zero_division=0)
+    assert rows["tone"]["adapted: weighted F1"] == pytest.approx(expected)
+    assert "adapted: weighted F1" not in rows["sine"]
     assert all(clip["text"].startswith("word") and "path" not in clip for clip in sets[small_model.WORDS])
