@@ -116,6 +116,11 @@ class MaskedWhisperEncoder(WhisperEncoder):
         """See `MMSERPreTrainedModel.is_custom_code`: here it would leave the positions without their sinusoids."""
         return False
 
+    def train(self, mode: bool = True):
+        """The positions never learn: loading weights replaces them by a parameter that would."""
+        self.embed_positions.requires_grad_(False)
+        return super().train(mode)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
@@ -476,6 +481,8 @@ def freeze_first_layers(encoder: Any, num_layers: int) -> None:
             frozen.append(stack.layer_norm)
         if hasattr(encoder, "masked_spec_embed"):  # a gradient for it would go back through all layers
             encoder.masked_spec_embed.requires_grad_(False)
+    else:
+        frozen.append(encoder.embed_positions)
     for module in frozen:
         module.requires_grad_(False)
 

@@ -202,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report, lines = read_results(options.output)
     else:
         torch.set_num_threads(options.threads)
+        if options.judge_only:
+            write_speech(options.wide_dir, options.work_dir / "speech")
         checkpoint = options.checkpoint if options.judge_only else make(options)
         lines = judge(checkpoint, test_sets(options), clips_of_a_place(options.data_dir))
         size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / 1e6

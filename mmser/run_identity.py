@@ -109,6 +109,8 @@ def describe_identity(
     fixed["teacher"] = None if teacher is None else fingerprint_weights(teacher)
     parts = ("audio", "text", "feature_encoder")
     fixed["frozen"] = [part for part in parts if getattr(model_arguments, f"freeze_{part}")]
+    if model_arguments.freeze_audio_layers is not None:
+        fixed["frozen"].append(f"{model_arguments.freeze_audio_layers} audio layers")
     adapters: Any = model.config.lora
     fixed["LoRA"] = adapters and {name: adapters[name] for name in ("rank", "alpha", "dropout", "target")}
     fixed["adversarial head"] = training_arguments.adversarial_head

@@ -965,10 +965,28 @@ def test_freezing_only_the_feature_encoder(kind):
     assert model.mmser.audio_encoder.training
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "wav2vec2-layer", "whisper"])
-def test_freezing_the_first_layers(kind):
+def test_whispers_positions_never_learn(tmp_path):
+    """Not after loading either, nor after all was told to learn: they are sinusoids."""
+    model = tiny_model("whisper", use_weighted_layer_sum=False)
+    model.save_pretrained(tmp_path)
+    loaded = MMSERForAudioClassification.from_pretrained(tmp_path)
+    again = copy.deepcopy(loaded).requires_grad_(True)
+    for own in (model, loaded, again):
+        train_step(own.train(), tiny_batch(own, [80] * 4, TEXT_LENGTHS))
+        parameters = dict(own.mmser.audio_encoder.named_parameters())
+        learns = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        assert learns == {name for name, parameter in parameters.items() if parameter.grad is not None}
+        assert parameters.keys() - learns == {"embed_positions.weight"}
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("kind", AUDIO_CONFIGS)
+def test_freezing_the_first_layers(kind, is_loaded, tmp_path):
     """A gradient reaches the last layer and what comes after it, and nothing before."""
-    model = tiny_model(kind)
+    model = tiny_model(kind, audio={} if kind == "whisper" else {"layerdrop": 0.0})
+    if is_loaded:
+        model.save_pretrained(tmp_path)
+        model = MMSERForAudioClassification.from_pretrained(tmp_path)
     for wrong in (0, 2, -1):
         with pytest.raises(ValueError, match=f"{wrong} of the 2 layers of the audio encoder cannot be frozen"):
             model.freeze_audio_layers(wrong)
@@ -977,7 +995,9 @@ def test_freezing_the_first_layers(kind):
     if kind == "whisper":
         learns = {*encoder.layers[1].parameters(), *encoder.layer_norm.parameters()}
     else:
-        last_norm = encoder.encoder.layer_norm.parameters() if encoder.config.do_stable_layer_norm else []
+        last_norm = (
+            encoder.encoder.layer_norm.parameters() if getattr(encoder.config, "do_stable_layer_norm", False) else []
+        )
         learns = {*encoder.encoder.layers[1].parameters(), *last_norm}
     assert {parameter for parameter in encoder.parameters() if parameter.requires_grad} == learns
     encoder.config.apply_spec_augment, encoder.config.mask_time_prob = True, 0.5

@@ -442,10 +442,14 @@ def test_freezing_the_first_layers_of_the_audio_encoder(run, unjudged, tmp_path)
     model = MMSERForAudioClassification.from_pretrained(tmp_path / "out")
     own = sum(parameter.numel() for parameter in model.mmser.audio_encoder.encoder.layers[1].parameters())
     assert trained == own > 0
+    identity = json.loads((tmp_path / "out" / "run_identity.json").read_text())
+    assert identity["fixed"]["frozen"] == ["1 audio layers"]
     no_audio = {"audio_model_name_or_path": "none", "random_audio_encoder": None, "audio_config_overrides": None}
     for also in ({"freeze_audio": True}, {"lora_rank": 2}, no_audio):
         with pytest.raises(ValueError, match="freeze_audio_layers"):
             run(**unjudged, freeze_audio_layers=1, **also)
+    with pytest.raises(ValueError, match="freeze_audio_layers has nothing to act on"):
+        run(**unjudged, freeze_audio_layers=0, **no_audio)
 
 
 def test_augmentation_changes_the_clips_and_can_be_switched_off(run, tmp_path, monkeypatch):

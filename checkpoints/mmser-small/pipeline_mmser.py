@@ -8,9 +8,10 @@ handed its processor: this file does not import it.
 
 import contextlib
 import copy
+import itertools
 import json
 import os
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,8 @@ except ImportError:
 logger = logging.get_logger(__name__)
 TEXT_KEYS = ("text", "transcription")
 PROCESS = SimpleNamespace(number=os.getpid())  # that imported this module, or its fork that has computed since
+ADAPTING_CLIPS = 200  # of `MMSERPipeline.adapt_to`
+SINGLE = str, bytes, bytearray, memoryview, tuple, Mapping, np.ndarray, torch.Tensor  # one input of the pipeline
 AUXILIARY = "auxiliary_"  # in front of the name of a task, where its output has to have a name of its own
 
 
@@ -649,6 +652,56 @@ class MMSERPipeline(Pipeline):
             return super().__call__([inputs], **kwargs)[0]
         return super().__call__(inputs, **kwargs)
 
+    def adapt_to(
+        self,
+        recordings: Any,
+        num_clips: int = ADAPTING_CLIPS,
+        batch_size: int = 8,
+        skip_unreadable: bool = False,
+        **options: Any,
+    ) -> int:
+        """
+        Adapt the model to the voices, microphones and rooms of your recordings, without labels: `MMSERModel.recentre`.
+
+        All else stays as it is, also the temperature and the thresholds. `save_pretrained` keeps the adapted model.
+
+        Args:
+            recordings: one clip or recording, or several, as of a call. The emotions in them should be mixed: what all
+                clips have in common is taken for the place, and no longer heard.
+            num_clips (`int`): the first so many clips, or chunks of recordings, are used; 50 do nearly as well as all.
+            skip_unreadable (`bool`): leave out what cannot be read, in place of an error.
+            batch_size, options: of a call: `sampling_rate`, `chunk_length_s`, `stride_length_s`.
+        Returns: how many clips were used.
+        Raises:
+            ValueError: no clip has audio, or the model hears none, was trained with another norm, or was exported.
+            ValueError, TypeError, FileNotFoundError: an unusable recording (the message names it) or option.
+        """
+        backbone = getattr(self.model, "mmser", None)
+        if backbone is None:
+            raise ValueError("an exported model cannot be adapted: adapt the checkpoint that it was made from")
+        check_names(options, self.preprocess_options, "option of `adapt_to`")
+        preprocess, _, _ = self._sanitize_parameters(**options)
+        chunking, preprocess = self._chunking({**self._preprocess_params, **preprocess})
+        is_list = isinstance(recordings, Iterable) and not isinstance(recordings, SINGLE)
+        rows: list[dict[str, np.ndarray]] = []
+        for index, item in enumerate(recordings if is_list else [recordings]):
+            name = f"input {index}"
+            pieces = [(name, item)] if chunking is None else self._pieces(name, item, chunking, preprocess)
+            prepared = (self._preprocess_named(piece, **preprocess) for piece in pieces)
+            try:
+                rows += itertools.islice(prepared, num_clips - len(rows))
+            except (ValueError, OSError) as error:
+                if not skip_unreadable:
+                    raise
+                logger.info(f"not adapted to what cannot be read: {error}")
+            if len(rows) >= num_clips:
+                break
+        rows.sort(key=lambda row: max(values.shape[-1] for values in row.values()))  # little padding
+        parts = (self._collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+        return backbone.recentre(
+            BatchFeature(part, tensor_type="pt").to(self.device, dtype=self.dtype).data for part in parts
+        )
+
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
         _, preprocess_params = self._chunking(preprocess_params)
         return super().run_single(inputs, preprocess_params, forward_params, postprocess_params)
@@ -818,30 +871,30 @@ class MMSERPipeline(Pipeline):
         self, title: str, item, chunking, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict[str, Any]]:
         """The chunks of a recording, which errors call `title`, with times and scores."""
-        rate = self.processor.feature_extractor.sampling_rate
-        times = []
-
-        def clips():
-            with _errors_named(title):
-                audio, words, own_rate, name = _unpack(item, ("chunks",))
-                if audio is None:
-                    raise ValueError("a recording is needed: there are no chunks of text alone")
-                words = _check_words(words)
-                blocks = stream_audio(audio, own_rate or preprocess_params.get("sampling_rate"), rate, name=name)
-                for chunk in split_into_chunks(blocks, *chunking):
-                    times.append((chunk.start / rate, chunk.stop / rate))
-                    end = chunk.first + len(chunk.samples)
-                    text = text_of_chunk(words, chunk.first / rate, end / rate)
-                    yield (
-                        f"{title} at {times[-1][0]:.2f} s",
-                        _Piece(raw=chunk.samples, sampling_rate=rate, text=text),
-                    )
-                if not times:
-                    raise ValueError(f"{name}: empty, it holds no samples")
-
-        scores = self._classify_clips(clips(), 0, batch_size, preprocess_params, forward_params, postprocess_params)
+        times: list[tuple[float, float]] = []
+        pieces = self._pieces(title, item, chunking, preprocess_params, times)
+        scores = self._classify_clips(pieces, 0, batch_size, preprocess_params, forward_params, postprocess_params)
         for number, labels in enumerate(scores):
             yield {"timestamp": times[number], "scores": labels}
+
+    def _pieces(
+        self, title: str, item, chunking, preprocess_params: dict, times: list[tuple[float, float]] | None = None
+    ) -> Iterator[tuple[str, _Piece]]:
+        """The chunks of a recording, each with its name for errors; their times, in seconds, are added to `times`."""
+        rate, times = self.processor.feature_extractor.sampling_rate, [] if times is None else times
+        with _errors_named(title):
+            audio, words, own_rate, name = _unpack(item, ("chunks",))
+            if audio is None:
+                raise ValueError("a recording is needed: there are no chunks of text alone")
+            words = _check_words(words)
+            blocks = stream_audio(audio, own_rate or preprocess_params.get("sampling_rate"), rate, name=name)
+            for chunk in split_into_chunks(blocks, *chunking):
+                times.append((chunk.start / rate, chunk.stop / rate))
+                end = chunk.first + len(chunk.samples)
+                text = text_of_chunk(words, chunk.first / rate, end / rate)
+                yield f"{title} at {times[-1][0]:.2f} s", _Piece(raw=chunk.samples, sampling_rate=rate, text=text)
+            if not times:
+                raise ValueError(f"{name}: empty, it holds no samples")
 
     def _forward(self, input_tensors, **forward_parameters):
         compute_in_a_fork()
