@@ -1550,6 +1550,29 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         )
 
     @torch.no_grad()
+    def adapt_to(self, batches: Sequence[dict]) -> int:
+        """
+        Adapt to the place of recordings, without labels: [`MMSERModel.recentre`]. What is heard there counts as known:
+        the thresholds of OpenMax, where they are fitted, rise until they accept the share `config.openmax_acceptance`
+        of these clips. They were made for another place, and would reject most of them.
+
+        Args:
+            batches: of this model's inputs.
+        Returns: how many clips have audio.
+        Raises:
+            ValueError: as `recentre`.
+        """
+        number, was_training = self.mmser.recentre(batches), self.training
+        if self.openmax.has_thresholds:
+            self.eval()
+            scores = [self(**own).rejection_score for own in self.mmser._inputs(batches, "Raising thresholds")]
+            self.train(was_training)
+            share = 0.95 if self.config.openmax_acceptance is None else self.config.openmax_acceptance
+            level = torch.cat(scores).float().quantile(share, interpolation="higher").item()
+            self.openmax.rejection_thresholds.clamp_(min=level)
+        return number
+
+    @torch.no_grad()
     def fit_openmax(self, dataloader: Iterable[dict], tail_size: int | None = None) -> None:
         """
         Fit OpenMax, centroids and Weibulls, in one pass over the training clips. `MMSERTrainer.finalize` also uses

@@ -15,7 +15,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def adapt(model: Any, shown: Clips, variant: str) -> None:
     """Move the centre of a model to a few clips, without their labels; or fit it to them and calibrate it anew, as the
     command does."""
     if variant in (CENTRE, BOTH):
-        model.mmser.recentre(Batches(shown))
+        model.adapt_to(list(Batches(shown)))
     make_fit = ADAPTING[variant]
     if make_fit is None:
         return
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
         clips, languages = load_clips(options)
         lines = measure(clips, languages, range(options.seeds), options.output.with_suffix(".csv"))
-        settings = {"seeds": options.seeds, "shots": SHOTS, "draws": DRAWS, **FIELDS}
+        settings = {"seeds": options.seeds, "shots": SHOTS, "draws": DRAWS, **FIELDS, **BLOCKS, **asdict(EQUAL_LAYERS)}
         sizes = {name: len(own) for name, own in clips.items()}
         report = {"environment": environment(), "settings": settings, "clips": sizes}
     publish(make_tables(lines), report, lines, options)

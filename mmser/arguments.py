@@ -191,11 +191,8 @@ class ModelArguments:
         about = [f"random_{kind}_encoder", f"{kind}_config_overrides", f"{kind}_num_hidden_layers", f"freeze_{kind}"]
         about += ["tokenizer_name"] if kind == "text" else ["freeze_feature_encoder", "freeze_audio_layers"]
         about += SPEC_AUGMENT if kind == "audio" else ()
-        useless = [
-            name
-            for name in about
-            if not any(getattr(self, name) is no for no in (None, False)) and getattr(self, name) != {}
-        ]
+        given = {name: getattr(self, name) for name in about}
+        useless = [name for name, value in given.items() if value is not None and value is not False and value != {}]
         flag = f"--{kind}_model_name_or_path none"
         if useless:
             raise ValueError(f"{flag} leaves out the {kind} encoder: --{useless[0]} has nothing to act on.")

@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny import alone, randomize, tiny_batch, tiny_config, tiny_model
+from tiny import alone, fit_openmax_by_chance, randomize, tiny_batch, tiny_config, tiny_model
 from torch import nn
 
 from configuration_mmser import MMSERConfig
@@ -253,6 +253,29 @@ def test_a_place_that_moves_all_clips_alike_is_no_longer_heard():
             assert own.mmser.recentre({"audio_states": clip[None]} for clip in moved[:count]) == count
             left.append((own(audio_states=moved).logits - at_home).abs().mean().item())
     assert left == sorted(left, reverse=True) and left[-1] < 0.15 * left[0]
+
+
+def test_what_is_heard_there_counts_as_known():
+    """The thresholds rise until the share is accepted, and never fall."""
+    model = tiny_model("wav2vec2", 13)
+    fit_openmax_by_chance(model)
+    batches = some_missing(model)
+    openmax = model.openmax
+    for former in (-1e3, 1e3):
+        openmax.rejection_thresholds.fill_(former)
+        own = copy.deepcopy(model).eval()  # reads that there are thresholds
+        own.adapt_to(batches)
+        with torch.no_grad():
+            outputs = [own(**batch) for batch in batches]
+        scores = torch.cat([output.rejection_score[:, 0] for output in outputs])
+        accepted = 1 - torch.cat([output.is_unknown for output in outputs]).float().mean().item()
+        if former < 0:
+            assert 0.95 <= accepted < 0.95 + 1.5 / len(scores)
+            assert (own.openmax.rejection_thresholds == own.openmax.rejection_thresholds[0]).all()
+        else:
+            assert accepted == 1 and (own.openmax.rejection_thresholds == former).all()
+    openmax.reset()
+    assert model.eval().adapt_to(batches) == 42 and not openmax.has_thresholds
 
 
 def test_what_has_no_centre_is_refused():
