@@ -640,9 +640,7 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
         freeze_convolutions(self._encoder("audio"))
 
     def freeze_audio_layers(self, num_layers: int):
-        """
-        Freeze the first attention layers of the audio encoder, and all that comes before them. Their dropout stays on.
-        """
+        """Freeze the first attention layers of the audio encoder and what comes before; their dropout stays on."""
         freeze_first_layers(self._encoder("audio"), num_layers)
 
     def get_input_embeddings(self) -> nn.Module:

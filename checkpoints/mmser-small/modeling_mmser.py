@@ -640,9 +640,7 @@ class MMSERPreTrainedModel(LoadsAdapters, PreTrainedModel):
         freeze_convolutions(self._encoder("audio"))
 
     def freeze_audio_layers(self, num_layers: int):
-        """
-        Freeze the first attention layers of the audio encoder, and all that comes before them. Their dropout stays on.
-        """
+        """Freeze the first attention layers of the audio encoder and what comes before; their dropout stays on."""
         freeze_first_layers(self._encoder("audio"), num_layers)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1548,6 +1546,29 @@ class MMSERForAudioClassification(MMSERPreTrainedModel):
         return supervised_contrastive_loss(
             rows.features, rows.labels, corpora=rows.corpora, other_corpus_weight=weight, others=others
         )
+
+    @torch.no_grad()
+    def adapt_to(self, batches: Sequence[dict]) -> int:
+        """
+        Adapt to the place of recordings, without labels: [`MMSERModel.recentre`]. What is heard there counts as known:
+        the thresholds of OpenMax, where they are fitted, rise until they accept the share `config.openmax_acceptance`
+        of these clips. They were made for another place, and would reject most of them.
+
+        Args:
+            batches: of this model's inputs.
+        Returns: how many clips have audio.
+        Raises:
+            ValueError: as `recentre`.
+        """
+        number, was_training = self.mmser.recentre(batches), self.training
+        if self.openmax.has_thresholds:
+            self.eval()
+            scores = [self(**own).rejection_score for own in self.mmser._inputs(batches, "Raising thresholds")]
+            self.train(was_training)
+            share = 0.95 if self.config.openmax_acceptance is None else self.config.openmax_acceptance
+            level = torch.cat(scores).float().quantile(share, interpolation="higher").item()
+            self.openmax.rejection_thresholds.clamp_(min=level)
+        return number
 
     @torch.no_grad()
     def fit_openmax(self, dataloader: Iterable[dict], tail_size: int | None = None) -> None:

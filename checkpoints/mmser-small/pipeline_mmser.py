@@ -661,9 +661,8 @@ class MMSERPipeline(Pipeline):
         **options: Any,
     ) -> int:
         """
-        Adapt the model to the voices, microphones and rooms of your recordings, without labels: `MMSERModel.recentre`.
-
-        All else stays as it is, also the temperature and the thresholds. `save_pretrained` keeps the adapted model.
+        Adapt the model to the voices, microphones and rooms of your recordings, without labels:
+        `MMSERForAudioClassification.adapt_to`. `save_pretrained` keeps the adapted model.
 
         Args:
             recordings: one clip or recording, or several, as of a call. The emotions in them should be mixed: what all
@@ -676,8 +675,7 @@ class MMSERPipeline(Pipeline):
             ValueError: no clip has audio, or the model hears none, was trained with another norm, or was exported.
             ValueError, TypeError, FileNotFoundError: an unusable recording (the message names it) or option.
         """
-        backbone = getattr(self.model, "mmser", None)
-        if backbone is None:
+        if not hasattr(self.model, "adapt_to"):
             raise ValueError("an exported model cannot be adapted: adapt the checkpoint that it was made from")
         check_names(options, self.preprocess_options, "option of `adapt_to`")
         preprocess, _, _ = self._sanitize_parameters(**options)
@@ -698,8 +696,8 @@ class MMSERPipeline(Pipeline):
                 break
         rows.sort(key=lambda row: max(values.shape[-1] for values in row.values()))  # little padding
         parts = (self._collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
-        return backbone.recentre(
-            BatchFeature(part, tensor_type="pt").to(self.device, dtype=self.dtype).data for part in parts
+        return self.model.adapt_to(
+            [BatchFeature(part, tensor_type="pt").to(self.device, dtype=self.dtype).data for part in parts]
         )
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
