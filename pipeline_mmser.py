@@ -675,7 +675,8 @@ class MMSERPipeline(Pipeline):
             ValueError: no clip has audio, or the model hears none, was trained with another norm, or was exported.
             ValueError, TypeError, FileNotFoundError: an unusable recording (the message names it) or option.
         """
-        if not hasattr(self.model, "adapt_to"):
+        model: Any = self.model
+        if not hasattr(model, "adapt_to"):
             raise ValueError("an exported model cannot be adapted: adapt the checkpoint that it was made from")
         check_names(options, self.preprocess_options, "option of `adapt_to`")
         preprocess, _, _ = self._sanitize_parameters(**options)
@@ -696,7 +697,7 @@ class MMSERPipeline(Pipeline):
                 break
         rows.sort(key=lambda row: max(values.shape[-1] for values in row.values()))  # little padding
         parts = (self._collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
-        return self.model.adapt_to(
+        return model.adapt_to(
             [BatchFeature(part, tensor_type="pt").to(self.device, dtype=self.dtype).data for part in parts]
         )
 

@@ -289,14 +289,14 @@ def make_tables(lines: Sequence[Row]) -> dict[str, str]:
         def of(score: str, variant: str = TRAINED, name: str = name) -> str:
             return cell(by_seed(lines, variant, score, name))
 
-        bounds = [mean(by_seed(lines, TRAINED, f"weighted_f1_{bound}", name)) for bound in ("low", "high")]
+        low, high = (mean(by_seed(lines, TRAINED, f"weighted_f1_{bound}", name)) for bound in ("low", "high"))
         gain = difference(by_seed(lines, WHOLE, "weighted_f1", name), by_seed(lines, TRAINED, "weighted_f1", name))
         rows.append(
             {
                 "held out": name if first["kind"] == "corpus" else f"all corpora of {name}",
                 "language": first["language"],
                 "F1": of("weighted_f1"),
-                "95 % interval": "-" if None in bounds else "{:.3f} to {:.3f}".format(*bounds),
+                "95 % interval": "-" if low is None or high is None else f"{low:.3f} to {high:.3f}",
                 "no labels": of("weighted_f1", CENTRE),
                 "adapted": of("weighted_f1", WHOLE),
                 "gain": gain,

@@ -56,8 +56,8 @@ class Results:
 
     def interval(self, row: str, score: str) -> str:
         """The 95 % interval of the weighted F1 over all clips, each bound the mean over seeds; "-" without one."""
-        bounds = [mean(self.of(row, score, bound)) for bound in BOUNDS]
-        return "-" if None in bounds else "{:.3f} to {:.3f}".format(*bounds)
+        low, high = (mean(self.of(row, score, bound)) for bound in BOUNDS)
+        return "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
     def seconds_of_training(self, row: str, runs: int = 1) -> float | None:
         """Of so many runs of a row, and of those whose checkpoints they start from."""

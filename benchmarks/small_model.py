@@ -130,7 +130,8 @@ def answer(classify: Any, clips: Sequence[Mapping[str, Any]], label_names: Seque
 
 def clips_of_a_place(data_dir: str) -> dict[str, list[str]]:
     """The training clips of each corpus, in an order by chance: what a model may hear there, without labels."""
-    train, paths = load_emotion_dataset(data_dir)[0]["train"], {}
+    train = load_emotion_dataset(data_dir)[0]["train"]
+    paths: dict[str, list[str]] = {}
     for row in np.random.default_rng(0).permutation(len(train)).tolist():
         paths.setdefault(train["corpus"][row], []).append(train["audio"][row])
     return paths
@@ -143,7 +144,7 @@ def judge(
     A row for each set; the uncertainty on unheard corpora is compared with that on new speakers of CREMA-D. Where
     there are clips of the place, also the scores of the model that heard these, without labels.
     """
-    classify = pipeline("audio-classification", model=str(checkpoint), trust_remote_code=True, device="cpu")
+    classify: Any = pipeline("audio-classification", model=str(checkpoint), trust_remote_code=True, device="cpu")
     names = list(load_label_names(str(checkpoint)))
     rows, known = [], np.array([])
     for name, clips in sets.items():
